@@ -1,0 +1,43 @@
+"""What moves between the kernels: formats, padding and the metadata layout.  No arithmetic.
+
+A 2:4 operand with ``rows`` rows and ``columns`` logical columns (the contraction) is stored as
+
+* ``values``   e4m3 ``[rows, padded(columns) / 2]``: the two kept elements of each group of four, in order;
+* ``metadata`` int32 ``[padded(columns) / 128, padded(rows) / 16, 32, 2]``: where they stood.
+
+A group's four metadata bits ("nibble") are ``first | second << 2`` with ``first < second`` the positions of the kept
+elements.  Eight nibbles, the lowest first, make a 32-bit word for 32 logical columns; the words lie in the order in
+which the 32 lanes of a warp hold them for ``wgmma.mma_async.sp`` with 8-bit operands (PTX ISA, "Sparse matrix
+storage"): within a block of 16 rows and 128 columns, the word of row ``r`` and 32-column part ``p`` is word ``p // 2``
+of lane ``4 * (r % 8) + 2 * (p % 2) + r // 8``.
+
+Padding to multiples of 128 keeps every row 16-byte aligned for TMA and every metadata word of a tile in bounds.
+"""
+
+import torch
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+# A kept element of an MVUE group is at most twice the largest magnitude of its group (both estimators).
+MVUE_GAIN = 2.0
+# Floor of every amax: keeps the scale of an all-zero tensor, and its product with another scale, finite.
+AMAX_FLOOR = 2.0**-100
+PAD = 128
+# Padding groups name positions 0 and 1: the smallest legal nibble.
+PAD_NIBBLE = 0x4
+PAD_WORD = 0x44444444
+
+
+def padded(size: int) -> int:
+    """``size`` rounded up to a multiple of 128."""
+    return (size + PAD - 1) // PAD * PAD
+
+
+def values_shape(rows: int, columns: int) -> tuple[int, int]:
+    """Shape of the ``values`` of a 2:4 operand ``[rows, columns]``."""
+    return (rows, padded(columns) // 2)
+
+
+def metadata_shape(rows: int, columns: int) -> tuple[int, int, int, int]:
+    """Shape of the ``metadata`` of a 2:4 operand ``[rows, columns]``."""
+    return (padded(columns) // 128, padded(rows) // 16, 32, 2)

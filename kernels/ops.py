@@ -1,0 +1,272 @@
+"""The ops: schemas, fakes and dispatch.  ``torch.ops.sparse_compile.*``
+
+Each op has one eager definition (``reference``) and, on GPUs of compute capability 9.0, one kernel.  The kernels are
+imported on first use, so that importing this module needs no Triton.  The ops are opaque to AOTAutograd and Inductor
+and not differentiable: ``linear.py`` composes them into differentiable linears.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels import reference
+from sparse_compile.kernels.formats import E4M3, metadata_shape, padded, values_shape
+
+_LIBRARY = torch.library.Library("sparse_compile", "DEF")
+_reference_forced = False
+
+
+# ------------------------------------------------------------------------------------------------------------ dispatch
+@cache
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
+
+
+def emulation_reason(device: torch.device) -> str | None:
+    """Why the ops run their eager reference on ``device``; None where they run kernels."""
+    if _reference_forced:
+        return "the eager reference was asked for"
+    if device.type != "cuda":
+        return f"no kernels for {device.type}"
+    major, minor = _capability(device.index if device.index is not None else torch.cuda.current_device())
+    if (major, minor) != (9, 0):
+        return f"no kernels for sm_{major}{minor}, only for sm_90 (Hopper)"
+    return None
+
+
+@contextmanager
+def force_reference() -> Iterator[None]:
+    """Run the eager reference of every op, also on a Hopper GPU: the oracle of tests and benchmarks."""
+    global _reference_forced
+    before, _reference_forced = _reference_forced, True
+    try:
+        yield
+    finally:
+        _reference_forced = before
+
+
+def _op(schema: str, eager: Callable[..., Any], kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define one op; ``kernel`` imports its launcher itself."""
+    name = schema.split("(")[0]
+
+    def implementation(*args: Any, **kwargs: Any) -> Any:
+        device = args[0].device
+        if emulation_reason(device) is None:
+            return kernel(*args, **kwargs)
+        # Autocast would silently turn the fp32 products of the reference into bf16.
+        with torch.autocast(device.type, enabled=False):
+            return eager(*args, **kwargs)
+
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparse_compile::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.sparse_compile, name)
+
+
+def _empty(like: Tensor, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+def new_pruned_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised ``values, metadata, weight_t, scale_inv`` for ``prune_weight_`` of a weight ``[n, k]``."""
+    return (
+        torch.empty(values_shape(n, k), dtype=E4M3, device=device),
+        torch.empty(metadata_shape(n, k), dtype=torch.int32, device=device),
+        torch.empty(k, n, dtype=E4M3, device=device),
+        torch.empty(1, device=device),
+    )
+
+
+def new_cast_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised ``payload, payload_t, scale_inv`` for ``cast_weight_`` of a weight ``[n, k]``."""
+    return (
+        torch.empty(n, k, dtype=E4M3, device=device),
+        torch.empty(k, n, dtype=E4M3, device=device),
+        torch.empty(1, device=device),
+    )
+
+
+def _prune_weight_eager(weight: Tensor, beta: Tensor, *buffers: Tensor) -> None:
+    for buffer, result in zip(buffers, reference.prune_weight(weight, beta), strict=True):
+        buffer.copy_(result)
+
+
+def _prune_weight_kernel(weight: Tensor, beta: Tensor, *buffers: Tensor) -> None:
+    from sparse_compile.kernels.prune import launch_prune_weight
+
+    launch_prune_weight(weight, beta, *buffers)
+
+
+prune_weight_ = _op(
+    "prune_weight_(Tensor weight, Tensor beta, Tensor(a!) values, Tensor(b!) metadata, Tensor(c!) weight_t, "
+    "Tensor(d!) scale_inv) -> ()",
+    _prune_weight_eager,
+    _prune_weight_kernel,
+    lambda weight, beta, values, metadata, weight_t, scale_inv: None,
+)
+
+
+def _cast_weight_eager(weight: Tensor, *buffers: Tensor) -> None:
+    for buffer, result in zip(buffers, reference.cast_weight(weight), strict=True):
+        buffer.copy_(result)
+
+
+def _cast_weight_kernel(weight: Tensor, *buffers: Tensor) -> None:
+    from sparse_compile.kernels.prune import launch_cast_weight
+
+    launch_cast_weight(weight, *buffers)
+
+
+cast_weight_ = _op(
+    "cast_weight_(Tensor weight, Tensor(a!) payload, Tensor(b!) payload_t, Tensor(c!) scale_inv) -> ()",
+    _cast_weight_eager,
+    _cast_weight_kernel,
+    lambda weight, payload, payload_t, scale_inv: None,
+)
+
+
+# --------------------------------------------------------------------------------------------------------- activations
+def _cast_transpose_kernel(x: Tensor, row_scale: Tensor, token_scale: Tensor) -> tuple[Tensor, Tensor]:
+    from sparse_compile.kernels.quantize import launch_cast_transpose
+
+    row, column = _cast_transpose_fake(x, row_scale, token_scale)
+    launch_cast_transpose(x, row_scale, token_scale, row, column)
+    return row, column
+
+
+def _cast_transpose_fake(x: Tensor, row_scale: Tensor, token_scale: Tensor) -> tuple[Tensor, Tensor]:
+    tokens, columns = x.shape
+    return _empty(x, (tokens, columns), E4M3), _empty(x, (columns, padded(tokens)), E4M3)
+
+
+cast_transpose = _op(
+    "cast_transpose(Tensor x, Tensor row_scale, Tensor token_scale) -> (Tensor, Tensor)",
+    reference.cast_transpose,
+    _cast_transpose_kernel,
+    _cast_transpose_fake,
+)
+
+
+def _transpose_tokens_kernel(x: Tensor) -> Tensor:
+    from sparse_compile.kernels.quantize import launch_transpose_tokens
+
+    out = _transpose_tokens_fake(x)
+    launch_transpose_tokens(x, out)
+    return out
+
+
+def _transpose_tokens_fake(x: Tensor) -> Tensor:
+    return _empty(x, (x.shape[1], padded(x.shape[0])), x.dtype)
+
+
+transpose_tokens = _op(
+    "transpose_tokens(Tensor x) -> Tensor",
+    reference.transpose_tokens,
+    _transpose_tokens_kernel,
+    _transpose_tokens_fake,
+)
+
+
+def _cast_mvue_kernel(
+    grad: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, index: int, approximate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from sparse_compile.kernels.mvue import launch_cast_mvue
+
+    row, values, metadata = _cast_mvue_fake(grad, row_scale, token_scale, seed, index, approximate)
+    launch_cast_mvue(grad, row_scale, token_scale, seed, index, approximate, row, values, metadata)
+    return row, values, metadata
+
+
+def _cast_mvue_fake(
+    grad: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, index: int, approximate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, columns = grad.shape
+    return (
+        _empty(grad, (tokens, columns), E4M3),
+        _empty(grad, values_shape(columns, tokens), E4M3),
+        _empty(grad, metadata_shape(columns, tokens), torch.int32),
+    )
+
+
+cast_mvue = _op(
+    "cast_mvue(Tensor grad, Tensor row_scale, Tensor token_scale, Tensor seed, int index, bool approximate) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference.cast_mvue,
+    _cast_mvue_kernel,
+    _cast_mvue_fake,
+)
+
+
+# --------------------------------------------------------------------------------------------------------------- GEMMs
+def _sparse_mm_kernel(
+    values: Tensor,
+    metadata: Tensor,
+    dense: Tensor,
+    scale_inv: Tensor,
+    dense_scale_inv: Tensor | None,
+    out_dtype: torch.dtype,
+    transpose: bool,
+) -> Tensor:
+    from sparse_compile.kernels.sparse_gemm import launch_sparse_gemm
+
+    out = _sparse_mm_fake(values, metadata, dense, scale_inv, dense_scale_inv, out_dtype, transpose)
+    launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, out, transpose)
+    return out
+
+
+def _sparse_mm_fake(
+    values: Tensor,
+    metadata: Tensor,
+    dense: Tensor,
+    scale_inv: Tensor,
+    dense_scale_inv: Tensor | None,
+    out_dtype: torch.dtype,
+    transpose: bool,
+) -> Tensor:
+    rows, columns = values.shape[0], dense.shape[0]
+    return _empty(dense, (columns, rows) if transpose else (rows, columns), out_dtype)
+
+
+sparse_mm = _op(
+    "sparse_mm(Tensor values, Tensor metadata, Tensor dense, Tensor scale_inv, Tensor? dense_scale_inv, "
+    "ScalarType out_dtype, bool transpose) -> Tensor",
+    reference.sparse_mm,
+    _sparse_mm_kernel,
+    _sparse_mm_fake,
+)
+
+
+@cache
+def unit_scale(device: torch.device) -> Tensor:
+    """fp32 ``[1]`` holding 1."""
+    return torch.ones(1, device=device)
+
+
+def prepare(device: torch.device) -> None:
+    """Allocate what the ops keep on ``device``: to be called before a CUDA graph owns the allocator."""
+    unit_scale(device)
+
+
+def _scaled_mm_kernel(a: Tensor, b: Tensor, scale_inv: Tensor, out_dtype: torch.dtype) -> Tensor:
+    if 0 in (*a.shape, b.shape[0]):
+        return torch.zeros(a.shape[0], b.shape[0], dtype=out_dtype, device=a.device)
+    return torch._scaled_mm(
+        a, b.t(), scale_a=scale_inv, scale_b=unit_scale(a.device), out_dtype=out_dtype, use_fast_accum=True
+    )
+
+
+def _scaled_mm_fake(a: Tensor, b: Tensor, scale_inv: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return _empty(a, (a.shape[0], b.shape[0]), out_dtype)
+
+
+scaled_mm = _op(
+    "scaled_mm(Tensor a, Tensor b, Tensor scale_inv, ScalarType out_dtype) -> Tensor",
+    reference.scaled_mm,
+    _scaled_mm_kernel,
+    _scaled_mm_fake,
+)

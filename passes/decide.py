@@ -1,0 +1,109 @@
+"""DECIDE: which linears are rewritten, in which recipe, and why the others are not."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch.nn import Parameter
+
+from sparse_compile.passes.find import LinearSite, Reason, Rejection, describe_shape
+from sparse_compile.passes.roles import Role
+from sparse_compile.recipe import FP8, Recipe
+from sparse_compile.report import Row
+from sparse_compile.torch_internals import example_value, real_parameter
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# fp8 GEMMs need every dimension of both operands in whole 16-byte rows.
+FEATURES_MULTIPLE = 16
+# Below this a GEMM is one tile at most, and its casts cost more than it does.
+MIN_FEATURES = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A linear that will be rewritten, and the arithmetic it gets."""
+
+    site: LinearSite
+    recipe: Recipe
+
+    def row(self) -> Row:
+        site = self.site
+        return Row(
+            module=site.name,
+            role=site.role.value,
+            shape=describe_shape(site),
+            decision=self.recipe.short_str(),
+            reason="",
+        )
+
+
+def decide(
+    sites: Sequence[LinearSite],
+    recipe: Recipe,
+    targets: str,
+    owners: Callable[[Parameter], Sequence[str]],
+) -> tuple[list[Plan], list[Rejection]]:
+    """A plan or a rejection for each site.
+
+    Args:
+        recipe: what the targeted linears get; the other linears get dense FP8.
+        targets: ``"ffn"``, ``"all"``, or a glob of module names.
+        owners: the modules that hold a parameter, ``"Embedding.weight"``, to tell shared weights.
+
+    Raises:
+        ValueError: a linear that the glob names can't be rewritten.
+    """
+    plans: list[Plan] = []
+    rejections: list[Rejection] = []
+    for site in sites:
+        named = targets not in ("ffn", "all") and fnmatchcase(site.name, targets)
+        refusal = _cannot(site, owners) or (None if named else _should_not(site))
+        if refusal is None:
+            targeted = named or targets == "all" or (targets == "ffn" and site.role is Role.FFN)
+            plans.append(Plan(site=site, recipe=recipe if targeted else FP8))
+        elif named:
+            raise ValueError(
+                f"options={{'sste.targets': {targets!r}}} names {site.name!r}, which can't be rewritten: "
+                f"{refusal.reason.value}: {refusal.detail}. Choose a pattern that leaves it out."
+            )
+        else:
+            rejections.append(refusal)
+    return plans, rejections
+
+
+def _cannot(site: LinearSite, owners: Callable[[Parameter], Sequence[str]]) -> Rejection | None:
+    """What rules a rewrite out, whoever asks for it."""
+    weight, x = example_value(site.weight), example_value(site.input)
+    if weight.ndim != 2:
+        return site.reject(Reason.NOT_2D, f"it has shape {tuple(weight.shape)}; only [N, K] is a linear's")
+    for name, value in (("weight", weight), ("input", x)):
+        if value.dtype not in DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            return site.reject(Reason.DTYPE, f"{name} is {value.dtype}; allowed are {allowed}".replace("torch.", ""))
+    if site.out_features % FEATURES_MULTIPLE or site.in_features % FEATURES_MULTIPLE:
+        return site.reject(
+            Reason.SHAPE,
+            f"in_features {site.in_features} and out_features {site.out_features} must be multiples of "
+            f"{FEATURES_MULTIPLE}",
+        )
+    if not weight.requires_grad:
+        return site.reject(Reason.FROZEN, "requires_grad is False")
+    if site.weight_uses > 1:
+        return site.reject(Reason.TIED, f"{site.weight_uses} operations of this graph read it")
+    parameter = real_parameter(site.weight)
+    holders = owners(parameter) if parameter is not None else ()
+    if len(holders) > 1:
+        return site.reject(Reason.TIED, f"held by {', '.join(holders)}")
+    return None
+
+
+def _should_not(site: LinearSite) -> Rejection | None:
+    """What is left dense unless the user names it."""
+    if site.role is Role.HEAD:
+        return site.reject(
+            Reason.HEAD, "its output goes to the loss or leaves the graph; name it in 'sste.targets' to rewrite it"
+        )
+    if min(site.in_features, site.out_features) < MIN_FEATURES:
+        return site.reject(Reason.TOO_SMALL, f"fewer than {MIN_FEATURES} features; name it to rewrite it")
+    return None

@@ -1,0 +1,181 @@
+"""FIND: the linear layers of a traced graph, in every spelling."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from torch.fx import GraphModule, Node
+from torch.nn import Parameter
+
+from sparse_compile.passes.roles import Role, assign_roles
+from sparse_compile.passes.spelling import Spelling, is_unsupported_contraction, read_linear
+from sparse_compile.report import Row
+from sparse_compile.torch_internals import example_value, is_checkpoint, parameter_name
+
+
+class Reason(Enum):
+    """Why a linear stays dense."""
+
+    UNSUPPORTED_FORM = "form not rewritten"
+    NOT_A_PARAMETER = "weight is not a parameter"
+    NOT_2D = "weight is not a matrix"
+    DTYPE = "dtype"
+    SHAPE = "shape"
+    TOO_SMALL = "too small"
+    TIED = "weight is shared"
+    FROZEN = "weight is frozen"
+    HEAD = "vocabulary head"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejection:
+    """A linear that stays dense, and why."""
+
+    name: str
+    role: Role
+    shape: str
+    reason: Reason
+    detail: str
+
+    def row(self) -> Row:
+        reason = f"{self.reason.value}: {self.detail}"
+        return Row(module=self.name, role=self.role.value, shape=self.shape, decision="dense", reason=reason)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Region:
+    """A graph that holds linears: the top graph, or the body of an activation-checkpointed call inside it."""
+
+    graph_module: GraphModule
+    calls: tuple[tuple[GraphModule, Node], ...]  # the calls around it, outermost first: the calling graph, its node
+    sources: Mapping[Node, Node]  # its placeholders -> the top graph's
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LinearSite:
+    """``output = input @ weight.T + bias`` with a parameter ``[N, K]``, stored ``[K, N]`` if ``transposed``."""
+
+    node: Node
+    region: Region
+    input: Node
+    weight: Node  # placeholder of the top graph
+    bias: Node | None
+    transposed: bool
+    name: str
+    role: Role
+    weight_uses: int  # nodes that read the weight, this one included
+
+    @property
+    def out_features(self) -> int:
+        return int(example_value(self.weight).shape[1 if self.transposed else 0])
+
+    @property
+    def in_features(self) -> int:
+        return int(example_value(self.weight).shape[0 if self.transposed else 1])
+
+    def reject(self, reason: Reason, detail: str) -> Rejection:
+        return Rejection(name=self.name, role=self.role, shape=describe_shape(self), reason=reason, detail=detail)
+
+
+def find(graph_module: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
+    """All linears of the graph and of its checkpointed bodies, and those that can't be told to be one.
+
+    Handles F.linear, addmm, mm, matmul and ``@`` as function or method, with the weight as the right operand, reached
+    through any number of transpositions and casts.  A product of two activations is no linear and is left out.
+    """
+    linears: dict[Node, tuple[Region, Spelling]] = {}
+    rejections: list[Rejection] = []
+    uses: Counter[Node] = Counter()
+    for region in _regions(graph_module):
+        for node in region.graph_module.graph.nodes:
+            if not is_checkpoint(node):
+                uses.update(region.sources[source] for source in node.all_input_nodes if source in region.sources)
+            spelling = read_linear(node)
+            if spelling is not None and spelling.weight in region.sources and _is_weight(region, spelling.weight):
+                linears[node] = (region, spelling)
+            else:
+                rejections += _near_miss(node, spelling, region)
+    roles = assign_roles({node: spelling.input for node, (_, spelling) in linears.items()})
+    # A transposed weight may be made once and read by several linears.
+    linears_of = Counter(region.sources[spelling.weight] for region, spelling in linears.values())
+    sites = []
+    for node, (region, spelling) in linears.items():
+        weight = region.sources[spelling.weight]
+        site = LinearSite(
+            node=node,
+            region=region,
+            input=spelling.input,
+            weight=weight,
+            bias=spelling.bias,
+            transposed=spelling.transposed,
+            name=parameter_name(weight),
+            role=roles[node],
+            weight_uses=max(uses[weight], linears_of[weight]),
+        )
+        if spelling.refusal is None:
+            sites.append(site)
+        else:
+            rejections.append(site.reject(Reason.UNSUPPORTED_FORM, spelling.refusal))
+    return sites, rejections
+
+
+def describe_shape(site: LinearSite) -> str:
+    """``tokens x in_features -> out_features``; ``?`` for a number of tokens that changes."""
+    value = example_value(site.input)
+    tokens = 1
+    for size in value.shape[:-1]:
+        tokens = tokens * size
+    weight = example_value(site.weight)
+    if weight.ndim != 2:
+        return f"weight {tuple(weight.shape)}"
+    return f"{tokens if isinstance(tokens, int) else '?'} x {site.in_features} -> {site.out_features}"
+
+
+def _regions(graph_module: GraphModule) -> Iterator[Region]:
+    sources = {node: node for node in graph_module.graph.nodes if node.op == "placeholder"}
+    pending = [Region(graph_module=graph_module, calls=(), sources=sources)]
+    while pending:
+        region = pending.pop(0)
+        yield region
+        for node in region.graph_module.graph.nodes:
+            if is_checkpoint(node):
+                body = getattr(region.graph_module, node.args[0].target)
+                inside = [n for n in body.graph.nodes if n.op == "placeholder"]
+                handed = dict(zip(inside, node.args[1:], strict=True))
+                pending.append(
+                    Region(
+                        graph_module=body,
+                        calls=(*region.calls, (region.graph_module, node)),
+                        sources={n: region.sources[given] for n, given in handed.items() if given in region.sources},
+                    )
+                )
+
+
+def _is_weight(region: Region, node: Node) -> bool:
+    value = example_value(region.sources[node])
+    return isinstance(value, Parameter)
+
+
+def _near_miss(node: Node, spelling: Spelling | None, region: Region) -> list[Rejection]:
+    """The report's row for a linear-like node whose weight can't be rewritten; none for products of activations."""
+    if spelling is None:
+        weights = [region.sources[n] for n in node.all_input_nodes if n in region.sources and _is_weight(region, n)]
+        weights = [weight for weight in weights if example_value(weight).ndim >= 2]
+        if not (is_unsupported_contraction(node) and weights):
+            return []
+        name, reason = parameter_name(weights[0]), Reason.UNSUPPORTED_FORM
+        detail = f"{_spelt(node)} is not rewritten yet; write it as F.linear"
+    elif spelling.input in region.sources and _is_weight(region, spelling.input):
+        name, reason = parameter_name(region.sources[spelling.input]), Reason.UNSUPPORTED_FORM
+        detail = f"the weight is the left operand of {_spelt(node)}; write it as F.linear"
+    elif _spelt(node) == "linear":
+        name, reason = node.name, Reason.NOT_A_PARAMETER
+        detail = "the weight is computed in the graph, or is a buffer or an input"
+    else:
+        return []
+    return [Rejection(name=name, role=Role.OTHER, shape="", reason=reason, detail=detail)]
+
+
+def _spelt(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))

@@ -1,0 +1,137 @@
+"""REWRITE: the planned edits.
+
+Before: ``%y = linear(%x, %weight, %bias)``
+After:  ``%y = sparse_compile.linear.linear(%x, %weight, %bias, %seed, 3, "s-ste", False, bf16, *%operands)``
+
+``%seed`` is drawn once at the top of the graph: a linear in a checkpointed region sees the same randomness when the
+region is recomputed.  ``%operands`` are new inputs of the graph that hold what is derived from the weight.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from sparse_compile.kernels import ops
+from sparse_compile.linear import linear
+from sparse_compile.passes.decide import Plan
+from sparse_compile.passes.find import LinearSite, Region
+from sparse_compile.recipe import Projection
+from sparse_compile.torch_internals import add_static_input, example_value
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightSlot:
+    """A weight whose operands the runtime appends to the graph's inputs."""
+
+    name: str
+    position: int  # of the parameter among the graph's inputs
+    transposed: bool
+    projection: Projection
+    out_features: int
+    in_features: int
+    device: torch.device
+
+    def new_operands(self) -> tuple[Tensor, ...]:
+        """Uninitialised operands; fake ones under a FakeTensorMode."""
+        new = ops.new_pruned_weight if self.projection is Projection.SSTE else ops.new_cast_weight
+        return new(self.out_features, self.in_features, self.device)
+
+
+def rewrite(graph_module: GraphModule, plans: Sequence[Plan]) -> list[WeightSlot]:
+    """Edit the graph by the plans; returns the slots whose operands its new inputs expect, in order."""
+    graph = graph_module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    slots = []
+    seed = _draw_seed(graph, plans)
+    for index, plan in enumerate(plans):
+        site = plan.site
+        slot = _slot(plan, placeholders.index(site.weight))
+        slots.append(slot)
+        with example_value(site.weight).fake_mode:
+            fakes = slot.new_operands()
+        operands = [add_static_input(graph, f"sste_{index}_{i}", fake) for i, fake in enumerate(fakes)]
+        needs_seed = plan.recipe.estimator is not None
+        inputs = _hand_in([*operands, *([seed] if needs_seed and seed is not None else [])], site.region)
+        operands, seeds = inputs[: len(operands)], inputs[len(operands) :]
+        arguments = (
+            site.input,
+            _inside(site),
+            site.bias,
+            seeds[0] if seeds else None,
+            index,
+            plan.recipe.name,
+            site.transposed,
+            example_value(site.node).dtype,
+            *operands,
+        )
+        _replace(site.node, arguments)
+        logger.debug("rewrote %s to %s", site.name, plan.recipe.name)
+    for region in {id(plan.site.region): plan.site.region for plan in plans}.values():
+        region.graph_module.recompile()
+    graph_module.recompile()
+    return slots
+
+
+def _slot(plan: Plan, position: int) -> WeightSlot:
+    return WeightSlot(
+        name=plan.site.name,
+        position=position,
+        transposed=plan.site.transposed,
+        projection=plan.recipe.projection,
+        out_features=plan.site.out_features,
+        in_features=plan.site.in_features,
+        device=example_value(plan.site.weight).device,
+    )
+
+
+def _draw_seed(graph: Graph, plans: Sequence[Plan]) -> Node | None:
+    """One random 62-bit integer per call of the graph, if any plan needs randomness."""
+    random = [plan for plan in plans if plan.recipe.estimator is not None]
+    if not random:
+        return None
+    weight = example_value(random[0].site.weight)
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        seed = graph.call_function(torch.randint, (0, 2**62, (1,)), {"device": weight.device})
+    with weight.fake_mode:
+        seed.meta["example_value"] = torch.empty(1, dtype=torch.int64, device=weight.device)
+    return seed
+
+
+def _hand_in(nodes: Sequence[Node], region: Region) -> list[Node]:
+    """The same values inside a checkpointed region: each call on the way takes them as further operands."""
+    handed = list(nodes)
+    for caller, call in region.calls:
+        body = getattr(caller, call.args[0].target)  # type: ignore[union-attr]
+        inside = []
+        for node in handed:
+            existing = [n for n in body.graph.nodes if n.op == "placeholder"]
+            operands = call.args[1:]
+            if node in operands:
+                inside.append(existing[operands.index(node)])
+                continue
+            call.args = (*call.args, node)
+            inside.append(add_static_input(body.graph, f"{node.name}_inside", example_value(node)))
+        body.recompile()
+        handed = inside
+    return handed
+
+
+def _inside(site: LinearSite) -> Node:
+    """The weight as its region sees it."""
+    return next(inner for inner, outer in site.region.sources.items() if outer is site.weight)
+
+
+def _replace(node: Node, arguments: tuple[object, ...]) -> None:
+    graph = node.graph
+    with graph.inserting_before(node):
+        new = graph.call_function(linear, arguments)  # type: ignore[arg-type]
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)

@@ -1,0 +1,11 @@
+"""A torch.compile backend that trains transformers with 2:4-sparse FP8 GEMMs on NVIDIA Hopper GPUs.
+
+``torch.compile(model, backend="sste")`` needs no import of this package where it is installed.
+"""
+
+from sparse_compile.report import Report, report
+from sparse_compile.torch_internals import register_entry_point
+
+__all__ = ["Report", "report"]
+
+register_entry_point("sste", "sparse_compile.backend:sste")

@@ -1,0 +1,71 @@
+"""The backend: a traced graph goes in; its linears are found, decided on and rewritten; Inductor compiles the rest."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.fx import GraphModule
+
+from sparse_compile.kernels import ops
+from sparse_compile.linear import linear
+from sparse_compile.options import Executor, read_options
+from sparse_compile.owners import ParameterOwners
+from sparse_compile.passes.decide import decide
+from sparse_compile.passes.find import find
+from sparse_compile.passes.rewrite import rewrite
+from sparse_compile.passes.verify import verify
+from sparse_compile.report import GraphReport, record
+from sparse_compile.runtime import Runtime
+from sparse_compile.torch_internals import backend_fake_mode, clone_graph_module, compile_graph, reset_cuda_graphs
+
+logger = logging.getLogger(__name__)
+
+
+def sste(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The function behind ``torch.compile(model, backend="sste")``.
+
+    Args:
+        graph_module: the forward graph that dynamo traced.
+        example_inputs: its inputs, the parameters among them.
+        mode: any mode of torch.compile.
+        options: ours, which start with ``sste.`` (see ``Options``), and Inductor's.
+
+    Raises:
+        ValueError: an unknown mode or option, or a linear that the user named and that can't be rewritten.
+    """
+    chosen = read_options(mode, options)
+    graph = clone_graph_module(graph_module)
+
+    sites, near_misses = find(graph)
+    plans, rejections = decide(sites, chosen.recipe, chosen.targets, ParameterOwners())
+    slots = rewrite(graph, plans)
+    verify(graph, plans)
+
+    devices = {slot.device for slot in slots}
+    for device in devices:
+        ops.prepare(device)
+    with backend_fake_mode(example_inputs):
+        fake_operands = [operand for slot in slots for operand in slot.new_operands()]
+    compiled = compile_graph(
+        graph,
+        [*example_inputs, *fake_operands],
+        chosen.inductor,
+        generate_code=chosen.executor is Executor.INDUCTOR,
+        cacheable_function=f"{linear.__module__}.{linear.__name__}",
+    )
+
+    rows = tuple(item.row() for item in (*plans, *rejections, *near_misses))
+    emulated = sorted({reason for device in devices if (reason := ops.emulation_reason(device))})
+    record(GraphReport(rows=rows, execution="emulated: " + "; ".join(emulated) if emulated else "kernels"))
+    logger.info("rewrote %d of %d linears", len(plans), len(rows))
+    return Runtime(compiled, slots, fake_operands)
+
+
+# torch._dynamo.reset() calls this attribute of a backend.
+sste.reset = reset_cuda_graphs  # type: ignore[attr-defined]

@@ -1,0 +1,168 @@
+"""The differentiable linear that a rewritten node calls.
+
+AOTAutograd traces through it, so forward and backward become ordinary nodes: the per-token scales and casts of
+activations are plain aten, which Inductor fuses into the producing norm or activation function, and only the fp8 copy
+of the input is saved for backward.  The GEMMs, and the copies that change layout, are opaque ops.
+
+Shapes: ``T`` tokens, ``K`` in_features, ``N`` out_features.  ``scale`` multiplies when casting, ``scale_inv`` when
+dequantising.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparse_compile.kernels import ops
+from sparse_compile.kernels.formats import AMAX_FLOOR, E4M3, E4M3_MAX, MVUE_GAIN
+from sparse_compile.recipe import RECIPES, Estimator, Gemm, Recipe
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    index: int,
+    recipe_name: str,
+    transposed: bool,
+    out_dtype: torch.dtype,
+    *operands: Tensor,
+) -> Tensor:
+    """``x @ weight.T + bias`` in the arithmetic of a recipe.
+
+    Args:
+        x: ``[..., K]``.
+        weight: the parameter, ``[N, K]``, or ``[K, N]`` if ``transposed``: the edge its gradient flows along.  The
+            product itself reads ``operands``.
+        bias: ``[N]`` or None.
+        seed: int64 ``[1]``, and ``index``, distinct for each linear of a graph: the randomness of the estimator.
+            None for recipes without one.
+        recipe_name: key into ``RECIPES``.
+        out_dtype: dtype of the result.
+        operands: what ``state`` keeps of the weight for this recipe: ``values, metadata, weight_t, scale_inv`` where
+            it is projected to 2:4, ``payload, payload_t, scale_inv`` where it is cast only.
+    """
+    result: Tensor = _Linear.apply(x, weight, bias, seed, index, recipe_name, transposed, out_dtype, *operands)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        index: int,
+        recipe_name: str,
+        transposed: bool,
+        out_dtype: torch.dtype,
+        *operands: Tensor,
+    ) -> Tensor:
+        recipe = RECIPES[recipe_name]
+        tokens = x.reshape(-1, x.shape[-1])
+        scale, scale_inv = token_scale(tokens.abs().amax(dim=1))
+        x_fp8 = cast(tokens, scale)
+        output = _fprop(recipe, x_fp8, scale_inv, operands, out_dtype)
+        if bias is not None:
+            output = output + bias.to(out_dtype)
+        ctx.save_for_backward(x_fp8, scale_inv, *operands[-2:], seed)
+        ctx.recipe, ctx.index, ctx.transposed = recipe, index, transposed
+        ctx.input_shape, ctx.input_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return output.reshape(*x.shape[:-1], output.shape[-1])
+
+    @staticmethod
+    @once_differentiable  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x_fp8, x_scale_inv, weight_t, weight_scale_inv, seed = ctx.saved_tensors
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_input = grad_weight = grad_bias = None
+        amax = grad.abs().amax(dim=1)
+        row_scale, row_scale_inv = token_scale(amax)
+        # max |grad * x_scale_inv| over tokens and columns, without reading grad again.
+        bound = _bound(amax.float() * x_scale_inv)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            grad_fp8, operand, wgrad_scale_inv = _cast_grad(ctx, grad, row_scale, x_scale_inv, bound, seed)
+        if ctx.needs_input_grad[0]:
+            product = _scaled_mm(grad_fp8, weight_t, weight_scale_inv, row_scale_inv, ctx.input_dtype)
+            grad_input = product.reshape(ctx.input_shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _wgrad(ctx, operand, x_fp8, wgrad_scale_inv)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_input, grad_weight, grad_bias, *[None] * (len(ctx.needs_input_grad) - 3)
+
+
+def token_scale(amax: Tensor) -> tuple[Tensor, Tensor]:
+    """``(scale, scale_inv)``, fp32 ``[T]``, that map ``amax [T]`` to the largest e4m3 value."""
+    amax = amax.float().clamp_min(AMAX_FLOOR)
+    return E4M3_MAX / amax, amax / E4M3_MAX
+
+
+def cast(x: Tensor, scale: Tensor) -> Tensor:
+    """``x [T, C] * scale [T]`` in e4m3, saturating; NaN stays NaN."""
+    return (x.float() * scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+def _bound(amax: Tensor) -> Tensor:
+    """Largest of ``amax [T]`` as ``[1]``, floored; the floor for an empty batch."""
+    if amax.shape[0] == 0:
+        return torch.full((1,), AMAX_FLOOR, device=amax.device)
+    return amax.amax(dim=0, keepdim=True).clamp_min(AMAX_FLOOR)
+
+
+def _fprop(
+    recipe: Recipe, x_fp8: Tensor, scale_inv: Tensor, operands: tuple[Tensor, ...], out_dtype: torch.dtype
+) -> Tensor:
+    """output = input @ weight.T"""
+    if recipe.fprop is Gemm.SPARSE24:
+        values, metadata, _, weight_scale_inv = operands
+        return ops.sparse_mm(values, metadata, x_fp8, weight_scale_inv, scale_inv, out_dtype, True)
+    payload, _, weight_scale_inv = operands
+    return _scaled_mm(x_fp8, payload, weight_scale_inv, scale_inv, out_dtype)
+
+
+def _scaled_mm(a: Tensor, b: Tensor, scale_inv: Tensor, row_scale_inv: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """``(a @ b.T) * scale_inv * row_scale_inv[:, None]``.
+
+    The rows are scaled after the GEMM, where Inductor fuses the multiplication into whatever reads the result: the
+    GEMM with one scale is faster than the one with a scale per row.  fp16 could not hold the unscaled rows.
+    """
+    gemm_dtype = torch.bfloat16 if out_dtype is torch.bfloat16 else torch.float32
+    product = ops.scaled_mm(a, b, scale_inv, gemm_dtype)
+    return (product.float() * row_scale_inv[:, None]).to(out_dtype)
+
+
+def _cast_grad(
+    ctx: Any, grad: Tensor, row_scale: Tensor, x_scale_inv: Tensor, bound: Tensor, seed: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """grad_output for its two uses: e4m3 ``[T, N]`` for dgrad; the operand of wgrad and its ``scale_inv [1]``.
+
+    The scale of each token of the saved input is folded into wgrad's operand, so that the same fp8 input serves fprop
+    and wgrad exactly: grad_weight = (grad_output * x_scale_inv).T @ x_fp8.
+    """
+    gain = MVUE_GAIN if ctx.recipe.wgrad is Gemm.SPARSE24 else 1.0
+    limit = E4M3_MAX / gain
+    token_scales = x_scale_inv * (limit / bound)
+    scale_inv = bound / limit
+    if ctx.recipe.wgrad is Gemm.SPARSE24:
+        approximate = ctx.recipe.estimator is Estimator.APPROXIMATE_MVUE
+        grad_fp8, *operand = ops.cast_mvue(grad, row_scale, token_scales, seed, ctx.index, approximate)
+    else:
+        grad_fp8, *operand = ops.cast_transpose(grad, row_scale, token_scales)
+    return grad_fp8, tuple(operand), scale_inv
+
+
+def _wgrad(ctx: Any, operand: tuple[Tensor, ...], x_fp8: Tensor, scale_inv: Tensor) -> Tensor:
+    """grad_weight = grad_output.T @ input, in the layout and dtype of the weight."""
+    x_t = ops.transpose_tokens(x_fp8)
+    if ctx.recipe.wgrad is Gemm.SPARSE24:
+        return ops.sparse_mm(*operand, x_t, scale_inv, None, ctx.weight_dtype, ctx.transposed)
+    (grad_t,) = operand
+    gemm_dtype = torch.bfloat16 if ctx.weight_dtype is torch.bfloat16 else torch.float32
+    a, b = (x_t, grad_t) if ctx.transposed else (grad_t, x_t)
+    return ops.scaled_mm(a, b, scale_inv, gemm_dtype).to(ctx.weight_dtype)

@@ -1,0 +1,105 @@
+"""What was rewritten, what was not, and why: one row per linear of every compiled graph."""
+
+import atexit
+import json
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+from tabulate import tabulate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One linear.
+
+    Attributes:
+        module: dotted name of the module, or of the parameter.
+        role: ``ffn``, ``head`` or ``other``.
+        shape: ``tokens x in_features -> out_features``.
+        decision: the recipe and its three GEMMs, or ``dense``.
+        reason: why it stays dense; empty for a rewritten linear.
+    """
+
+    module: str
+    role: str
+    shape: str
+    decision: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphReport:
+    """The linears of one compiled graph.
+
+    Attributes:
+        execution: ``kernels``, or ``emulated: <why>`` where the eager reference runs.
+    """
+
+    rows: tuple[Row, ...]
+    execution: str
+
+    @property
+    def rewritten(self) -> int:
+        return sum(row.decision != "dense" for row in self.rows)
+
+
+@dataclass(slots=True)
+class Report:
+    """All graphs compiled so far in this process."""
+
+    graphs: list[GraphReport] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for graph in self.graphs for row in graph.rows]
+
+    def to_json(self) -> str:
+        return json.dumps([asdict(graph) for graph in self.graphs], indent=1)
+
+    def __str__(self) -> str:
+        if not self.graphs:
+            return "sparse_compile: no graph was compiled with backend 'sste'"
+        return "\n\n".join(_table(number, graph) for number, graph in enumerate(self.graphs))
+
+
+_report = Report()
+
+
+def report() -> Report:
+    """The report of this process."""
+    return _report
+
+
+def record(graph: GraphReport) -> None:
+    """Add a graph; from the first one on, the report is written to stderr when the process ends."""
+    if not _report.graphs:
+        atexit.unregister(_write_at_exit)
+        atexit.register(_write_at_exit)
+    _report.graphs.append(graph)
+
+
+def _write_at_exit() -> None:
+    if _report.graphs:
+        sys.stderr.write(f"\n{_report}\n")
+
+
+def _table(number: int, graph: GraphReport) -> str:
+    title = f"graph {number}: {graph.rewritten} of {len(graph.rows)} linears rewritten, {graph.execution}"
+    headers = ("module", "role", "shape", "decision", "reason")
+    table = tabulate([(r.module, r.role, r.shape, r.decision, r.reason) for r in _fold(graph.rows)], headers=headers)
+    return f"{title}\n{table}" if graph.rows else title
+
+
+def _fold(rows: Iterable[Row]) -> list[Row]:
+    """Rows that differ only in the numbers of their module names, as one row: ``blocks.*.fc (12)``."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.module)
+        groups.setdefault((pattern, row.role, row.shape, row.decision, row.reason), []).append(row)
+    folded = []
+    for (pattern, *_), members in groups.items():
+        name = members[0].module if len(members) == 1 else f"{pattern} ({len(members)})"
+        folded.append(Row(**(asdict(members[0]) | {"module": name})))
+    return folded

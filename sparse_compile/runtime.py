@@ -1,0 +1,45 @@
+"""RUN: what dynamo calls instead of the traced graph."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import ref
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from sparse_compile.passes.rewrite import WeightSlot
+from sparse_compile.state import WeightState, current_operands, weight_state
+
+
+class Runtime:
+    """A prologue, which brings the operands of every rewritten weight up to date, then the compiled graph.
+
+    The state is looked up from the actual arguments: graphs are shared between blocks and between models.
+    """
+
+    def __init__(
+        self, compiled: Callable[..., Any], slots: Sequence[WeightSlot], fake_operands: Sequence[Tensor]
+    ) -> None:
+        self._compiled = compiled
+        self._slots = tuple(slots)
+        self._fake_operands = tuple(fake_operands)
+        # The weight each slot saw last, and its state: saves the look-up by tensor.
+        self._last: list[tuple[Callable[[], Any], WeightState] | None] = [None] * len(slots)
+
+    def __call__(self, *args: Any) -> Any:
+        # DDP's bucketing calls each part once with fake tensors to learn its output's shape.
+        if any(isinstance(argument, FakeTensor) for argument in args):
+            return self._compiled(*args, *self._fake_operands)
+        operands: list[Tensor] = []
+        for index, slot in enumerate(self._slots):
+            weight = args[slot.position]
+            operands += current_operands(weight, slot, self._state(index, slot, weight))
+        return self._compiled(*args, *operands)
+
+    def _state(self, index: int, slot: WeightSlot, weight: Tensor) -> WeightState:
+        last = self._last[index]
+        if last is not None and last[0]() is weight:
+            return last[1]
+        state = weight_state(weight, slot)
+        self._last[index] = (ref(weight), state)
+        return state

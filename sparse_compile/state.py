@@ -1,0 +1,123 @@
+"""What is derived from each weight: beta, frozen at first use, and the operands that the GEMMs read.
+
+The operands of a weight are made once per optimizer step and reused by microbatches, recomputation and evaluation.
+Tensor versions alone cannot tell when a weight changed: fused optimizers do not bump them.  So operands are reused
+only if the weight's version, its address and the count of optimizer steps are unchanged, and an optimizer that has
+stepped owns the weight; a weight that no such optimizer owns is pruned at every call.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from sparse_compile.kernels import ops, reference
+from sparse_compile.passes.rewrite import WeightSlot
+from sparse_compile.recipe import Projection
+from sparse_compile.torch_internals import WeakTensorKeyDictionary
+
+
+class WeightState:
+    """The operands of one weight for one projection and orientation."""
+
+    __slots__ = ("beta", "beta_tensor", "operands", "refreshes", "stamp")
+
+    def __init__(self) -> None:
+        self.beta: float | None = None
+        self.beta_tensor: Tensor | None = None
+        self.operands: tuple[Tensor, ...] = ()
+        self.stamp: tuple[int, int, int] | None = None  # optimizer steps, version, address
+        self.refreshes = 0  # how often the operands were made
+
+
+class _OptimizerSteps:
+    """Counts optimizer steps and knows which parameters an optimizer that has stepped owns."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._owned: WeakKeyDictionary[Optimizer, tuple[int, frozenset[int]]] = WeakKeyDictionary()
+        register_optimizer_step_post_hook(self._on_step)
+
+    def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        del args, kwargs
+        self.count += 1
+        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        if self._owned.get(optimizer, (-1, None))[0] != size:
+            ids = frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+            self._owned[optimizer] = (size, ids)
+
+    def owns(self, weight: Tensor) -> bool:
+        return any(id(weight) in ids for _, ids in self._owned.values())
+
+
+_steps = _OptimizerSteps()
+_states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def weight_state(weight: Tensor, slot: WeightSlot) -> WeightState:
+    """The state of a weight for a slot's projection and orientation, made at first use."""
+    states = _states.get(weight)
+    if states is None:
+        states = _states[weight] = {}
+    key = (slot.projection, slot.transposed)
+    state: WeightState | None = states.get(key)
+    if state is None:
+        state = states[key] = WeightState()
+    return state
+
+
+def current_operands(weight: Tensor, slot: WeightSlot, state: WeightState) -> tuple[Tensor, ...]:
+    """The operands of ``weight`` as it is now."""
+    stamp = (_steps.count, weight._version, weight.data_ptr())
+    if stamp == state.stamp and _steps.owns(weight) and not _capturing(weight):
+        return state.operands
+    # Within one optimizer step an earlier call's backward may still need the old operands; after it, addresses stay.
+    in_place = state.stamp is not None and state.stamp[0] != stamp[0]
+    with _plain_tensors():
+        if not in_place:
+            state.operands = slot.new_operands()
+        matrix = weight.detach().t() if slot.transposed else weight.detach()
+        if slot.projection is Projection.SSTE:
+            ops.prune_weight_(matrix, _beta(matrix, slot, state), *state.operands)
+        else:
+            ops.cast_weight_(matrix, *state.operands)
+        if in_place:
+            # A backward that comes after the optimizer step must fail as it does for a dense weight.
+            torch.autograd.graph.increment_version(state.operands)
+    state.stamp = stamp
+    state.refreshes += 1
+    return state.operands
+
+
+def _beta(weight: Tensor, slot: WeightSlot, state: WeightState) -> Tensor:
+    """beta as fp32 ``[1]``: from the first weight that is not projected to zero, then frozen."""
+    if state.beta_tensor is None:
+        beta = reference.sste_beta(weight)
+        if beta is None:
+            return ops.unit_scale(weight.device)
+        if not math.isfinite(beta):
+            raise ValueError(
+                f"the weight of {slot.name!r} holds NaN or infinite values at its first use, so its S-STE scale beta "
+                f"is {beta}; initialise or load it before the first step"
+            )
+        state.beta = beta
+        state.beta_tensor = torch.tensor([beta], dtype=torch.float32, device=weight.device)
+    return state.beta_tensor
+
+
+def _capturing(weight: Tensor) -> bool:
+    """While the user captures a CUDA graph of the whole step, pruning must be part of it."""
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Operands made under inference_mode could not be saved for a later backward."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

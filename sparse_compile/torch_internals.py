@@ -1,0 +1,167 @@
+"""Every private name of PyTorch that we lean on, in one place.  ``self_test`` says which are missing."""
+
+import copy
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["WeakTensorKeyDictionary"]
+
+_GRAPH_MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason")
+
+
+def self_test() -> list[str]:
+    """The private names that this PyTorch lacks; empty on every supported version."""
+    missing = []
+    for path in (
+        "torch._dynamo.backends.registry._BACKENDS",
+        "torch._guards.detect_fake_mode",
+        "torch._inductor.compile_fx.compile_fx",
+        "torch._inductor.cudagraph_trees.reset_cudagraph_trees",
+        "torch._functorch.aot_autograd.boxed_nop_preserve_node_meta",
+        "torch._TorchCompileInductorWrapper",
+        "torch.ops.higher_order.tag_activation_checkpoint",
+    ):
+        module, _, name = path.rpartition(".")
+        try:
+            owner = __import__(module, fromlist=["_"]) if module.startswith("torch._") else torch.ops.higher_order
+            getattr(owner, name)
+        except (ImportError, AttributeError):
+            missing.append(path)
+    return missing
+
+
+def register_entry_point(name: str, value: str) -> None:
+    """Make ``torch.compile(backend=name)`` work where the package is importable but not installed.
+
+    The same entry as an installation's metadata gives, so that both together register one backend.
+    """
+    from torch._dynamo.backends import registry
+
+    registry._BACKENDS.setdefault(name, EntryPoint(name=name, value=value, group="torch_dynamo_backends"))
+
+
+def inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Inductor's configuration for a ``mode`` and ``options`` of torch.compile, validated as Inductor does."""
+    config: dict[str, Any] = torch._TorchCompileInductorWrapper(mode, options, None).config  # type: ignore[no-untyped-call]
+    return config
+
+
+def inductor_option_names() -> set[str]:
+    from torch._inductor import config
+
+    return set(config.get_config_copy())
+
+
+def compile_graph(
+    graph_module: GraphModule,
+    inputs: Sequence[Any],
+    patches: Mapping[str, Any],
+    *,
+    generate_code: bool,
+    cacheable_function: str,
+) -> Callable[..., Any]:
+    """AOTAutograd and Inductor over a pre-grad graph; without code generation, the traced graphs run eagerly."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    inner = compile_fx_inner if generate_code else _run_eagerly
+    # AOTAutograd caches graphs that call a python function only if told what stands for the function's code.
+    cacheable = {"unsafe_marked_cacheable_functions": {cacheable_function: _sources_hash()}}
+    compiled: Callable[..., Any] = compile_fx(
+        graph_module, list(inputs), inner_compile=inner, config_patches={**patches, **cacheable}
+    )
+    return compiled
+
+
+@cache
+def _sources_hash() -> str:
+    """Hash of the package's sources: a changed package must miss the compiler's caches."""
+    folders = os.walk(Path(__file__).parent, followlinks=True)
+    sources = sorted(Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py"))
+    return sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+
+
+def _run_eagerly(graph_module: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    from torch._functorch.aot_autograd import boxed_nop_preserve_node_meta
+
+    run: Callable[..., Any] = boxed_nop_preserve_node_meta(graph_module, inputs)
+    return run
+
+
+def reset_cuda_graphs() -> None:
+    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+    reset_cudagraph_trees()  # type: ignore[no-untyped-call]
+
+
+def backend_fake_mode(inputs: Sequence[Any]) -> Any:
+    """The FakeTensorMode in which AOTAutograd will trace; not the one of the nodes' ``example_value``."""
+    from torch._guards import detect_fake_mode
+
+    return detect_fake_mode(inputs)
+
+
+def clone_graph_module(graph_module: GraphModule) -> GraphModule:
+    """A copy of dynamo's graph that may be edited, checkpointed bodies included.
+
+    Dynamo reads its own graph again after the backend returns, so that graph must stay as it is.
+    """
+    clone = GraphModule(graph_module, copy.deepcopy(graph_module.graph), class_name=type(graph_module).__name__)
+    clone.meta = dict(graph_module.meta)
+    for name in _GRAPH_MODULE_ATTRIBUTES:
+        if hasattr(graph_module, name):
+            setattr(clone, name, getattr(graph_module, name))
+    for old, new in zip(graph_module.graph.nodes, clone.graph.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+        if new.op == "get_attr" and isinstance(getattr(clone, new.target, None), GraphModule):
+            setattr(clone, new.target, clone_graph_module(getattr(clone, new.target)))
+    return clone
+
+
+def is_checkpoint(node: Node) -> bool:
+    """Whether the node is an activation-checkpointed region: a call of its body, its first argument."""
+    return node.op == "call_function" and node.target is torch.ops.higher_order.tag_activation_checkpoint
+
+
+def example_value(node: Any) -> Any:
+    """The fake value that dynamo recorded for a node; None for what is not a node or has none."""
+    return node.meta.get("example_value") if isinstance(node, Node) else None
+
+
+def real_parameter(node: Node) -> torch.nn.Parameter | None:
+    """The parameter behind a placeholder of dynamo's graph."""
+    argument = node.meta.get("grapharg")
+    real = argument.example if argument is not None else None
+    return real if isinstance(real, torch.nn.Parameter) else None
+
+
+def parameter_name(node: Node) -> str:
+    """Dotted name of the parameter behind a placeholder, from its access path, less a final ``.weight``."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", None)
+    text = name() if callable(name) else name
+    if not isinstance(text, str):
+        return node.name
+    parts = re.findall(r"\['([^']+)'\]", text)
+    parts = parts[1:] if text.startswith("L[") and len(parts) > 1 else parts
+    return ".".join(parts).removesuffix(".weight") or text
+
+
+def add_static_input(graph: Graph, name: str, fake: torch.Tensor) -> Node:
+    """Append a placeholder whose storage keeps its address between calls, as a parameter does."""
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    node.meta = {"example_value": fake, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    return node
