@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
+from importlib import import_module
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,21 @@ _GRAPH_MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "
 def self_test() -> list[str]:
     """The private names that this PyTorch lacks; empty on every supported version."""
     missing = []
-    for path in (
-        "torch._dynamo.backends.registry._BACKENDS",
-        "torch._guards.detect_fake_mode",
-        "torch._inductor.compile_fx.compile_fx",
-        "torch._inductor.cudagraph_trees.reset_cudagraph_trees",
-        "torch._functorch.aot_autograd.boxed_nop_preserve_node_meta",
-        "torch._TorchCompileInductorWrapper",
-        "torch.ops.higher_order.tag_activation_checkpoint",
+    for module, name in (
+        ("torch", "_TorchCompileInductorWrapper"),
+        ("torch._dynamo.backends.registry", "_BACKENDS"),
+        ("torch._functorch.aot_autograd", "boxed_nop_preserve_node_meta"),
+        ("torch._guards", "detect_fake_mode"),
+        ("torch._inductor.compile_fx", "compile_fx"),
+        ("torch._inductor.cudagraph_trees", "reset_cudagraph_trees"),
+        ("torch._subclasses.fake_tensor", "FakeTensor"),
     ):
-        module, _, name = path.rpartition(".")
         try:
-            owner = __import__(module, fromlist=["_"]) if module.startswith("torch._") else torch.ops.higher_order
-            getattr(owner, name)
-        except (ImportError, AttributeError):
-            missing.append(path)
+            found = hasattr(import_module(module), name)
+        except ImportError:
+            found = False
+        if not found:
+            missing.append(f"{module}.{name}")
     return missing
 
 
@@ -153,7 +154,7 @@ def parameter_name(node: Node) -> str:
     if not isinstance(text, str):
         return node.name
     parts = re.findall(r"\['([^']+)'\]", text)
-    parts = parts[1:] if text.startswith("L[") and len(parts) > 1 else parts
+    parts = parts[1:] if text.startswith("L['self']") else parts
     return ".".join(parts).removesuffix(".weight") or text
 
 

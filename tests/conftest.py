@@ -1,0 +1,123 @@
+"""Fixtures of all tests: a small transformer, a clean slate, and the mark of tests that need a Hopper GPU."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sparse_compile
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return  # there a gpu test runs or fails, it is never skipped
+    skip = pytest.mark.skip(reason="needs an NVIDIA Hopper GPU; torch.cuda.is_available() is False")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def clean_slate() -> Iterator[None]:
+    torch._dynamo.reset()
+    sparse_compile.report().graphs.clear()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+class Conv1D(nn.Module):
+    """A linear whose weight is stored ``[in_features, out_features]`` and spelt addmm, as in GPT-2."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_features, out_features).normal_(std=in_features**-0.5))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
+        return flat.view(*x.shape[:-1], self.weight.shape[1])
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int, layer: Callable[[int, int], nn.Module], gated: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.ffn_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = layer(width, 3 * width), layer(width, width)
+        self.up, self.down = layer(width, 4 * width), layer(4 * width, width)
+        self.gate = layer(width, 4 * width) if gated else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(*qkv.unbind(0), is_causal=True)
+        x = x + self.proj(attended.transpose(1, 2).reshape(batch, tokens, width))
+        h = self.ffn_norm(x)
+        hidden = F.gelu(self.up(h)) if self.gate is None else F.silu(self.gate(h)) * self.up(h)
+        return x + self.down(hidden)
+
+
+class SmallGPT(nn.Module):
+    def __init__(
+        self,
+        layer: Callable[[int, int], nn.Module] = nn.Linear,
+        *,
+        width: int = 64,
+        depth: int = 2,
+        vocabulary: int = 128,
+        gated: bool = False,
+        tied: bool = False,
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(Block(width, 4, layer, gated) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+        self.checkpoint = checkpoint
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if self.checkpoint else block(x)
+        logits = self.head(self.norm(x))
+        return logits if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+@pytest.fixture
+def small_gpt() -> type[SmallGPT]:
+    return SmallGPT
+
+
+@pytest.fixture
+def conv1d() -> type[Conv1D]:
+    return Conv1D
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    """Token ids and targets, ``[2, 32]``, vocabulary 128."""
+    ids = torch.randint(0, 128, (2, 33), generator=torch.Generator().manual_seed(1))
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+@pytest.fixture
+def trace() -> Callable[..., torch.fx.GraphModule]:
+    """Dynamo's graph of a module's or function's first call."""
+
+    def run(module: Callable[..., object], *args: object) -> torch.fx.GraphModule:
+        graphs: list[torch.fx.GraphModule] = []
+
+        def keep(graph_module: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+            graphs.append(graph_module)
+            return graph_module.forward
+
+        torch.compile(module, backend=keep)(*args)
+        assert len(graphs) == 1
+        return graphs[0]
+
+    return run

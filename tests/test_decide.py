@@ -1,0 +1,109 @@
+"""DECIDE: a plan or a rejection for each linear; every reason has a row."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparse_compile.owners import ParameterOwners
+from sparse_compile.passes.decide import decide
+from sparse_compile.passes.find import Reason, find
+from sparse_compile.recipe import FP8, SSTE
+
+
+def decisions(graph, targets="ffn", owners=None):
+    sites, _ = find(graph)
+    plans, rejections = decide(sites, SSTE, targets, owners or ParameterOwners())
+    return {plan.site.name: plan.recipe for plan in plans}, {r.name: r.reason for r in rejections}
+
+
+def test_ffn_gets_the_recipe_and_attention_dense_fp8(trace, small_gpt, batch):
+    plans, rejections = decisions(trace(small_gpt(depth=1), *batch))
+    assert plans == {"blocks.0.qkv": FP8, "blocks.0.proj": FP8, "blocks.0.up": SSTE, "blocks.0.down": SSTE}
+    assert rejections == {"head": Reason.HEAD}
+
+
+def test_all_linears_but_the_head(trace, small_gpt, batch):
+    plans, rejections = decisions(trace(small_gpt(depth=1), *batch), "all")
+    assert set(plans.values()) == {SSTE}
+    assert len(plans) == 4
+    assert rejections == {"head": Reason.HEAD}
+
+
+def test_glob_names_the_targets_the_head_too(trace, small_gpt, batch):
+    plans, rejections = decisions(trace(small_gpt(depth=1), *batch), "*[hp][er][ao][dj]")
+    assert plans == {"blocks.0.qkv": FP8, "blocks.0.proj": SSTE, "blocks.0.up": FP8, "blocks.0.down": FP8, "head": SSTE}
+    assert rejections == {}
+
+
+def test_named_linear_that_cannot_be_rewritten_is_an_error(trace, small_gpt, batch):
+    model = small_gpt(depth=1)
+    model.blocks[0].up.weight.requires_grad_(False)
+    graph = trace(model, *batch)
+    with pytest.raises(ValueError, match=r"names 'blocks.0.up', which can't be rewritten: weight is frozen"):
+        decisions(graph, "*up")
+
+
+def single(layer):
+    """A linear inside a residual branch, so that it is no head."""
+    return lambda x: x.sum() + layer(x).sum()
+
+
+@pytest.mark.parametrize(
+    ("in_features", "out_features", "reason"),
+    [
+        (66, 64, Reason.SHAPE),
+        (64, 72, Reason.SHAPE),
+        (48, 64, Reason.TOO_SMALL),
+        (64, 16, Reason.TOO_SMALL),
+    ],
+)
+def test_shapes(trace, in_features, out_features, reason):
+    layer = nn.Linear(in_features, out_features)
+    assert decisions(trace(single(layer), torch.randn(8, in_features))) == ({}, {"layer": reason})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_dtypes(trace, dtype):
+    layer = nn.Linear(64, 64, dtype=dtype)
+    graph = trace(lambda x: layer(x).abs().sum() + x.abs().sum(), torch.randn(8, 64, dtype=dtype))
+    assert decisions(graph) == ({}, {"layer": Reason.DTYPE})
+
+
+def test_integer_weight(trace):
+    weight = nn.Parameter(torch.ones(64, 64, dtype=torch.int32), requires_grad=False)
+    graph = trace(lambda x: (x @ weight).sum() + x.sum(), torch.ones(8, 64, dtype=torch.int32))
+    assert list(decisions(graph)[1].values()) == [Reason.DTYPE]
+
+
+def test_weight_of_three_dimensions(trace):
+    experts = nn.Parameter(torch.randn(4, 64, 64))
+    graph = trace(lambda x: (x @ experts).sum() + x.sum(), torch.randn(4, 8, 64))
+    assert list(decisions(graph)[1].values()) == [Reason.NOT_2D]
+
+
+def test_tied_within_the_graph(trace, small_gpt, batch):
+    _, rejections = decisions(trace(small_gpt(tied=True), *batch), owners=lambda parameter: [])
+    assert rejections == {"embedding": Reason.TIED}
+
+
+def test_frozen(trace):
+    layer = nn.Linear(64, 64).requires_grad_(False)
+    assert decisions(trace(single(layer), torch.randn(8, 64))) == ({}, {"layer": Reason.FROZEN})
+
+
+def test_unrelated_modules_own_nothing():
+    layer = nn.Linear(64, 64)
+    owners = ParameterOwners()
+    assert owners(layer.weight) == ["Linear.weight"]
+    assert owners(nn.Parameter(torch.zeros(1))) == []
+
+
+def test_used_by_relu_between(trace):
+    """A weight read by two linears of one graph stays dense in both."""
+    layer = nn.Linear(64, 64)
+    graph = trace(lambda x: layer(F.relu(layer(x))).sum() + x.sum(), torch.randn(8, 64))
+    sites, _ = find(graph)
+    plans, rejections = decide(sites, SSTE, "ffn", ParameterOwners())
+    assert plans == []
+    assert [r.reason for r in rejections] == [Reason.TIED, Reason.TIED]

@@ -1,0 +1,174 @@
+"""The differentiable linear: exact where fp8 is exact, unbiased where it samples, finite where dense is."""
+
+import pytest
+import torch
+
+from sparse_compile.kernels import ops, reference
+from sparse_compile.linear import linear
+from sparse_compile.recipe import FP8, RECIPES, SSTE, SSTE_APPROXIMATE, Projection
+
+SEED = torch.tensor([42])
+
+
+def operands_of(weight, recipe):
+    """What the state keeps of ``weight [N, K]``."""
+    if recipe.projection is Projection.SSTE:
+        operands = ops.new_pruned_weight(*weight.shape, weight.device)
+        ops.prune_weight_(weight.detach(), torch.ones(1), *operands)
+    else:
+        operands = ops.new_cast_weight(*weight.shape, weight.device)
+        ops.cast_weight_(weight.detach(), *operands)
+    return operands
+
+
+def small_integers(rows, columns):
+    """Integers of magnitude 7 at most, 7 in every row and column: e4m3 with any of our scales holds them exactly."""
+    x = torch.randint(-7, 8, (rows, columns)).float()
+    x[torch.arange(rows), torch.arange(rows) % columns] = 7.0
+    x[torch.arange(columns) % rows, torch.arange(columns)] = 7.0
+    return x
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_dense_fp8_is_exact_on_small_integers(transposed):
+    x = small_integers(40, 64).requires_grad_()
+    weight = small_integers(32, 64)
+    stored = (weight.t().contiguous() if transposed else weight.clone()).requires_grad_()
+    bias = torch.arange(32.0).requires_grad_()
+    grad_output = small_integers(40, 32)
+    y = linear(x, stored, bias, None, 0, "fp8", transposed, torch.float32, *operands_of(weight, FP8))
+    y.backward(grad_output)
+    assert torch.equal(y, x @ weight.t() + bias)
+    assert torch.equal(x.grad, grad_output @ weight)
+    grad_weight = grad_output.t() @ x
+    assert torch.equal(stored.grad, grad_weight.t() if transposed else grad_weight)
+    assert torch.equal(bias.grad, grad_output.sum(0))
+
+
+@pytest.mark.parametrize("recipe", [SSTE, SSTE_APPROXIMATE], ids=lambda recipe: recipe.name)
+def test_sste_is_exact_on_small_integers_but_for_the_sampling(recipe):
+    x = small_integers(40, 64).requires_grad_()
+    weight = 2 * small_integers(32, 64)
+    weight[0, :4] = torch.tensor([14.0, 0.0, 0.0, 1.0])  # max |S| = 14 = 2 * 7
+    soft = reference.soft_threshold24(weight)
+    assert soft.abs().max() == 14
+    parameter = weight.clone().requires_grad_()
+    grad_output = small_integers(40, 32)
+    y = linear(x, parameter, None, SEED, 5, recipe.name, False, torch.float32, *operands_of(weight, recipe))
+    y.backward(grad_output)
+    assert torch.equal(y, x @ soft.t())
+    assert torch.equal(x.grad, grad_output @ soft)
+    # Straight through: the gradient of the projected weight, neither masked nor scaled, up to the sampled grad_output.
+    error = parameter.grad - grad_output.t() @ x
+    assert not torch.equal(error, torch.zeros_like(error))
+    assert error.norm() < 1.5 * (grad_output.t() @ x).norm()
+
+
+@pytest.mark.parametrize("recipe", [SSTE, SSTE_APPROXIMATE], ids=lambda recipe: recipe.name)
+def test_weight_gradient_is_unbiased(recipe):
+    """The mean over many seeds approaches the exact gradient as 1 / sqrt(samples)."""
+    samples = 400
+    x, weight, grad_output = torch.randn(64, 64), torch.randn(16, 64), torch.randn(64, 16)
+    operands = operands_of(weight, recipe)
+    grads = []
+    for sample in range(samples):
+        parameter = weight.clone().requires_grad_()
+        y = linear(x, parameter, None, torch.tensor([sample]), 0, recipe.name, False, torch.float32, *operands)
+        y.backward(grad_output)
+        grads.append(parameter.grad)
+    stacked = torch.stack(grads)
+    bias = stacked.mean(0) - grad_output.t() @ x
+    # Rounding x and the samples to e4m3 moves each product by a relative 2^-4 / sqrt(3) at random, whatever the seed.
+    rounding = 2 * (2.0**-4 / 3**0.5) ** 2 * (grad_output.square().t() @ x.square())
+    deviation = (stacked.var(0) / samples + rounding).sqrt()
+    assert (bias / deviation).square().mean() < 1.0
+    assert bool((bias.abs() < 5 * deviation).all())
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_close_to_the_dense_product_of_the_projected_weight(recipe, dtype):
+    """Output and input gradient within the noise of e4m3: about 2^-4 / sqrt(3) relative for each operand."""
+    x = torch.randn(3, 24, 64).to(dtype).requires_grad_()
+    weight = (torch.randn(48, 64) / 8).to(dtype)
+    parameter = weight.clone().requires_grad_()
+    projected = reference.soft_threshold24(weight.double()) if recipe is not FP8 else weight.double()
+    y = linear(x, parameter, None, SEED, 0, recipe.name, False, dtype, *operands_of(weight, recipe))
+    grad_output = torch.randn_like(y)
+    y.backward(grad_output)
+    assert y.dtype is x.grad.dtype is parameter.grad.dtype is dtype
+    expected, expected_grad = x.double() @ projected.t(), grad_output.double() @ projected
+    assert (y - expected).norm() < 0.05 * expected.norm()
+    assert (x.grad - expected_grad).norm() < 0.05 * expected_grad.norm()
+
+
+def test_scales_follow_each_token():
+    """Tokens that differ by orders of magnitude keep their relative precision."""
+    x = torch.randn(40, 64) * torch.logspace(-12, 4, 40)[:, None]
+    weight = torch.randn(32, 64)
+    y = linear(x, weight, None, None, 0, "fp8", False, torch.float32, *operands_of(weight, FP8))
+    expected = x @ weight.t()
+    assert bool(((y - expected).norm(dim=1) < 0.06 * expected.norm(dim=1)).all())
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_zero_gradients_and_zero_inputs_stay_zero(recipe):
+    x, weight = torch.zeros(20, 64, requires_grad=True), torch.randn(32, 64)
+    x.data[3] = 1e6
+    parameter = weight.clone().requires_grad_()
+    y = linear(x, parameter, None, SEED, 0, recipe.name, False, torch.float32, *operands_of(weight, recipe))
+    assert torch.equal(y[4:], torch.zeros(16, 32))
+    y.backward(torch.zeros_like(y))
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert torch.equal(parameter.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_gradient_stays_visible(recipe, value):
+    """Gradient scalers skip a step when a gradient is not finite: a cast must not hide that."""
+    x, weight = torch.randn(20, 64, requires_grad=True), torch.randn(32, 64)
+    parameter = weight.clone().requires_grad_()
+    y = linear(x, parameter, None, SEED, 0, recipe.name, False, torch.float32, *operands_of(weight, recipe))
+    grad_output = torch.randn_like(y)
+    grad_output[7, 5] = value
+    y.backward(grad_output)
+    assert not x.grad[7].isfinite().any()
+    assert x.grad[8:].isfinite().all()
+    assert not parameter.grad.isfinite().any()
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_input_or_weight_stays_visible(recipe, value):
+    x, weight = torch.randn(20, 64), torch.randn(32, 64)
+    operands = operands_of(weight, recipe)
+    x[7, 5] = value
+    y = linear(x, weight, None, SEED, 0, recipe.name, False, torch.float32, *operands)
+    assert not y[7].isfinite().any()
+    assert y[8:].isfinite().all()
+    weight[3, 2] = value
+    y = linear(x, weight, None, SEED, 0, recipe.name, False, torch.float32, *operands_of(weight, recipe))
+    assert not y.isfinite().any()
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64), (64,), (1, 64)])
+def test_any_leading_dimensions(recipe, shape):
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(32, 64)
+    parameter = weight.clone().requires_grad_()
+    y = linear(x, parameter, torch.zeros(32), SEED, 0, recipe.name, False, torch.float32, *operands_of(weight, recipe))
+    assert y.shape == (*shape[:-1], 32)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert parameter.grad.isfinite().all()
+    if x.numel() == 0:
+        assert torch.equal(parameter.grad, torch.zeros_like(weight))
+
+
+def test_soft_threshold_gradcheck():
+    """S is piecewise linear: autograd's derivative of the definition agrees with finite differences in fp64."""
+    weight = torch.randn(4, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(reference.soft_threshold24, (weight,))
+
+

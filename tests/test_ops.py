@@ -1,0 +1,133 @@
+"""The ops: registration, fakes and dispatch.  Their numbers are tested with the kernels."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from sparse_compile.kernels import ops, reference
+from sparse_compile.kernels.formats import E4M3
+
+SEED = torch.tensor([1234567])
+
+
+def pruned(n, k):
+    buffers = ops.new_pruned_weight(n, k, torch.device("cpu"))
+    ops.prune_weight_(torch.randn(n, k), torch.ones(1), *buffers)
+    return buffers
+
+
+def fp8(*shape):
+    return torch.randn(shape).to(E4M3)
+
+
+def cases():
+    values, metadata, _, scale_inv = pruned(48, 80)
+    tokens = torch.rand(20) + 0.5
+    yield "prune_weight_", (torch.randn(48, 80), torch.ones(1), *pruned(48, 80))
+    yield "prune_weight_", (torch.randn(80, 48).t(), torch.ones(1), *pruned(48, 80))
+    yield "cast_weight_", (torch.randn(48, 80), *ops.new_cast_weight(48, 80, torch.device("cpu")))
+    for dtype in (torch.float32, torch.bfloat16):
+        yield "cast_transpose", (torch.randn(20, 48).to(dtype), tokens, tokens)
+        for approximate in (False, True):
+            yield "cast_mvue", (torch.randn(20, 48).to(dtype), tokens, tokens, SEED, 3, approximate)
+    yield "transpose_tokens", (fp8(20, 48),)
+    for transpose in (False, True):
+        yield "sparse_mm", (values, metadata, fp8(20, 80), scale_inv, tokens, torch.bfloat16, transpose)
+        yield "sparse_mm", (values, metadata, fp8(20, 80), scale_inv, None, torch.float32, transpose)
+    yield "scaled_mm", (fp8(20, 80), fp8(48, 80), scale_inv, torch.bfloat16)
+
+
+CASES = list(cases())
+NAMES = [name for name, _ in CASES]
+# opcheck's own schema test compares inputs with allclose, which fp8 lacks: check_schema stands in for it.
+CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def bits(tensor):
+    return tensor.clone().view(torch.uint8) if tensor.dtype is E4M3 else tensor.clone()
+
+
+def check_schema(name, arguments):
+    """The op writes into the arguments that its schema says it mutates, into no other, and returns no alias."""
+    op = getattr(torch.ops.sparse_compile, name).default
+    before = [bits(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+    results = op(*arguments)
+    results = results if isinstance(results, tuple) else (results,)
+    for argument, old, declared in zip(arguments, before, op._schema.arguments, strict=True):
+        if not isinstance(argument, torch.Tensor):
+            continue
+        if declared.alias_info is None:
+            assert torch.equal(bits(argument), old), declared.name
+        for result in results:
+            assert result is None or result.data_ptr() != argument.data_ptr(), declared.name
+
+
+@pytest.mark.parametrize(("name", "arguments"), CASES, ids=NAMES)
+def test_opcheck(name, arguments):
+    check_schema(name, arguments)
+    opcheck(getattr(torch.ops.sparse_compile, name), arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 15])
+def test_few_tokens(tokens):
+    """No batch is too small, not even an empty one."""
+    values, metadata, weight_t, scale_inv = pruned(48, 80)
+    x, scale = fp8(tokens, 80), torch.ones(tokens)
+    assert ops.sparse_mm(values, metadata, x, scale_inv, scale, torch.float32, True).shape == (tokens, 48)
+    assert ops.scaled_mm(fp8(tokens, 48), weight_t, scale_inv, torch.float32).shape == (tokens, 80)
+    row, *operand = ops.cast_mvue(torch.randn(tokens, 48), scale, scale, SEED, 0, False)
+    assert row.shape == (tokens, 48)
+    grad_weight = ops.sparse_mm(*operand, ops.transpose_tokens(x), scale_inv, None, torch.float32, False)
+    assert grad_weight.shape == (48, 80)
+    if tokens == 0:
+        assert torch.equal(grad_weight, torch.zeros(48, 80))
+
+
+def test_cpu_is_emulated_and_the_reason_says_so():
+    assert ops.emulation_reason(torch.device("cpu")) == "no kernels for cpu"
+
+
+def test_autocast_does_not_reach_into_the_ops():
+    a, b = fp8(16, 64), fp8(16, 64)
+    expected = reference.scaled_mm(a, b, torch.ones(1), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ops.scaled_mm(a, b, torch.ones(1), torch.float32), expected)
+
+
+def test_import_needs_no_triton():
+    code = "import sys; sys.modules['triton'] = None; import sparse_compile.kernels.ops"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.gpu
+def test_hopper_runs_kernels_unless_told_otherwise():
+    device = torch.device("cuda")
+    assert ops.emulation_reason(device) is None
+    with ops.force_reference():
+        assert ops.emulation_reason(device) == "the eager reference was asked for"
+    assert ops.emulation_reason(device) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "arguments"), CASES, ids=NAMES)
+def test_opcheck_on_the_gpu(name, arguments):
+    moved = tuple(a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments)
+    check_schema(name, moved)
+    opcheck(getattr(torch.ops.sparse_compile, name), moved, test_utils=CHECKS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 15, 4097])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_scaled_mm_against_fp64(tokens, out_dtype):
+    a, b = fp8(tokens, 768).cuda(), fp8(3072, 768).cuda()
+    scale_inv = torch.full((1,), 0.37, device="cuda")
+    expected = a.double() @ b.double().t() * scale_inv.double()
+    actual = ops.scaled_mm(a, b, scale_inv, out_dtype)
+    # The tensor core aligns products to 2^-13 of the largest of an instruction before adding them.
+    budget = 2.0**-13 * (a.double().abs() @ b.double().abs().t()) * scale_inv.double()
+    rounding = torch.finfo(out_dtype).eps * expected.abs()
+    assert bool(((actual.double() - expected).abs() <= budget + rounding).all())

@@ -1,0 +1,72 @@
+"""What the user may say, and what is answered to anything else."""
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_compile.options import Executor, read_options
+from sparse_compile.recipe import FP8, SSTE, Estimator, Gemm, Projection, Recipe
+
+
+def test_defaults():
+    options = read_options(None, None)
+    assert (options.recipe, options.targets, options.executor) == (SSTE, "ffn", Executor.INDUCTOR)
+    assert options.inductor == {}
+
+
+def test_ours_and_inductors_are_told_apart():
+    options = read_options(None, {"sste.recipe": "fp8", "sste.executor": "eager", "epilogue_fusion": False})
+    assert (options.recipe, options.executor) == (FP8, Executor.EAGER)
+    assert options.inductor == {"epilogue_fusion": False}
+
+
+def test_modes_are_inductors():
+    assert read_options("reduce-overhead", None).inductor["triton.cudagraphs"] is True
+    assert read_options("max-autotune", None).inductor["max_autotune"] is True
+    with pytest.raises(RuntimeError, match="Unrecognized mode=bogus"):
+        read_options("bogus", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sste.recipy": "fp8"}, r"unknown option 'sste.recipy'; did you mean 'sste.recipe'\?"),
+        ({"sste.recipe": "sste"}, r"option 'sste.recipe' is 'sste'; did you mean 's-ste'\? allowed are 'fp8', 's-ste'"),
+        ({"sste.recipe": None}, r"option 'sste.recipe' is None; .*allowed are"),
+        ({"sste.executor": "cuda"}, r"option 'sste.executor' is 'cuda'; .*allowed are 'eager', 'inductor'"),
+        ({"sste.targets": 3}, r"option 'sste.targets' is 3; allowed are 'ffn', 'all' or a glob"),
+        ({"sste.targets": ""}, r"option 'sste.targets' is ''; allowed are"),
+        ({"epilog_fusion": True}, r"unknown option 'epilog_fusion': .*did you mean 'epilogue_fusion'\?"),
+    ],
+)
+def test_unknown_names_and_values(options, message):
+    with pytest.raises(ValueError, match=message):
+        read_options(None, options)
+
+
+def test_the_user_of_torch_compile_sees_the_error():
+    model = torch.compile(nn.Linear(64, 64), backend="sste", options={"sste.recipe": "t-sr-ste"})
+    with pytest.raises(Exception, match="option 'sste.recipe' is 't-sr-ste'"):
+        model(torch.randn(8, 64))
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"fprop": Gemm.FP8}, "fprop is 2:4 if and only if the weight is projected"),
+        ({"estimator": None}, "wgrad is 2:4 if and only if an estimator is named"),
+        ({"dgrad": Gemm.SPARSE24}, "dgrad must be dense fp8"),
+    ],
+)
+def test_recipes_are_consistent(field, message):
+    fields = {
+        "name": "x",
+        "projection": Projection.SSTE,
+        "fprop": Gemm.SPARSE24,
+        "dgrad": Gemm.FP8,
+        "wgrad": Gemm.SPARSE24,
+        "estimator": Estimator.EXACT_MVUE,
+    }
+    Recipe(**fields)
+    with pytest.raises(ValueError, match=message):
+        Recipe(**(fields | field))

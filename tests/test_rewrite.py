@@ -1,0 +1,105 @@
+"""REWRITE and VERIFY: op counts, inputs and metadata before and after; verify catches a broken edit."""
+
+import pytest
+import torch
+
+from sparse_compile.errors import SparseCompileError
+from sparse_compile.linear import linear
+from sparse_compile.owners import ParameterOwners
+from sparse_compile.passes.decide import decide
+from sparse_compile.passes.find import find
+from sparse_compile.passes.rewrite import rewrite
+from sparse_compile.passes.verify import verify
+from sparse_compile.recipe import FP8, SSTE, Projection
+from sparse_compile.torch_internals import clone_graph_module, is_checkpoint
+
+
+def planned(graph, recipe=SSTE):
+    clone = clone_graph_module(graph)
+    plans, _ = decide(find(clone)[0], recipe, "ffn", ParameterOwners())
+    return clone, plans
+
+
+def count(graph_module, target):
+    found = sum(node.op == "call_function" and node.target is target for node in graph_module.graph.nodes)
+    bodies = [getattr(graph_module, n.args[0].target) for n in graph_module.graph.nodes if is_checkpoint(n)]
+    return found + sum(count(body, target) for body in bodies)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_counts_before_and_after(trace, small_gpt, batch, checkpoint):
+    graph = trace(small_gpt(checkpoint=checkpoint), *batch)
+    assert count(graph, torch._C._nn.linear) == 9
+    clone, plans = planned(graph)
+    slots = rewrite(clone, plans)
+    verify(clone, plans)
+    assert count(clone, linear) == 8
+    assert count(clone, torch._C._nn.linear) == 1
+    assert count(clone, torch.randint) == 1
+    # The graph that dynamo still needs is untouched.
+    assert count(graph, torch._C._nn.linear) == 9
+    assert count(graph, linear) == 0
+    added = [n.name for n in clone.graph.nodes if n.op == "placeholder" and n.name.startswith("sste_")]
+    assert len(added) == sum({Projection.SSTE: 4, Projection.NONE: 3}[slot.projection] for slot in slots)
+
+
+def test_slots_name_the_weights_in_the_order_of_the_inputs(trace, small_gpt, conv1d, batch):
+    graph = trace(small_gpt(conv1d, depth=1), *batch)
+    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    clone, plans = planned(graph)
+    for slot in rewrite(clone, plans):
+        weight = placeholders[slot.position].meta["example_value"]
+        assert weight.shape == (slot.in_features, slot.out_features)
+        assert slot.transposed
+        assert slot.projection is (Projection.SSTE if "up" in slot.name or "down" in slot.name else Projection.NONE)
+
+
+def test_no_seed_without_an_estimator(trace, small_gpt, batch):
+    clone, plans = planned(trace(small_gpt(), *batch), FP8)
+    rewrite(clone, plans)
+    verify(clone, plans)
+    assert count(clone, torch.randint) == 0
+
+
+def test_metadata_is_kept(trace, small_gpt, batch):
+    graph = trace(small_gpt(depth=1), *batch)
+    before = [n.meta for n in graph.graph.nodes if n.target is torch._C._nn.linear]
+    clone, plans = planned(graph)
+    rewrite(clone, plans)
+    after = [n.meta for n in clone.graph.nodes if n.target is linear]
+    assert [set(meta) for meta in after] == [set(meta) for meta in before[: len(after)]]
+
+
+def test_nothing_to_do(trace):
+    graph = trace(lambda x: x.sin(), torch.randn(4))
+    clone, plans = planned(graph)
+    assert plans == []
+    assert rewrite(clone, plans) == []
+    verify(clone, plans)
+
+
+def test_verify_catches_a_lost_rewrite(trace, small_gpt, batch):
+    clone, plans = planned(trace(small_gpt(), *batch))
+    rewrite(clone, plans)
+    node = next(n for n in clone.graph.nodes if n.target is linear)
+    node.target = torch.relu
+    with pytest.raises(SparseCompileError, match="7 rewritten nodes for 8 plans"):
+        verify(clone, plans)
+
+
+def test_verify_catches_another_output(trace, small_gpt, batch):
+    clone, plans = planned(trace(small_gpt(), *batch))
+    rewrite(clone, plans)
+    node = next(n for n in clone.graph.nodes if n.target is linear)
+    node.args = (*node.args[:7], torch.bfloat16, *node.args[8:])
+    with pytest.raises(SparseCompileError, match=r"output dtype was torch.float32, is torch.bfloat16"):
+        verify(clone, plans)
+
+
+def test_verify_catches_an_ill_formed_graph(trace, small_gpt, batch):
+    clone, plans = planned(trace(small_gpt(), *batch))
+    rewrite(clone, plans)
+    nodes = [n for n in clone.graph.nodes if n.target is linear]
+    nodes[0].args = (nodes[1], *nodes[0].args[1:])
+    with pytest.raises(RuntimeError, match="used before it has been defined"):
+        verify(clone, plans)
