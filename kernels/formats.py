@@ -15,6 +15,7 @@ Padding to multiples of 128 keeps every row 16-byte aligned for TMA and every me
 """
 
 import torch
+from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -41,3 +42,12 @@ def values_shape(rows: int, columns: int) -> tuple[int, int]:
 def metadata_shape(rows: int, columns: int) -> tuple[int, int, int, int]:
     """Shape of the ``metadata`` of a 2:4 operand ``[rows, columns]``."""
     return (padded(columns) // 128, padded(rows) // 16, 32, 2)
+
+
+def check_buffer(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError unless ``tensor`` is contiguous and has this shape, dtype and device."""
+    if (tuple(tensor.shape), tensor.dtype, tensor.device) != (shape, dtype, device) or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}; "
+            f"needed is {dtype} {shape}, contiguous, on {device}"
+        )

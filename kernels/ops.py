@@ -8,7 +8,7 @@ and not differentiable: ``linear.py`` composes them into differentiable linears.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,11 +16,13 @@ from torch import Tensor
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import E4M3, metadata_shape, padded, values_shape
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _LIBRARY = torch.library.Library("sparse_compile", "DEF")
 _reference_forced = False
 
 
-# ------------------------------------------------------------------------------------------------------------ dispatch
 @cache
 def _capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)
@@ -49,12 +51,12 @@ def force_reference() -> Iterator[None]:
         _reference_forced = before
 
 
-def _op(schema: str, eager: Callable[..., Any], kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def _op(schema: str, eager: Callable[P, R], kernel: Callable[P, R], fake: Callable[P, R]) -> Callable[P, R]:
     """Define one op; ``kernel`` imports its launcher itself."""
     name = schema.split("(")[0]
 
-    def implementation(*args: Any, **kwargs: Any) -> Any:
-        device = args[0].device
+    def implementation(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = cast(Tensor, args[0]).device
         if emulation_reason(device) is None:
             return kernel(*args, **kwargs)
         # Autocast would silently turn the fp32 products of the reference into bf16.
@@ -64,14 +66,13 @@ def _op(schema: str, eager: Callable[..., Any], kernel: Callable[..., Any], fake
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sparse_compile::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.sparse_compile, name)
+    return cast(Callable[P, R], getattr(torch.ops.sparse_compile, name).default)
 
 
 def _empty(like: Tensor, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
 def new_pruned_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised ``values, metadata, weight_t, scale_inv`` for ``prune_weight_`` of a weight ``[n, k]``."""
     return (
@@ -107,7 +108,7 @@ prune_weight_ = _op(
     "Tensor(d!) scale_inv) -> ()",
     _prune_weight_eager,
     _prune_weight_kernel,
-    lambda weight, beta, values, metadata, weight_t, scale_inv: None,
+    lambda weight, beta, *buffers: None,
 )
 
 
@@ -126,11 +127,10 @@ cast_weight_ = _op(
     "cast_weight_(Tensor weight, Tensor(a!) payload, Tensor(b!) payload_t, Tensor(c!) scale_inv) -> ()",
     _cast_weight_eager,
     _cast_weight_kernel,
-    lambda weight, payload, payload_t, scale_inv: None,
+    lambda weight, *buffers: None,
 )
 
 
-# --------------------------------------------------------------------------------------------------------- activations
 def _cast_transpose_kernel(x: Tensor, row_scale: Tensor, token_scale: Tensor) -> tuple[Tensor, Tensor]:
     from sparse_compile.kernels.quantize import launch_cast_transpose
 
@@ -202,7 +202,6 @@ cast_mvue = _op(
 )
 
 
-# --------------------------------------------------------------------------------------------------------------- GEMMs
 def _sparse_mm_kernel(
     values: Tensor,
     metadata: Tensor,

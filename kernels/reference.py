@@ -25,7 +25,6 @@ def saturating_cast(x: Tensor) -> Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
-# --------------------------------------------------------------------------------------------------------------- S-STE
 def soft_threshold24(weight: Tensor) -> Tensor:
     """S(W) of S-STE: per group of four along the last dimension, ``sign(w) * max(|w| - t, 0)``.
 
@@ -109,7 +108,6 @@ def _tensorwise_scale(x: Tensor) -> tuple[Tensor, Tensor]:
     return limit / amax, amax / limit
 
 
-# ------------------------------------------------------------------------------------------------------ 2:4 compression
 def compress24(dense: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Values and metadata of ``dense [R, C]``, keeping ``positions`` (int, ``[R, C / 4, 2]``, ascending)."""
     rows, columns = dense.shape
@@ -140,7 +138,6 @@ def decompress24(values: Tensor, metadata: Tensor) -> Tensor:
     return dense.scatter_(-1, positions, raw).reshape(rows, column_blocks * 128).view(values.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------- MVUE
 def philox4x32(seed: Tensor, c0: Tensor, c1: Tensor, c2: int) -> list[Tensor]:
     """Four 32-bit random words (as int64) per counter ``(c0, c1, c2, 0)``, keyed by the 64-bit ``seed [1]``."""
     key0, key1 = seed & _MASK32, seed >> 32 & _MASK32
@@ -239,7 +236,6 @@ def _mvue24_approximate(a: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([first, second], dim=-1), a / inclusion
 
 
-# --------------------------------------------------------------------------------------------------- casts of activations
 def cast_transpose(x: Tensor, row_scale: Tensor, token_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Two e4m3 copies of ``x [T, C]``: ``x * row_scale`` as it lies, and ``x * token_scale`` token-major.
 
@@ -287,7 +283,6 @@ def cast_mvue(
     return row, values, metadata
 
 
-# ---------------------------------------------------------------------------------------------------------------- GEMMs
 def sparse_mm(
     values: Tensor,
     metadata: Tensor,

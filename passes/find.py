@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from sparse_compile.passes.roles import Role, assign_roles
 from sparse_compile.passes.spelling import Spelling, is_unsupported_contraction, read_linear
 from sparse_compile.report import Row
-from sparse_compile.torch_internals import example_value, is_checkpoint, parameter_name
+from sparse_compile.torch_internals import checkpoint_body, example_value, is_checkpoint, parameter_name
 
 
 class Reason(Enum):
@@ -140,7 +140,7 @@ def _regions(graph_module: GraphModule) -> Iterator[Region]:
         yield region
         for node in region.graph_module.graph.nodes:
             if is_checkpoint(node):
-                body = getattr(region.graph_module, node.args[0].target)
+                body = checkpoint_body(region.graph_module, node)
                 inside = [n for n in body.graph.nodes if n.op == "placeholder"]
                 handed = dict(zip(inside, node.args[1:], strict=True))
                 pending.append(

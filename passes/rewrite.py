@@ -20,7 +20,7 @@ from sparse_compile.linear import linear
 from sparse_compile.passes.decide import Plan
 from sparse_compile.passes.find import LinearSite, Region
 from sparse_compile.recipe import Projection
-from sparse_compile.torch_internals import add_static_input, example_value
+from sparse_compile.torch_internals import add_static_input, checkpoint_body, example_value
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _hand_in(nodes: Sequence[Node], region: Region) -> list[Node]:
     """The same values inside a checkpointed region: each call on the way takes them as further operands."""
     handed = list(nodes)
     for caller, call in region.calls:
-        body = getattr(caller, call.args[0].target)  # type: ignore[union-attr]
+        body = checkpoint_body(caller, call)
         inside = []
         for node in handed:
             existing = [n for n in body.graph.nodes if n.op == "placeholder"]

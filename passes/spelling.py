@@ -57,9 +57,7 @@ def is_unsupported_contraction(node: Node) -> bool:
     return node.op in ("call_function", "call_method") and name in _UNSUPPORTED
 
 
-def _spelling(
-    input: Any, weight: Any, bias: Any, *, stored_transposed: bool, refusal: str | None = None
-) -> Spelling:
+def _spelling(input: Any, weight: Any, bias: Any, *, stored_transposed: bool, refusal: str | None = None) -> Spelling:
     root, flipped = _strip(weight)
     return Spelling(input=input, weight=root, bias=bias, transposed=stored_transposed != flipped, refusal=refusal)
 
@@ -103,10 +101,13 @@ def _is_transposition(node: Node) -> bool:
         return node.args[1] in ("T", "mT")
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     dims = tuple(dim % 2 for dim in _flat(node.args[1:]) if isinstance(dim, int))
-    return name == "t" or (name in ("transpose", "swapaxes", "permute") and dims in ((0, 1), (1, 0)) and (
-        name != "permute" or dims == (1, 0)
-    ))
+    return name == "t" or (
+        name in ("transpose", "swapaxes", "permute")
+        and dims in ((0, 1), (1, 0))
+        and (name != "permute" or dims == (1, 0))
+    )
 
 
 def _flat(arguments: Any) -> list[Any]:
-    return [item for argument in arguments for item in (argument if isinstance(argument, (tuple, list)) else [argument])]
+    nested = (argument if isinstance(argument, (tuple, list)) else [argument] for argument in arguments)
+    return [item for items in nested for item in items]

@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node, map_arg
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.linear import linear
 from sparse_compile.passes.decide import Plan
-from sparse_compile.torch_internals import example_value, is_checkpoint
+from sparse_compile.torch_internals import checkpoint_body, example_value, is_checkpoint
 
 
 def verify(graph_module: GraphModule, plans: Sequence[Plan]) -> None:
@@ -35,7 +35,7 @@ def _linear_nodes(graph_module: GraphModule) -> list[Node]:
     nodes = []
     for node in graph_module.graph.nodes:
         if is_checkpoint(node):
-            nodes += _linear_nodes(getattr(graph_module, node.args[0].target))
+            nodes += _linear_nodes(checkpoint_body(graph_module, node))
         elif node.op == "call_function" and node.target is linear:
             nodes.append(node)
     return nodes

@@ -60,7 +60,7 @@ def sste(
         cacheable_function=f"{linear.__module__}.{linear.__name__}",
     )
 
-    rows = tuple(item.row() for item in (*plans, *rejections, *near_misses))
+    rows = (*(plan.row() for plan in plans), *(rejection.row() for rejection in (*rejections, *near_misses)))
     emulated = sorted({reason for device in devices if (reason := ops.emulation_reason(device))})
     record(GraphReport(rows=rows, execution="emulated: " + "; ".join(emulated) if emulated else "kernels"))
     logger.info("rewrote %d of %d linears", len(plans), len(rows))

@@ -5,4 +5,4 @@ class SparseCompileError(Exception):
     """A stage broke its own contract: a bug in sparse_compile.  Names the stage and the node."""
 
     def __init__(self, stage: str, node: str, detail: str) -> None:
-        super().__init__(f"{stage} failed at node {node!r}: {detail}. This is a bug in sparse_compile, please report it.")
+        super().__init__(f"{stage} failed at {node!r}: {detail}; this is a bug in sparse_compile, please report it")

@@ -44,7 +44,8 @@ def linear(
         operands: what ``state`` keeps of the weight for this recipe: ``values, metadata, weight_t, scale_inv`` where
             it is projected to 2:4, ``payload, payload_t, scale_inv`` where it is cast only.
     """
-    result: Tensor = _Linear.apply(x, weight, bias, seed, index, recipe_name, transposed, out_dtype, *operands)  # type: ignore[no-untyped-call]
+    arguments = (x, weight, bias, seed, index, recipe_name, transposed, out_dtype, *operands)
+    result: Tensor = _Linear.apply(*arguments)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -76,7 +77,7 @@ class _Linear(torch.autograd.Function):
         return output.reshape(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
-    @once_differentiable  # type: ignore[no-untyped-call]
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x_fp8, x_scale_inv, weight_t, weight_scale_inv, seed = ctx.saved_tensors
         grad = grad_output.reshape(-1, grad_output.shape[-1])
@@ -150,6 +151,7 @@ def _cast_grad(
     token_scales = x_scale_inv * (limit / bound)
     scale_inv = bound / limit
     if ctx.recipe.wgrad is Gemm.SPARSE24:
+        assert seed is not None  # rewrite hands one to every recipe with an estimator
         approximate = ctx.recipe.estimator is Estimator.APPROXIMATE_MVUE
         grad_fp8, *operand = ops.cast_mvue(grad, row_scale, token_scales, seed, ctx.index, approximate)
     else:
@@ -161,7 +163,8 @@ def _wgrad(ctx: Any, operand: tuple[Tensor, ...], x_fp8: Tensor, scale_inv: Tens
     """grad_weight = grad_output.T @ input, in the layout and dtype of the weight."""
     x_t = ops.transpose_tokens(x_fp8)
     if ctx.recipe.wgrad is Gemm.SPARSE24:
-        return ops.sparse_mm(*operand, x_t, scale_inv, None, ctx.weight_dtype, ctx.transposed)
+        values, metadata = operand
+        return ops.sparse_mm(values, metadata, x_t, scale_inv, None, ctx.weight_dtype, ctx.transposed)
     (grad_t,) = operand
     gemm_dtype = torch.bfloat16 if ctx.weight_dtype is torch.bfloat16 else torch.float32
     a, b = (x_t, grad_t) if ctx.transposed else (grad_t, x_t)

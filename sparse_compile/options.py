@@ -49,15 +49,15 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
             ours[name.removeprefix(_PREFIX)] = value
         else:
             inductors[name] = value
-    known = {"recipe", "targets", "executor"}
+    known = [_PREFIX + name for name in ("recipe", "targets", "executor")]
     for name in ours:
-        if name not in known:
-            raise ValueError(f"unknown option {_PREFIX + name!r}; {_suggest(_PREFIX + name, (_PREFIX + k for k in known))}")
+        if _PREFIX + name not in known:
+            raise ValueError(f"unknown option {_PREFIX + name!r}; {_suggest(_PREFIX + name, known)}")
     names = inductor_option_names() if inductors else set()
     for name in inductors:
         if name.replace("-", "_") not in names:
-            choices = [*names, *(_PREFIX + k for k in known)]
-            raise ValueError(f"unknown option {name!r}: neither ours nor Inductor's; {_suggest(name, choices, few=True)}")
+            nearest = _suggest(name, [*names, *known], few=True)
+            raise ValueError(f"unknown option {name!r}: neither ours nor Inductor's; {nearest}")
     targets = ours.get("targets", "ffn")
     if not isinstance(targets, str) or not targets:
         raise ValueError(f"option 'sste.targets' is {targets!r}; allowed are 'ffn', 'all' or a glob of module names")

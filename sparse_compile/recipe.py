@@ -69,8 +69,6 @@ SSTE_APPROXIMATE = Recipe(
     wgrad=Gemm.SPARSE24,
     estimator=Estimator.APPROXIMATE_MVUE,
 )
-FP8 = Recipe(
-    name="fp8", projection=Projection.NONE, fprop=Gemm.FP8, dgrad=Gemm.FP8, wgrad=Gemm.FP8, estimator=None
-)
+FP8 = Recipe(name="fp8", projection=Projection.NONE, fprop=Gemm.FP8, dgrad=Gemm.FP8, wgrad=Gemm.FP8, estimator=None)
 
 RECIPES = {recipe.name: recipe for recipe in (SSTE, SSTE_APPROXIMATE, FP8)}

@@ -68,21 +68,20 @@ _report = Report()
 
 
 def report() -> Report:
-    """The report of this process."""
+    """The report of this process.  A program that asks for it is not shown it again when it ends."""
+    atexit.unregister(_write_to_stderr)
     return _report
 
 
 def record(graph: GraphReport) -> None:
     """Add a graph; from the first one on, the report is written to stderr when the process ends."""
     if not _report.graphs:
-        atexit.unregister(_write_at_exit)
-        atexit.register(_write_at_exit)
+        atexit.register(_write_to_stderr)
     _report.graphs.append(graph)
 
 
-def _write_at_exit() -> None:
-    if _report.graphs:
-        sys.stderr.write(f"\n{_report}\n")
+def _write_to_stderr() -> None:
+    sys.stderr.write(f"\n{_report}\n")
 
 
 def _table(number: int, graph: GraphReport) -> str:

@@ -9,7 +9,7 @@ from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -53,7 +53,7 @@ def register_entry_point(name: str, value: str) -> None:
 
 def inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """Inductor's configuration for a ``mode`` and ``options`` of torch.compile, validated as Inductor does."""
-    config: dict[str, Any] = torch._TorchCompileInductorWrapper(mode, options, None).config  # type: ignore[no-untyped-call]
+    config: dict[str, Any] = torch._TorchCompileInductorWrapper(mode, options, None).config
     return config
 
 
@@ -74,13 +74,11 @@ def compile_graph(
     """AOTAutograd and Inductor over a pre-grad graph; without code generation, the traced graphs run eagerly."""
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    inner = compile_fx_inner if generate_code else _run_eagerly
+    inner: Any = compile_fx_inner if generate_code else _run_eagerly
     # AOTAutograd caches graphs that call a python function only if told what stands for the function's code.
     cacheable = {"unsafe_marked_cacheable_functions": {cacheable_function: _sources_hash()}}
-    compiled: Callable[..., Any] = compile_fx(
-        graph_module, list(inputs), inner_compile=inner, config_patches={**patches, **cacheable}
-    )
-    return compiled
+    compiled: Any = compile_fx(graph_module, list(inputs), inner_compile=inner, config_patches={**patches, **cacheable})
+    return cast(Callable[..., Any], compiled)
 
 
 @cache
@@ -101,7 +99,7 @@ def _run_eagerly(graph_module: GraphModule, inputs: Sequence[Any], **_: Any) -> 
 def reset_cuda_graphs() -> None:
     from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 
-    reset_cudagraph_trees()  # type: ignore[no-untyped-call]
+    reset_cudagraph_trees()
 
 
 def backend_fake_mode(inputs: Sequence[Any]) -> Any:
@@ -134,6 +132,11 @@ def is_checkpoint(node: Node) -> bool:
     return node.op == "call_function" and node.target is torch.ops.higher_order.tag_activation_checkpoint
 
 
+def checkpoint_body(caller: GraphModule, call: Node) -> GraphModule:
+    """The graph that a checkpointed region runs."""
+    return cast(GraphModule, getattr(caller, str(cast(Node, call.args[0]).target)))
+
+
 def example_value(node: Any) -> Any:
     """The fake value that dynamo recorded for a node; None for what is not a node or has none."""
     return node.meta.get("example_value") if isinstance(node, Node) else None
@@ -164,5 +167,5 @@ def add_static_input(graph: Graph, name: str, fake: torch.Tensor) -> Node:
     with graph.inserting_after(last):
         node = graph.placeholder(name)
     node.meta = {"example_value": fake, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     return node

@@ -59,13 +59,13 @@ class IndependentLinear(torch.autograd.Function):
         soft = projected(weight) if beta is not None else weight
         w8, w_inv = quantised(soft, soft.abs().max())
         w_inv = w_inv * (beta if beta is not None else 1.0)
-        ctx.save_for_backward(x8 * x_inv, w8 * w_inv, seed)
+        ctx.save_for_backward(w8 * w_inv, seed)
         ctx.x8, ctx.x_inv, ctx.index, ctx.sparse = x8, x_inv, index, beta is not None
         return ((x8 * x_inv) @ (w8 * w_inv).t() + bias).reshape(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad_output):
-        x, w, seed = ctx.saved_tensors
+        w, seed = ctx.saved_tensors
         grad = grad_output.reshape(-1, grad_output.shape[-1])
         g8, g_inv = quantised(grad, grad.abs().amax(1, keepdim=True))
         folded = grad * ctx.x_inv

@@ -170,5 +170,3 @@ def test_soft_threshold_gradcheck():
     """S is piecewise linear: autograd's derivative of the definition agrees with finite differences in fp64."""
     weight = torch.randn(4, 16, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(reference.soft_threshold24, (weight,))
-
-

@@ -46,7 +46,7 @@ def test_unknown_names_and_values(options, message):
 
 def test_the_user_of_torch_compile_sees_the_error():
     model = torch.compile(nn.Linear(64, 64), backend="sste", options={"sste.recipe": "t-sr-ste"})
-    with pytest.raises(Exception, match="option 'sste.recipe' is 't-sr-ste'"):
+    with pytest.raises(Exception, match=r"option 'sste\.recipe' is 't-sr-ste'"):
         model(torch.randn(8, 64))
 
 

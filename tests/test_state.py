@@ -1,4 +1,4 @@
-"""The state of weights: beta frozen at first use, one prune per optimizer step, safe with optimizers that hide theirs."""
+"""The state of weights: beta frozen at first use, one prune per optimizer step, whatever the optimizer hides."""
 
 import math
 

@@ -1,0 +1,32 @@
+# Sourced by train.sh and test.sh.  `use_environment EXTRA` goes to the repository root, makes sure that the package and
+# its EXTRA are installed there in .venv, and puts .venv/bin first on PATH.  Quick when nothing changed.
+#
+# PYTHON=python3.12   the interpreter that .venv is made from (default: python3)
+# NO_VENV=1           install nothing: use PYTHON as it is, with this checkout on PYTHONPATH
+
+use_environment() {
+  local extra=$1 python=${PYTHON:-python3} stamp
+  cd "$(dirname "${BASH_SOURCE[0]}")/.."
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sparse_compile needs Python 3.10 or newer")'
+
+  if [ "${NO_VENV:-0}" = 1 ]; then
+    export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+    PYTHON=$python
+    return
+  fi
+
+  stamp=.venv/installed-$extra
+  if [ ! -x .venv/bin/python ]; then
+    "$python" -m venv .venv
+  fi
+  export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
+  unset PYTHONHOME PYTHONPATH
+  PYTHON=.venv/bin/python
+  if ! cat constraints.txt pyproject.toml | cmp -s - "$stamp"; then
+    echo "installing torch, then sparse_compile[$extra], into .venv (minutes where torch must be downloaded)"
+    # torch first and pinned, so that no later requirement can pull in another build of it.
+    "$PYTHON" -m pip install --quiet --quiet --constraint constraints.txt torch setuptools
+    "$PYTHON" -m pip install --quiet --quiet --constraint constraints.txt --no-build-isolation --editable ".[$extra]"
+    cat constraints.txt pyproject.toml > "$stamp"
+  fi
+}

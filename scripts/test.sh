@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Set up .venv and run all checks and tests.
+# Arguments go to pytest; PYTHON and NO_VENV are described in environment.sh.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+use_environment dev
+if [ "${NO_VENV:-0}" = 1 ]; then
+  echo "NO_VENV=1: tests only; ruff, mypy and codespell run where .venv is set up"
+else
+  pre-commit run --all-files --show-diff-on-failure
+fi
+exec "$PYTHON" -m pytest "$@"

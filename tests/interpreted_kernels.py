@@ -1,0 +1,176 @@
+"""Kernels on the CPU in Triton's interpreter, bit for bit against the eager reference.
+
+The interpreter must be chosen before Triton is imported, so the tests run this file as a program of its own:
+
+    TRITON_INTERPRET=1 python -m tests.interpreted_kernels {prune,quantize,mvue}
+
+The interpreter rounds fp32 to e4m3 wrongly.  The kernels therefore write their payloads as fp32 here, and torch casts.
+"""
+
+import sys
+import warnings
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_compile.kernels import mvue, prune, quantize, reference
+from sparse_compile.kernels.formats import E4M3, metadata_shape, padded, values_shape
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(shape, float("nan") if dtype.is_floating_point else -559038737, dtype=dtype)
+
+
+def assert_same_payload(actual: Tensor, expected: Tensor, what: str) -> None:
+    """fp32 ``actual``, cast, has the bits of e4m3 ``expected``; the sign of NaN is free."""
+    assert actual.shape == expected.shape, what
+    actual_bits, expected_bits = (x.view(torch.uint8) for x in (reference.saturating_cast(actual), expected))
+    nan = (actual_bits & 0x7F == 0x7F) & (expected_bits & 0x7F == 0x7F)
+    differing = int(((actual_bits != expected_bits) & ~nan).sum())
+    assert differing == 0, f"{what}: {differing} of {actual.numel()} differ"
+
+
+def assert_same(actual: Tensor, expected: Tensor, what: str) -> None:
+    assert torch.equal(actual.nan_to_num(nan=-1.0), expected.nan_to_num(nan=-1.0)), what
+
+
+def check_prune() -> None:
+    prune.E4M3 = torch.float32
+    torch.manual_seed(0)
+    with_nan, with_infinity, infinities = torch.randn(3, 32, 48).unbind()
+    with_nan[3, 5:7], with_nan[3, 4] = float("nan"), float("-inf")
+    with_infinity[7, 12] = float("-inf")
+    infinities[20, 4:8] = float("inf")
+    cases = {
+        **{
+            f"random {shape} {dtype}": torch.randn(shape).to(dtype)
+            for shape in ((16, 16), (80, 144))
+            for dtype in DTYPES
+        },
+        "transposed": torch.randn(144, 80).bfloat16().t(),
+        "strided": torch.randn(96, 160).bfloat16()[::2, ::2],
+        "ties": torch.randint(-3, 4, (64, 128)).bfloat16(),
+        "zero": torch.zeros(16, 32),
+        "negative zero": torch.full((16, 32), -0.0),
+        "tiny": torch.randn(16, 32) * 1e-38,
+        "NaN": with_nan,
+        "infinity": with_infinity,
+        "infinities": infinities,
+    }
+    for name, weight in cases.items():
+        n, k = weight.shape
+        beta = torch.tensor([1.4839])
+        values, weight_t, scale_inv = poisoned(*values_shape(n, k)), poisoned(k, n), poisoned(1)
+        metadata = poisoned(*metadata_shape(n, k), dtype=torch.int32)
+        prune.launch_prune_weight(weight, beta, values, metadata, weight_t, scale_inv)
+        expected = reference.prune_weight(weight, beta)
+        assert_same_payload(values, expected[0], f"values, {name}")
+        assert_same(metadata, expected[1], f"metadata, {name}")
+        assert_same_payload(weight_t, expected[2], f"weight_t, {name}")
+        assert_same(scale_inv, expected[3], f"scale_inv, {name}")
+
+        payload, payload_t, scale_inv = poisoned(n, k), poisoned(k, n), poisoned(1)
+        prune.launch_cast_weight(weight, payload, payload_t, scale_inv)
+        expected = reference.cast_weight(weight)
+        assert_same_payload(payload, expected[0], f"payload, {name}")
+        assert_same_payload(payload_t, expected[1], f"payload_t, {name}")
+        assert_same(scale_inv, expected[2], f"cast scale_inv, {name}")
+
+
+def check_quantize() -> None:
+    torch.manual_seed(0)
+    for tokens in (1, 15, 100, 257):
+        for columns, dtype in ((16, torch.bfloat16), (80, torch.float16), (144, torch.float32)):
+            x = torch.randn(tokens, columns).to(dtype)
+            x[0, :3] = torch.tensor([float("nan"), float("inf"), -0.0])
+            row_scale, token_scale = torch.rand(2, tokens).mul(1000).unbind()
+            row, column = poisoned(tokens, columns), poisoned(columns, padded(tokens))
+            quantize.E4M3 = torch.float32
+            quantize.launch_cast_transpose(x, row_scale, token_scale, row, column)
+            expected_row, expected_column = reference.cast_transpose(x, row_scale, token_scale)
+            assert_same_payload(row, expected_row, f"row, {tuple(x.shape)}")
+            assert_same_payload(column, expected_column, f"column, {tuple(x.shape)}")
+
+            quantize.E4M3 = E4M3
+            out = torch.full((columns, padded(tokens)), 0x7F, dtype=torch.uint8).view(E4M3)
+            quantize.launch_transpose_tokens(expected_row, out)
+            expected = reference.transpose_tokens(expected_row)
+            assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8)), f"transpose, {tuple(x.shape)}"
+
+
+@triton.jit
+def philox_kernel(seed_ptr, counter_ptr, words_ptr):
+    c0, c1 = tl.load(counter_ptr), tl.load(counter_ptr + 1)
+    c2, c3 = tl.load(counter_ptr + 2), tl.load(counter_ptr + 3)
+    word0, word1, word2, word3 = tl.philox(tl.load(seed_ptr), c0, c1, c2, c3)
+    tl.store(words_ptr, word0.to(tl.int32, bitcast=True))
+    tl.store(words_ptr + 1, word1.to(tl.int32, bitcast=True))
+    tl.store(words_ptr + 2, word2.to(tl.int32, bitcast=True))
+    tl.store(words_ptr + 3, word3.to(tl.int32, bitcast=True))
+
+
+def int32(words: str) -> Tensor:
+    return torch.tensor([int(word, 16) for word in words.split()]).to(torch.int32)
+
+
+def check_philox() -> None:
+    # Known answers of philox4x32-10 published with Random123: counter, key, words.
+    for counter, key, words in (
+        ("0 0 0 0", "0 0", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ):
+        low, high = int32(key).tolist()
+        seed = torch.tensor([high << 32 | low & 0xFFFFFFFF])
+        drawn = torch.empty(4, dtype=torch.int32)
+        philox_kernel[(1,)](seed, int32(counter), drawn)
+        assert torch.equal(drawn, int32(words)), f"philox, counter {counter}"
+
+
+def hard_groups(tokens: int, columns: int) -> Tensor:
+    """Random groups of four tokens mixed with every special case of the two estimators."""
+    grad = torch.randn(padded(tokens), columns)
+    nan, inf = float("nan"), float("inf")
+    special = torch.tensor(
+        [
+            [0.0, 0.0, 0.0, 0.0], [-0.0, 0.0, -0.0, 0.0], [0.0, -3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 2.0],
+            [1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 0.0, 0.0], [1.0, 1.0, 2.0, 0.0], [1.0, 2.0, 3.0, -4.0],
+            [0.1, 0.2, -0.3, 5.0], [-5.0, 0.1, 0.2, 0.3], [1e-30, 0.0, -1.0, 1e30], [1e-42, 2e-42, 3e-42, 1e-45],
+            [nan, 1.0, 0.0, -1.0], [inf, 1.0, 0.0, -1.0], [1.0, -inf, inf, 0.0], [3e38, 3e38, 3e38, 3e38],
+        ]
+    )  # fmt: skip
+    groups = grad.view(-1, 4, columns)
+    chosen = torch.rand(groups.shape[0], columns) < 0.5
+    kind = torch.randint(len(special), (groups.shape[0], columns))
+    mixed = torch.where(chosen[:, None, :], special[kind].permute(0, 2, 1), groups)
+    return mixed.reshape(-1, columns)[:tokens].contiguous()
+
+
+def check_mvue() -> None:
+    mvue.E4M3 = torch.float32
+    torch.manual_seed(0)
+    shapes = ((1, 16, torch.bfloat16), (15, 80, torch.float32), (100, 16, torch.float16), (257, 144, torch.bfloat16))
+    for approximate in (False, True):
+        for index, (tokens, columns, dtype) in enumerate(shapes):
+            grad = hard_groups(tokens, columns).to(dtype)
+            row_scale, token_scale = torch.rand(2, tokens).mul(10).unbind()
+            seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+            row, values = poisoned(tokens, columns), poisoned(*values_shape(columns, tokens))
+            metadata = poisoned(*metadata_shape(columns, tokens), dtype=torch.int32)
+            mvue.launch_cast_mvue(grad, row_scale, token_scale, seed, index, approximate, row, values, metadata)
+            expected = reference.cast_mvue(grad, row_scale, token_scale, seed, index, approximate)
+            what = f"{tuple(grad.shape)}, approximate {approximate}"
+            assert_same_payload(row, expected[0], f"row, {what}")
+            assert_same(metadata, expected[2], f"metadata, {what}")
+            assert_same_payload(values, expected[1], f"values, {what}")
+    check_philox()
+
+
+if __name__ == "__main__":
+    # NaN and infinity are among the inputs.
+    warnings.simplefilter("ignore", RuntimeWarning)
+    {"prune": check_prune, "quantize": check_quantize, "mvue": check_mvue}[sys.argv[1]]()

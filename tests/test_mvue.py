@@ -1,0 +1,360 @@
+"""MVUE: the two estimators against their mathematics, the random numbers, and the kernel."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels import mvue, reference
+from sparse_compile.kernels.formats import E4M3, MVUE_GAIN, metadata_shape, padded, values_shape
+
+ESTIMATORS = pytest.mark.parametrize("approximate", [False, True], ids=["exact", "approximate"])
+PAIRS = list(combinations(range(4), 2))
+# A grid of uniforms measures an interval with an error below one step; no event here is made of more than two.
+GRID = 2**20
+GRID_ERROR = 2 / GRID
+
+# Magnitudes, inclusion probabilities and total variance, exact and approximate.
+VECTORS = [
+    ((0.5, 0.6, 0.7, 0.9), (0.37037, 0.44444, 0.51852, 0.66667), 1.735, (0.39550, 0.46162, 0.52189, 0.62100), 1.745236),
+    ((0.1, 0.5, 0.6, 1.0), (0.09091, 0.45455, 0.54545, 0.90909), 0.8, (0.11375, 0.51272, 0.59320, 0.78033), 0.843891),
+    ((0.05, 0.3, 1.2, 2.0), (0.03226, 0.19355, 0.77419, 1.0), 0.87, (0.04075, 0.23791, 0.81023, 0.91112), 1.074649),
+    ((0.1, 0.2, 0.3, 5.0), (0.16667, 0.33333, 0.5, 1.0), 0.22, (0.16834, 0.33600, 0.50296, 0.99270), 0.401265),
+    ((1.0, 2.0, 3.0, 4.0), (0.2, 0.4, 0.6, 0.8), 20.0, (0.23452, 0.44127, 0.60833, 0.71587), 20.473561),
+    ((1.0, 1.0, 1.0, 1.0), (0.5, 0.5, 0.5, 0.5), 4.0, (0.5, 0.5, 0.5, 0.5), 4.0),
+]
+BLOCKS = [*(vector[0] for vector in VECTORS), (4.0, 1.0, 3.0, 2.0), (0.0, 1.0, 2.0, 0.0), (3.0, 0.0, 1.0, 1.0)]
+
+
+def sample_on_grid(block: tuple[float, ...], approximate: bool) -> tuple[Tensor, Tensor]:
+    """The dense fp64 outputs ``[GRID, 4]`` and kept positions ``[GRID, 2]`` for evenly spaced uniforms."""
+    groups = torch.tensor(block, dtype=torch.float64).expand(GRID, 4)
+    uniforms = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
+    kept, positions = reference.mvue24(groups, uniforms, approximate)
+    return torch.zeros_like(groups).scatter(-1, positions, kept), positions
+
+
+def exact_inclusion(b: Tensor) -> Tensor:
+    """Chmiel et al.: 2 b / S, or 1 for a largest element above the sum R of the others, and b / R for these."""
+    rest = b.sum() - b.max()
+    return torch.where(b == b.max(), 1.0, b / rest) if b.max() > rest else 2 * b / b.sum()
+
+
+def systematic_pair_probabilities(b: Tensor) -> dict[tuple[int, int], float]:
+    """Overlap of the interval of element i, and that of j one to the left, in [0, 1)."""
+    ends = [0.0, *exact_inclusion(b).cumsum(0).tolist()]
+    return {(i, j): max(0.0, min(ends[i + 1], ends[j + 1] - 1, 1.0) - max(ends[i], ends[j] - 1, 0.0)) for i, j in PAIRS}
+
+
+def successive_pair_probabilities(b: Tensor) -> dict[tuple[int, int], float]:
+    """Two draws without replacement, each proportional to b."""
+    s, b = float(b.sum()), b.tolist()
+    return {(i, j): b[i] * b[j] / s * (1 / (s - b[i]) + 1 / (s - b[j])) for i, j in PAIRS}
+
+
+def pair_probabilities(block: tuple[float, ...], approximate: bool) -> dict[tuple[int, int], float]:
+    b = torch.tensor(block, dtype=torch.float64)
+    return successive_pair_probabilities(b) if approximate else systematic_pair_probabilities(b)
+
+
+def inclusion_probabilities(block: tuple[float, ...], approximate: bool) -> Tensor:
+    pairs = pair_probabilities(block, approximate)
+    return torch.tensor([sum(p for pair, p in pairs.items() if i in pair) for i in range(4)], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: str(vector[0]))
+@ESTIMATORS
+def test_inclusion_and_variance_of_the_test_vectors(vector, approximate) -> None:
+    block, inclusion, variance = vector[0], *(vector[3:] if approximate else vector[1:3])
+    outputs, positions = sample_on_grid(block, approximate)
+    measured = torch.stack([(positions == i).any(-1).double().mean() for i in range(4)])
+    # The table has five decimals of the probabilities and six of the variances.
+    torch.testing.assert_close(measured, torch.tensor(inclusion).double(), rtol=0, atol=5e-6 + GRID_ERROR)
+    squared_error = (outputs - torch.tensor(block)).square().sum(-1).mean()
+    largest = float(outputs.abs().max())
+    assert float(squared_error) == pytest.approx(variance, abs=5e-7 + 4 * GRID_ERROR * largest**2)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@ESTIMATORS
+def test_pair_frequencies(block, approximate) -> None:
+    _, positions = sample_on_grid(block, approximate)
+    frequencies = torch.bincount(positions[:, 0] * 4 + positions[:, 1], minlength=16).double() / GRID
+    for (i, j), probability in pair_probabilities(block, approximate).items():
+        assert float(frequencies[i * 4 + j]) == pytest.approx(probability, abs=GRID_ERROR), (i, j)
+    assert float(frequencies.sum()) == pytest.approx(sum(float(frequencies[i * 4 + j]) for i, j in PAIRS))
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@ESTIMATORS
+def test_unbiased_with_the_variance_of_the_inclusion_probabilities(block, approximate) -> None:
+    signed = tuple(value * sign for value, sign in zip(block, (1, -1, -1, 1), strict=True))
+    outputs, _ = sample_on_grid(signed, approximate)
+    a = torch.tensor(signed, dtype=torch.float64)
+    error = GRID_ERROR * float(outputs.abs().max())
+    torch.testing.assert_close(outputs.mean(0), a, rtol=1e-6, atol=error)
+    inclusion = inclusion_probabilities(block, approximate)
+    variance = torch.where(a != 0, a.square() / inclusion - a.square(), 0.0).sum()
+    measured = (outputs - a).square().sum(-1).mean()
+    torch.testing.assert_close(measured, variance, rtol=1e-6, atol=4 * error * float(outputs.abs().max()))
+
+
+def test_exact_estimator_has_the_smaller_variance() -> None:
+    for block in BLOCKS:
+        b = torch.tensor(block, dtype=torch.float64)
+        exact, approximate = (
+            torch.where(b > 0, b.square() / inclusion_probabilities(block, choice), 0.0).sum()
+            for choice in (False, True)
+        )
+        assert exact <= approximate + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@ESTIMATORS
+def test_random_blocks_keep_two_elements_within_the_gain(approximate, dtype) -> None:
+    torch.manual_seed(0)
+    # From almost equal magnitudes to one dominating.
+    magnitude = torch.exp(torch.randn(400_000, 4, dtype=dtype) * torch.rand(400_000, 1, dtype=dtype) * 4)
+    groups = magnitude * (torch.randint(0, 2, magnitude.shape) * 2 - 1)
+    kept, positions = reference.mvue24(groups, torch.rand(400_000, dtype=dtype), approximate)
+    assert (positions[:, 0] < positions[:, 1]).all()
+    assert positions.min() == 0
+    assert positions.max() == 3
+    assert torch.equal(kept.sign(), groups.gather(-1, positions).sign())
+    gain = kept.abs().amax(-1) / magnitude.amax(-1)
+    # Beyond the bound only by rounding and, in the approximate estimator, by what it adds to the magnitudes.
+    assert 0.99 * MVUE_GAIN < gain.max() <= MVUE_GAIN * (1 + 2**-20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@ESTIMATORS
+def test_blocks_with_at_most_two_nonzeros_are_kept(approximate, dtype) -> None:
+    # The approximate estimator drops a non-zero with a probability of a few 2^-23, at either end of the uniforms.
+    ends = [2.0**-20, 1 - 2.0**-20] if approximate else [0.0, 1 - 2.0**-23]
+    uniforms = torch.tensor([*ends, *(i / 1000 for i in range(1, 1000))], dtype=dtype)
+    for block in [(0, 0, 0, 0), *(tuple(-3.0 * (i == j) for i in range(4)) for j in range(4)), (0, 2, 0, -2)]:
+        groups = torch.tensor(block, dtype=dtype).expand(len(uniforms), 4)
+        kept, positions = reference.mvue24(groups, uniforms, approximate)
+        outputs = torch.zeros_like(groups).scatter(-1, positions, kept)
+        # The true inclusion probability is a few 2^-23 below one in the approximate estimator.
+        torch.testing.assert_close(outputs, groups, rtol=2**-20 if approximate else 0, atol=0)
+
+
+def test_philox_known_answer() -> None:
+    # philox4x32-10 of counter 0 and key 0, published with Random123; the other answers need a fourth counter word.
+    words = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    seed, zero = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    assert [int(word) for word in reference.philox4x32(seed, zero, zero, 0)] == list(words)
+    uniforms = reference.group_uniforms(seed, 0, 32, 1)[:, 0]
+    assert uniforms[::8].tolist() == [(word >> 9) / 2**23 for word in words]
+
+
+def sampled(block: tuple[float, ...], seed: int, index: int, approximate: bool) -> Tensor:
+    """What ``cast_mvue`` makes of 64 columns and 1024 groups of the same four values: ``[64, 1024, 4]``."""
+    grad = torch.tensor(block).repeat(1024)[:, None].expand(4096, 64).contiguous()
+    ones = torch.ones(4096)
+    _, values, metadata = reference.cast_mvue(grad, ones, ones, torch.tensor([seed]), index, approximate)
+    return reference.decompress24(values, metadata).float().reshape(64, 1024, 4)
+
+
+@pytest.mark.parametrize(
+    ("block", "approximate"),
+    # Blocks of which every output is an e4m3 number, so that rounding adds no bias.
+    [((1.0, -2.0, 3.0, 4.0), False), ((0.5, 1.0, -1.5, 8.0), False), ((1.0, -1.0, 1.0, -1.0), True)],
+    ids=str,
+)
+def test_cast_mvue_is_unbiased(block, approximate) -> None:
+    outputs = sampled(block, 1, 0, approximate).reshape(-1, 4).double()
+    a = torch.tensor(block, dtype=torch.float64)
+    inclusion = inclusion_probabilities(tuple(abs(value) for value in block), approximate)
+    sigma = (a.square() * (1 / inclusion - 1) / len(outputs)).clamp_min(0).sqrt()
+    assert ((outputs.mean(0) - a).abs() <= 4 * sigma + 1e-12).all()
+
+
+@pytest.mark.parametrize(
+    "shift",
+    [
+        lambda kept, other: (kept[:, :-1], kept[:, 1:]),
+        lambda kept, other: (kept[:, :-8], kept[:, 8:]),
+        lambda kept, other: (kept[:, :-32], kept[:, 32:]),
+        lambda kept, other: (kept[:-1], kept[1:]),
+        lambda kept, other: (kept[:-32], kept[32:]),
+        lambda kept, other: (kept, other(1, 1)),
+        lambda kept, other: (kept, other(2, 0)),
+        lambda kept, other: (kept, other(1 + 2**32, 0)),
+    ],
+    ids=["group", "word", "token block", "column", "column block", "index", "seed", "upper half of the seed"],
+)
+@ESTIMATORS
+def test_samples_are_independent(approximate, shift: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    def kept_first(seed: int, index: int) -> Tensor:
+        return (sampled((1.0, 1.0, 1.0, 1.0), seed, index, approximate)[:, :, 0] != 0).double()
+
+    a, b = shift(kept_first(1, 0), kept_first)
+    correlation = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
+    assert abs(correlation) < 4 / a.numel() ** 0.5
+
+
+@ESTIMATORS
+def test_the_seed_decides_the_samples(approximate) -> None:
+    torch.manual_seed(0)
+    grad, ones = torch.randn(261, 48), torch.ones(261)
+
+    def draw(seed: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        return reference.cast_mvue(grad, ones, ones, torch.tensor([seed]), index, approximate)
+
+    row, values, metadata = draw(3, 0)
+    for a, b in zip((row, values, metadata), draw(3, 0), strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    # Every word of the 48 rows and of the two full blocks of tokens; the other rows are padding.
+    for seed, index in ((4, 0), (3, 1)):
+        differs = metadata != draw(seed, index)[2]
+        assert differs[:2, :3].double().mean() > 0.99
+        assert not differs[:, 3:].any()
+    assert not reference.decompress24(values, metadata)[:, 261:].view(torch.uint8).any()
+
+
+def test_interpreted_kernel_matches_the_reference() -> None:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "tests.interpreted_kernels", "mvue"]
+    subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+
+
+def buffers(tokens: int, columns: int, device: str) -> list[Tensor]:
+    """``row, values, metadata``, poisoned: e4m3 NaN and illegal words."""
+    row, values = (
+        torch.full(shape, 0x7F, dtype=torch.uint8, device=device).view(E4M3)
+        for shape in ((tokens, columns), values_shape(columns, tokens))
+    )
+    return [row, values, torch.full(metadata_shape(columns, tokens), -559038737, dtype=torch.int32, device=device)]
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Equal bits; only the sign of an e4m3 NaN is free."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    if actual.dtype == torch.int32:
+        assert torch.equal(actual, expected)
+        return
+    actual, expected = actual.view(torch.uint8), expected.view(torch.uint8)
+    nan = (actual & 0x7F == 0x7F) & (expected & 0x7F == 0x7F)
+    assert int(((actual != expected) & ~nan).sum()) == 0
+
+
+def hard_grad(tokens: int, columns: int) -> Tensor:
+    """Random groups of four tokens mixed with every special case of the two estimators."""
+    nan, inf = float("nan"), float("inf")
+    special = torch.tensor(
+        [
+            [0.0, 0.0, 0.0, 0.0], [-0.0, 0.0, -0.0, 0.0], [0.0, -3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 2.0],
+            [1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 0.0, 0.0], [1.0, 1.0, 2.0, 0.0], [1.0, 2.0, 3.0, -4.0],
+            [0.1, 0.2, -0.3, 5.0], [-5.0, 0.1, 0.2, 0.3], [1e-30, 0.0, -1.0, 1e30], [1e-42, 2e-42, 3e-42, 1e-45],
+            [nan, 1.0, 0.0, -1.0], [inf, 1.0, 0.0, -1.0], [1.0, -inf, inf, 0.0], [3e38, 3e38, 3e38, 3e38],
+        ],
+        device="cuda",
+    )  # fmt: skip
+    groups = torch.randn(padded(tokens) // 4, 4, columns, device="cuda")
+    chosen = torch.rand(groups.shape[0], 1, columns, device="cuda") < 0.25
+    kind = torch.randint(len(special), (groups.shape[0], columns), device="cuda")
+    return torch.where(chosen, special[kind].permute(0, 2, 1), groups).reshape(-1, columns)[:tokens].contiguous()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "columns"),
+    [(tokens, columns) for tokens in (1, 15, 100, 4097) for columns in (16, 80)] + [(4097, 3072), (8192, 768)],
+)
+@ESTIMATORS
+def test_kernel_matches_the_reference(tokens, columns, dtype, approximate) -> None:
+    torch.manual_seed(0)
+    grad = hard_grad(tokens, columns).to(dtype)
+    row_scale, token_scale = torch.randn(2, tokens, device="cuda").exp().unbind()
+    for seed, index in ((0, 0), (-(2**63) + 12345, 1), (2**40 + 7, 2**31 - 1)):
+        arguments = (grad, row_scale, token_scale, torch.tensor([seed], device="cuda"), index, approximate)
+        results, again = buffers(tokens, columns, "cuda"), buffers(tokens, columns, "cuda")
+        mvue.launch_cast_mvue(*arguments, *results)
+        mvue.launch_cast_mvue(*arguments, *again)
+        for actual, expected, repeated in zip(results, reference.cast_mvue(*arguments), again, strict=True):
+            assert_same_bits(actual, expected)
+            assert torch.equal(actual.view(torch.uint8), repeated.view(torch.uint8))
+
+
+@pytest.mark.gpu
+@ESTIMATORS
+def test_kernel_draws_anew_for_another_seed_or_index(approximate) -> None:
+    torch.manual_seed(0)
+    grad, ones = torch.randn(512, 128, device="cuda"), torch.ones(512, device="cuda")
+
+    def metadata(seed: int, index: int) -> Tensor:
+        results = buffers(512, 128, "cuda")
+        mvue.launch_cast_mvue(grad, ones, ones, torch.tensor([seed], device="cuda"), index, approximate, *results)
+        return results[2]
+
+    assert (metadata(3, 0) != metadata(4, 0)).double().mean() > 0.99
+    assert (metadata(3, 0) != metadata(3, 1)).double().mean() > 0.99
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits() -> None:
+    # More than 2^31 elements in every payload; only the tokens from `start` on, two tiles, are not zero.
+    start, tokens, columns = 131072, 131072 + 253, 32768
+    torch.manual_seed(0)
+    grad = torch.zeros(tokens, columns, device="cuda", dtype=torch.bfloat16)
+    grad[start:] = torch.randn(tokens - start, columns, device="cuda")
+    scale, seed, index = torch.rand(tokens, device="cuda") * 100, torch.tensor([5], device="cuda"), 3
+    row, values, metadata = results = buffers(tokens, columns, "cuda")
+    mvue.launch_cast_mvue(grad, scale, scale, seed, index, False, *results)
+
+    # As in the reference, with the counters of the last two tiles.
+    scaled = torch.zeros(256, columns, device="cuda")
+    scaled[: tokens - start] = grad[start:].float() * scale[start:, None]
+    c1 = start // 16 + torch.arange(16, device="cuda").reshape(2, 8, 1)
+    words = torch.stack(reference.philox4x32(seed, torch.arange(columns, device="cuda"), c1, index), dim=1)
+    uniforms = (words >> 9).float().mul(2.0**-23).reshape(64, columns)
+    kept, positions = reference.mvue24(scaled.reshape(64, 4, columns).permute(2, 0, 1), uniforms.t(), False)
+    payload = torch.zeros(columns, 64, 4, device="cuda").scatter(-1, positions, kept).reshape(columns, 256)
+    expected_values, expected_metadata = reference.compress24(reference.saturating_cast(payload), positions)
+
+    assert_same_bits(row[start:], reference.saturating_cast(scaled[: tokens - start]))
+    assert_same_bits(values[:, -128:], expected_values)
+    assert_same_bits(metadata[-2:], expected_metadata)
+    assert not row[:start].view(torch.uint8).any()
+    assert not values[:, :-128].view(torch.uint8).any()
+
+
+@pytest.mark.parametrize("size", [(0, 16), (5, 0)], ids=str)
+def test_nothing_is_launched_for_an_empty_input(size) -> None:
+    results = buffers(*size, "cpu")
+    assert all(buffer.numel() == 0 for buffer in results)
+    scale, seed = torch.ones(size[0]), torch.zeros(1, dtype=torch.int64)
+    mvue.launch_cast_mvue(torch.empty(size), scale, scale, seed, 0, False, *results)
+
+
+@pytest.mark.parametrize(
+    ("position", "wrong", "message"),
+    [
+        (0, torch.empty(5, 16, dtype=torch.float64), "grad is torch.float64"),
+        (0, torch.empty(16, 5).t(), r"grad is torch.float32 \(5, 16\) with strides \(1, 5\)"),
+        (1, torch.empty(1), "row_scale is"),
+        (2, torch.empty(5, 1), "token_scale is"),
+        (3, torch.zeros(1, dtype=torch.int32), "seed is torch.int32"),
+        (4, 2**31, "index is 2147483648"),
+        (4, -1, "index is -1"),
+        (6, torch.empty(5, 16), "row is torch.float32"),
+        (7, torch.empty(16, 8, dtype=E4M3), r"values is .* needed is torch.float8_e4m3fn \(16, 64\)"),
+        (8, torch.empty(1, 1, 32, 2, dtype=torch.int32), r"metadata is .* needed is torch.int32 \(1, 8, 32, 2\)"),
+    ],
+)
+def test_launcher_refuses_wrong_arguments(position, wrong, message) -> None:
+    scale, seed = torch.ones(5), torch.zeros(1, dtype=torch.int64)
+    arguments = [torch.empty(5, 16), scale, scale, seed, 0, False, *buffers(5, 16, "cpu")]
+    arguments[position] = wrong
+    with pytest.raises(ValueError, match=message):
+        mvue.launch_cast_mvue(*arguments)

@@ -1,0 +1,157 @@
+"""The forms in which the package is used: wheel, sdist, wheel from sdist, editable, and a checkout on PYTHONPATH."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+LINKS = ("sparse_compile/kernels", "sparse_compile/passes")
+SOURCES = {
+    f"{package}/{path.name}"
+    for package in ("sparse_compile", *LINKS)
+    for path in (REPOSITORY / package).iterdir()
+    if path.suffix == ".py" or path.name == "py.typed"
+}
+
+IMPORT_ALL = """
+import sparse_compile, sparse_compile.passes, sparse_compile.kernels.ops
+print(sparse_compile.__file__, sparse_compile.passes.__file__, sparse_compile.kernels.ops.__file__, sep="\\n")
+"""
+FIND_BACKEND = """
+import sys
+import torch._dynamo
+assert "sste" in torch._dynamo.list_backends()
+assert "sparse_compile" not in sys.modules, "listing the backends imported the package"
+from torch._dynamo.backends.registry import lookup_backend
+from sparse_compile.backend import sste
+assert lookup_backend("sste") is sste
+"""
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Standard output of a command that must succeed; PYTHONPATH is not inherited."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=inherited | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def checkout(to: Path) -> Path:
+    """A copy of the repository's files, links kept."""
+    ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__")
+    return Path(shutil.copytree(REPOSITORY, to, symlinks=True, ignore=ignored))
+
+
+class Environment:
+    """A fresh virtual environment that sees what is installed here, except sparse_compile."""
+
+    def __init__(self, at: Path) -> None:
+        run(sys.executable, "-m", "venv", "--without-pip", at, cwd=at.parent)
+        self.python = at / "bin" / "python"
+        self.elsewhere = at / "elsewhere"
+        self.elsewhere.mkdir()
+        borrowed = at / "borrowed"
+        borrowed.mkdir()
+        for folder in dict.fromkeys(sys.path):
+            if Path(folder).name in ("site-packages", "dist-packages"):
+                for entry in Path(folder).iterdir():
+                    link = borrowed / entry.name
+                    if "sparse_compile" not in entry.name and not link.exists():
+                        link.symlink_to(entry)
+        site_packages = next(at.glob("lib/python*/site-packages"))
+        (site_packages / "borrowed.pth").write_text(f"{borrowed}\n")
+
+    def install(self, *what: str | Path) -> None:
+        """Install from local files only."""
+        offline = ("--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
+        run(sys.executable, "-m", "pip", "--python", self.python, "install", *offline, *what, cwd=self.elsewhere)
+
+    def execute(self, code: str, **environment: str) -> str:
+        """Output of ``code`` run outside the repository."""
+        return run(self.python, "-c", code, cwd=self.elsewhere, **environment)
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Environment:
+    """An environment of the test's own."""
+    return Environment(tmp_path / "environment")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, the wheel made from it, and in ``direct/`` the wheel made from the checkout."""
+    pytest.importorskip("build", reason="the package `build` is not installed")
+    folder = tmp_path_factory.mktemp("built")
+    source = checkout(folder / "source")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source, cwd=folder)
+    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", folder / "direct", source, cwd=folder)
+    return folder
+
+
+def test_wheels_hold_the_package_and_nothing_else(built: Path) -> None:
+    for wheel in (next(built.glob("*.whl")), next(built.glob("direct/*.whl"))):
+        assert wheel.name.endswith("-py3-none-any.whl")
+        names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+        assert names == SOURCES
+
+
+def test_sdist_holds_files_in_place_of_links(built: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
+        members = {member.name.partition("/")[2]: member for member in sdist.getmembers()}
+    assert set(members) >= SOURCES | {"LICENSE", "README.md", "CHANGELOG.md", "DESIGN.md", "pyproject.toml"}
+    assert not [name for name, member in members.items() if member.issym() or member.islnk()]
+    assert not [name for name in members if name.startswith(("passes/", "kernels/", "tests/"))]
+
+
+@pytest.mark.parametrize("wheel", ["*.whl", "direct/*.whl"], ids=["wheel_from_sdist", "wheel"])
+def test_wheel_installs_into_a_fresh_environment(built: Path, environment: Environment, wheel: str) -> None:
+    environment.install(next(built.glob(wheel)))
+    for path in environment.execute(IMPORT_ALL).splitlines():
+        assert Path(path).is_relative_to(environment.python.parent.parent)
+    environment.execute(FIND_BACKEND)
+
+
+def test_editable_install(tmp_path: Path, environment: Environment) -> None:
+    source = checkout(tmp_path / "source")
+    environment.install("--editable", source)
+    for path in environment.execute(IMPORT_ALL).splitlines():
+        assert Path(path).is_relative_to(source)
+    environment.execute(FIND_BACKEND)
+
+
+def test_checkout_on_pythonpath(environment: Environment) -> None:
+    for path in environment.execute(IMPORT_ALL, PYTHONPATH=str(REPOSITORY)).splitlines():
+        assert Path(path).is_relative_to(REPOSITORY)
+    # Nothing is installed that could announce the backend, so the import does.
+    look_up = "import sparse_compile, torch._dynamo.backends.registry as registry; registry.lookup_backend('sste')"
+    environment.execute(look_up, PYTHONPATH=str(REPOSITORY))
+
+
+def test_links_are_committed_as_links() -> None:
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("not a git checkout")
+    listing = run("git", "ls-files", "-s", *LINKS, cwd=REPOSITORY).splitlines()
+    assert [(line.split()[0], line.split("\t")[1]) for line in listing] == [("120000", link) for link in LINKS]
+    assert [os.readlink(REPOSITORY / link) for link in LINKS] == ["../kernels", "../passes"]
+
+
+def test_import_is_light() -> None:
+    """Neither Triton nor CUDA is touched before a graph is compiled for a GPU."""
+    code = """
+import sys
+import torch, torch._dynamo
+before = set(sys.modules)
+import sparse_compile, sparse_compile.backend, sparse_compile.kernels.ops
+added = {name.partition(".")[0] for name in set(sys.modules) - before}
+assert "triton" not in added, "Triton was imported"
+assert not torch.cuda.is_initialized(), "CUDA was initialised"
+"""
+    run(sys.executable, "-c", code, cwd=REPOSITORY, PYTHONPATH=str(REPOSITORY))

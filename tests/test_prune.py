@@ -1,0 +1,270 @@
+"""The weight: S-STE projection and beta, and the kernels that prune, cast and compress."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels import prune, reference
+from sparse_compile.kernels.formats import E4M3, E4M3_MAX, PAD_WORD, metadata_shape, values_shape
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SIZES = [(16, 16), (48, 80), (3072, 768), (768, 3072), (1600, 6400)]
+
+
+def test_soft_threshold24_of_every_tie_pattern() -> None:
+    patterns = torch.tensor(list(itertools.product(range(4), repeat=4)), dtype=torch.float64)
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
+    threshold = patterns.sort(dim=-1).values[:, 1:2]
+    expected = signs * (patterns - threshold).clamp_min(0)
+    projected = reference.soft_threshold24(signs * patterns)
+    assert torch.equal(projected, expected)
+    assert (projected != 0).sum(-1).max() == 2
+
+
+def test_soft_threshold24_is_continuous() -> None:
+    # Small integers make every kind of tie, where the set of kept elements jumps.
+    torch.manual_seed(0)
+    weight = torch.randint(-3, 4, (20000, 4), dtype=torch.float64)
+    step = 1e-6
+    moved = weight + step * (2 * torch.rand_like(weight) - 1)
+    change = (reference.soft_threshold24(moved) - reference.soft_threshold24(weight)).abs().max()
+    # The magnitude and the threshold move by one step each, and by rounding.
+    assert change <= 2 * step + 1e-15
+
+
+@pytest.mark.parametrize(
+    ("draw", "expected"),
+    [(torch.randn, 1.4839), (lambda n, **kw: 2 * torch.rand(n, **kw) - 1, 1.749)],
+    ids=["gaussian", "uniform"],
+)
+def test_sste_beta_of_initialisations(draw, expected) -> None:
+    torch.manual_seed(0)
+    weight = 0.02 * draw(4_000_000, dtype=torch.float64)
+    assert reference.sste_beta(weight) == pytest.approx(expected, abs=1e-3)
+
+
+def test_sste_beta_minimises_the_error() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64, dtype=torch.float64)
+    soft, beta = reference.soft_threshold24(weight), reference.sste_beta(weight)
+    residual = weight - beta * soft
+    # Stationary, hence the minimum of a convex parabola.
+    assert abs((residual * soft).sum()) < 1e-10
+    for other in (beta - 1e-3, beta + 1e-3):
+        assert (weight - other * soft).norm() > residual.norm()
+
+
+def test_sste_beta_of_a_zero_projection_is_none() -> None:
+    assert reference.sste_beta(torch.ones(8, 8)) is None
+
+
+@pytest.mark.parametrize("size", [(16, 16), (48, 80)], ids=str)
+def test_compressed_and_transposed_payload_agree(size) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(size)
+    beta = torch.tensor([1.4839])
+    values, metadata, weight_t, scale_inv = reference.prune_weight(weight, beta)
+    dense = reference.decompress24(values, metadata)[:, : size[1]].float()
+    assert torch.equal(dense, weight_t.t().float())
+    assert dense.abs().max() == E4M3_MAX
+    exact = beta * reference.soft_threshold24(weight)
+    # Half a unit in the last place of e4m3: 2^-4 relative, 2^-10 absolute below the normal range.
+    assert ((dense * scale_inv - exact).abs() <= 2**-4 * exact.abs() + 2**-10 * scale_inv).all()
+
+
+def test_interpreted_kernels_match_the_reference() -> None:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "tests.interpreted_kernels", "prune"]
+    subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """NaN in e4m3 and fp32, illegal words in int32."""
+    if dtype == torch.int32:
+        return torch.full(shape, -559038737, dtype=dtype, device=device)
+    return (
+        torch.full(shape, 0x7F, dtype=torch.uint8, device=device).view(dtype)
+        if dtype == E4M3
+        else torch.full(shape, float("nan"), dtype=dtype, device=device)
+    )
+
+
+def prune_buffers(n: int, k: int, device: str = "cpu") -> list[Tensor]:
+    return [
+        poisoned(values_shape(n, k), E4M3, device),
+        poisoned(metadata_shape(n, k), torch.int32, device),
+        poisoned((k, n), E4M3, device),
+        poisoned((1,), torch.float32, device),
+    ]
+
+
+def cast_buffers(n: int, k: int, device: str = "cpu") -> list[Tensor]:
+    return [poisoned((n, k), E4M3, device), poisoned((k, n), E4M3, device), poisoned((1,), torch.float32, device)]
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Equal bits; only the sign of NaN is free."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    if actual.dtype == E4M3:
+        actual, expected = actual.view(torch.uint8), expected.view(torch.uint8)
+        nan = (actual & 0x7F == 0x7F) & (expected & 0x7F == 0x7F)
+    else:
+        nan = actual.isnan() & expected.isnan()
+    assert int(((actual != expected) & ~nan).sum()) == 0
+
+
+def assert_kernels_match_the_reference(weight: Tensor) -> None:
+    n, k = weight.shape
+    beta = torch.tensor([1.4839], device="cuda")
+    buffers = prune_buffers(n, k, "cuda")
+    prune.launch_prune_weight(weight, beta, *buffers)
+    for actual, expected in zip(buffers, reference.prune_weight(weight, beta), strict=True):
+        assert_same_bits(actual, expected)
+    buffers = cast_buffers(n, k, "cuda")
+    prune.launch_cast_weight(weight, *buffers)
+    for actual, expected in zip(buffers, reference.cast_weight(weight), strict=True):
+        assert_same_bits(actual, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_kernels_match_the_reference(size, dtype, layout) -> None:
+    torch.manual_seed(0)
+    n, k = size
+    if layout == "contiguous":
+        weight = torch.randn(n, k, device="cuda").to(dtype)
+    elif layout == "transposed":
+        weight = torch.randn(k, n, device="cuda").to(dtype).t()
+    else:
+        weight = torch.randn(2 * n, 3 * k, device="cuda").to(dtype)[::2, ::3]
+    assert_kernels_match_the_reference(weight)
+
+
+def special_weight(kind: str, n: int = 80, k: int = 144) -> Tensor:
+    torch.manual_seed(0)
+    weight = torch.randn(n, k)
+    if kind == "ties":
+        weight = torch.randint(-3, 4, (n, k)).float()
+    elif kind == "zero":
+        weight = torch.zeros(n, k)
+    elif kind == "negative zero":
+        weight = torch.full((n, k), -0.0)
+    elif kind == "tiny":
+        weight = weight * 1e-38
+    elif kind == "NaN":
+        weight[3, 4:7] = torch.tensor([float("-inf"), float("nan"), float("nan")])
+    elif kind == "NaN beside three larger":
+        weight[3, 4:8] = torch.tensor([1.0, 2.0, 3.0, float("nan")])
+    elif kind == "infinity":
+        weight[7, 12] = float("-inf")
+    elif kind == "infinities":
+        weight[20, 4:8] = float("inf")
+    return weight
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
+@pytest.mark.parametrize(
+    "kind", ["ties", "zero", "negative zero", "tiny", "NaN", "NaN beside three larger", "infinity", "infinities"]
+)
+def test_kernels_match_the_reference_on_special_values(kind, transposed) -> None:
+    weight = special_weight(kind).cuda()
+    assert_kernels_match_the_reference(weight.t().contiguous().t() if transposed else weight)
+
+
+@pytest.mark.gpu
+def test_kernels_repeat_their_bits() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(1600, 6400, device="cuda", dtype=torch.bfloat16)
+    beta = torch.ones(1, device="cuda")
+    first, second = prune_buffers(1600, 6400, "cuda"), prune_buffers(1600, 6400, "cuda")
+    prune.launch_prune_weight(weight, beta, *first)
+    prune.launch_prune_weight(weight, beta, *second)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits() -> None:
+    # More than 2^31 elements, of which only the last 128 rows are not zero: they set the scale.
+    n, k = 65536 + 128, 32768
+    torch.manual_seed(0)
+    weight = torch.zeros(n, k, device="cuda", dtype=torch.bfloat16)
+    weight[-128:] = torch.randn(128, k, device="cuda")
+    beta = torch.ones(1, device="cuda")
+    values, metadata, weight_t, scale_inv = buffers = prune_buffers(n, k, "cuda")
+    prune.launch_prune_weight(weight, beta, *buffers)
+    expected = reference.prune_weight(weight[-128:], beta)
+    assert_same_bits(values[-128:], expected[0])
+    assert_same_bits(metadata[:, -8:], expected[1])
+    assert_same_bits(weight_t[:, -128:], expected[2])
+    assert_same_bits(scale_inv, expected[3])
+    assert not values[:-128].view(torch.uint8).any()
+    assert (metadata[:, :-8] == PAD_WORD).all()
+    assert not weight_t[:, :-128].view(torch.uint8).any()
+    del values, metadata, weight_t, buffers
+
+    payload, payload_t, scale_inv = buffers = cast_buffers(n, k, "cuda")
+    prune.launch_cast_weight(weight, *buffers)
+    expected_payload, expected_payload_t, expected_scale_inv = reference.cast_weight(weight[-128:])
+    assert_same_bits(payload[-128:], expected_payload)
+    assert_same_bits(payload_t[:, -128:], expected_payload_t)
+    assert_same_bits(scale_inv, expected_scale_inv)
+    assert not payload[:-128].view(torch.uint8).any()
+    assert not payload_t[:, :-128].view(torch.uint8).any()
+
+
+@pytest.mark.parametrize("size", [(0, 16), (16, 0)], ids=str)
+def test_empty_weight_has_a_defined_scale(size) -> None:
+    beta, weight = torch.ones(1), torch.empty(size)
+    buffers = prune_buffers(*size)
+    prune.launch_prune_weight(weight, beta, *buffers)
+    assert buffers[-1] == 0
+    buffers = cast_buffers(*size)
+    prune.launch_cast_weight(weight, *buffers)
+    assert buffers[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("position", "wrong", "message"),
+    [
+        (0, torch.empty(16, 32, dtype=torch.float64), "weight is torch.float64"),
+        (0, torch.empty(512), r"weight is torch.float32 \(512,\)"),
+        (0, torch.empty(16, 30), "30 columns"),
+        (1, torch.ones(2), "beta is"),
+        (2, torch.empty(16, 16, dtype=E4M3), r"values is .* needed is torch.float8_e4m3fn \(16, 64\)"),
+        (3, torch.empty(1, 8, 32, 2), "metadata is torch.float32"),
+        (4, torch.empty(16, 32, dtype=E4M3).t(), r"weight_t is .* contiguous"),
+        (5, torch.empty(1, dtype=torch.float64), "scale_inv is"),
+    ],
+)  # fmt: skip
+def test_prune_refuses_wrong_tensors(position, wrong, message) -> None:
+    arguments = [torch.empty(16, 32), torch.ones(1), *prune_buffers(16, 32)]
+    arguments[position] = wrong
+    with pytest.raises(ValueError, match=message):
+        prune.launch_prune_weight(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("position", "wrong", "message"),
+    [
+        (0, torch.empty(16, 32, dtype=torch.int32), "weight is torch.int32"),
+        (1, torch.empty(16, 32), "payload is torch.float32"),
+        (2, torch.empty(16, 32, dtype=E4M3), "payload_t is"),
+        (3, torch.empty(()), "scale_inv is"),
+    ],
+)
+def test_cast_refuses_wrong_tensors(position, wrong, message) -> None:
+    arguments = [torch.empty(16, 32), *cast_buffers(16, 32)]
+    arguments[position] = wrong
+    with pytest.raises(ValueError, match=message):
+        prune.launch_cast_weight(*arguments)
