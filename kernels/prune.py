@@ -93,7 +93,7 @@ def _two_largest(x0, x1, x2, x3):
 @triton.jit
 def _scales(amax_ptr):
     """``448 / amax`` and ``amax / 448`` of the amax found by ``_amax_kernel``."""
-    amax = tl.load(amax_ptr).to(tl.float32, bitcast=True)
+    amax = tl.load(amax_ptr, volatile=True).to(tl.float32, bitcast=True)
     amax = tl.where(amax < _AMAX_FLOOR, _AMAX_FLOOR, amax)
     return tl.div_rn(_E4M3_MAX, amax), tl.div_rn(amax, _E4M3_MAX)
 
@@ -179,10 +179,13 @@ def _cast_kernel(
         tl.store(scale_inv_ptr, scale_inv)
     w = _load_tile(weight_ptr, offs_n, offs_k, rows, columns, stride_wn, stride_wk)
     # No clamp: the conversion to e4m3 saturates in hardware and keeps NaN.
-    payload = (w * scale).to(payload_ptr.dtype.element_ty)  # [BLOCK_N, BLOCK_K]
+    payload_dtype = payload_ptr.dtype.element_ty
     inside = (offs_n < rows)[:, None] & (offs_k < columns)[None, :]
-    tl.store(payload_ptr + offs_n64 * columns + offs_k64, payload, mask=inside)
-    tl.store(payload_t_ptr + offs_k64 * rows + offs_n64, payload, mask=inside)
+    tl.store(payload_ptr + offs_n64 * columns + offs_k64, (w * scale).to(payload_dtype), mask=inside)
+    # Converted again, with a scale that the compiler can't know to be the same: where one conversion feeds both
+    # stores, ptxas 12.8 loses every fourth byte of the transposed one.
+    scale_again, _ = _scales(amax_ptr)
+    tl.store(payload_t_ptr + offs_k64 * rows + offs_n64, (w * scale_again).to(payload_dtype), mask=inside)
 
 
 def launch_prune_weight(
