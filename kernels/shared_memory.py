@@ -1,14 +1,14 @@
-"""Where Gluon's buffers lie in shared memory.
+"""Where the shared-memory buffers of a Gluon kernel lie: what inline assembly needs and the language does not tell.
 
-Inline assembly addresses shared memory by byte offsets, which Gluon does not tell.  They are the outcome of Triton's
-own allocation pass, so that pass is run once more on a compiled kernel's TTGIR.  The offsets are constants of the
-kernel that is being compiled: it is compiled with a guess, and again if the pass disagrees, until both agree.
+A buffer's address is the symbol ``global_smem`` plus an offset that Triton's allocation pass chooses, after the kernel
+was specialised.  So the offsets are constexpr arguments of the kernel and results of its compilation: compile, run the
+same pass on the text of the compiled kernel, compile again with what it says, until the kernel was compiled with the
+offsets that it has.  No kernel runs with offsets that were not verified this way.
 """
 
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from tempfile import NamedTemporaryFile
+import tempfile
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from triton._C.libtriton import ir, nvidia, passes
@@ -16,55 +16,61 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend, get_ptx_version_from_options
 
 _CAPABILITY = 90
-_ALLOCATION = re.compile(r"ttg\.local_alloc(?: %\S+)?\s*\{allocation\.offset = (\d+) : i32\}")
-_MAX_COMPILATIONS = 4
+_ALLOCATION = re.compile(
+    r"ttg\.local_alloc\s*\{allocation\.offset = (\d+) : i32\} : \(\) -> !ttg\.memdesc<((?:\d+x)+)\w+,"
+)
+# One compilation finds the offsets and one verifies them; a change of offsets can't move the buffers again.
+_MAX_COMPILATIONS = 3
 
 
 def resolve_offsets(
-    compile_kernel: Callable[[Mapping[str, int]], Any], names: Sequence[str], guess: Mapping[str, int]
+    compile_kernel: Callable[[dict[str, int]], Any], buffers: Mapping[str, tuple[int, ...]]
 ) -> dict[str, int]:
-    """Byte offsets of a kernel's buffers.
+    """The offset in bytes of each buffer, verified.
 
     Args:
-        compile_kernel: compiles the kernel with given offsets and returns Triton's compiled kernel.
-        names: of the buffers, in the order of their allocation in the kernel.
-        guess: offsets to try first.
+        compile_kernel: compiles the kernel, without running it, with these offsets as its constexpr arguments.
+        buffers: the argument that takes a buffer's offset -> the buffer's shape, by which it is found.
 
     Raises:
-        RuntimeError: the offsets do not settle, or the kernel allocates other buffers.
+        RuntimeError: a buffer is not found, or the offsets do not settle.
     """
-    offsets = dict(guess)
+    offsets = dict.fromkeys(buffers, 0)
     for _ in range(_MAX_COMPILATIONS):
-        found = _allocations(compile_kernel(offsets).asm["ttgir"])
-        if len(found) != len(names):
-            raise RuntimeError(f"the kernel allocates {len(found)} buffers, expected are {len(names)}: {list(names)}")
-        actual = dict(zip(names, found, strict=True))
-        if actual == offsets:
+        compiled = compile_kernel(offsets)
+        found = _allocate(compiled.asm["ttgir"])
+        missing = {name: shape for name, shape in buffers.items() if shape not in found}
+        if missing:
+            raise RuntimeError(f"shared-memory buffers {missing} are not among those allocated, {found}")
+        settled, offsets = offsets, {name: found[shape] for name, shape in buffers.items()}
+        if settled == offsets:
             return offsets
-        offsets = actual
-    raise RuntimeError(f"shared-memory offsets do not settle after {_MAX_COMPILATIONS} compilations: {offsets}")
+    raise RuntimeError(f"shared-memory offsets do not settle: compiled with {settled}, allocated at {offsets}")
 
 
-def _allocations(ttgir: str) -> list[int]:
-    """Offsets of all buffers in program order, by the passes that Triton runs up to its allocation."""
+def _allocate(ttgir: str) -> dict[tuple[int, ...], int]:
+    """Shape -> offset of the buffers of a kernel, by Triton's own passes up to the allocation of shared memory."""
     backend = CUDABackend(GPUTarget("cuda", _CAPABILITY, 32))
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
-    with NamedTemporaryFile("w", suffix=".ttgir", delete=False) as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".ttgir") as file:
         file.write(ttgir)
-    try:
+        file.flush()
         module = ir.parse_mlir_module(file.name, context)
-    finally:
-        os.unlink(file.name)
     module.context = context
-    options = backend.parse_options({"num_warps": 8})
+    ptx_version = get_ptx_version_from_options(backend.parse_options({}), _CAPABILITY)
     manager = ir.pass_manager(context)
     passes.ttgpuir.add_combine_tensor_select_and_if(manager)
     passes.ttgpuir.add_allocate_warp_groups(manager)
     passes.convert.add_scf_to_cf(manager)
     passes.gluon.add_inliner(manager)
-    ptx_version = get_ptx_version_from_options(options, _CAPABILITY)
     nvidia.passes.ttgpuir.add_allocate_shared_memory_nv(manager, _CAPABILITY, ptx_version)
     manager.run(module, "allocate_shared_memory")
-    return [int(offset) for offset in _ALLOCATION.findall(str(module))]
+    allocations = [
+        (tuple(int(size) for size in shape.split("x")[:-1]), int(offset))
+        for offset, shape in _ALLOCATION.findall(str(module))
+    ]
+    if len(allocations) != len(dict(allocations)):
+        raise RuntimeError(f"shared-memory buffers can't be told apart by their shapes: {allocations}")
+    return dict(allocations)

@@ -1,23 +1,24 @@
-"""2:4-sparse FP8 GEMM on Hopper's sparse tensor cores, ``wgmma.mma_async.sp``, in Gluon.
+"""2:4-sparse times dense, in FP8 on Hopper's sparse tensor cores.
 
-    out[r, d] = (sum_c A[r, c] * B[d, c]) * scale_inv * dense_scale_inv[d]        or its transpose, out[d, r]
+    out[r, d] = (sum over c of A[r, c] * B[d, c]) * dense_scale_inv[d] * scale_inv
 
-A ``[R, C]`` is 2:4 sparse along c (``values`` and ``metadata``, see ``formats``), B ``[D, C]`` dense and row-major,
-both e4m3.  Accumulation is the tensor core's: fp32 registers, of which fp8 instructions keep about 14 bits.
+A ``[R, C]`` e4m3, 2:4 along c, stored as ``values`` and ``metadata`` (see ``formats``); B ``[D, C]`` e4m3, dense,
+row-major; out ``[R, D]`` or ``[D, R]`` in bf16, fp16 or fp32.  ``wgmma`` adds up FP8 products with about 14 bits.
 
-Persistent CTAs take tiles of BLOCK_R x BLOCK_D.  One warp brings the values and B to shared memory by TMA, which also
-supplies zeros beyond the edges; two warpgroups multiply, 64 rows each.  The instruction is emitted by one inline
-assembly statement per stage, whose operands are the accumulator registers of a thread.  Metadata goes from global
-memory straight to the registers that the instruction reads: it is loaded once as a small tensor and broadcast to the
-accumulator's layout, which moves no data.
+The kernel is persistent and warp-specialised: one warp loads stages of A and B by TMA, two warpgroups multiply, 64 rows
+of A each.  ``wgmma.mma_async.sp`` has no operation in Triton, so one inline-assembly instance per thread and stage holds
+it: its operands are all of the thread's accumulators, tied in place, and ``pack`` is their number.  The metadata reaches
+it as a tensor of the accumulators' shape, whose first two registers are the words that the thread loaded.
+
+Tails need no code in the loop.  TMA fills with zeros what lies beyond A and B and clips what lies beyond out, metadata
+is padded, and direct stores are masked.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,273 +28,281 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sparse_compile.kernels.formats import E4M3, check_buffer, metadata_shape
 from sparse_compile.kernels.shared_memory import resolve_offsets
 
+_OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_SHARED_LIMIT = 227 * 1024
+_BLOCK_R = gl.constexpr(128)  # a warpgroup multiplies 64 rows
+_BLOCK_C = gl.constexpr(128)  # logical columns of a stage: one block of metadata, two instructions
+_GROUP = gl.constexpr(8)  # row tiles that share their tiles of B in L2
+_CONSUMER_WARPS = gl.constexpr(8)
+_VALUES_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=8, rank=2)
+_DENSE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+_OUT_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """Tiling of the kernel.
+    """A tile of 128 rows of A by ``block_d`` rows of B, ``stages`` of which are in flight.
 
-    Attributes:
-        block_r: rows of A in a tile, 64 for each of the two warpgroups.
-        block_d: rows of B in a tile: n of the instruction.
-        stages: depth of the ring of shared-memory buffers; a stage holds 128 logical columns.
-        group: row tiles that are visited together, so that they find their tiles of B in L2.
+    ``tile_cost`` is the time that a tile takes, relative to the other configs: what the choice between them rests on.
     """
 
-    block_r: int = 128
-    block_d: int = 256
-    stages: int = 4
-    group: int = 8
+    block_d: int
+    stages: int
+    tile_cost: float
 
     def __post_init__(self) -> None:
-        if self.block_r != 128:
-            raise ValueError(f"block_r is {self.block_r}; two warpgroups of one instruction each take 128 rows")
-        if self.block_d not in (64, 128, 256):
-            raise ValueError(f"block_d is {self.block_d}; allowed are 64, 128 and 256")
-        if self.stages < 2 or self.group < 1:
-            raise ValueError(f"stages is {self.stages} and group {self.group}; at least 2 and 1 are needed")
+        if self.block_d not in (128, 256):
+            raise ValueError(f"block_d is {self.block_d}; allowed are 128 and 256")
+        if self.stages < 2 or self.tile_cost <= 0:
+            raise ValueError(f"{self} needs at least two stages and a positive cost")
+        stage = (_BLOCK_R.value // 2 + self.block_d) * _BLOCK_C.value
+        # 1 KiB for the barriers and for what the warps hand each other.
+        needed = self.stages * stage + 2 * _BLOCK_R.value * self.block_d + 1024
+        if needed > _SHARED_LIMIT:
+            raise ValueError(f"{self} needs {needed} bytes of shared memory; a block has {_SHARED_LIMIT}")
 
 
-BLOCK_C = gl.constexpr(128)
-_BARRIERS = ("full", "empty")
+CONFIGS = (
+    Config(block_d=256, stages=4, tile_cost=1.0),
+    Config(block_d=128, stages=6, tile_cost=0.6),
+)
 
 
 @gluon.constexpr_function
-def _mma_assembly(block_d):
-    """Assembly and constraints of one stage: two instructions of 64 logical columns on a warpgroup's 64 rows.
+def _mma_asm(block_d):
+    """Assembly of one stage of a warpgroup, two instructions, with the constraints of its operands.
 
-    Operands, R = block_d / 2 registers each: accumulators out, accumulators in (tied), metadata words, and copies of
-    one register with the shared-memory addresses of A (low half) and B (high half), in units of 16 bytes.
+    Operands, R = block_d / 2 registers each: accumulators out, the same in, metadata, and 32 bits with both addresses.
+    The upper halves of the descriptors name the swizzle and the bytes between blocks of eight rows (PTX ISA, "Matrix
+    descriptor"): 64 bytes and 512 for A, 128 and 1024 for B.
     """
     registers = block_d // 2
     accumulators = ", ".join(f"${i}" for i in range(registers))
-    metadata, addresses = 2 * registers, 3 * registers
+    metadata, address = 2 * registers, 3 * registers
     lines = [
         "{",
-        ".reg .b32 la, lb, ha, hb;",
-        ".reg .b64 da, db;",
-        ".reg .pred p;",
-        f"and.b32 la, ${addresses}, 0xffff;",
-        "or.b32 la, la, 0x10000;",
-        f"shr.u32 lb, ${addresses}, 16;",
-        "or.b32 lb, lb, 0x10000;",
-        # Descriptors' upper words: swizzle mode and the distance of groups of eight rows, in units of 16 bytes.
-        "mov.b32 ha, 0x80000020;",  # rows of 64 bytes
-        "mov.b32 hb, 0x40000040;",  # rows of 128 bytes
-        "setp.ne.b32 p, 1, 0;",
+        ".reg .b32 low_a, low_b, high_a, high_b;",
+        ".reg .b64 a, b;",
+        ".reg .pred accumulate;",
+        f"and.b32 low_a, ${address}, 0xffff;",
+        "or.b32 low_a, low_a, 0x10000;",
+        f"shr.u32 low_b, ${address}, 16;",
+        "or.b32 low_b, low_b, 0x10000;",
+        "mov.b32 high_a, 0x80000020;",
+        "mov.b32 high_b, 0x40000040;",
+        "mov.b64 a, {low_a, high_a};",
+        "mov.b64 b, {low_b, high_b};",
+        "setp.ne.b32 accumulate, 1, 0;",
         "wgmma.fence.sync.aligned;",
     ]
     for step in range(2):
-        # 64 logical columns are 32 bytes of A's rows and 64 of B's.
-        lines += [
-            "mov.b64 da, {la, ha};",
-            "mov.b64 db, {lb, hb};",
-            f"add.s64 da, da, {2 * step};",
-            f"add.s64 db, db, {4 * step};",
+        if step:
+            # 32 bytes of a row of A and 64 of B further, in units of 16.
+            lines += ["add.s64 a, a, 2;", "add.s64 b, b, 4;"]
+        lines.append(
             f"wgmma.mma_async.sp.sync.aligned.m64n{block_d}k64.f32.e4m3.e4m3 "
-            f"{{{accumulators}}}, da, db, ${metadata + step}, 0, p, 1, 1;",
-        ]
+            f"{{{accumulators}}}, a, b, ${metadata + step}, 0, accumulate, 1, 1;"
+        )
+    # Waiting here keeps every register of the asm, the metadata too, out of flight when it returns.
     lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "}"]
     constraints = ["=f"] * registers + [str(i) for i in range(registers)] + ["r"] * (2 * registers)
     return "\n".join(lines), ",".join(constraints)
 
 
-_SHARED_BASE = gl.constexpr("mov.u32 $0, global_smem;")
-_WARPGROUP = gl.constexpr(
-    "{\n.reg .b32 t;\nmov.u32 t, %tid.x;\nshr.u32 t, t, 7;\nshfl.sync.idx.b32 $0, t, 0, 0x1f, 0xffffffff;\n}"
-)
-# Gluon's own wait and arrive synchronise all consumer warps, which would couple the two warpgroups.
-_WAIT = gl.constexpr(
-    "{\n.reg .pred P;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 P, [$1], $2;\n@P bra.uni DONE;\n"
-    "bra.uni WAIT;\nDONE:\nmov.b32 $0, 0;\n}"
-)
-_ARRIVE = gl.constexpr(
-    "{\n.reg .pred P;\nelect.sync _|P, 0xffffffff;\n@P mbarrier.arrive.shared::cta.b64 _, [$1];\nmov.b32 $0, 0;\n}"
-)
+# Gluon's own wait and arrive synchronise all consumer warps and so couple the warpgroups.
+_WAIT_ASM = gl.constexpr("""{
+.reg .pred done;
+WAIT:
+mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2;
+@!done bra.uni WAIT;
+mov.b32 $0, 0;
+}""")
+_ARRIVE_ASM = gl.constexpr("""{
+.reg .pred elected;
+elect.sync _|elected, 0xffffffff;
+@elected mbarrier.arrive.shared::cta.b64 _, [$1];
+mov.b32 $0, 0;
+}""")
+# Taken from lane 0, so that the compiler knows it to be the same in all lanes.
+_WARPGROUP_ASM = gl.constexpr("""{
+.reg .b32 index;
+mov.u32 index, %tid.x;
+shr.u32 index, index, 7;
+shfl.sync.idx.b32 $0, index, 0, 0x1f, 0xffffffff;
+}""")
 
 
 @gluon.jit
-def _wait(barrier, parity):
-    gl.inline_asm_elementwise(_WAIT, "=r,r,r", [barrier, parity], gl.int32, False, 1)
+def _wait(barrier, phase):
+    """Every thread waits."""
+    gl.inline_asm_elementwise(_WAIT_ASM, "=r,r,r", [barrier, phase], gl.int32, False, 1)
 
 
 @gluon.jit
 def _arrive(barrier):
-    """One arrival of this warp."""
-    gl.inline_asm_elementwise(_ARRIVE, "=r,r", [barrier], gl.int32, False, 1)
+    """One arrival for each warp."""
+    gl.inline_asm_elementwise(_ARRIVE_ASM, "=r,r", [barrier], gl.int32, False, 1)
 
 
 @gluon.jit
-def _tile(index, tiles_r, tiles_d, GROUP: gl.constexpr):
-    """Row and column of a tile; GROUP rows of tiles are walked column by column."""
-    per_group = GROUP * tiles_d
-    first = index // per_group * GROUP
-    size = min(tiles_r - first, GROUP)
-    return first + index % per_group % size, index % per_group // size
+def _tile(tile, num_r, num_d):
+    """Row and column of a tile: within a group of row tiles, rows first."""
+    group_tiles = _GROUP * num_d
+    first = tile // group_tiles * _GROUP
+    height = min(num_r - first, _GROUP)
+    return first + tile % group_tiles % height, tile % group_tiles // height
 
 
 @gluon.jit
-def _load_metadata(metadata_ptr, stage_c, block16, row_blocks, BLOCK_R: gl.constexpr, BLOCK_D: gl.constexpr):
-    """The words of one stage, so laid out that each thread holds the two of its lane.  [BLOCK_R/16, 2, 8, 1, 8]
-
-    Dimensions: block of 16 rows, row bit 3, row % 8, -, accumulator column % 8.
-    """
-    L: gl.constexpr = gl.BlockedLayout([1, 2, 1, BLOCK_D // 8, 2], [1, 1, 8, 1, 4], [8, 1, 1, 1, 1], [4, 1, 3, 2, 0])
-    S3: gl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, L))
-    i0 = gl.arange(0, BLOCK_R // 16, gl.SliceLayout(1, gl.SliceLayout(2, S3)))[:, None, None, None, None]
-    i2 = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, S3)))[None, None, :, None, None]
-    S0: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L))))
-    i4 = gl.arange(0, 8, S0)[None, None, None, None, :]
-    base = (stage_c.to(gl.int64) * row_blocks + block16) * 64
-    return gl.load(metadata_ptr + base + (i0 * 64 + i2 * 8 + i4))
-
-
-@gluon.jit
-def _broadcast_metadata(words, BLOCK_R: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr):
-    """Metadata in the registers of the accumulator's layout; the assertion proves that no data moves."""
-    zeros = gl.full([BLOCK_R // 16, 2, 8, BLOCK_D // 8, 8], 0, gl.int32, words.type.layout)
-    return gl.convert_layout(gl.reshape(words + zeros, [BLOCK_R, BLOCK_D]), LAYOUT, assert_trivial=True)
+def _load_metadata(block_ptr, BLOCK_D: gl.constexpr):
+    """The words of 128 rows and 128 columns, two a thread: [row / 16, 1, row % 8, 1, 2 * (lane % 4) + word]"""
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, 2, 1, BLOCK_D // 8, 2], [1, 1, 8, 1, 4], [_CONSUMER_WARPS, 1, 1, 1, 1], [4, 1, 3, 2, 0]
+    )
+    without_4: gl.constexpr = gl.SliceLayout(4, layout)
+    without_34: gl.constexpr = gl.SliceLayout(3, without_4)
+    offs_0 = gl.arange(0, _BLOCK_R // 16, gl.SliceLayout(1, gl.SliceLayout(2, without_34)))
+    offs_2 = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, without_34)))
+    offs_4 = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout)))))
+    offsets = offs_0[:, None, None, None, None] * 64 + offs_2[None, None, :, None, None] * 8
+    return gl.load(block_ptr + (offsets + offs_4[None, None, None, None, :]))
 
 
 @gluon.jit
-def _produce(
-    values_desc, dense_desc, values_buf, dense_buf, full, empty, tiles_r, tiles_d, stages_c,
-    BLOCK_R: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
-    """The warp that fills the ring: TMA loads of both operands, stage after stage, tile after tile."""
-    slot = 0
-    phase = 1
-    for index in range(gl.program_id(0), tiles_r * tiles_d, gl.num_programs(0)):
-        tile_r, tile_d = _tile(index, tiles_r, tiles_d, GROUP)
-        for stage in range(stages_c):
-            mbarrier.wait(empty.index(slot), phase)
-            # A box counts in full, also where it reaches beyond the edge and is filled with zeros.
-            mbarrier.expect(full.index(slot), values_desc.block_type.nbytes + dense_desc.block_type.nbytes)
-            origin_r, origin_d = tile_r * BLOCK_R, tile_d * BLOCK_D
+def _multiply(acc, metadata, a_address, b_address, BLOCK_D: gl.constexpr):
+    """``acc`` plus the product of a stage.  [BLOCK_R, BLOCK_D]"""
+    asm: gl.constexpr = _mma_asm(BLOCK_D)
+    zeros = gl.full([_BLOCK_R // 16, 2, 8, BLOCK_D // 8, 8], 0, gl.int32, metadata.type.layout)
+    # Trivial: the accumulators' registers run over column bit 0, row bit 3, column / 8, and so do these.
+    spread = gl.convert_layout(gl.reshape(metadata + zeros, [_BLOCK_R, BLOCK_D]), acc.type.layout, assert_trivial=True)
+    addresses = a_address >> 4 | b_address >> 4 << 16
+    return gl.inline_asm_elementwise(asm[0], asm[1], [acc, spread, addresses], gl.float32, False, BLOCK_D // 2)
+
+
+@gluon.jit
+def _store_direct(acc, out_ptr, offs_r, offs_d, rows, columns, TRANSPOSE: gl.constexpr):
+    if TRANSPOSE:
+        offsets = offs_d.to(gl.int64)[None, :] * rows + offs_r[:, None]
+    else:
+        offsets = offs_r.to(gl.int64)[:, None] * columns + offs_d[None, :]
+    inside = (offs_r < rows)[:, None] & (offs_d < columns)[None, :]
+    gl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _producer(values_desc, dense_desc, a_buf, b_buf, barriers, num_r, num_d, num_k, BLOCK_D: gl.constexpr,
+              STAGES: gl.constexpr):  # fmt: skip
+    stage = 0
+    phase = 1  # a new barrier counts as one whose previous phase is complete: the stages start empty
+    for tile in range(gl.program_id(0), num_r * num_d, gl.num_programs(0)):
+        pid_r, pid_d = _tile(tile, num_r, num_d)
+        for k in range(num_k):
+            full = barriers.index(stage)
+            mbarrier.wait(barriers.index(STAGES + stage), phase)
+            # TMA counts the zeros that it fills in, too.
+            mbarrier.expect(full, values_desc.block_type.nbytes + dense_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(
-                values_desc, [origin_r, stage * (BLOCK_C // 2)], full.index(slot), values_buf.index(slot)
+                values_desc, [pid_r * _BLOCK_R, k * (_BLOCK_C // 2)], full, a_buf.index(stage)
             )
-            tma.async_copy_global_to_shared(
-                dense_desc, [origin_d, stage * BLOCK_C], full.index(slot), dense_buf.index(slot)
-            )
-            slot += 1
-            if slot == STAGES:
-                slot = 0
+            tma.async_copy_global_to_shared(dense_desc, [pid_d * BLOCK_D, k * _BLOCK_C], full, b_buf.index(stage))
+            stage += 1
+            if stage == STAGES:
+                stage = 0
                 phase ^= 1
 
 
 @gluon.jit
-def _consume(
-    metadata_ptr, scale_inv_ptr, dense_scale_inv_ptr, out_desc, out_ptr, values_buf, dense_buf, out_buf,
-    rows, columns, tiles_r, tiles_d, stages_c, row_blocks, out_stride_r, out_stride_d,
-    VALUES_OFFSET: gl.constexpr, DENSE_OFFSET: gl.constexpr, FULL_OFFSET: gl.constexpr, EMPTY_OFFSET: gl.constexpr,
-    BLOCK_R: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    TRANSPOSE: gl.constexpr, HAS_DENSE_SCALE: gl.constexpr, TMA_STORE: gl.constexpr,
+def _consumer(
+    metadata_ptr, scale_inv_ptr, dense_scale_inv_ptr, out, a_buf, b_buf, barriers, num_r, num_d, num_k,
+    rows, columns, row_blocks, A_OFFSET: gl.constexpr, B_OFFSET: gl.constexpr, BARRIERS_OFFSET: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, TRANSPOSE: gl.constexpr, TMA_STORE: gl.constexpr,
 ):  # fmt: skip
-    """The two warpgroups that multiply, scale and store."""
-    ASSEMBLY: gl.constexpr = _mma_assembly(BLOCK_D)
-    TEXT: gl.constexpr = ASSEMBLY[0]
-    CONSTRAINTS: gl.constexpr = ASSEMBLY[1]
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_D, 32])
-    VALUES_BYTES: gl.constexpr = BLOCK_R * BLOCK_C // 2
-    DENSE_BYTES: gl.constexpr = BLOCK_D * BLOCK_C
-    base = gl.inline_asm_elementwise(_SHARED_BASE, "=r", [], gl.int32, True, 1)
-    warpgroup = gl.inline_asm_elementwise(_WARPGROUP, "=r", [], gl.int32, False, 1)
-    values_base = base + VALUES_OFFSET + warpgroup * (VALUES_BYTES // 2)
-    dense_base = base + DENSE_OFFSET
-    slot = 0
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_CONSUMER_WARPS, 1], [16, BLOCK_D, 32])
+    if TMA_STORE:
+        out_buf = gl.allocate_shared_memory(out.dtype, out.block_type.shape, out.layout)
+    base = gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], gl.int32, True, 1)
+    warpgroup = gl.inline_asm_elementwise(_WARPGROUP_ASM, "=r", [], gl.int32, False, 1)
+    a_base = base + A_OFFSET + warpgroup * (64 * _BLOCK_C // 2)
+    full_base = base + BARRIERS_OFFSET
+    scale_inv = gl.load(scale_inv_ptr)
+    stage = 0
     phase = 0
-    for index in range(gl.program_id(0), tiles_r * tiles_d, gl.num_programs(0)):
-        tile_r, tile_d = _tile(index, tiles_r, tiles_d, GROUP)
-        block16 = tile_r * (BLOCK_R // 16)
-        acc = gl.zeros([BLOCK_R, BLOCK_D], gl.float32, LAYOUT)
-        words = _load_metadata(metadata_ptr, gl.to_tensor(0), block16, row_blocks, BLOCK_R, BLOCK_D)
-        for stage in range(stages_c):
-            # The next stage's metadata is on its way while this stage waits and multiplies.
-            following = min(stage + 1, stages_c - 1)
-            next_words = _load_metadata(metadata_ptr, following, block16, row_blocks, BLOCK_R, BLOCK_D)
-            _wait(base + FULL_OFFSET + slot * 8, phase)
-            addresses = (values_base + slot * VALUES_BYTES) >> 4 | (dense_base + slot * DENSE_BYTES) >> 4 << 16
-            metadata = _broadcast_metadata(words, BLOCK_R, BLOCK_D, LAYOUT)
-            acc = gl.inline_asm_elementwise(
-                TEXT, CONSTRAINTS, [acc, metadata, addresses], gl.float32, False, BLOCK_D // 2
-            )
-            _arrive(base + EMPTY_OFFSET + slot * 8)
-            words = next_words
-            slot += 1
-            if slot == STAGES:
-                slot = 0
+    for tile in range(gl.program_id(0), num_r * num_d, gl.num_programs(0)):
+        pid_r, pid_d = _tile(tile, num_r, num_d)
+        tile_ptr = metadata_ptr + pid_r.to(gl.int64) * (_BLOCK_R // 16 * 64)
+        acc = gl.zeros([_BLOCK_R, BLOCK_D], gl.float32, acc_layout)
+        metadata = _load_metadata(tile_ptr, BLOCK_D)
+        for k in range(num_k):
+            # The next stage's words, on their way while this thread waits; the last stage loads its own again.
+            next_k = min(k + 1, num_k - 1).to(gl.int64)
+            next_metadata = _load_metadata(tile_ptr + next_k * row_blocks * 64, BLOCK_D)
+            _wait(full_base + stage * 8, phase)
+            a_address = a_base + stage * (_BLOCK_R * _BLOCK_C // 2)
+            acc = _multiply(acc, metadata, a_address, base + B_OFFSET + stage * (BLOCK_D * _BLOCK_C), BLOCK_D)
+            _arrive(full_base + (STAGES + stage) * 8)
+            metadata = next_metadata
+            stage += 1
+            if stage == STAGES:
+                stage = 0
                 phase ^= 1
-        offs_d = tile_d * BLOCK_D + gl.arange(0, BLOCK_D, gl.SliceLayout(0, LAYOUT))
-        acc = acc * gl.load(scale_inv_ptr)
-        if HAS_DENSE_SCALE:
+
+        offs_r = pid_r * _BLOCK_R + gl.arange(0, _BLOCK_R, gl.SliceLayout(1, acc_layout))
+        offs_d = pid_d * BLOCK_D + gl.arange(0, BLOCK_D, gl.SliceLayout(0, acc_layout))
+        if dense_scale_inv_ptr is not None:
             acc = acc * gl.load(dense_scale_inv_ptr + offs_d, mask=offs_d < columns, other=0.0)[None, :]
-        out = acc.to(out_ptr.dtype.element_ty)
+        acc = acc * scale_inv
         if TMA_STORE:
             tma.store_wait(0)
             if TRANSPOSE:
-                out_buf.store(gl.permute(out, (1, 0)))
+                out_buf.store(gl.permute(acc.to(out.dtype), (1, 0)))
                 fence_async_shared()
-                tma.async_copy_shared_to_global(out_desc, [tile_d * BLOCK_D, tile_r * BLOCK_R], out_buf)
+                tma.async_copy_shared_to_global(out, [pid_d * BLOCK_D, pid_r * _BLOCK_R], out_buf)
             else:
-                out_buf.store(out)
+                out_buf.store(acc.to(out.dtype))
                 fence_async_shared()
-                tma.async_copy_shared_to_global(out_desc, [tile_r * BLOCK_R, tile_d * BLOCK_D], out_buf)
+                tma.async_copy_shared_to_global(out, [pid_r * _BLOCK_R, pid_d * BLOCK_D], out_buf)
         else:
-            offs_r = tile_r * BLOCK_R + gl.arange(0, BLOCK_R, gl.SliceLayout(1, LAYOUT))
-            offsets = offs_r.to(gl.int64)[:, None] * out_stride_r + offs_d.to(gl.int64)[None, :] * out_stride_d
-            gl.store(out_ptr + offsets, out, mask=(offs_r < rows)[:, None] & (offs_d < columns)[None, :])
+            _store_direct(acc, out, offs_r, offs_d, rows, columns, TRANSPOSE)
     if TMA_STORE:
         tma.store_wait(0)
-    values_buf._keep_alive()
-    dense_buf._keep_alive()
+    # Only the assembly uses these here.
+    a_buf._keep_alive()
+    b_buf._keep_alive()
+    barriers._keep_alive()
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["rows", "columns", "row_blocks", "num_k"])
 def sparse_gemm_kernel(
-    values_desc, dense_desc, out_desc, out_ptr, metadata_ptr, scale_inv_ptr, dense_scale_inv_ptr,
-    rows, columns, tiles_r, tiles_d, stages_c, row_blocks, out_stride_r, out_stride_d,
-    VALUES_OFFSET: gl.constexpr, DENSE_OFFSET: gl.constexpr, FULL_OFFSET: gl.constexpr, EMPTY_OFFSET: gl.constexpr,
-    BLOCK_R: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    TRANSPOSE: gl.constexpr, HAS_DENSE_SCALE: gl.constexpr, TMA_STORE: gl.constexpr,
+    values_desc, dense_desc, out, metadata_ptr, scale_inv_ptr, dense_scale_inv_ptr, rows, columns, row_blocks, num_k,
+    A_OFFSET: gl.constexpr, B_OFFSET: gl.constexpr, BARRIERS_OFFSET: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, TRANSPOSE: gl.constexpr, TMA_STORE: gl.constexpr, COLUMNS_DIVISOR: gl.constexpr,
 ):  # fmt: skip
-    """Allocate the ring, split the CTA into its producer and its consumers.  Eight warps, and one for the producer."""
-    dense_buf = gl.allocate_shared_memory(dense_desc.dtype, [STAGES] + dense_desc.block_type.shape, dense_desc.layout)
-    values_buf = gl.allocate_shared_memory(
-        values_desc.dtype, [STAGES] + values_desc.block_type.shape, values_desc.layout
-    )
-    if TMA_STORE:
-        out_buf = gl.allocate_shared_memory(out_desc.dtype, out_desc.block_type.shape, out_desc.layout)
-    else:
-        out_buf = values_buf
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=8)  # one arrival of each consumer warp
+    """``out`` is a descriptor with TMA_STORE, a pointer without; ``dense_scale_inv_ptr`` may be None."""
+    # Tells the compiler how wide masked accesses may be.
+    columns = columns // COLUMNS_DIVISOR * COLUMNS_DIVISOR
+    a_buf = gl.allocate_shared_memory(values_desc.dtype, [STAGES] + values_desc.block_type.shape, values_desc.layout)
+    b_buf = gl.allocate_shared_memory(dense_desc.dtype, [STAGES] + dense_desc.block_type.shape, dense_desc.layout)
+    # The first STAGES: the stage is full.  The others: it is empty again.
+    barriers = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(barriers.index(i), count=1)
+        mbarrier.init(barriers.index(STAGES + i), count=_CONSUMER_WARPS)
     fence_async_shared()
+    num_r = gl.cdiv(rows, _BLOCK_R)
+    num_d = gl.cdiv(columns, BLOCK_D)
     gl.warp_specialize(
         [
-            (_consume, (
-                metadata_ptr, scale_inv_ptr, dense_scale_inv_ptr, out_desc, out_ptr, values_buf, dense_buf, out_buf,
-                rows, columns, tiles_r, tiles_d, stages_c, row_blocks, out_stride_r, out_stride_d,
-                VALUES_OFFSET, DENSE_OFFSET, FULL_OFFSET, EMPTY_OFFSET, BLOCK_R, BLOCK_D, STAGES, GROUP,
-                TRANSPOSE, HAS_DENSE_SCALE, TMA_STORE,
+            (_consumer, (
+                metadata_ptr, scale_inv_ptr, dense_scale_inv_ptr, out, a_buf, b_buf, barriers, num_r, num_d, num_k,
+                rows, columns, row_blocks, A_OFFSET, B_OFFSET, BARRIERS_OFFSET, BLOCK_D, STAGES, TRANSPOSE, TMA_STORE,
             )),
-            (_produce, (
-                values_desc, dense_desc, values_buf, dense_buf, full, empty, tiles_r, tiles_d, stages_c,
-                BLOCK_R, BLOCK_D, STAGES, GROUP,
+            (_producer, (
+                values_desc, dense_desc, a_buf, b_buf, barriers, num_r, num_d, num_k, BLOCK_D, STAGES,
             )),
         ],
         [1],
         [24],
     )  # fmt: skip
-
-
-def choose_config(rows: int, columns: int, multiprocessors: int) -> Config:
-    """Wide tiles, unless they leave multiprocessors without one: then more, narrower tiles."""
-    wide = Config()
-    tiles = -(-rows // wide.block_r) * -(-columns // wide.block_d)
-    return wide if tiles >= multiprocessors else Config(block_d=128, stages=6)
 
 
 def launch_sparse_gemm(
@@ -304,92 +313,84 @@ def launch_sparse_gemm(
     dense_scale_inv: Tensor | None,
     out: Tensor,
     transpose: bool,
-    config: Config | None = None,
 ) -> None:
     """Multiply into ``out``, which is written in full.
 
     Args:
-        values, metadata: the 2:4 operand A ``[R, C]``, e4m3 ``[R, padded(C) / 2]`` and int32, see ``formats``.
-        dense: B, e4m3 ``[D, c]`` contiguous, c a multiple of 16 and at most padded(C); columns beyond c are zero.
+        values: A's kept elements, e4m3 ``[R, C / 2]``, C a multiple of 128.
+        metadata: where they stood, int32 ``[C / 128, padded(R) / 16, 32, 2]``, every word legal.
+        dense: B, e4m3 ``[D, c]``, c a multiple of 16 and at most C; columns beyond c count as zero.
         scale_inv: fp32 ``[1]``.
-        dense_scale_inv: fp32 ``[D]``, or None for ones.
-        out: ``[D, R]`` if ``transpose``, else ``[R, D]``; bf16, fp16 or fp32, contiguous.
-        config: tiling; chosen by the shape if None.
+        dense_scale_inv: fp32 ``[D]`` or None.
+        out: bf16, fp16 or fp32 ``[R, D]``, or ``[D, R]`` with ``transpose``.
+        transpose: whether out is transposed.
 
     Raises:
-        ValueError: a tensor has another shape, dtype, layout or device.
+        ValueError: a tensor has another shape, dtype, layout, alignment or device.
     """
-    rows, columns, contraction = values.shape[0], dense.shape[0], 2 * values.shape[1]
     _check(values, metadata, dense, scale_inv, dense_scale_inv, out, transpose)
+    rows, (columns, contraction) = values.shape[0], dense.shape
     if out.numel() == 0:
         return
-    if contraction == 0 or dense.shape[1] == 0:
+    if contraction == 0:
         out.zero_()
         return
-    multiprocessors = _multiprocessors(out.device)
-    config = config or choose_config(rows, columns, multiprocessors)
-    # TMA needs rows of whole 16 bytes; an fp32 tile would take the shared memory of two stages.
-    tma_store = out.element_size() == 2 and out.stride(0) % 8 == 0
-    descriptors = _descriptors(config, values, dense, out if tma_store else None, transpose)
-    tiles_r, tiles_d = -(-rows // config.block_r), -(-columns // config.block_d)
-    stride_r, stride_d = out.stride()[::-1] if transpose else out.stride()
+    sm_count = _sm_count(out.device)
+    config = _choose(rows, columns, sm_count)
+    # fp32 tiles leave from registers: in shared memory they would take the place of stages.
+    tma_store = out.dtype != torch.float32 and out.stride(0) * out.element_size() % 16 == 0
+    block_r, block_c, block_d = _BLOCK_R.value, _BLOCK_C.value, config.block_d
+    out_block = [block_d, block_r] if transpose else [block_r, block_d]
     arguments = (
-        *descriptors, out, metadata, scale_inv, scale_inv if dense_scale_inv is None else dense_scale_inv,
-        rows, columns, tiles_r, tiles_d, -(-dense.shape[1] // BLOCK_C.value), metadata.shape[1], stride_r, stride_d,
+        TensorDescriptor.from_tensor(values, [block_r, block_c // 2], _VALUES_LAYOUT),
+        TensorDescriptor.from_tensor(dense, [block_d, block_c], _DENSE_LAYOUT),
+        TensorDescriptor.from_tensor(out, out_block, _OUT_LAYOUT) if tma_store else out,
+        metadata, scale_inv, dense_scale_inv, rows, columns, metadata.shape[1], triton.cdiv(contraction, block_c),
     )  # fmt: skip
     constants = {
-        "BLOCK_R": config.block_r,
-        "BLOCK_D": config.block_d,
+        "BLOCK_D": block_d,
         "STAGES": config.stages,
-        "GROUP": config.group,
         "TRANSPOSE": transpose,
-        "HAS_DENSE_SCALE": dense_scale_inv is not None,
         "TMA_STORE": tma_store,
+        "COLUMNS_DIVISOR": 4 if columns % 4 == 0 else 1,
     }
-    grid = (min(multiprocessors, tiles_r * tiles_d),)
-    key = (*constants.values(), out.dtype, out.device)
+    grid = (min(_tiles(rows, columns, config), sm_count),)
+    # Triton also specialises on the alignment of the pointers, which changes no shared memory.
+    key = (*constants.values(), out.dtype, dense_scale_inv is None)
     if key not in _offsets:
-
-        def compile_kernel(offsets: Mapping[str, int]) -> Any:
-            return sparse_gemm_kernel.warmup(*arguments, **offsets, **constants, num_warps=8, grid=grid)
-
-        _offsets[key] = _resolve(compile_kernel, config, tma_store)
-    sparse_gemm_kernel[grid](*arguments, **_offsets[key], **constants, num_warps=8)
-
-
-_offsets: dict[tuple[Any, ...], dict[str, int]] = {}
+        _offsets[key] = resolve_offsets(
+            lambda offsets: sparse_gemm_kernel.warmup(
+                *arguments, **offsets, **constants, num_warps=_CONSUMER_WARPS.value, grid=grid
+            ),
+            buffer_shapes(config),
+        )
+    sparse_gemm_kernel[grid](*arguments, **_offsets[key], **constants, num_warps=_CONSUMER_WARPS.value)
 
 
-def _resolve(compile_kernel: Any, config: Config, tma_store: bool) -> dict[str, int]:
-    names = ["DENSE_OFFSET", "VALUES_OFFSET", *(["OUT_OFFSET"] if tma_store else []), "FULL_OFFSET", "EMPTY_OFFSET"]
-    dense_bytes = config.stages * config.block_d * BLOCK_C.value
-    guess = dict.fromkeys(names, 0) | {"VALUES_OFFSET": dense_bytes}
-
-    def without_out(offsets: Mapping[str, int]) -> Any:
-        return compile_kernel({name: offset for name, offset in offsets.items() if name != "OUT_OFFSET"})
-
-    offsets = resolve_offsets(without_out, names, guess)
-    offsets.pop("OUT_OFFSET", None)
-    # The swizzle of the operands is a function of the address: their buffers must begin where its pattern does.
-    assert offsets["DENSE_OFFSET"] % 1024 == 0, offsets
-    assert offsets["VALUES_OFFSET"] % 1024 == 0, offsets
-    return offsets
+_offsets: dict[tuple[object, ...], dict[str, int]] = {}
 
 
-def _descriptors(config: Config, values: Tensor, dense: Tensor, out: Tensor | None, transpose: bool) -> tuple[Any, ...]:
-    """TMA descriptors of the operands and of the output; without TMA for the output, B's stands in and is not read."""
-    half = BLOCK_C.value // 2
-    values_desc = TensorDescriptor.from_tensor(values, [config.block_r, half], gl.NVMMASharedLayout(64, 8, 2))
-    dense_desc = TensorDescriptor.from_tensor(dense, [config.block_d, BLOCK_C.value], gl.NVMMASharedLayout(128, 8, 2))
-    if out is None:
-        return values_desc, dense_desc, dense_desc
-    block = [config.block_d, config.block_r] if transpose else [config.block_r, config.block_d]
-    return values_desc, dense_desc, TensorDescriptor.from_tensor(out, block, gl.NVMMASharedLayout(128, 16, 2))
+def buffer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The buffers of the kernel whose offsets it takes."""
+    return {
+        "A_OFFSET": (config.stages, _BLOCK_R.value, _BLOCK_C.value // 2),
+        "B_OFFSET": (config.stages, config.block_d, _BLOCK_C.value),
+        "BARRIERS_OFFSET": (2 * config.stages, 1),
+    }
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def _sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tiles(rows: int, columns: int, config: Config) -> int:
+    return triton.cdiv(rows, _BLOCK_R.value) * triton.cdiv(columns, config.block_d)
+
+
+def _choose(rows: int, columns: int, sm_count: int) -> Config:
+    """The config whose rounds of one tile per multiprocessor take the least time, the first of equals."""
+    return min(CONFIGS, key=lambda config: triton.cdiv(_tiles(rows, columns, config), sm_count) * config.tile_cost)
 
 
 def _check(
@@ -401,19 +402,22 @@ def _check(
     out: Tensor,
     transpose: bool,
 ) -> None:
-    rows, contraction = values.shape[0], 2 * values.shape[1]
-    columns, given = dense.shape
-    if contraction % 128 or given % 16 or given > contraction:
-        raise ValueError(
-            f"values {tuple(values.shape)} hold {contraction} logical columns, dense {tuple(dense.shape)} has {given}; "
-            "needed are a multiple of 128, and a multiple of 16 that is not larger"
-        )
-    if out.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"out is {out.dtype}; allowed are bf16, fp16 and fp32")
-    check_buffer("values", values, (rows, contraction // 2), E4M3, values.device)
-    check_buffer("metadata", metadata, metadata_shape(rows, contraction), torch.int32, values.device)
-    check_buffer("dense", dense, (columns, given), E4M3, values.device)
-    check_buffer("scale_inv", scale_inv, (1,), torch.float32, values.device)
+    if values.dim() != 2 or dense.dim() != 2:
+        raise ValueError(f"values {tuple(values.shape)} and dense {tuple(dense.shape)} must have two dimensions")
+    (rows, kept), (columns, contraction), device = values.shape, dense.shape, dense.device
+    if kept % (_BLOCK_C.value // 2) != 0:
+        raise ValueError(f"values has {kept} columns; needed is a multiple of {_BLOCK_C.value // 2}")
+    if contraction % 16 != 0 or contraction > 2 * kept:
+        raise ValueError(f"dense has {contraction} columns; allowed are multiples of 16 up to {2 * kept}")
+    if out.dtype not in _OUT_DTYPES:
+        raise ValueError(f"out is {out.dtype}; allowed are {', '.join(map(str, _OUT_DTYPES))}")
+    check_buffer("values", values, (rows, kept), E4M3, device)
+    check_buffer("dense", dense, (columns, contraction), E4M3, device)
+    check_buffer("metadata", metadata, metadata_shape(rows, 2 * kept), torch.int32, device)
+    check_buffer("scale_inv", scale_inv, (1,), torch.float32, device)
     if dense_scale_inv is not None:
-        check_buffer("dense_scale_inv", dense_scale_inv, (columns,), torch.float32, values.device)
-    check_buffer("out", out, (columns, rows) if transpose else (rows, columns), out.dtype, values.device)
+        check_buffer("dense_scale_inv", dense_scale_inv, (columns,), torch.float32, device)
+    check_buffer("out", out, (columns, rows) if transpose else (rows, columns), out.dtype, device)
+    for name, tensor in (("values", values), ("metadata", metadata), ("dense", dense), ("out", out)):
+        if tensor.data_ptr() % 16 != 0:
+            raise ValueError(f"{name} starts at address {tensor.data_ptr():#x}; needed is a multiple of 16")

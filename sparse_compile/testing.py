@@ -11,8 +11,8 @@ def fp8_product(a: Tensor, b: Tensor, columns: int = _INSTRUCTION_COLUMNS) -> tu
     """``a @ b.T`` in fp64, and the error that fp8 accumulation on Hopper may add to each element.
 
     An instruction adds its products to the accumulator after shifting all of them to the largest exponent and cutting
-    them off below about 13 bits.  So each step loses at most 2^-13 of the larger of the running sum and the step's own
-    products; the losses of all steps add up.
+    them off below about 13 bits.  So a step loses about 2^-13 of the larger of the running sum and the step's own
+    products.  Twice that is allowed for each step, and the losses of all steps add up.
 
     Args:
         a: ``[M, C]``; b: ``[N, C]``; columns: what one instruction contracts, 64 for a 2:4 operand.
@@ -24,7 +24,7 @@ def fp8_product(a: Tensor, b: Tensor, columns: int = _INSTRUCTION_COLUMNS) -> tu
         before = total.abs()
         total = total + a_step @ b_step.t()
         products = a_step.abs() @ b_step.abs().t()
-        budget += 2.0**-13 * torch.maximum(torch.maximum(before, total.abs()), products)
+        budget += 2 * 2.0**-13 * torch.maximum(torch.maximum(before, total.abs()), products)
     return total, budget
 
 

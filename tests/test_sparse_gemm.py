@@ -1,273 +1,409 @@
-"""The sparse GEMM and the layout of its operand."""
+"""The 2:4-sparse FP8 GEMM: its operand format, its compilation for Hopper, its arithmetic on one.
+
+fp8 ``wgmma`` does not add up in fp32: each instruction aligns its products and the accumulator to the largest of them and
+cuts what lies more than 13 bits below that one's leading bit.  ``tensor_core_product`` does the same in torch, and the
+error that it makes against fp64 is the error that the kernel is allowed, times two, plus the rounding of the output.
+"""
 
 import re
-import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.tools.disasm import get_sass
 
-from sparse_compile.kernels import reference
-from sparse_compile.kernels.formats import E4M3, PAD_WORD, metadata_shape, padded
-from sparse_compile.testing import assert_within, fp8_product
+from sparse_compile.kernels import reference, shared_memory, sparse_gemm
+from sparse_compile.kernels.formats import E4M3, PAD_WORD, metadata_shape, padded, values_shape
 
-
-# The layout of metadata, derived anew from the PTX ISA's figure for wgmma.sp with 8-bit operands: the register of lane
-# (g, t) = (lane // 4, lane % 4) of warp w holds 32 logical columns, from 32 (t // 2) on, of row 16 w + g + 8 (t % 2).
-def nibble_by_register(metadata, row, chunk):
-    """The metadata bits of group ``chunk`` (of four logical columns) of ``row``, found through the registers."""
-    column = 4 * chunk
-    block, within = row // 16, row % 16
-    lane = 4 * (within % 8) + 2 * (column % 64 // 32) + within // 8
-    word = int(metadata[column // 128, block, lane, column % 128 // 64]) & 0xFFFFFFFF
-    return word >> (4 * (column % 32 // 4)) & 15
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(64, 256), (128, 128), (48, 80), (16, 400)])
-def test_metadata_lies_where_the_instruction_reads_it(rows, columns):
-    dense = torch.randn(rows, columns).to(E4M3)
-    positions = torch.rand(rows, columns // 4, 4).argsort(-1)[..., :2].sort(-1).values
-    values, metadata = reference.compress24(dense, positions)
-    assert metadata.shape == metadata_shape(rows, columns)
-    for row in range(padded(rows)):
-        for chunk in range(padded(columns) // 4):
-            inside = row < rows and chunk < columns // 4
-            first, second = positions[row, chunk].tolist() if inside else (0, 1)
-            assert nibble_by_register(metadata, row, chunk) == first | second << 2
-    kept = dense.float().reshape(rows, -1, 4).gather(-1, positions).reshape(rows, -1)
-    assert torch.equal(values[:, : columns // 2].float(), kept)
-    assert not values[:, columns // 2 :].float().any()
+def random_operand(rows: int, columns: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """``values``, ``metadata`` and ``scale_inv`` of a random weight ``[rows, columns]``."""
+    values, metadata, _, scale_inv = reference.prune_weight(
+        torch.randn(rows, columns, device=device), torch.tensor([1.5], device=device)
+    )
+    return values, metadata, scale_inv
 
 
-def test_a_line_of_metadata_by_hand():
-    """Sixteen elements, four groups: positions (0, 1), (2, 3), (0, 3), (1, 2)."""
-    dense = torch.zeros(1, 16)
-    dense[0, [0, 1, 6, 7, 8, 11, 13, 14]] = torch.arange(1.0, 9.0)
-    positions = torch.tensor([[[0, 1], [2, 3], [0, 3], [1, 2]]])
-    values, metadata = reference.compress24(dense.to(E4M3), positions)
-    assert values[0, :8].float().tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert int(metadata[0, 0, 0, 0]) & 0xFFFFFFFF == 0x44449CE4
-    assert int(metadata[0, 0, 0, 1]) == PAD_WORD
+def random_dense(rows: int, columns: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """e4m3 ``[rows, columns]`` and its ``scale_inv [rows]``."""
+    x = torch.randn(rows, columns, device=device) * torch.rand(rows, 1, device=device)
+    scale_inv = x.abs().amax(1) / 448
+    return reference.saturating_cast(x / scale_inv[:, None]), scale_inv
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (48, 80), (130, 260)])
-def test_compression_is_lossless(rows, columns):
-    payload = reference.soft_threshold24(torch.randn(rows, columns)).to(E4M3)
-    positions = payload.float().abs().reshape(rows, -1, 4).argsort(dim=-1, stable=True)[..., 2:].sort(-1).values
-    restored = reference.decompress24(*reference.compress24(payload, positions))
-    assert restored.shape == (rows, padded(columns))
-    assert torch.equal(restored[:, :columns].float(), payload.float())
-    assert not restored[:, columns:].float().any()
+def poisoned(shape: tuple[int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """A buffer full of NaN, and a tensor that is all of it but 1024 elements at either end."""
+    size = shape[0] * shape[1]
+    buffer = torch.full((size + 2048,), float("nan"), dtype=dtype, device=device)
+    return buffer, buffer[1024 : 1024 + size].view(shape)
 
 
-VARIANTS = {
-    "fprop": {"transpose": True, "scaled": True, "out": "bf16"},
-    "wgrad": {"transpose": False, "scaled": False, "out": "bf16"},
-    "wgrad fp32": {"transpose": False, "scaled": False, "out": "fp32"},
-    "wgrad fp32 transposed": {"transpose": True, "scaled": False, "out": "fp32"},
-}
+class TestFormat:
+    """Metadata and values on the CPU."""
+
+    def test_hand_written_group(self) -> None:
+        dense = torch.zeros(1, 16)
+        dense[0, [1, 3]] = torch.tensor([5.0, 7.0])
+        dense[0, [4, 6]] = torch.tensor([1.0, 2.0])
+        positions = torch.tensor([[[1, 3], [0, 2], [2, 3], [0, 1]]])
+        values, metadata = reference.compress24(dense.to(E4M3), positions)
+        assert values.shape == (1, 64)
+        assert values[0, :8].tolist() == [5.0, 7.0, 1.0, 2.0, 0.0, 0.0, 0.0, 0.0]
+        # 1 | 3 << 2, 0 | 2 << 2, 2 | 3 << 2, 0 | 1 << 2, the lowest first; the rest of the word is padding.
+        assert metadata[0, 0, 0, 0] == 0x44444E8D - (0 if 0x44444E8D < 2**31 else 2**32)
+        metadata[0, 0, 0, 0] = PAD_WORD
+        assert (metadata == PAD_WORD).all()
+
+    @pytest.mark.parametrize("word", [0, 1])
+    def test_lanes_hold_what_wgmma_reads(self, word) -> None:
+        # CUTLASS, mma_traits_sm90_gmma_sparse.hpp, metadata of m64k64 with 8-bit operands: the thread's digits in mixed
+        # radix (2, 2, 8, 4) times the strides (8, 2048, 1, 16), plus 64 a bit, is row + 64 * column.
+        rows, columns = 128, 384
+        groups = torch.rand(rows, columns // 4, 4).argsort(-1)[..., :2].sort(-1).values
+        _, metadata = reference.compress24(torch.ones(rows, columns).to(E4M3), groups)
+        for block in range(columns // 128):
+            for thread in range(256):  # two warpgroups
+                bits = int(metadata[block, thread // 32, thread % 32, word])
+                within = thread % 128
+                index = within % 2 * 8 + within // 2 % 2 * 2048 + within // 4 % 8 + within // 32 * 16
+                row, column = index % 64 + thread // 128 * 64, index // 64 + word * 64 + block * 128
+                for group in range(8):
+                    first, second = groups[row, column // 4 + group].tolist()
+                    assert bits >> (4 * group) & 15 == first | second << 2
+
+    @pytest.mark.parametrize("size", [(128, 128), (16, 16), (5, 144), (200, 1040)], ids=str)
+    def test_decompression_is_the_inverse(self, size) -> None:
+        rows, columns = size
+        weight = torch.randn(size)
+        values, metadata, payload_t, _ = reference.prune_weight(weight, torch.ones(1))
+        assert values.shape == values_shape(*size)
+        assert metadata.shape == metadata_shape(*size)
+        dense = reference.decompress24(values, metadata)
+        assert dense.shape == (rows, padded(columns))
+        assert torch.equal(dense[:, :columns].float(), payload_t.t().float())
+        assert not dense[:, columns:].float().any()
 
 
-def compile_for_hopper(config, transpose, scaled, out):
-    """The kernel compiled for sm_90a; needs no GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon._runtime import GluonASTSource
+class HopperDriver:
+    """What Triton asks of a driver until a kernel is compiled; its device is no real one's, nor are its kernels."""
 
-    from sparse_compile.kernels import sparse_gemm
+    def get_current_device(self) -> int:
+        return -1
 
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def compile_launch(monkeypatch) -> Iterator[Callable[..., list]]:
+    """Launches on the CPU that stop short of running; returns what they compiled."""
+    nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    if not nvdisasm.exists():
+        pytest.skip(f"this Triton comes without NVIDIA's tools: no {nvdisasm}")
+    compiled = []
     kernel = sparse_gemm.sparse_gemm_kernel
-    tma_store = out != "fp32"
+    run = kernel.run
 
-    def descriptor(dtype, block, layout):
-        return f"tensordesc<{dtype}{block},{layout!r}>"
+    def compile_only(*args, **kwargs):
+        compiled.append(run(*args, **{**kwargs, "warmup": True}))
+        return compiled[-1]
 
-    dense = descriptor("fp8e4nv", [config.block_d, 128], gl.NVMMASharedLayout(128, 8, 2))
-    block = [config.block_d, config.block_r] if transpose else [config.block_r, config.block_d]
-    types = {
-        "values_desc": descriptor("fp8e4nv", [config.block_r, 64], gl.NVMMASharedLayout(64, 8, 2)),
-        "dense_desc": dense,
-        "out_desc": descriptor(out, block, gl.NVMMASharedLayout(128, 16, 2)) if tma_store else dense,
-        "out_ptr": f"*{out}",
-        "metadata_ptr": "*i32",
-        "scale_inv_ptr": "*fp32",
-        "dense_scale_inv_ptr": "*fp32",
+    def launch(config, rows, columns, dtype, *, scaled, transpose):
+        monkeypatch.setattr(sparse_gemm, "_choose", lambda *args: config)
+        values, metadata, scale_inv = random_operand(rows, 256)
+        dense, dense_scale_inv = random_dense(columns, 256)
+        out = torch.empty((columns, rows) if transpose else (rows, columns), dtype=dtype)
+        sparse_gemm.launch_sparse_gemm(
+            values, metadata, dense, scale_inv, dense_scale_inv if scaled else None, out, transpose
+        )
+        return compiled
+
+    monkeypatch.setattr(kernel, "run", compile_only)
+    monkeypatch.setattr(sparse_gemm, "_sm_count", lambda device: 132)
+    monkeypatch.setattr(sparse_gemm, "_offsets", {})
+    active = triton.runtime.driver._active
+    triton.runtime.driver.set_active(HopperDriver())
+    yield launch
+    triton.runtime.driver._active = active
+
+
+@pytest.mark.parametrize("transpose", [False, True], ids=["", "transpose"])
+@pytest.mark.parametrize(
+    ("dtype", "rows", "columns", "scaled", "store"),
+    [
+        (torch.bfloat16, 64, 48, True, "UTMASTG"),
+        (torch.float16, 64, 48, False, "UTMASTG"),
+        (torch.float32, 64, 48, True, "STG"),
+        (torch.bfloat16, 65, 49, True, "STG"),
+    ],
+    ids=["bf16", "fp16", "fp32", "bf16 in odd rows"],
+)
+@pytest.mark.parametrize("config", sparse_gemm.CONFIGS, ids=lambda config: f"128x{config.block_d}")
+def test_compiles_for_hopper(compile_launch, config, dtype, rows, columns, scaled, store, transpose) -> None:
+    *_, verified, launched = compile_launch(config, rows, columns, dtype, scaled=scaled, transpose=transpose)
+    assert launched is verified
+    sass = get_sass(launched.asm["cubin"])
+    multiply = re.findall(r"[QH]GMMA[.\w]*", sass)
+    assert multiply == [f"QGMMA.SP.64x{config.block_d}x64.F32.E4M3.E4M3"] * 2
+    assert set(re.findall(r"\b(?:UTMA)?STG\b", sass)) == {store}
+    # In the loop nothing is spilled.  Around it a tile's 64 transposed columns have 64 addresses of two registers.
+    loop = sass[sass.rindex("TRYWAIT", 0, sass.index("QGMMA")) : sass.rindex("QGMMA")]
+    assert not re.search(r"\b(?:LDL|STL)\b", loop)
+    if store == "UTMASTG" or not transpose:
+        assert not re.search(r"\b(?:LDL|STL)\b", sass)
+
+
+class TestOffsets:
+    """The search for the offsets of shared-memory buffers."""
+
+    TTGIR = """
+    #shared = #ttg.swizzled_shared<{vec = 1, perPhase = 1, maxPhase = 1, order = [0]}>
+    #smem = #ttg.shared_memory
+    module attributes {"ttg.num-ctas" = 1 : i32, "ttg.num-warps" = 8 : i32, ttg.target = "cuda:90",
+                       "ttg.threads-per-warp" = 32 : i32} {
+      tt.func public @kernel() {
+        %0 = ttg.local_alloc : () -> !ttg.memdesc<512xi32, #shared, #smem, mutable>
+        %1 = ttg.local_alloc : () -> !ttg.memdesc<SECONDxi32, #shared, #smem, mutable>
+        ttg.local_dealloc %1 : !ttg.memdesc<SECONDxi32, #shared, #smem, mutable>
+        ttg.local_dealloc %0 : !ttg.memdesc<512xi32, #shared, #smem, mutable>
+        tt.return
+      }
     }
+    """
 
-    def compile_kernel(offsets):
-        constants = {
-            **offsets,
-            "BLOCK_R": config.block_r,
-            "BLOCK_D": config.block_d,
-            "STAGES": config.stages,
-            "GROUP": config.group,
-            "TRANSPOSE": transpose,
-            "HAS_DENSE_SCALE": scaled,
-            "TMA_STORE": tma_store,
-        }
-        names = kernel.arg_names
-        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-        aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in types if n.endswith("_ptr")}
-        constexprs = {(names.index(name),): value for name, value in constants.items()}
-        source = GluonASTSource(kernel, signature, constexprs=constexprs, attrs=aligned)
-        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    def kernel(self, second: int) -> SimpleNamespace:
+        return SimpleNamespace(asm={"ttgir": self.TTGIR.replace("SECOND", str(second))})
 
-    return compile_kernel(sparse_gemm._resolve(compile_kernel, config, tma_store))
+    def test_compiles_until_they_hold(self) -> None:
+        tried = []
+        buffers = {"FIRST": (512,), "SECOND": (64,)}
+        found = shared_memory.resolve_offsets(lambda o: (tried.append(o), self.kernel(64))[1], buffers)
+        assert found == {"FIRST": 0, "SECOND": 2048}
+        assert tried == [{"FIRST": 0, "SECOND": 0}, found]
 
+    def test_refuses_a_missing_buffer(self) -> None:
+        with pytest.raises(RuntimeError, match=r"\{'OTHER': \(3,\)\} are not among"):
+            shared_memory.resolve_offsets(lambda offsets: self.kernel(64), {"OTHER": (3,)})
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-@pytest.mark.parametrize("block_d", [128, 256])
-def test_machine_code(tmp_path, variant, block_d):
-    """Two sparse instructions a stage, nothing spilled, and the shared memory of one multiprocessor suffices."""
-    import triton
+    def test_refuses_buffers_of_one_shape(self) -> None:
+        with pytest.raises(RuntimeError, match="told apart"):
+            shared_memory.resolve_offsets(lambda offsets: self.kernel(512), {"FIRST": (512,)})
 
-    from sparse_compile.kernels.sparse_gemm import Config
+    def test_refuses_offsets_that_move(self) -> None:
+        tried = []
 
-    compiled = compile_for_hopper(Config(block_d=block_d), **variant)
-    assert compiled.metadata.shared <= 232448
-    (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
-    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    assembler = [tools / "ptxas", "-v", "--gpu-name=sm_90a", tmp_path / "kernel.ptx", "-o", tmp_path / "again.cubin"]
-    log = subprocess.run(assembler, capture_output=True, text=True, check=True).stderr
-    assert "0 bytes spill stores, 0 bytes spill loads" in log
-    assert "serializ" not in log
-    disassembler = [tools / "nvdisasm", "-c", tmp_path / "kernel.cubin"]
-    listing = subprocess.run(disassembler, capture_output=True, text=True, check=True).stdout
-    assert re.findall(r"\b[QH]GMMA\S*", listing) == [f"QGMMA.SP.64x{block_d}x64.F32.E4M3.E4M3"] * 2
+        def moving(offsets):
+            tried.append(offsets)
+            # The larger buffer comes first.
+            return self.kernel(1024 * len(tried))
+
+        monkey = {"FIRST": (512,)}
+        with pytest.raises(RuntimeError, match="do not settle"):
+            shared_memory.resolve_offsets(moving, monkey)
 
 
-@pytest.mark.parametrize("fields", [{"block_r": 64}, {"block_d": 96}, {"stages": 1}, {"group": 0}])
-def test_impossible_configurations_are_refused(fields):
-    from sparse_compile.kernels.sparse_gemm import Config
-
-    with pytest.raises(ValueError, match=next(iter(fields))):
-        Config(**fields)
-
-
-def operand(rows, columns, device="cuda"):
-    """A random 2:4 operand ``[rows, columns]``, and the same dense."""
-    payload = torch.randn(rows, columns, device=device).to(E4M3)
-    positions = torch.rand(rows, columns // 4, 4, device=device).argsort(-1)[..., :2].sort(-1).values
-    values, metadata = reference.compress24(payload, positions)
-    return values, metadata, reference.decompress24(values, metadata)[:, :columns]
-
-
-def poisoned(shape, dtype):
-    return torch.full(shape, float("nan"), dtype=dtype, device="cuda")
+@pytest.mark.parametrize(
+    ("rows", "columns", "block_d"),
+    [
+        (8192, 8192, 256),
+        (128, 1, 128),
+        (768, 16384, 256),
+        # 60 wide tiles or 120 narrow ones: either way one round of 132 multiprocessors.
+        (1280, 1536, 128),
+        # 100 wide tiles fill one round, 200 narrow ones two.
+        (1280, 2560, 256),
+    ],
+)
+def test_choice_of_the_tile(rows, columns, block_d) -> None:
+    assert sparse_gemm._choose(rows, columns, 132).block_d == block_d
 
 
-# (rows of A, rows of B, contraction): exact tiles, less than a tile, tails in each dimension, the shapes of GPT-2.
-SHAPES = [
-    (128, 256, 128),
-    (16, 16, 16),
-    (48, 15, 80),
-    (144, 1, 128),
-    (3072, 4097, 768),
-    (768, 1000, 3072),
-    (1600, 100, 6400),
-    (4096, 2048, 4096),
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("transpose", [False, True], ids=["plain", "transposed"])
-@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_product_is_within_its_error_budget(shape, transpose, out_dtype):
-    from sparse_compile.kernels.sparse_gemm import launch_sparse_gemm
-
-    rows, columns, contraction = shape
-    values, metadata, a = operand(rows, contraction)
-    b = torch.randn(columns, contraction, device="cuda").to(E4M3)
-    scale_inv = torch.full((1,), 0.25, device="cuda")
-    product, budget = fp8_product(a, b, columns=64)
-    for dense_scale_inv in (None, torch.rand(columns, device="cuda") + 0.5):
-        out = poisoned((columns, rows) if transpose else (rows, columns), out_dtype)
-        launch_sparse_gemm(values, metadata, b, scale_inv, dense_scale_inv, out, transpose)
-        factor = 0.25 * (1.0 if dense_scale_inv is None else dense_scale_inv.double())
-        assert_within(out.t() if transpose else out, product * factor, budget * factor)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("block_d", [64, 128, 256])
-@pytest.mark.parametrize("stages", [2, 3, 4])
-def test_every_configuration_gives_the_same_bits(block_d, stages):
-    from sparse_compile.kernels.sparse_gemm import Config, launch_sparse_gemm
-
-    values, metadata, _ = operand(400, 1040)
-    b = torch.randn(700, 1040, device="cuda").to(E4M3)
-    one = torch.ones(1, device="cuda")
-    outs = []
-    for config in (Config(), Config(block_d=block_d, stages=stages, group=3)):
-        out = poisoned((400, 700), torch.float32)
-        launch_sparse_gemm(values, metadata, b, one, None, out, False, config)
-        outs.append(out)
-    assert torch.equal(*outs)
-
-
-@pytest.mark.gpu
-def test_same_bits_on_every_launch_and_stream():
-    from sparse_compile.kernels.sparse_gemm import launch_sparse_gemm
-
-    values, metadata, _ = operand(3072, 768)
-    b = torch.randn(4097, 768, device="cuda").to(E4M3)
-    one = torch.ones(1, device="cuda")
-    outs = [poisoned((4097, 3072), torch.bfloat16) for _ in range(6)]
-    streams = [torch.cuda.Stream() for _ in range(3)]
-    torch.cuda.synchronize()
-    for index, out in enumerate(outs):
-        with torch.cuda.stream(streams[index % 3]):
-            launch_sparse_gemm(values, metadata, b, one, None, out, True)
-    torch.cuda.synchronize()
-    assert all(torch.equal(out, outs[0]) for out in outs)
-
-
-@pytest.mark.gpu
-def test_offsets_beyond_32_bits():
-    """An output of more than 2^31 elements: its last rows are right."""
-    from sparse_compile.kernels.sparse_gemm import launch_sparse_gemm
-
-    rows, columns = 2**15 + 16, 2**16 + 8
-    values, metadata, a = operand(rows, 128)
-    b = torch.randn(columns, 128, device="cuda").to(E4M3)
-    one = torch.ones(1, device="cuda")
-    for transpose, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        out = poisoned((columns, rows) if transpose else (rows, columns), dtype)
-        launch_sparse_gemm(values, metadata, b, one, None, out, transpose)
-        product, budget = fp8_product(a[-64:], b[-64:], columns=64)
-        last = out[-64:, -64:]
-        assert_within(last.t() if transpose else last, product, budget)
-        assert bool(out[::1000].isfinite().all())
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dense": lambda t: t.float()}, r"dense is torch.float32"),
-        ({"dense": lambda t: t[:, :-8]}, r"dense \(64, 120\) has 120"),
-        ({"dense": lambda t: t.t()}, "multiple of 16 that is not larger|dense is"),
-        ({"metadata": lambda t: t[:, :4]}, "metadata is torch.int32"),
-        ({"scale_inv": lambda t: t.double()}, "scale_inv is torch.float64"),
-        ({"out": lambda t: t.to(torch.float64)}, "out is torch.float64; allowed are"),
-        ({"out": lambda t: t[:-1]}, r"out is torch.float32 \(127, 64\)"),
+        ({"block_d": 192}, "block_d is 192"),
+        ({"stages": 1}, "at least two stages"),
+        ({"stages": 5}, "needs .* bytes of shared memory"),
     ],
 )
-def test_bad_arguments_are_refused(change, message):
-    from sparse_compile.kernels.sparse_gemm import launch_sparse_gemm
+def test_config_refuses(change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        sparse_gemm.Config(**{"block_d": 256, "stages": 4, "tile_cost": 1.0, **change})
 
-    values, metadata, _ = operand(128, 128)
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "contraction"), [(0, 3, 32), (5, 0, 32), (5, 3, 0)], ids=["no rows", "no columns", "no sum"]
+)
+def test_empty_problems_launch_nothing(rows, columns, contraction) -> None:
+    values = torch.empty(values_shape(rows, contraction), dtype=E4M3)
+    metadata = torch.empty(metadata_shape(rows, contraction), dtype=torch.int32)
+    dense = torch.empty(columns, contraction, dtype=E4M3)
+    out = torch.full((rows, columns), float("nan"))
+    sparse_gemm.launch_sparse_gemm(values, metadata, dense, torch.ones(1), None, out, False)
+    assert torch.equal(out, torch.zeros(rows, columns))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"values": torch.empty(5, 60, dtype=E4M3)}, "values has 60 columns; needed is a multiple of 64"),
+        ({"values": torch.empty(5, 64)}, "values is torch.float32"),
+        ({"values": torch.empty(5, dtype=E4M3)}, "must have two dimensions"),
+        ({"metadata": torch.empty(1, 1, 32, 2, dtype=torch.int32)}, r"needed is torch.int32 \(1, 8, 32, 2\)"),
+        ({"dense": torch.empty(3, 40, dtype=E4M3)}, "dense has 40 columns; allowed are multiples of 16 up to 128"),
+        ({"dense": torch.empty(3, 144, dtype=E4M3)}, "dense has 144 columns"),
+        ({"dense": torch.empty(48, 3).to(E4M3).t()}, r"dense is torch.float8_e4m3fn \(3, 48\) with strides \(1, 3\)"),
+        ({"dense": torch.empty(3 * 48 + 1, dtype=E4M3)[1:].view(3, 48)}, "dense starts at address .* multiple of 16"),
+        ({"scale_inv": torch.ones(())}, "scale_inv is"),
+        ({"dense_scale_inv": torch.ones(5)}, r"dense_scale_inv is .* needed is torch.float32 \(3,\)"),
+        ({"out": torch.empty(5, 3, dtype=torch.float64)}, "out is torch.float64; allowed are"),
+        ({"transpose": True}, r"out is .* needed is torch.float32 \(3, 5\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_launcher_refuses_wrong_arguments(change, message) -> None:
+    values, metadata, scale_inv = random_operand(5, 48)
     arguments = {
         "values": values,
         "metadata": metadata,
-        "dense": torch.randn(64, 128, device="cuda").to(E4M3),
-        "scale_inv": torch.ones(1, device="cuda"),
+        "dense": torch.zeros(3, 48, dtype=E4M3),
+        "scale_inv": scale_inv,
         "dense_scale_inv": None,
-        "out": torch.empty(128, 64, device="cuda"),
+        "out": torch.empty(5, 3),
+        "transpose": False,
     }
-    ((name, function),) = change.items()
-    arguments[name] = function(arguments[name])
     with pytest.raises(ValueError, match=message):
-        launch_sparse_gemm(**arguments, transpose=False)
+        sparse_gemm.launch_sparse_gemm(**{**arguments, **change})
+
+
+def tensor_core_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T`` as fp8 tensor cores compute it; fp32 ``a [R, C]`` and ``b [D, C]`` with e4m3 values."""
+    rows = []
+    for part in a.split(64):
+        acc = torch.zeros(part.shape[0], b.shape[0], device=a.device)
+        for part_k, b_k in zip(part.split(64, dim=1), b.split(64, dim=1), strict=True):
+            products = part_k[:, None, :] * b_k[None, :, :]
+            largest = torch.maximum(products.abs().amax(-1), acc.abs())
+            # 13 bits below the leading one; sums of the integers that remain are exact in fp32.
+            quantum = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - 14)
+            acc = ((products / quantum[..., None]).trunc().sum(-1) + (acc / quantum).trunc()) * quantum
+        rows.append(acc)
+    return torch.cat(rows)
+
+
+def assert_within_budget(
+    out: Tensor, values: Tensor, metadata: Tensor, dense: Tensor, scale_inv: Tensor, dense_scale_inv: Tensor | None
+) -> None:
+    """``out [R, D]`` against fp64, in units of the payloads, so that no scale hides an error."""
+    a, b = reference.decompress24(values, metadata)[:, : dense.shape[1]].float(), dense.float()
+    scale = scale_inv.double() * (1.0 if dense_scale_inv is None else dense_scale_inv.double())
+    exact = a.double() @ b.double().t()
+    modelled = tensor_core_product(a, b).double() - exact
+    limits = torch.finfo(out.dtype)
+    band = exact.abs() * (limits.eps / 2) + limits.tiny * limits.eps / scale
+    error = out.double() / scale - exact
+    for norm in (lambda x: x.square().mean().sqrt(), lambda x: x.abs().max()):
+        assert norm(error) <= 2 * (norm(modelled) + norm(band)), f"{norm(error)}, {norm(modelled)}, {norm(band)}"
+
+
+SHAPES = [(128, 256, 128), (16, 16, 16), (48, 15, 80), (3072, 4097, 768), (768, 1, 3072), (1600, 100, 6400)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+@pytest.mark.parametrize("transpose", [False, True], ids=["", "transpose"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_budget(shape, dtype, transpose, scaled) -> None:
+    rows, columns, contraction = shape
+    values, metadata, scale_inv = random_operand(rows, contraction, "cuda")
+    dense, dense_scale_inv = random_dense(columns, contraction, "cuda")
+    if not scaled:
+        dense_scale_inv = None
+        # Keeps fp16 in range.
+        scale_inv = scale_inv / 448
+    results = []
+    for _ in range(2):
+        buffer, out = poisoned((columns, rows) if transpose else (rows, columns), dtype, "cuda")
+        sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, out, transpose)
+        assert buffer[:1024].isnan().all()
+        assert buffer[-1024:].isnan().all()
+        results.append(out)
+    assert torch.equal(*results)
+    product = results[0].t() if transpose else results[0]
+    assert_within_budget(product, values, metadata, dense, scale_inv, dense_scale_inv)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", sparse_gemm.CONFIGS, ids=lambda config: f"128x{config.block_d}")
+@pytest.mark.parametrize("transpose", [False, True], ids=["", "transpose"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2500, 3000, 1040), (4096, 4096, 128), (250, 301, 400)], ids=str)
+def test_small_integers_are_exact(monkeypatch, shape, dtype, transpose, config) -> None:
+    """Sums that need no rounding: bit for bit the reference's, with several tiles for each program and with one."""
+    monkeypatch.setattr(sparse_gemm, "_choose", lambda *args: config)
+    rows, columns, contraction = shape
+    weight = torch.randint(-1, 2, (rows, contraction), device="cuda").float()
+    positions = torch.rand(rows, contraction // 4, 4, device="cuda").argsort(-1)[..., :2].sort(-1).values
+    values, metadata = reference.compress24(weight.to(E4M3), positions)
+    dense = torch.randint(-1, 2, (columns, contraction), device="cuda").float().to(E4M3)
+    scale_inv = torch.tensor([0.25], device="cuda")
+    dense_scale_inv = 2.0 ** torch.randint(-2, 3, (columns,), device="cuda")
+    buffer, out = poisoned((columns, rows) if transpose else (rows, columns), dtype, "cuda")
+    sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, out, transpose)
+    expected = reference.sparse_mm(values, metadata, dense, scale_inv, dense_scale_inv, dtype, transpose)
+    assert torch.equal(out, expected)
+    assert buffer[:1024].isnan().all()
+    assert buffer[-1024:].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [4, 100, 1000])
+def test_weight_gradient(tokens) -> None:
+    grad = torch.randn(tokens, 48, device="cuda")
+    scale, seed = torch.full((tokens,), 40.0, device="cuda"), torch.tensor([3], device="cuda")
+    _, values, metadata = reference.cast_mvue(grad, scale, scale, seed, 0, False)
+    dense = reference.transpose_tokens(random_dense(tokens, 80, "cuda")[0])
+    scale_inv = torch.tensor([1e-3], device="cuda")
+    out = poisoned((48, 80), torch.float32, "cuda")[1]
+    sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, None, out, False)
+    assert_within_budget(out, values, metadata, dense, scale_inv, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transpose", [False, True], ids=["", "transpose"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_offsets_beyond_32_bits(dtype, transpose) -> None:
+    rows, columns, contraction = 131072, 16400, 16
+    values, metadata, scale_inv = random_operand(rows, contraction, "cuda")
+    dense, _ = random_dense(columns, contraction, "cuda")
+    shape = (columns, rows) if transpose else (rows, columns)
+    out = torch.full(shape, float("nan"), dtype=dtype, device="cuda")
+    sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, None, out, transpose)
+    product = out.t() if transpose else out
+    assert_within_budget(product[-128:], values[-128:], metadata[:, -8:], dense, scale_inv, None)
+    assert_within_budget(product[:, -256:], values, metadata, dense[-256:], scale_inv, None)
+
+
+@pytest.mark.gpu
+def test_captured_in_a_cuda_graph() -> None:
+    values, metadata, scale_inv = random_operand(256, 384, "cuda")
+    dense, dense_scale_inv = random_dense(96, 384, "cuda")
+    eager, replayed = (torch.empty(96, 256, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, eager, True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, replayed, True)
+    replayed.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(eager, replayed)
