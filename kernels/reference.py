@@ -254,7 +254,8 @@ def cast_transpose(x: Tensor, row_scale: Tensor, token_scale: Tensor) -> tuple[T
 def transpose_tokens(x: Tensor) -> Tensor:
     """``x [T, C]`` (e4m3) token-major: ``[C, padded(T)]``, zero beyond T."""
     tokens = x.shape[0]
-    return F.pad(x.view(torch.uint8).t(), (0, padded(tokens) - tokens)).view(x.dtype)
+    # Without padding F.pad returns its input as it lies.
+    return F.pad(x.view(torch.uint8).t(), (0, padded(tokens) - tokens)).contiguous().view(x.dtype)
 
 
 def cast_mvue(

@@ -6,9 +6,9 @@ A ``[R, C]`` e4m3, 2:4 along c, stored as ``values`` and ``metadata`` (see ``for
 row-major; out ``[R, D]`` or ``[D, R]`` in bf16, fp16 or fp32.  ``wgmma`` adds up FP8 products with about 14 bits.
 
 The kernel is persistent and warp-specialised: one warp loads stages of A and B by TMA, two warpgroups multiply, 64 rows
-of A each.  ``wgmma.mma_async.sp`` has no operation in Triton, so one inline-assembly instance per thread and stage holds
-it: its operands are all of the thread's accumulators, tied in place, and ``pack`` is their number.  The metadata reaches
-it as a tensor of the accumulators' shape, whose first two registers are the words that the thread loaded.
+of A each.  Triton has no operation for ``wgmma.mma_async.sp``, so inline assembly holds it, one instance per thread and
+stage: its operands are all of the thread's accumulators, tied in place, and ``pack`` is their number.  The metadata
+reaches it as a tensor of the accumulators' shape, whose first two registers are the words that the thread loaded.
 
 Tails need no code in the loop.  TMA fills with zeros what lies beyond A and B and clips what lies beyond out, metadata
 is padded, and direct stores are masked.
@@ -33,7 +33,7 @@ _SHARED_LIMIT = 227 * 1024
 _BLOCK_R = gl.constexpr(128)  # a warpgroup multiplies 64 rows
 _BLOCK_C = gl.constexpr(128)  # logical columns of a stage: one block of metadata, two instructions
 _GROUP = gl.constexpr(8)  # row tiles that share their tiles of B in L2
-_CONSUMER_WARPS = gl.constexpr(8)
+_CONSUMER_WARPS = gl.constexpr(8)  # two warpgroups
 _VALUES_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=8, rank=2)
 _DENSE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 _OUT_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -338,45 +338,47 @@ def launch_sparse_gemm(
     sm_count = _sm_count(out.device)
     config = _choose(rows, columns, sm_count)
     # fp32 tiles leave from registers: in shared memory they would take the place of stages.
-    tma_store = out.dtype != torch.float32 and out.stride(0) * out.element_size() % 16 == 0
+    tma_store = out.dtype != torch.float32 and out.shape[1] * out.element_size() % 16 == 0
     block_r, block_c, block_d = _BLOCK_R.value, _BLOCK_C.value, config.block_d
     out_block = [block_d, block_r] if transpose else [block_r, block_d]
     arguments = (
-        TensorDescriptor.from_tensor(values, [block_r, block_c // 2], _VALUES_LAYOUT),
-        TensorDescriptor.from_tensor(dense, [block_d, block_c], _DENSE_LAYOUT),
-        TensorDescriptor.from_tensor(out, out_block, _OUT_LAYOUT) if tma_store else out,
+        _descriptor(values, [block_r, block_c // 2], _VALUES_LAYOUT),
+        _descriptor(dense, [block_d, block_c], _DENSE_LAYOUT),
+        _descriptor(out, out_block, _OUT_LAYOUT) if tma_store else out,
         metadata, scale_inv, dense_scale_inv, rows, columns, metadata.shape[1], triton.cdiv(contraction, block_c),
     )  # fmt: skip
     constants = {
-        "BLOCK_D": block_d,
-        "STAGES": config.stages,
-        "TRANSPOSE": transpose,
-        "TMA_STORE": tma_store,
+        "BLOCK_D": block_d, "STAGES": config.stages, "TRANSPOSE": transpose, "TMA_STORE": tma_store,
         "COLUMNS_DIVISOR": 4 if columns % 4 == 0 else 1,
-    }
-    grid = (min(_tiles(rows, columns, config), sm_count),)
+    }  # fmt: skip
+    options = {"grid": (min(_tiles(rows, columns, config), sm_count),), "num_warps": _CONSUMER_WARPS.value}
     # Triton also specialises on the alignment of the pointers, which changes no shared memory.
     key = (*constants.values(), out.dtype, dense_scale_inv is None)
     if key not in _offsets:
         _offsets[key] = resolve_offsets(
-            lambda offsets: sparse_gemm_kernel.warmup(
-                *arguments, **offsets, **constants, num_warps=_CONSUMER_WARPS.value, grid=grid
-            ),
-            buffer_shapes(config),
+            lambda offsets: sparse_gemm_kernel.warmup(*arguments, **offsets, **constants, **options),
+            _buffer_shapes(config),
         )
-    sparse_gemm_kernel[grid](*arguments, **_offsets[key], **constants, num_warps=_CONSUMER_WARPS.value)
+        # The descriptors' swizzles start anew every 1024 bytes.
+        assert _offsets[key]["A_OFFSET"] % 1024 == 0 and _offsets[key]["B_OFFSET"] % 1024 == 0, _offsets[key]
+    sparse_gemm_kernel.run(*arguments, **_offsets[key], **constants, **options, warmup=False)
 
 
 _offsets: dict[tuple[object, ...], dict[str, int]] = {}
 
 
-def buffer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """The buffers of the kernel whose offsets it takes."""
+def _buffer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The buffers whose offsets the kernel takes."""
     return {
         "A_OFFSET": (config.stages, _BLOCK_R.value, _BLOCK_C.value // 2),
         "B_OFFSET": (config.stages, config.block_d, _BLOCK_C.value),
         "BARRIERS_OFFSET": (2 * config.stages, 1),
     }
+
+
+def _descriptor(tensor: Tensor, block: list[int], layout: gl.NVMMASharedLayout) -> TensorDescriptor:
+    # Not the tensor's own strides, which mean nothing along a dimension of size 1.
+    return TensorDescriptor(tensor, list(tensor.shape), [tensor.shape[1], 1], block, layout)
 
 
 @cache

@@ -30,11 +30,12 @@ def cases():
     yield "prune_weight_", (torch.randn(48, 80), torch.ones(1), *pruned(48, 80))
     yield "prune_weight_", (torch.randn(80, 48).t(), torch.ones(1), *pruned(48, 80))
     yield "cast_weight_", (torch.randn(48, 80), *ops.new_cast_weight(48, 80, torch.device("cpu")))
-    for dtype in (torch.float32, torch.bfloat16):
-        yield "cast_transpose", (torch.randn(20, 48).to(dtype), tokens, tokens)
-        for approximate in (False, True):
-            yield "cast_mvue", (torch.randn(20, 48).to(dtype), tokens, tokens, SEED, 3, approximate)
-    yield "transpose_tokens", (fp8(20, 48),)
+    yield "cast_mvue", (torch.randn(20, 48).bfloat16(), tokens, tokens, SEED, 3, True)
+    for count in (20, 128):  # padded, and not
+        yield "transpose_tokens", (fp8(count, 48),)
+        scales = torch.rand(count) + 0.5
+        yield "cast_transpose", (torch.randn(count, 48), scales, scales)
+        yield "cast_mvue", (torch.randn(count, 48), scales, scales, SEED, 3, False)
     for transpose in (False, True):
         yield "sparse_mm", (values, metadata, fp8(20, 80), scale_inv, tokens, torch.bfloat16, transpose)
         yield "sparse_mm", (values, metadata, fp8(20, 80), scale_inv, None, torch.float32, transpose)

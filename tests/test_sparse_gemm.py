@@ -1,8 +1,8 @@
 """The 2:4-sparse FP8 GEMM: its operand format, its compilation for Hopper, its arithmetic on one.
 
-fp8 ``wgmma`` does not add up in fp32: each instruction aligns its products and the accumulator to the largest of them and
-cuts what lies more than 13 bits below that one's leading bit.  ``tensor_core_product`` does the same in torch, and the
-error that it makes against fp64 is the error that the kernel is allowed, times two, plus the rounding of the output.
+fp8 ``wgmma`` does not add up in fp32: each instruction aligns its products and the accumulator to the largest of them
+and cuts what lies more than 13 bits below that one's leading bit.  ``tensor_core_product`` does the same in torch.  The
+kernel's error against fp64 may be twice what that model's error and the rounding of the output come to.
 """
 
 import re
@@ -207,9 +207,8 @@ class TestOffsets:
             # The larger buffer comes first.
             return self.kernel(1024 * len(tried))
 
-        monkey = {"FIRST": (512,)}
         with pytest.raises(RuntimeError, match="do not settle"):
-            shared_memory.resolve_offsets(moving, monkey)
+            shared_memory.resolve_offsets(moving, {"FIRST": (512,)})
 
 
 @pytest.mark.parametrize(
