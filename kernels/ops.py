@@ -58,7 +58,9 @@ def _op(schema: str, eager: Callable[P, R], kernel: Callable[P, R], fake: Callab
     def implementation(*args: P.args, **kwargs: P.kwargs) -> R:
         device = cast(Tensor, args[0]).device
         if emulation_reason(device) is None:
-            return kernel(*args, **kwargs)
+            # Triton launches on the current device, which need not be the tensors'.
+            with torch.cuda.device(device):
+                return kernel(*args, **kwargs)
         # Autocast would silently turn the fp32 products of the reference into bf16.
         with torch.autocast(device.type, enabled=False):
             return eager(*args, **kwargs)

@@ -360,7 +360,7 @@ def launch_sparse_gemm(
             _buffer_shapes(config),
         )
         # The descriptors' swizzles start anew every 1024 bytes.
-        assert _offsets[key]["A_OFFSET"] % 1024 == 0 and _offsets[key]["B_OFFSET"] % 1024 == 0, _offsets[key]
+        assert all(_offsets[key][name] % 1024 == 0 for name in ("A_OFFSET", "B_OFFSET")), _offsets[key]
     sparse_gemm_kernel.run(*arguments, **_offsets[key], **constants, **options, warmup=False)
 
 

@@ -1,38 +1,51 @@
-"""Error budgets: how far an fp8 GEMM of the tensor cores may lie from the exact product."""
+"""The error budget of an fp8 GEMM: what the tensor cores of Hopper may do to a product, and no more."""
 
 import torch
 from torch import Tensor
 
-# Columns that a dense fp8 instruction contracts; a 2:4 instruction contracts as many kept ones.
-_INSTRUCTION_COLUMNS = 32
+# Columns that one instruction contracts.
+DENSE_INSTRUCTION = 32
+SPARSE_INSTRUCTION = 64
 
 
-def fp8_product(a: Tensor, b: Tensor, columns: int = _INSTRUCTION_COLUMNS) -> tuple[Tensor, Tensor]:
-    """``a @ b.T`` in fp64, and the error that fp8 accumulation on Hopper may add to each element.
+def tensor_core_product(a: Tensor, b: Tensor, instruction: int) -> Tensor:
+    """``a @ b.T`` as fp8 tensor cores add it up, fp32.
 
-    An instruction adds its products to the accumulator after shifting all of them to the largest exponent and cutting
-    them off below about 13 bits.  So a step loses about 2^-13 of the larger of the running sum and the step's own
-    products.  Twice that is allowed for each step, and the losses of all steps add up.
+    fp8 ``wgmma`` does not accumulate in fp32: each instruction aligns its products and the accumulator to the largest
+    of them and cuts what lies more than 13 bits below that one's leading bit.
 
     Args:
-        a: ``[M, C]``; b: ``[N, C]``; columns: what one instruction contracts, 64 for a 2:4 operand.
+        a: ``[R, C]``; b: ``[D, C]``; fp32 with e4m3 values.
+        instruction: columns that one instruction contracts.
     """
-    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64, device=a.device)
-    budget = torch.zeros_like(total)
-    for start in range(0, a.shape[1], columns):
-        a_step, b_step = a[:, start : start + columns].double(), b[:, start : start + columns].double()
-        before = total.abs()
-        total = total + a_step @ b_step.t()
-        products = a_step.abs() @ b_step.abs().t()
-        budget += 2 * 2.0**-13 * torch.maximum(torch.maximum(before, total.abs()), products)
-    return total, budget
+    rows = []
+    for part in a.split(64):
+        acc = torch.zeros(part.shape[0], b.shape[0], device=a.device)
+        for part_k, b_k in zip(part.split(instruction, dim=1), b.split(instruction, dim=1), strict=True):
+            products = part_k[:, None, :] * b_k[None, :, :]
+            largest = torch.maximum(products.abs().amax(-1), acc.abs())
+            # 13 bits below the leading one; sums of the integers that remain are exact in fp32.
+            quantum = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - 14)
+            acc = ((products / quantum[..., None]).trunc().sum(-1) + (acc / quantum).trunc()) * quantum
+        rows.append(acc)
+    return torch.cat(rows)
 
 
-def assert_within(actual: Tensor, expected: Tensor, budget: Tensor) -> None:
-    """``|actual - expected| <= budget`` plus the rounding of actual's dtype, everywhere; NaN is outside."""
-    rounding = torch.finfo(actual.dtype).eps * (expected.abs() + budget)
-    excess = (actual.double() - expected).abs() / (budget + rounding + torch.finfo(torch.float64).tiny)
-    excess = excess.nan_to_num(nan=float("inf"))
-    assert bool((excess <= 1).all()), (
-        f"{int((excess > 1).sum())} of {excess.numel()} outside, worst {excess.max():.2f}x"
-    )
+def assert_within_budget(out: Tensor, a: Tensor, b: Tensor, scale: Tensor, instruction: int) -> None:
+    """``out [R, D]`` is ``(a @ b.T) * scale``: its error against fp64 is within the budget, in RMS and at its worst.
+
+    The budget is twice the error of ``tensor_core_product`` plus the rounding of out's dtype, in units of the payloads,
+    so that no scale hides an error.
+
+    Args:
+        a: ``[R, C]``; b: ``[D, C]``; e4m3.
+        scale: fp32, broadcastable to ``[R, D]``.
+    """
+    a, b, scale = a.float(), b.float(), scale.double()
+    exact = a.double() @ b.double().t()
+    modelled = tensor_core_product(a, b, instruction).double() - exact
+    limits = torch.finfo(out.dtype)
+    band = exact.abs() * (limits.eps / 2) + limits.tiny * limits.eps / scale
+    error = out.double() / scale - exact
+    for norm in (lambda x: x.square().mean().sqrt(), lambda x: x.abs().max()):
+        assert norm(error) <= 2 * (norm(modelled) + norm(band)), f"{norm(error)}, {norm(modelled)}, {norm(band)}"

@@ -1,9 +1,4 @@
-"""The 2:4-sparse FP8 GEMM: its operand format, its compilation for Hopper, its arithmetic on one.
-
-fp8 ``wgmma`` does not add up in fp32: each instruction aligns its products and the accumulator to the largest of them
-and cuts what lies more than 13 bits below that one's leading bit.  ``tensor_core_product`` does the same in torch.  The
-kernel's error against fp64 may be twice what that model's error and the rounding of the output come to.
-"""
+"""The 2:4-sparse FP8 GEMM: its operand format, its compilation for Hopper, its arithmetic on one."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -19,6 +14,7 @@ from triton.tools.disasm import get_sass
 
 from sparse_compile.kernels import reference, shared_memory, sparse_gemm
 from sparse_compile.kernels.formats import E4M3, PAD_WORD, metadata_shape, padded, values_shape
+from sparse_compile.testing import SPARSE_INSTRUCTION, assert_within_budget
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -285,34 +281,13 @@ def test_launcher_refuses_wrong_arguments(change, message) -> None:
         sparse_gemm.launch_sparse_gemm(**{**arguments, **change})
 
 
-def tensor_core_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b.T`` as fp8 tensor cores compute it; fp32 ``a [R, C]`` and ``b [D, C]`` with e4m3 values."""
-    rows = []
-    for part in a.split(64):
-        acc = torch.zeros(part.shape[0], b.shape[0], device=a.device)
-        for part_k, b_k in zip(part.split(64, dim=1), b.split(64, dim=1), strict=True):
-            products = part_k[:, None, :] * b_k[None, :, :]
-            largest = torch.maximum(products.abs().amax(-1), acc.abs())
-            # 13 bits below the leading one; sums of the integers that remain are exact in fp32.
-            quantum = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - 14)
-            acc = ((products / quantum[..., None]).trunc().sum(-1) + (acc / quantum).trunc()) * quantum
-        rows.append(acc)
-    return torch.cat(rows)
-
-
-def assert_within_budget(
+def assert_product(
     out: Tensor, values: Tensor, metadata: Tensor, dense: Tensor, scale_inv: Tensor, dense_scale_inv: Tensor | None
 ) -> None:
-    """``out [R, D]`` against fp64, in units of the payloads, so that no scale hides an error."""
-    a, b = reference.decompress24(values, metadata)[:, : dense.shape[1]].float(), dense.float()
-    scale = scale_inv.double() * (1.0 if dense_scale_inv is None else dense_scale_inv.double())
-    exact = a.double() @ b.double().t()
-    modelled = tensor_core_product(a, b).double() - exact
-    limits = torch.finfo(out.dtype)
-    band = exact.abs() * (limits.eps / 2) + limits.tiny * limits.eps / scale
-    error = out.double() / scale - exact
-    for norm in (lambda x: x.square().mean().sqrt(), lambda x: x.abs().max()):
-        assert norm(error) <= 2 * (norm(modelled) + norm(band)), f"{norm(error)}, {norm(modelled)}, {norm(band)}"
+    """``out [R, D]`` is the product of the operands within its error budget."""
+    a = reference.decompress24(values, metadata)[:, : dense.shape[1]]
+    scale = scale_inv if dense_scale_inv is None else scale_inv * dense_scale_inv
+    assert_within_budget(out, a, dense, scale, SPARSE_INSTRUCTION)
 
 
 SHAPES = [(128, 256, 128), (16, 16, 16), (48, 15, 80), (3072, 4097, 768), (768, 1, 3072), (1600, 100, 6400)]
@@ -340,7 +315,7 @@ def test_error_budget(shape, dtype, transpose, scaled) -> None:
         results.append(out)
     assert torch.equal(*results)
     product = results[0].t() if transpose else results[0]
-    assert_within_budget(product, values, metadata, dense, scale_inv, dense_scale_inv)
+    assert_product(product, values, metadata, dense, scale_inv, dense_scale_inv)
 
 
 @pytest.mark.gpu
@@ -376,7 +351,7 @@ def test_weight_gradient(tokens) -> None:
     scale_inv = torch.tensor([1e-3], device="cuda")
     out = poisoned((48, 80), torch.float32, "cuda")[1]
     sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, None, out, False)
-    assert_within_budget(out, values, metadata, dense, scale_inv, None)
+    assert_product(out, values, metadata, dense, scale_inv, None)
 
 
 @pytest.mark.gpu
@@ -390,8 +365,8 @@ def test_offsets_beyond_32_bits(dtype, transpose) -> None:
     out = torch.full(shape, float("nan"), dtype=dtype, device="cuda")
     sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, None, out, transpose)
     product = out.t() if transpose else out
-    assert_within_budget(product[-128:], values[-128:], metadata[:, -8:], dense, scale_inv, None)
-    assert_within_budget(product[:, -256:], values, metadata, dense[-256:], scale_inv, None)
+    assert_product(product[-128:], values[-128:], metadata[:, -8:], dense, scale_inv, None)
+    assert_product(product[:, -256:], values, metadata, dense[-256:], scale_inv, None)
 
 
 @pytest.mark.gpu
@@ -406,3 +381,17 @@ def test_captured_in_a_cuda_graph() -> None:
     replayed.fill_(float("nan"))
     graph.replay()
     assert torch.equal(eager, replayed)
+
+
+@pytest.mark.gpu
+def test_streams_do_not_disturb_each_other() -> None:
+    values, metadata, scale_inv = random_operand(3072, 768, "cuda")
+    dense, _ = random_dense(4097, 768, "cuda")
+    outs = [poisoned((4097, 3072), torch.bfloat16, "cuda")[1] for _ in range(6)]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    for index, out in enumerate(outs):
+        with torch.cuda.stream(streams[index % 3]):
+            sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, None, out, True)
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, outs[0]) for out in outs)
