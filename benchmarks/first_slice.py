@@ -4,25 +4,22 @@
     python benchmarks/first_slice.py profile    which kernels a step runs; the sparse instruction in their SASS
     python benchmarks/first_slice.py step       step time against torch.compile bf16, and torchao float8 if installed
 
-Each part adds its results to ``results/first_slice_<part>.json``.
+Each part adds its results to ``results/first_slice.json`` and its table to ``results/first_slice.md``.
 """
 
 import argparse
 import gc
 import importlib.util
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
-import triton
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -39,8 +36,8 @@ DEVICE = torch.device("cuda")
 TOLERANCE = 0.02
 
 
-def loss_part(steps: int) -> dict[str, Any]:
-    """Final losses of the same training run, once through the kernels and once through their eager definitions."""
+def loss_part(steps: int) -> tuple[dict[str, Any], str]:
+    """Losses of the same training run, once through the kernels and once through their eager definitions."""
     model_config, config = train_gpt.PRESETS["gpt2-small"]
     config = replace(config, steps=steps, batch=8)
     data = train_gpt.corpus()
@@ -52,20 +49,27 @@ def loss_part(steps: int) -> dict[str, Any]:
             )
     difference = runs["kernels"].training_loss - runs["reference"].training_loss
     validation = runs["kernels"].validation_loss - runs["reference"].validation_loss
-    print(train_gpt.summary(runs, DEVICE))
-    print(f"kernels - reference: training loss {difference:+.4f}, validation loss {validation:+.4f}")
+    marks = sorted({round(i * (steps - 1) / 5) for i in range(6)})
+    rows = [(f"loss at step {mark + 1}", *(run.losses[mark] for run in runs.values())) for mark in marks]
+    rows.append(("training loss, last tenth", *(run.training_loss for run in runs.values())))
+    rows.append(("validation loss", *(run.validation_loss for run in runs.values())))
+    rows = [(name, kernels, reference, kernels - reference) for name, kernels, reference in rows]
+    headers = ("", "kernels", "reference", "difference")
+    table = tabulate(rows, headers=headers, floatfmt=("", ".4f", ".4f", "+.4f"), tablefmt="github")
+    print(table)
     executions = [graph.execution for graph in sparse_compile.report().graphs]
     if not any(execution == "kernels" for execution in executions) or max(abs(difference), abs(validation)) > TOLERANCE:
         raise SystemExit(f"FAILED: off by more than {TOLERANCE}, or no kernels ran: {executions}")
-    return {
+    results = {
         "model": asdict(model_config),
         "training": asdict(config),
         "difference": {"training": difference, "validation": validation},
         "runs": {name: asdict(run) for name, run in runs.items()},
     }
+    return results, table
 
 
-def profile_part() -> dict[str, Any]:
+def profile_part() -> tuple[dict[str, Any], str]:
     """GPU time of one step by kernel, and the matrix instructions in the sparse GEMM's machine code."""
     step = training_step(gpt2_small(), "sste")
     for _ in range(5):
@@ -77,32 +81,33 @@ def profile_part() -> dict[str, Any]:
         ((event.key, event.count, event.device_time_total / 1e3) for event in profiler.key_averages()),
         key=lambda kernel: -kernel[2],
     )
-    print(tabulate([(k[:80], n, t) for k, n, t in kernels[:25]], headers=("kernel", "calls", "ms"), floatfmt=".3f"))
     instructions = sass_instructions()
-    print("matrix instructions of the sparse GEMM:", instructions)
+    top = [(name[:80], count, time) for name, count, time in kernels[:20]]
+    table = tabulate(top, headers=("kernel", "calls", "ms"), floatfmt=".3f", tablefmt="github")
+    table += "\n\nMatrix instructions in the machine code of the sparse GEMM:\n\n"
+    table += tabulate(
+        [(variant, name, count) for variant, found in instructions.items() for name, count in found.items()],
+        headers=("", "instruction", "count"),
+        tablefmt="github",
+    )
+    print(table)
     sparse_calls = sum(count for key, count, _ in kernels if "sparse_gemm" in key)
     # 12 blocks, two FFN linears each, fprop and wgrad.
     if sparse_calls != 48 or not all(any("QGMMA.SP" in name for name in found) for found in instructions.values()):
         raise SystemExit(f"FAILED: {sparse_calls} sparse GEMMs in a step instead of 48, or no QGMMA.SP: {instructions}")
-    return {"kernels": kernels, "sparse_gemm_calls": sparse_calls, "sass": instructions}
+    return {"kernels": kernels, "sparse_gemm_calls": sparse_calls, "sass": instructions}, table
 
 
 def sass_instructions() -> dict[str, dict[str, int]]:
     """Counts of the matrix instructions in each compiled variant of the sparse GEMM."""
     from sparse_compile.kernels import sparse_gemm
 
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    found = {}
-    for device_cache in sparse_gemm.sparse_gemm_kernel.device_caches.values():
-        for index, compiled in enumerate(device_cache[0].values()):
-            with NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(compiled.asm["cubin"])
-                file.flush()
-                listing = subprocess.run(
-                    [str(tools / "nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True
-                ).stdout
-            found[f"variant {index}"] = dict(Counter(re.findall(r"\b[QH]GMMA[.\w]*", listing)))
-    return found
+    caches = sparse_gemm.sparse_gemm_kernel.device_caches.values()
+    variants = [compiled for cache in caches for compiled in cache[0].values()]
+    return {
+        f"variant {index}": dict(Counter(re.findall(r"\b[QH]GMMA[.\w]*", compiled.asm["sass"])))
+        for index, compiled in enumerate(variants)
+    }
 
 
 def gpt2_small() -> tuple[nn.Module, int, tuple[int, int]]:
@@ -159,12 +164,13 @@ def training_step(made: tuple[nn.Module, int, tuple[int, int]], kind: str) -> Ca
     return step
 
 
-def step_part(names: list[str], rounds: int) -> dict[str, Any]:
+def step_part(names: list[str], rounds: int) -> tuple[dict[str, Any], str]:
     """Median step times of the candidates of each model, taking turns, and ratios to torch.compile bf16."""
     kinds = ["bf16", "sste"]
     if importlib.util.find_spec("torchao") is not None:
         kinds.append("torchao tensorwise")
     results: dict[str, Any] = {}
+    rows = []
     for name in names:
         torch.compiler.reset()
         gc.collect()
@@ -174,16 +180,13 @@ def step_part(names: list[str], rounds: int) -> dict[str, Any]:
         if not all(abs(loss - losses["bf16"]) < 0.5 for loss in losses.values()):
             raise SystemExit(f"FAILED: first losses of {name} differ: {losses}")
         timings = interleave(candidates, rounds, warmup=4)
-        rows = [
-            (kind, t.median, t.low, t.high, timings["bf16"].median / t.median, losses[kind])
-            for kind, t in timings.items()
-        ]
-        print(f"\n{name}")
-        print(tabulate(rows, headers=("step", "ms", "p10", "p90", "x bf16", "first loss"), floatfmt=".3f"))
-        results[name] = {
-            kind: {**asdict(t), "speedup": r[4]} for (kind, t), r in zip(timings.items(), rows, strict=True)
-        }
-    return results
+        bf16 = timings["bf16"].median
+        results[name] = {kind: {**asdict(timing), "speedup": bf16 / timing.median} for kind, timing in timings.items()}
+        rows += [(name, kind, t.median, t.low, t.high, bf16 / t.median, losses[kind]) for kind, t in timings.items()]
+    headers = ("model", "step", "ms", "p10", "p90", "x bf16", "first loss")
+    table = tabulate(rows, headers=headers, floatfmt=".3f", tablefmt="github")
+    print(table)
+    return results, table
 
 
 def main() -> None:
@@ -194,12 +197,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
-    results = {
+    parts: dict[str, Callable[[], tuple[dict[str, Any], str]]] = {
         "loss": lambda: loss_part(args.steps),
         "profile": profile_part,
         "step": lambda: step_part(args.models, args.rounds),
-    }[args.part]()
-    write(f"first_slice_{args.part}", results, args.out)
+    }
+    results, table = parts[args.part]()
+    write("first_slice", args.part, results, table, args.out)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 import datetime
 import json
+import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,23 +52,28 @@ def _timing(times: list[float]) -> Timing:
 def provenance() -> dict[str, str]:
     """Date, device, versions, commit and command of a measurement."""
     folder = Path(__file__).parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
     return {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        # A copy of the sources without their history is told its commit.
+        "commit": described.stdout.strip() or os.environ.get("GIT_COMMIT", "unknown"),
         "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
-def write(name: str, results: Mapping[str, Any], folder: Path = RESULTS) -> None:
-    """Results and their provenance as ``<name>.json``."""
+def write(name: str, part: str, results: Mapping[str, Any], table: str, folder: Path = RESULTS) -> None:
+    """Add one part's results, their provenance and their table to ``<name>.json``, and all tables to ``<name>.md``."""
     folder.mkdir(parents=True, exist_ok=True)
-
-    def plain(value: object) -> object:
-        return asdict(value)  # type: ignore[call-overload]
-
-    text = json.dumps({"provenance": provenance(), **results}, indent=1, default=plain)
-    (folder / f"{name}.json").write_text(text + "\n")
+    path = folder / f"{name}.json"
+    parts = json.loads(path.read_text()) if path.exists() else {}
+    parts[part] = {"provenance": provenance(), "table": table.splitlines(), **results}
+    path.write_text(json.dumps(parts, indent=1) + "\n")
+    sections = [
+        f"## {title}\n\n{', '.join(f'{key} {value}' for key, value in content['provenance'].items())}\n\n"
+        + "\n".join(content["table"])
+        for title, content in parts.items()
+    ]
+    (folder / f"{name}.md").write_text(f"# {name}\n\n" + "\n\n".join(sections) + "\n")
