@@ -51,11 +51,22 @@ def force_reference() -> Iterator[None]:
         _reference_forced = before
 
 
-def _op(schema: str, eager: Callable[P, R], kernel: Callable[P, R], fake: Callable[P, R]) -> Callable[P, R]:
-    """Define one op; ``kernel`` imports its launcher itself."""
+def _op(
+    schema: str, eager: Callable[P, R], kernel: Callable[P, R], fake: Callable[P, R], *, any_strides: bool = False
+) -> Callable[P, R]:
+    """Define one op; ``kernel`` imports its launcher itself.
+
+    All tensors must be contiguous, whatever runs; the first one need not be with ``any_strides``.
+    """
     name = schema.split("(")[0]
 
     def implementation(*args: P.args, **kwargs: P.kwargs) -> R:
+        for index, argument in enumerate(args):
+            if isinstance(argument, Tensor) and not argument.is_contiguous() and not (any_strides and index == 0):
+                raise ValueError(
+                    f"argument {index} of {name} is {tuple(argument.shape)} with strides {argument.stride()}; "
+                    "it must be contiguous"
+                )
         device = cast(Tensor, args[0]).device
         if emulation_reason(device) is None:
             # Triton launches on the current device, which need not be the tensors'.
@@ -111,6 +122,7 @@ prune_weight_ = _op(
     _prune_weight_eager,
     _prune_weight_kernel,
     lambda weight, beta, *buffers: None,
+    any_strides=True,
 )
 
 
@@ -130,6 +142,7 @@ cast_weight_ = _op(
     _cast_weight_eager,
     _cast_weight_kernel,
     lambda weight, *buffers: None,
+    any_strides=True,
 )
 
 

@@ -1,7 +1,7 @@
 """How a linear is spelt: F.linear, addmm, mm, matmul and ``@``, the weight transposed and cast on the way."""
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,22 +63,16 @@ def _spelling(input: Any, weight: Any, bias: Any, *, stored_transposed: bool, re
 
 
 def _check_addmm(spelling: Spelling, node: Node) -> Spelling:
-    bias, weight = example_value(spelling.bias), example_value(spelling.weight)
+    bias, output = example_value(spelling.bias), example_value(node)
     refusal = None
     if any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
         refusal = f"addmm with {dict(node.kwargs)}; only alpha = beta = 1 is a linear"
     elif node.kwargs.get("out") is not None:
         refusal = "it writes into an existing tensor (out=)"
-    elif bias is None or bias.ndim != 1 or (weight is not None and bias.shape[0] not in weight.shape):
+    elif bias is None or bias.shape != output.shape[-1:]:
         given = "no tensor" if bias is None else f"shape {tuple(bias.shape)}"
         refusal = f"addmm adds {given}; only a vector of out_features is a bias"
-    return Spelling(
-        input=spelling.input,
-        weight=spelling.weight,
-        bias=spelling.bias,
-        transposed=spelling.transposed,
-        refusal=refusal,
-    )
+    return replace(spelling, refusal=refusal)
 
 
 def _strip(weight: Any) -> tuple[Any, bool]:

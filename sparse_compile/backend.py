@@ -1,9 +1,10 @@
 """The backend: a traced graph goes in; its linears are found, decided on and rewritten; Inductor compiles the rest."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 from sparse_compile.kernels import ops
@@ -60,11 +61,22 @@ def sste(
         cacheable_function=f"{linear.__module__}.{linear.__name__}",
     )
 
-    rows = (*(plan.row() for plan in plans), *(rejection.row() for rejection in (*rejections, *near_misses)))
-    emulated = sorted({reason for device in devices if (reason := ops.emulation_reason(device))})
-    record(GraphReport(rows=rows, execution="emulated: " + "; ".join(emulated) if emulated else "kernels"))
+    refused = [*rejections, *near_misses]
+    for rejection in refused:
+        logger.debug("left %s dense: %s: %s", rejection.name, rejection.reason.value, rejection.detail)
+    rows = (*(plan.row() for plan in plans), *(rejection.row() for rejection in refused))
+    record(GraphReport(rows=rows, execution=_execution(devices)))
     logger.info("rewrote %d of %d linears", len(plans), len(rows))
     return Runtime(compiled, slots, fake_operands)
+
+
+def _execution(devices: Iterable[torch.device]) -> str:
+    """What runs the rewritten linears, as the report says it."""
+    reasons = {device: ops.emulation_reason(device) for device in devices}
+    emulated = sorted({reason for reason in reasons.values() if reason})
+    if emulated:
+        return "emulated: " + "; ".join(emulated)
+    return "kernels" if reasons else "dense"
 
 
 # torch._dynamo.reset() calls this attribute of a backend.

@@ -64,7 +64,7 @@ class _Linear(torch.autograd.Function):
         *operands: Tensor,
     ) -> Tensor:
         recipe = RECIPES[recipe_name]
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = x.reshape(-1, x.shape[-1])  # any strides: its cast is contiguous
         scale, scale_inv = token_scale(tokens.abs().amax(dim=1))
         x_fp8 = cast(tokens, scale)
         output = _fprop(recipe, x_fp8, scale_inv, operands, out_dtype)
@@ -80,7 +80,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x_fp8, x_scale_inv, weight_t, weight_scale_inv, seed = ctx.saved_tensors
-        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad = grad_output.reshape(-1, grad_output.shape[-1]).contiguous()
         grad_input = grad_weight = grad_bias = None
         amax = grad.abs().amax(dim=1)
         row_scale, row_scale_inv = token_scale(amax)
@@ -105,8 +105,8 @@ def token_scale(amax: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cast(x: Tensor, scale: Tensor) -> Tensor:
-    """``x [T, C] * scale [T]`` in e4m3, saturating; NaN stays NaN."""
-    return (x.float() * scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    """``x [T, C] * scale [T]`` in e4m3, saturating, contiguous; NaN stays NaN."""
+    return (x.float() * scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3).contiguous()
 
 
 def _bound(amax: Tensor) -> Tensor:

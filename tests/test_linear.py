@@ -170,3 +170,17 @@ def test_soft_threshold_gradcheck():
     """S is piecewise linear: autograd's derivative of the definition agrees with finite differences in fp64."""
     weight = torch.randn(4, 16, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(reference.soft_threshold24, (weight,))
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_any_strides(recipe):
+    """Transposed inputs, and the gradients of sums, which have no strides at all."""
+    weight, contiguous = torch.randn(32, 64), torch.randn(40, 64)
+    results = []
+    for x in (contiguous, contiguous.t().contiguous().t()):
+        parameter, x = weight.clone().requires_grad_(), x.requires_grad_()
+        y = linear(x, parameter, None, SEED, 0, recipe.name, False, torch.float32, *operands_of(weight, recipe))
+        y.sum().backward()
+        results.append((y.detach(), x.grad, parameter.grad))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
