@@ -14,7 +14,6 @@ Tails need no code in the loop.  TMA fills with zeros what lies beyond A and B a
 is padded, and direct stores are masked.
 """
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -25,47 +24,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sparse_compile.kernels.configs import BLOCK_C, BLOCK_R, Config, choose
 from sparse_compile.kernels.formats import E4M3, check_buffer, metadata_shape
 from sparse_compile.kernels.shared_memory import resolve_offsets
 
 _OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_SHARED_LIMIT = 227 * 1024
-_BLOCK_R = gl.constexpr(128)  # a warpgroup multiplies 64 rows
-_BLOCK_C = gl.constexpr(128)  # logical columns of a stage: one block of metadata, two instructions
+_BLOCK_R = gl.constexpr(BLOCK_R)
+_BLOCK_C = gl.constexpr(BLOCK_C)
 _GROUP = gl.constexpr(8)  # row tiles that share their tiles of B in L2
 _CONSUMER_WARPS = gl.constexpr(8)  # two warpgroups
 _VALUES_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=8, rank=2)
 _DENSE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 _OUT_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
-    """A tile of 128 rows of A by ``block_d`` rows of B, ``stages`` of which are in flight.
-
-    ``tile_cost`` is the time that a tile takes, relative to the other configs: what the choice between them rests on.
-    """
-
-    block_d: int
-    stages: int
-    tile_cost: float
-
-    def __post_init__(self) -> None:
-        if self.block_d not in (128, 256):
-            raise ValueError(f"block_d is {self.block_d}; allowed are 128 and 256")
-        if self.stages < 2 or self.tile_cost <= 0:
-            raise ValueError(f"{self} needs at least two stages and a positive cost")
-        stage = (_BLOCK_R.value // 2 + self.block_d) * _BLOCK_C.value
-        # 1 KiB for the barriers and for what the warps hand each other.
-        needed = self.stages * stage + 2 * _BLOCK_R.value * self.block_d + 1024
-        if needed > _SHARED_LIMIT:
-            raise ValueError(f"{self} needs {needed} bytes of shared memory; a block has {_SHARED_LIMIT}")
-
-
-CONFIGS = (
-    Config(block_d=256, stages=4, tile_cost=1.0),
-    Config(block_d=128, stages=6, tile_cost=0.6),
-)
 
 
 @gluon.constexpr_function
@@ -336,22 +306,22 @@ def launch_sparse_gemm(
         out.zero_()
         return
     sm_count = _sm_count(out.device)
-    config = _choose(rows, columns, sm_count)
+    config = choose(rows, columns, sm_count)
     # fp32 tiles leave from registers: in shared memory they would take the place of stages.
     tma_store = out.dtype != torch.float32 and out.shape[1] * out.element_size() % 16 == 0
-    block_r, block_c, block_d = _BLOCK_R.value, _BLOCK_C.value, config.block_d
-    out_block = [block_d, block_r] if transpose else [block_r, block_d]
+    block_d = config.block_d
+    out_block = [block_d, BLOCK_R] if transpose else [BLOCK_R, block_d]
     arguments = (
-        _descriptor(values, [block_r, block_c // 2], _VALUES_LAYOUT),
-        _descriptor(dense, [block_d, block_c], _DENSE_LAYOUT),
+        _descriptor(values, [BLOCK_R, BLOCK_C // 2], _VALUES_LAYOUT),
+        _descriptor(dense, [block_d, BLOCK_C], _DENSE_LAYOUT),
         _descriptor(out, out_block, _OUT_LAYOUT) if tma_store else out,
-        metadata, scale_inv, dense_scale_inv, rows, columns, metadata.shape[1], triton.cdiv(contraction, block_c),
+        metadata, scale_inv, dense_scale_inv, rows, columns, metadata.shape[1], triton.cdiv(contraction, BLOCK_C),
     )  # fmt: skip
     constants = {
         "BLOCK_D": block_d, "STAGES": config.stages, "TRANSPOSE": transpose, "TMA_STORE": tma_store,
         "COLUMNS_DIVISOR": 4 if columns % 4 == 0 else 1,
     }  # fmt: skip
-    options = {"grid": (min(_tiles(rows, columns, config), sm_count),), "num_warps": _CONSUMER_WARPS.value}
+    options = {"grid": (min(config.tiles(rows, columns), sm_count),), "num_warps": _CONSUMER_WARPS.value}
     # Triton also specialises on the alignment of the pointers, which changes no shared memory.
     key = (*constants.values(), out.dtype, dense_scale_inv is None)
     if key not in _offsets:
@@ -370,8 +340,8 @@ _offsets: dict[tuple[object, ...], dict[str, int]] = {}
 def _buffer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """The buffers whose offsets the kernel takes."""
     return {
-        "A_OFFSET": (config.stages, _BLOCK_R.value, _BLOCK_C.value // 2),
-        "B_OFFSET": (config.stages, config.block_d, _BLOCK_C.value),
+        "A_OFFSET": (config.stages, BLOCK_R, BLOCK_C // 2),
+        "B_OFFSET": (config.stages, config.block_d, BLOCK_C),
         "BARRIERS_OFFSET": (2 * config.stages, 1),
     }
 
@@ -386,15 +356,6 @@ def _sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tiles(rows: int, columns: int, config: Config) -> int:
-    return triton.cdiv(rows, _BLOCK_R.value) * triton.cdiv(columns, config.block_d)
-
-
-def _choose(rows: int, columns: int, sm_count: int) -> Config:
-    """The config whose rounds of one tile per multiprocessor take the least time, the first of equals."""
-    return min(CONFIGS, key=lambda config: triton.cdiv(_tiles(rows, columns, config), sm_count) * config.tile_cost)
-
-
 def _check(
     values: Tensor,
     metadata: Tensor,
@@ -407,8 +368,8 @@ def _check(
     if values.dim() != 2 or dense.dim() != 2:
         raise ValueError(f"values {tuple(values.shape)} and dense {tuple(dense.shape)} must have two dimensions")
     (rows, kept), (columns, contraction), device = values.shape, dense.shape, dense.device
-    if kept % (_BLOCK_C.value // 2) != 0:
-        raise ValueError(f"values has {kept} columns; needed is a multiple of {_BLOCK_C.value // 2}")
+    if kept % (BLOCK_C // 2) != 0:
+        raise ValueError(f"values has {kept} columns; needed is a multiple of {BLOCK_C // 2}")
     if contraction % 16 != 0 or contraction > 2 * kept:
         raise ValueError(f"dense has {contraction} columns; allowed are multiples of 16 up to {2 * kept}")
     if out.dtype not in _OUT_DTYPES:

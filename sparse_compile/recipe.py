@@ -1,6 +1,6 @@
 """What is computed: a recipe names the arithmetic of a linear's three GEMMs and of its weight."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 
@@ -61,14 +61,7 @@ SSTE = Recipe(
     wgrad=Gemm.SPARSE24,
     estimator=Estimator.EXACT_MVUE,
 )
-SSTE_APPROXIMATE = Recipe(
-    name="s-ste-approximate",
-    projection=Projection.SSTE,
-    fprop=Gemm.SPARSE24,
-    dgrad=Gemm.FP8,
-    wgrad=Gemm.SPARSE24,
-    estimator=Estimator.APPROXIMATE_MVUE,
-)
+SSTE_APPROXIMATE = replace(SSTE, name="s-ste-approximate", estimator=Estimator.APPROXIMATE_MVUE)
 FP8 = Recipe(name="fp8", projection=Projection.NONE, fprop=Gemm.FP8, dgrad=Gemm.FP8, wgrad=Gemm.FP8, estimator=None)
 
 RECIPES = {recipe.name: recipe for recipe in (SSTE, SSTE_APPROXIMATE, FP8)}

@@ -34,7 +34,7 @@ class GraphReport:
     """The linears of one compiled graph.
 
     Attributes:
-        execution: ``kernels``; ``emulated: <why>`` where the eager reference runs; ``dense`` where nothing is rewritten.
+        execution: ``kernels``; ``emulated: <why>`` where the eager reference runs; ``dense`` if nothing is rewritten.
     """
 
     rows: tuple[Row, ...]

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.tools.disasm import get_sass
 
-from sparse_compile.kernels import reference, shared_memory, sparse_gemm
+from sparse_compile.kernels import configs, reference, shared_memory, sparse_gemm
 from sparse_compile.kernels.formats import E4M3, PAD_WORD, metadata_shape, padded, values_shape
 from sparse_compile.testing import SPARSE_INSTRUCTION, assert_within_budget
 
@@ -115,7 +115,7 @@ def compile_launch(monkeypatch) -> Iterator[Callable[..., list]]:
         return compiled[-1]
 
     def launch(config, rows, columns, dtype, *, scaled, transpose):
-        monkeypatch.setattr(sparse_gemm, "_choose", lambda *args: config)
+        monkeypatch.setattr(sparse_gemm, "choose", lambda *args: config)
         values, metadata, scale_inv = random_operand(rows, 256)
         dense, dense_scale_inv = random_dense(columns, 256)
         out = torch.empty((columns, rows) if transpose else (rows, columns), dtype=dtype)
@@ -144,7 +144,7 @@ def compile_launch(monkeypatch) -> Iterator[Callable[..., list]]:
     ],
     ids=["bf16", "fp16", "fp32", "bf16 in odd rows"],
 )
-@pytest.mark.parametrize("config", sparse_gemm.CONFIGS, ids=lambda config: f"128x{config.block_d}")
+@pytest.mark.parametrize("config", configs.CONFIGS, ids=lambda config: f"128x{config.block_d}")
 def test_compiles_for_hopper(compile_launch, config, dtype, rows, columns, scaled, store, transpose) -> None:
     *_, verified, launched = compile_launch(config, rows, columns, dtype, scaled=scaled, transpose=transpose)
     assert launched is verified
@@ -220,7 +220,7 @@ class TestOffsets:
     ],
 )
 def test_choice_of_the_tile(rows, columns, block_d) -> None:
-    assert sparse_gemm._choose(rows, columns, 132).block_d == block_d
+    assert configs.choose(rows, columns, 132).block_d == block_d
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_choice_of_the_tile(rows, columns, block_d) -> None:
 )
 def test_config_refuses(change, message) -> None:
     with pytest.raises(ValueError, match=message):
-        sparse_gemm.Config(**{"block_d": 256, "stages": 4, "tile_cost": 1.0, **change})
+        configs.Config(**{"block_d": 256, "stages": 4, "tile_cost": 1.0, **change})
 
 
 @pytest.mark.parametrize(
@@ -319,13 +319,13 @@ def test_error_budget(shape, dtype, transpose, scaled) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", sparse_gemm.CONFIGS, ids=lambda config: f"128x{config.block_d}")
+@pytest.mark.parametrize("config", configs.CONFIGS, ids=lambda config: f"128x{config.block_d}")
 @pytest.mark.parametrize("transpose", [False, True], ids=["", "transpose"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2500, 3000, 1040), (4096, 4096, 128), (250, 301, 400)], ids=str)
 def test_small_integers_are_exact(monkeypatch, shape, dtype, transpose, config) -> None:
     """Sums that need no rounding: bit for bit the reference's, with several tiles for each program and with one."""
-    monkeypatch.setattr(sparse_gemm, "_choose", lambda *args: config)
+    monkeypatch.setattr(sparse_gemm, "choose", lambda *args: config)
     rows, columns, contraction = shape
     weight = torch.randint(-1, 2, (rows, contraction), device="cuda").float()
     positions = torch.rand(rows, contraction // 4, 4, device="cuda").argsort(-1)[..., :2].sort(-1).values
