@@ -1,12 +1,12 @@
 """DECIDE: which linears are rewritten, in which recipe, and why the others are not."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from torch.nn import Parameter
 
+from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.find import LinearSite, Reason, Rejection, describe_shape
 from sparse_compile.passes.roles import Role
 from sparse_compile.recipe import FP8, Recipe
@@ -42,14 +42,14 @@ def decide(
     sites: Sequence[LinearSite],
     recipe: Recipe,
     targets: str,
-    owners: Callable[[Parameter], Sequence[str]],
+    owners: ParameterOwners,
 ) -> tuple[list[Plan], list[Rejection]]:
     """A plan or a rejection for each site.
 
     Args:
         recipe: what the targeted linears get; the other linears get dense FP8.
         targets: ``"ffn"``, ``"all"``, or a glob of module names.
-        owners: the modules that hold a parameter, ``"Embedding.weight"``, to tell shared weights.
+        owners: what modules hold, to tell shared weights and the head.
 
     Raises:
         ValueError: a linear that the glob names can't be rewritten.
@@ -58,7 +58,7 @@ def decide(
     rejections: list[Rejection] = []
     for site in sites:
         named = targets not in ("ffn", "all") and fnmatchcase(site.name, targets)
-        refusal = _cannot(site, owners) or (None if named else _should_not(site))
+        refusal = _cannot(site, owners) or (None if named else _should_not(site, owners))
         if refusal is None:
             targeted = named or targets == "all" or (targets == "ffn" and site.role is Role.FFN)
             plans.append(Plan(site=site, recipe=recipe if targeted else FP8))
@@ -72,7 +72,7 @@ def decide(
     return plans, rejections
 
 
-def _cannot(site: LinearSite, owners: Callable[[Parameter], Sequence[str]]) -> Rejection | None:
+def _cannot(site: LinearSite, owners: ParameterOwners) -> Rejection | None:
     """What rules a rewrite out, whoever asks for it."""
     weight, x = example_value(site.weight), example_value(site.input)
     if weight.ndim != 2:
@@ -92,17 +92,19 @@ def _cannot(site: LinearSite, owners: Callable[[Parameter], Sequence[str]]) -> R
     if site.weight_uses > 1:
         return site.reject(Reason.TIED, f"{site.weight_uses} operations of this graph read it")
     parameter = real_parameter(site.weight)
-    holders = owners(parameter) if parameter is not None else ()
+    holders = owners.holders(parameter) if parameter is not None else ()
     if len(holders) > 1:
         return site.reject(Reason.TIED, f"held by {', '.join(holders)}")
     return None
 
 
-def _should_not(site: LinearSite) -> Rejection | None:
+def _should_not(site: LinearSite, owners: ParameterOwners) -> Rejection | None:
     """What is left dense unless the user names it."""
     if site.role is Role.HEAD:
+        return site.reject(Reason.HEAD, "its output goes to the loss; name it in 'sste.targets' to rewrite it")
+    if site.role is Role.LAST and owners.has_embedding(site.out_features, site.in_features):
         return site.reject(
-            Reason.HEAD, "its output goes to the loss or leaves the graph; name it in 'sste.targets' to rewrite it"
+            Reason.HEAD, "its output leaves the graph and it has an embedding's shape; name it to rewrite it"
         )
     if min(site.in_features, site.out_features) < MIN_FEATURES:
         return site.reject(Reason.TOO_SMALL, f"fewer than {MIN_FEATURES} features; name it to rewrite it")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Node
 from torch.nn import Parameter
 
@@ -12,7 +13,8 @@ from sparse_compile.torch_internals import example_value
 
 class Role(Enum):
     FFN = "ffn"  # only pointwise operations stand between it and the next linear, or the one before
-    HEAD = "head"  # its output is the logits
+    HEAD = "head"  # its output goes to the loss
+    LAST = "last"  # its output is all that leaves the graph: a head whose loss lies outside, or where a graph is cut
     OTHER = "other"  # attention projections and the rest
 
 
@@ -39,8 +41,8 @@ def assign_roles(inputs: Mapping[Node, Node]) -> dict[Node, Role]:
     projection), or when its output goes only into such a function (the up and gate projections).  Attention lies
     outside: softmax and scaled_dot_product_attention are not pointwise, nor is a norm, whose mean runs over features.
 
-    A linear is the head when its output reaches a loss without meeting another activation; or leaves the graph so, if
-    it is the only one that does and is no FFN (a loss computed outside the graph).
+    A linear is the head when its output reaches a loss without meeting another activation, and the last when it is no
+    FFN and nothing but its output leaves the graph in the same way.
 
     Args:
         inputs: each linear's node and its input.
@@ -50,15 +52,11 @@ def assign_roles(inputs: Mapping[Node, Node]) -> dict[Node, Role]:
         producers = _pointwise_producers(source, inputs)
         for member in (node, *producers) if producers else ():
             roles[member] = Role.FFN
-    leaving = []
     for node in inputs:
-        destinations = _destinations(node, inputs)
-        if "loss" in destinations:
+        if _reaches_loss(node, inputs):
             roles[node] = Role.HEAD
-        elif "output" in destinations and roles[node] is not Role.FFN:
-            leaving.append(node)
-    if len(leaving) == 1 and Role.HEAD not in roles.values():
-        roles[leaving[0]] = Role.HEAD
+        elif roles[node] is not Role.FFN and _is_all_that_leaves(node, inputs):
+            roles[node] = Role.LAST
     return roles
 
 
@@ -82,25 +80,36 @@ def _pointwise_producers(source: Any, linears: Mapping[Node, Node]) -> set[Node]
     return producers if computes else set()
 
 
-def _destinations(linear: Node, linears: Mapping[Node, Node]) -> set[str]:
-    """Where a linear's output goes before it meets another activation: "loss", "output", "elsewhere"."""
-    destinations: set[str] = set()
-    pending, seen = list(linear.users), {linear}
+def _reaches_loss(linear: Node, linears: Mapping[Node, Node]) -> bool:
+    """Whether a loss reads the linear's output before it has met another activation."""
+    return any(_name(user) in _LOSSES for node in _alone(linear, linears) for user in node.users)
+
+
+def _is_all_that_leaves(linear: Node, linears: Mapping[Node, Node]) -> bool:
+    """Whether everything floating-point that the graph returns is the linear's output, alone."""
+    alone = _alone(linear, linears)
+    (output,) = linear.graph.find_nodes(op="output")
+    returned = {node for node in output.all_input_nodes if _is_floating(node)}
+    return bool(returned) and returned <= alone
+
+
+def _alone(linear: Node, linears: Mapping[Node, Node]) -> set[Node]:
+    """The linear's output and what views and pointwise operations make of it without another activation."""
+    alone, pending = {linear}, list(linear.users)
     while pending:
         node = pending.pop()
-        if node in seen:
+        passes_on = _name(node) in _POINTWISE or _name(node) in _VIEWS
+        if node in alone or node in linears or not passes_on:
             continue
-        seen.add(node)
-        alone = all(source in seen or not _is_activation(source) for source in node.all_input_nodes)
-        if node.op == "output":
-            destinations.add("output")
-        elif _name(node) in _LOSSES:
-            destinations.add("loss")
-        elif node not in linears and alone and (_name(node) in _POINTWISE or _name(node) in _VIEWS):
+        if all(source in alone or not _is_activation(source) for source in node.all_input_nodes):
+            alone.add(node)
             pending.extend(node.users)
-        else:
-            destinations.add("elsewhere")
-    return destinations
+    return alone
+
+
+def _is_floating(node: Node) -> bool:
+    value = example_value(node)
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _is_activation(node: Any) -> bool:

@@ -1,8 +1,9 @@
-"""Which modules hold a parameter: one graph may see only one use of a shared weight."""
+"""What the live modules hold, beyond what one graph shows: who shares a weight, and the shapes of embeddings."""
 
 import gc
 from functools import cached_property
 
+import torch
 from torch._dynamo import OptimizedModule
 from torch.nn import Module, Parameter
 
@@ -10,18 +11,27 @@ from torch.nn import Module, Parameter
 class ParameterOwners:
     """Looks every live module up once, at the first question: a walk over the heap, about 0.1 s for a large model."""
 
-    def __call__(self, parameter: Parameter) -> list[str]:
+    def holders(self, parameter: Parameter) -> list[str]:
         """``["Embedding.weight", "Linear.weight"]``: the class and attribute of each module that holds it."""
-        return self._names.get(id(parameter), [])
+        return [f"{type(module).__name__}.{name}" for module, name in self._holders.get(id(parameter), [])]
+
+    def has_embedding(self, vocabulary: int, features: int) -> bool:
+        """Whether an embedding of this shape is alive: then a linear of this shape is likely to be its inverse."""
+        return (vocabulary, features) in self._embeddings
 
     @cached_property
-    def _names(self) -> dict[int, list[str]]:
-        names: dict[int, list[str]] = {}
+    def _holders(self) -> dict[int, list[tuple[Module, str]]]:
+        holders: dict[int, list[tuple[Module, str]]] = {}
         for candidate in gc.get_objects():
             # type(), because isinstance() would wake lazy proxies that pretend to be modules.
             if not issubclass(type(candidate), Module) or issubclass(type(candidate), OptimizedModule):
                 continue
-            for attribute, parameter in candidate.__dict__.get("_parameters", {}).items():
+            for name, parameter in candidate.__dict__.get("_parameters", {}).items():
                 if parameter is not None:
-                    names.setdefault(id(parameter), []).append(f"{type(candidate).__name__}.{attribute}")
-        return names
+                    holders.setdefault(id(parameter), []).append((candidate, name))
+        return holders
+
+    @cached_property
+    def _embeddings(self) -> set[tuple[int, ...]]:
+        held = (module for modules in self._holders.values() for module, _ in modules)
+        return {tuple(module.weight.shape) for module in held if isinstance(module, torch.nn.Embedding)}

@@ -11,9 +11,9 @@ from sparse_compile.passes.find import Reason, find
 from sparse_compile.recipe import FP8, SSTE
 
 
-def decisions(graph, targets="ffn", owners=None):
+def decisions(graph, targets="ffn"):
     sites, _ = find(graph)
-    plans, rejections = decide(sites, SSTE, targets, owners or ParameterOwners())
+    plans, rejections = decide(sites, SSTE, targets, ParameterOwners())
     return {plan.site.name: plan.recipe for plan in plans}, {r.name: r.reason for r in rejections}
 
 
@@ -42,6 +42,22 @@ def test_named_linear_that_cannot_be_rewritten_is_an_error(trace, small_gpt, bat
     graph = trace(model, *batch)
     with pytest.raises(ValueError, match=r"names 'blocks.0.up', which can't be rewritten: weight is frozen"):
         decisions(graph, "*up")
+
+
+def test_head_whose_loss_lies_outside_the_graph(trace, small_gpt, batch):
+    """It leaves the graph, and an embedding has its shape."""
+    model = small_gpt(depth=1)
+    plans, rejections = decisions(trace(model, batch[0]))
+    assert len(plans) == 4
+    assert rejections == {"head": Reason.HEAD}
+
+
+def test_last_linear_of_a_graph_that_is_cut(trace, small_gpt):
+    """No embedding has the shape of this one: a graph break or a bucket of DDP ends here."""
+    model = small_gpt(depth=1, vocabulary=512)
+    block = model.blocks[0]
+    graph = trace(lambda x: block.up(block.ffn_norm(x)), torch.randn(2, 8, 64))
+    assert decisions(graph) == ({"block.up": FP8}, {})
 
 
 def single(layer):
@@ -83,7 +99,7 @@ def test_weight_of_three_dimensions(trace):
 
 
 def test_tied_within_the_graph(trace, small_gpt, batch):
-    _, rejections = decisions(trace(small_gpt(tied=True), *batch), owners=lambda parameter: [])
+    _, rejections = decisions(trace(small_gpt(tied=True), *batch))
     assert rejections == {"embedding": Reason.TIED}
 
 
@@ -95,8 +111,8 @@ def test_frozen(trace):
 def test_unrelated_modules_own_nothing():
     layer = nn.Linear(64, 64)
     owners = ParameterOwners()
-    assert owners(layer.weight) == ["Linear.weight"]
-    assert owners(nn.Parameter(torch.zeros(1))) == []
+    assert owners.holders(layer.weight) == ["Linear.weight"]
+    assert owners.holders(nn.Parameter(torch.zeros(1))) == []
 
 
 def test_used_by_relu_between(trace):

@@ -103,13 +103,27 @@ def test_roles_in_a_transformer(trace, small_gpt, conv1d, batch, kind):
 
 def test_head_without_loss_in_the_graph(trace, small_gpt, batch):
     sites, _ = find(trace(small_gpt(), batch[0]))
-    assert roles(sites)["head"] is Role.HEAD
-    assert list(roles(sites).values()).count(Role.HEAD) == 1
+    assert [site.name for site in sites if site.role is Role.LAST] == ["head"]
+    assert Role.HEAD not in roles(sites).values()
 
 
 def test_a_block_on_its_own_has_no_head(trace, small_gpt):
     sites, _ = find(trace(small_gpt().blocks[0], torch.randn(2, 8, 64)))
-    assert Role.HEAD not in roles(sites).values()
+    assert set(roles(sites).values()) == {Role.FFN, Role.OTHER}
+
+
+def test_not_the_last_if_more_leaves_the_graph(trace, small_gpt):
+    """Half a block returns the hidden activation and the residual stream."""
+    block = small_gpt().blocks[0]
+    sites, _ = find(trace(lambda x: (block.up(block.ffn_norm(x)), x * 2), torch.randn(2, 8, 64)))
+    assert [site.role for site in sites] == [Role.OTHER]
+
+
+def test_head_whose_output_is_changed_alone(trace, small_gpt, batch):
+    """Soft-capped and sliced logits are logits."""
+    model = small_gpt(depth=1)
+    sites, _ = find(trace(lambda ids: 30 * torch.tanh(model(ids)[:, :-1] / 30), batch[0]))
+    assert [site.name for site in sites if site.role is Role.LAST] == ["model.head"]
 
 
 def test_ffn_on_its_own_is_ffn(trace):
