@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import Parameter
 
 from sparse_compile.passes.roles import Role, assign_roles
-from sparse_compile.passes.spelling import Spelling, is_unsupported_contraction, read_linear
+from sparse_compile.passes.spelling import Spelling, is_unsupported_contraction, read_linear, target_name
 from sparse_compile.report import Row
 from sparse_compile.torch_internals import checkpoint_body, example_value, is_checkpoint, parameter_name
 
@@ -165,17 +165,13 @@ def _near_miss(node: Node, spelling: Spelling | None, region: Region) -> list[Re
         if not (is_unsupported_contraction(node) and weights):
             return []
         name, reason = parameter_name(weights[0]), Reason.UNSUPPORTED_FORM
-        detail = f"{_spelt(node)} is not rewritten yet; write it as F.linear"
+        detail = f"{target_name(node)} is not rewritten yet; write it as F.linear"
     elif spelling.input in region.sources and _is_weight(region, spelling.input):
         name, reason = parameter_name(region.sources[spelling.input]), Reason.UNSUPPORTED_FORM
-        detail = f"the weight is the left operand of {_spelt(node)}; write it as F.linear"
-    elif _spelt(node) == "linear":
+        detail = f"the weight is the left operand of {target_name(node)}; write it as F.linear"
+    elif target_name(node) == "linear":
         name, reason = node.name, Reason.NOT_A_PARAMETER
         detail = "the weight is computed in the graph, or is a buffer or an input"
     else:
         return []
     return [Rejection(name=name, role=Role.OTHER, shape="", reason=reason, detail=detail)]
-
-
-def _spelt(node: Node) -> str:
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))

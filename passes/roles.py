@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import Parameter
 
+from sparse_compile.passes.spelling import target_name
 from sparse_compile.torch_internals import example_value
 
 
@@ -38,7 +39,7 @@ def assign_roles(inputs: Mapping[Node, Node]) -> dict[Node, Role]:
     """The role of each linear.
 
     A linear is FFN when its input is a pointwise function of linears' outputs and of nothing else (the down
-    projection), or when its output goes only into such a function (the up and gate projections).  Attention lies
+    projection), or when its output goes into such an input (the up and gate projections).  Attention lies
     outside: softmax and scaled_dot_product_attention are not pointwise, nor is a norm, whose mean runs over features.
 
     A linear is the head when its output reaches a loss without meeting another activation, and the last when it is no
@@ -72,8 +73,8 @@ def _pointwise_producers(source: Any, linears: Mapping[Node, Node]) -> set[Node]
         seen.add(node)
         if node in linears:
             producers.add(node)
-        elif _name(node) in _POINTWISE or _name(node) in _VIEWS:
-            computes = computes or _name(node) in _POINTWISE
+        elif target_name(node) in _POINTWISE or target_name(node) in _VIEWS:
+            computes = computes or target_name(node) in _POINTWISE
             pending.extend(node.all_input_nodes)
         else:
             return set()
@@ -82,7 +83,7 @@ def _pointwise_producers(source: Any, linears: Mapping[Node, Node]) -> set[Node]
 
 def _reaches_loss(linear: Node, linears: Mapping[Node, Node]) -> bool:
     """Whether a loss reads the linear's output before it has met another activation."""
-    return any(_name(user) in _LOSSES for node in _alone(linear, linears) for user in node.users)
+    return any(target_name(user) in _LOSSES for node in _alone(linear, linears) for user in node.users)
 
 
 def _is_all_that_leaves(linear: Node, linears: Mapping[Node, Node]) -> bool:
@@ -98,7 +99,7 @@ def _alone(linear: Node, linears: Mapping[Node, Node]) -> set[Node]:
     alone, pending = {linear}, list(linear.users)
     while pending:
         node = pending.pop()
-        passes_on = _name(node) in _POINTWISE or _name(node) in _VIEWS
+        passes_on = target_name(node) in _POINTWISE or target_name(node) in _VIEWS
         if node in alone or node in linears or not passes_on:
             continue
         if all(source in alone or not _is_activation(source) for source in node.all_input_nodes):
@@ -121,7 +122,3 @@ def _is_activation(node: Any) -> bool:
         # A body's placeholder may lack metadata; then it is an activation for all we know.
         return not isinstance(value, Parameter)
     return value is None or hasattr(value, "shape") or isinstance(value, (tuple, list))
-
-
-def _name(node: Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

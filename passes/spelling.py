@@ -53,8 +53,12 @@ def read_linear(node: Node) -> Spelling | None:
 
 def is_unsupported_contraction(node: Node) -> bool:
     """Whether the node may contain a linear in a form that is not rewritten."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_function", "call_method") and name in _UNSUPPORTED
+    return node.op in ("call_function", "call_method") and target_name(node) in _UNSUPPORTED
+
+
+def target_name(node: Node) -> str:
+    """Plain name of what a node calls, ``"matmul"`` for torch.matmul, operator.matmul and Tensor.matmul alike."""
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
 
 
 def _spelling(input: Any, weight: Any, bias: Any, *, stored_transposed: bool, refusal: str | None = None) -> Spelling:
@@ -93,7 +97,7 @@ def _is_transposition(node: Node) -> bool:
         return False
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("T", "mT")
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = target_name(node)
     dims = tuple(dim % 2 for dim in _flat(node.args[1:]) if isinstance(dim, int))
     return name == "t" or (
         name in ("transpose", "swapaxes", "permute")
