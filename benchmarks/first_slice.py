@@ -49,7 +49,7 @@ def loss_part(steps: int) -> tuple[dict[str, Any], str]:
             )
     difference = runs["kernels"].training_loss - runs["reference"].training_loss
     validation = runs["kernels"].validation_loss - runs["reference"].validation_loss
-    marks = sorted({round(i * (steps - 1) / 5) for i in range(6)})
+    marks = train_gpt.milestones(steps)
     rows = [(f"loss at step {mark + 1}", *(run.losses[mark] for run in runs.values())) for mark in marks]
     rows.append(("training loss, last tenth", *(run.training_loss for run in runs.values())))
     rows.append(("validation loss", *(run.validation_loss for run in runs.values())))

@@ -277,12 +277,17 @@ def sste_step(model: nn.Module, device: torch.device, recipe: str) -> Callable[[
     return torch.compile(model, backend="sste", options=options)  # type: ignore[arg-type]
 
 
+def milestones(steps: int) -> list[int]:
+    """The first step, the last one and four between them, counted from 0."""
+    return sorted({round(i * (steps - 1) / 5) for i in range(6)})
+
+
 def summary(runs: dict[str, TrainResult], device: torch.device) -> str:
     """Losses on the way and at the end, and speeds, one column for each run."""
     steps = len(next(iter(runs.values())).losses)
-    marks = sorted({round(i * (steps - 1) / 5) for i in range(6)})
     rows = [["", *runs]]
-    rows += [[f"loss at step {mark + 1}", *(f"{run.losses[mark]:.4f}" for run in runs.values())] for mark in marks]
+    for mark in milestones(steps):
+        rows.append([f"loss at step {mark + 1}", *(f"{run.losses[mark]:.4f}" for run in runs.values())])
     rows.append(["training loss, last tenth", *(f"{run.training_loss:.4f}" for run in runs.values())])
     rows.append(["validation loss", *(f"{run.validation_loss:.4f}" for run in runs.values())])
     rows.append(["tokens per second", *(f"{run.tokens_per_second:,.0f}" for run in runs.values())])

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from sparse_compile.owners import ParameterOwners
-from sparse_compile.passes.find import LinearSite, Reason, Rejection, describe_shape
+from sparse_compile.passes.find import LinearSite, Reason, Rejection
 from sparse_compile.passes.roles import Role
 from sparse_compile.recipe import FP8, Recipe
 from sparse_compile.report import Row
@@ -32,7 +32,7 @@ class Plan:
         return Row(
             module=site.name,
             role=site.role.value,
-            shape=describe_shape(site),
+            shape=site.shape,
             decision=self.recipe.short_str(),
             reason="",
         )

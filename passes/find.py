@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from math import prod
 
 from torch.fx import GraphModule, Node
 from torch.nn import Parameter
@@ -74,8 +75,17 @@ class LinearSite:
     def in_features(self) -> int:
         return int(example_value(self.weight).shape[0 if self.transposed else 1])
 
+    @property
+    def shape(self) -> str:
+        """``tokens x in_features -> out_features``; ``?`` for a number of tokens that changes."""
+        weight = example_value(self.weight)
+        if weight.ndim != 2:
+            return f"weight {tuple(weight.shape)}"
+        tokens = prod(example_value(self.input).shape[:-1])
+        return f"{tokens if isinstance(tokens, int) else '?'} x {self.in_features} -> {self.out_features}"
+
     def reject(self, reason: Reason, detail: str) -> Rejection:
-        return Rejection(name=self.name, role=self.role, shape=describe_shape(self), reason=reason, detail=detail)
+        return Rejection(name=self.name, role=self.role, shape=self.shape, reason=reason, detail=detail)
 
 
 def find(graph_module: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
@@ -118,18 +128,6 @@ def find(graph_module: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
         else:
             rejections.append(site.reject(Reason.UNSUPPORTED_FORM, spelling.refusal))
     return sites, rejections
-
-
-def describe_shape(site: LinearSite) -> str:
-    """``tokens x in_features -> out_features``; ``?`` for a number of tokens that changes."""
-    value = example_value(site.input)
-    tokens = 1
-    for size in value.shape[:-1]:
-        tokens = tokens * size
-    weight = example_value(site.weight)
-    if weight.ndim != 2:
-        return f"weight {tuple(weight.shape)}"
-    return f"{tokens if isinstance(tokens, int) else '?'} x {site.in_features} -> {site.out_features}"
 
 
 def _regions(graph_module: GraphModule) -> Iterator[Region]:

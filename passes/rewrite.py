@@ -48,7 +48,7 @@ def rewrite(graph_module: GraphModule, plans: Sequence[Plan]) -> list[WeightSlot
     graph = graph_module.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     slots = []
-    seed = _draw_seed(graph, plans)
+    seeds = _draw_seed(graph, plans)
     for index, plan in enumerate(plans):
         site = plan.site
         slot = _slot(plan, placeholders.index(site.weight))
@@ -56,25 +56,22 @@ def rewrite(graph_module: GraphModule, plans: Sequence[Plan]) -> list[WeightSlot
         with example_value(site.weight).fake_mode:
             fakes = slot.new_operands()
         operands = [add_static_input(graph, f"sste_{index}_{i}", fake) for i, fake in enumerate(fakes)]
-        needs_seed = plan.recipe.estimator is not None
-        inputs = _hand_in([*operands, *([seed] if needs_seed and seed is not None else [])], site.region)
-        operands, seeds = inputs[: len(operands)], inputs[len(operands) :]
+        handed_seeds = _hand_in(seeds, site.region) if plan.recipe.estimator is not None else [None]
         arguments = (
             site.input,
             _inside(site),
             site.bias,
-            seeds[0] if seeds else None,
+            *handed_seeds,
             index,
             plan.recipe.name,
             site.transposed,
             example_value(site.node).dtype,
-            *operands,
+            *_hand_in(operands, site.region),
         )
         _replace(site.node, arguments)
         logger.debug("rewrote %s to %s", site.name, plan.recipe.name)
-    for region in {id(plan.site.region): plan.site.region for plan in plans}.values():
-        region.graph_module.recompile()
-    graph_module.recompile()
+    for edited in {graph_module, *(module for plan in plans for module in _modules(plan.site.region))}:
+        edited.recompile()
     return slots
 
 
@@ -90,18 +87,18 @@ def _slot(plan: Plan, position: int) -> WeightSlot:
     )
 
 
-def _draw_seed(graph: Graph, plans: Sequence[Plan]) -> Node | None:
-    """One random 62-bit integer per call of the graph, if any plan needs randomness."""
+def _draw_seed(graph: Graph, plans: Sequence[Plan]) -> list[Node]:
+    """One random 62-bit integer per call of the graph, or none if no plan needs randomness."""
     random = [plan for plan in plans if plan.recipe.estimator is not None]
     if not random:
-        return None
+        return []
     weight = example_value(random[0].site.weight)
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
         seed = graph.call_function(torch.randint, (0, 2**62, (1,)), {"device": weight.device})
     with weight.fake_mode:
         seed.meta["example_value"] = torch.empty(1, dtype=torch.int64, device=weight.device)
-    return seed
+    return [seed]
 
 
 def _hand_in(nodes: Sequence[Node], region: Region) -> list[Node]:
@@ -118,9 +115,13 @@ def _hand_in(nodes: Sequence[Node], region: Region) -> list[Node]:
                 continue
             call.args = (*call.args, node)
             inside.append(add_static_input(body.graph, f"{node.name}_inside", example_value(node)))
-        body.recompile()
         handed = inside
     return handed
+
+
+def _modules(region: Region) -> list[GraphModule]:
+    """The graphs on the way to a region, and its own."""
+    return [*(caller for caller, _ in region.calls), region.graph_module]
 
 
 def _inside(site: LinearSite) -> Node:

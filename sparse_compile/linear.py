@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparse_compile.kernels import ops
-from sparse_compile.kernels.formats import AMAX_FLOOR, E4M3, E4M3_MAX, MVUE_GAIN
+from sparse_compile.kernels.formats import AMAX_FLOOR, E4M3_MAX, MVUE_GAIN
+from sparse_compile.kernels.reference import saturating_cast
 from sparse_compile.recipe import RECIPES, Estimator, Gemm, Recipe
 
 
@@ -106,7 +107,7 @@ def token_scale(amax: Tensor) -> tuple[Tensor, Tensor]:
 
 def cast(x: Tensor, scale: Tensor) -> Tensor:
     """``x [T, C] * scale [T]`` in e4m3, saturating, contiguous; NaN stays NaN."""
-    return (x.float() * scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3).contiguous()
+    return saturating_cast(x.float() * scale[:, None]).contiguous()
 
 
 def _bound(amax: Tensor) -> Tensor:
@@ -131,11 +132,15 @@ def _scaled_mm(a: Tensor, b: Tensor, scale_inv: Tensor, row_scale_inv: Tensor, o
     """``(a @ b.T) * scale_inv * row_scale_inv[:, None]``.
 
     The rows are scaled after the GEMM, where Inductor fuses the multiplication into whatever reads the result: the
-    GEMM with one scale is faster than the one with a scale per row.  fp16 could not hold the unscaled rows.
+    GEMM with one scale is faster than the one with a scale per row.
     """
-    gemm_dtype = torch.bfloat16 if out_dtype is torch.bfloat16 else torch.float32
-    product = ops.scaled_mm(a, b, scale_inv, gemm_dtype)
+    product = ops.scaled_mm(a, b, scale_inv, _gemm_dtype(out_dtype))
     return (product.float() * row_scale_inv[:, None]).to(out_dtype)
+
+
+def _gemm_dtype(out_dtype: torch.dtype) -> torch.dtype:
+    """What a dense fp8 GEMM writes for ``out_dtype``: fp16 could not hold rows that are not scaled yet."""
+    return torch.bfloat16 if out_dtype is torch.bfloat16 else torch.float32
 
 
 def _cast_grad(
@@ -166,6 +171,5 @@ def _wgrad(ctx: Any, operand: tuple[Tensor, ...], x_fp8: Tensor, scale_inv: Tens
         values, metadata = operand
         return ops.sparse_mm(values, metadata, x_t, scale_inv, None, ctx.weight_dtype, ctx.transposed)
     (grad_t,) = operand
-    gemm_dtype = torch.bfloat16 if ctx.weight_dtype is torch.bfloat16 else torch.float32
     a, b = (x_t, grad_t) if ctx.transposed else (grad_t, x_t)
-    return ops.scaled_mm(a, b, scale_inv, gemm_dtype).to(ctx.weight_dtype)
+    return ops.scaled_mm(a, b, scale_inv, _gemm_dtype(ctx.weight_dtype)).to(ctx.weight_dtype)

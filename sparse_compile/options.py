@@ -1,6 +1,6 @@
 """What the user may say: ``torch.compile(model, backend="sste", mode=..., options={"sste.recipe": ...})``."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -9,7 +9,7 @@ from typing import Any
 from sparse_compile.recipe import RECIPES, SSTE, Recipe
 from sparse_compile.torch_internals import inductor_option_names, inductor_patches
 
-_PREFIX = "sste."
+_NAMES = ("sste.recipe", "sste.targets", "sste.executor")
 
 
 class Executor(Enum):
@@ -42,42 +42,39 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
     Raises:
         ValueError: an unknown name or value, with the nearest one that exists.
     """
-    ours: dict[str, Any] = {}
-    inductors: dict[str, Any] = {}
-    for name, value in (options or {}).items():
-        if name.startswith(_PREFIX):
-            ours[name.removeprefix(_PREFIX)] = value
-        else:
-            inductors[name] = value
-    known = [_PREFIX + name for name in ("recipe", "targets", "executor")]
+    given = dict(options or {})
+    ours = {name: value for name, value in given.items() if name.startswith("sste.")}
+    inductors = {name: value for name, value in given.items() if name not in ours}
     for name in ours:
-        if _PREFIX + name not in known:
-            raise ValueError(f"unknown option {_PREFIX + name!r}; {_suggest(_PREFIX + name, known)}")
-    names = inductor_option_names() if inductors else set()
+        if name not in _NAMES:
+            raise ValueError(f"unknown option {name!r}; {_nearest(name, _NAMES)}allowed are {_listed(_NAMES)}")
+    inductor_names = inductor_option_names() if inductors else set()
     for name in inductors:
-        if name.replace("-", "_") not in names:
-            nearest = _suggest(name, [*names, *known], few=True)
+        if name.replace("-", "_") not in inductor_names:
+            nearest = _nearest(name, [*inductor_names, *_NAMES])
             raise ValueError(f"unknown option {name!r}: neither ours nor Inductor's; {nearest}")
-    targets = ours.get("targets", "ffn")
+    targets = ours.get("sste.targets", "ffn")
     if not isinstance(targets, str) or not targets:
         raise ValueError(f"option 'sste.targets' is {targets!r}; allowed are 'ffn', 'all' or a glob of module names")
     return Options(
-        recipe=RECIPES[_choice("recipe", ours.get("recipe", SSTE.name), RECIPES)],
+        recipe=RECIPES[_choice(ours, "sste.recipe", SSTE.name, list(RECIPES))],
         targets=targets,
-        executor=Executor(_choice("executor", ours.get("executor", "inductor"), [e.value for e in Executor])),
+        executor=Executor(_choice(ours, "sste.executor", "inductor", [executor.value for executor in Executor])),
         inductor=inductor_patches(mode, inductors),
     )
 
 
-def _choice(option: str, value: Any, allowed: Iterable[str]) -> str:
-    names = list(allowed)
-    if value not in names:
-        raise ValueError(f"option 'sste.{option}' is {value!r}; {_suggest(str(value), names)}")
+def _choice(options: Mapping[str, Any], name: str, default: str, allowed: Sequence[str]) -> str:
+    value = options.get(name, default)
+    if value not in allowed:
+        raise ValueError(f"option {name!r} is {value!r}; {_nearest(str(value), allowed)}allowed are {_listed(allowed)}")
     return str(value)
 
 
-def _suggest(given: str, allowed: Iterable[str], *, few: bool = False) -> str:
-    names = sorted(allowed)
-    close = get_close_matches(given, names, n=3)
-    nearest = f"did you mean {close[0]!r}? " if close else ""
-    return nearest + ("" if few else f"allowed are {', '.join(repr(name) for name in names)}")
+def _nearest(given: str, names: Sequence[str]) -> str:
+    close = get_close_matches(given, sorted(names))
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in sorted(names))

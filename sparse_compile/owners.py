@@ -3,9 +3,9 @@
 import gc
 from functools import cached_property
 
-import torch
-from torch._dynamo import OptimizedModule
-from torch.nn import Module, Parameter
+from torch.nn import Embedding, Module, Parameter
+
+from sparse_compile.torch_internals import OptimizedModule
 
 
 class ParameterOwners:
@@ -34,4 +34,4 @@ class ParameterOwners:
     @cached_property
     def _embeddings(self) -> set[tuple[int, ...]]:
         held = (module for modules in self._holders.values() for module, _ in modules)
-        return {tuple(module.weight.shape) for module in held if isinstance(module, torch.nn.Embedding)}
+        return {tuple(module.weight.shape) for module in held if isinstance(module, Embedding)}

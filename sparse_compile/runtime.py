@@ -5,10 +5,10 @@ from typing import Any
 from weakref import ref
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.state import WeightState, current_operands, weight_state
+from sparse_compile.torch_internals import FakeTensor
 
 
 class Runtime:
@@ -27,7 +27,7 @@ class Runtime:
         self._last: list[tuple[Callable[[], Any], WeightState] | None] = [None] * len(slots)
 
     def __call__(self, *args: Any) -> Any:
-        # DDP's bucketing calls each part once with fake tensors to learn its output's shape.
+        # DDP's bucketing calls each part once to learn its outputs' shapes: with fake activations, but real parameters.
         if any(isinstance(argument, FakeTensor) for argument in args):
             return self._compiled(*args, *self._fake_operands)
         operands: list[Tensor] = []

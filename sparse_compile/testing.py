@@ -1,7 +1,9 @@
-"""The error budget of an fp8 GEMM: what the tensor cores of Hopper may do to a product, and no more."""
+"""What kernels are held to: their reference's bits, or, for an fp8 GEMM, an error budget."""
 
 import torch
 from torch import Tensor
+
+from sparse_compile.kernels.formats import E4M3, padded
 
 # Columns that one instruction contracts.
 DENSE_INSTRUCTION = 32
@@ -59,3 +61,37 @@ def _rms(x: Tensor) -> float:
 
 def _worst(x: Tensor) -> float:
     return float(x.abs().max())
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Equal shape, dtype and bits; only NaN's bits are free, of an e4m3 NaN its sign."""
+    assert actual.shape == expected.shape, what
+    assert actual.dtype == expected.dtype, what
+    if actual.dtype == E4M3:
+        actual, expected = actual.view(torch.uint8), expected.view(torch.uint8)
+        nan = (actual & 0x7F == 0x7F) & (expected & 0x7F == 0x7F)
+    else:
+        nan = actual.isnan() & expected.isnan()
+    differing = int(((actual != expected) & ~nan).sum())
+    assert differing == 0, f"{what}: {differing} of {actual.numel()} differ"
+
+
+def hard_groups(tokens: int, columns: int, share: float, device: str) -> Tensor:
+    """fp32 ``[tokens, columns]``: groups of four tokens, random but for a ``share`` that is hard for MVUE.
+
+    Hard are zeros, ties, one or two non-zeros, a dominant element, extreme magnitudes, NaN and infinity.
+    """
+    nan, inf = float("nan"), float("inf")
+    special = torch.tensor(
+        [
+            [0.0, 0.0, 0.0, 0.0], [-0.0, 0.0, -0.0, 0.0], [0.0, -3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 2.0],
+            [1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 0.0, 0.0], [1.0, 1.0, 2.0, 0.0], [1.0, 2.0, 3.0, -4.0],
+            [0.1, 0.2, -0.3, 5.0], [-5.0, 0.1, 0.2, 0.3], [1e-30, 0.0, -1.0, 1e30], [1e-42, 2e-42, 3e-42, 1e-45],
+            [nan, 1.0, 0.0, -1.0], [inf, 1.0, 0.0, -1.0], [1.0, -inf, inf, 0.0], [3e38, 3e38, 3e38, 3e38],
+        ],
+        device=device,
+    )  # fmt: skip
+    groups = torch.randn(padded(tokens) // 4, 4, columns, device=device)
+    chosen = torch.rand(groups.shape[0], 1, columns, device=device) < share
+    kind = torch.randint(len(special), (groups.shape[0], columns), device=device)
+    return torch.where(chosen, special[kind].permute(0, 2, 1), groups).reshape(-1, columns)[:tokens].contiguous()

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch._dynamo import OptimizedModule
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["WeakTensorKeyDictionary"]
+__all__ = ["FakeTensor", "OptimizedModule", "WeakTensorKeyDictionary"]
 
 _GRAPH_MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import mvue, prune, quantize, reference
 from sparse_compile.kernels.formats import E4M3, metadata_shape, padded, values_shape
+from sparse_compile.testing import assert_same_bits, hard_groups
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -27,11 +28,7 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def assert_same_payload(actual: Tensor, expected: Tensor, what: str) -> None:
     """fp32 ``actual``, cast, has the bits of e4m3 ``expected``; the sign of NaN is free."""
-    assert actual.shape == expected.shape, what
-    actual_bits, expected_bits = (x.view(torch.uint8) for x in (reference.saturating_cast(actual), expected))
-    nan = (actual_bits & 0x7F == 0x7F) & (expected_bits & 0x7F == 0x7F)
-    differing = int(((actual_bits != expected_bits) & ~nan).sum())
-    assert differing == 0, f"{what}: {differing} of {actual.numel()} differ"
+    assert_same_bits(reference.saturating_cast(actual), expected, what)
 
 
 def assert_same(actual: Tensor, expected: Tensor, what: str) -> None:
@@ -131,32 +128,13 @@ def check_philox() -> None:
         assert torch.equal(drawn, int32(words)), f"philox, counter {counter}"
 
 
-def hard_groups(tokens: int, columns: int) -> Tensor:
-    """Random groups of four tokens mixed with every special case of the two estimators."""
-    grad = torch.randn(padded(tokens), columns)
-    nan, inf = float("nan"), float("inf")
-    special = torch.tensor(
-        [
-            [0.0, 0.0, 0.0, 0.0], [-0.0, 0.0, -0.0, 0.0], [0.0, -3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 2.0],
-            [1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 0.0, 0.0], [1.0, 1.0, 2.0, 0.0], [1.0, 2.0, 3.0, -4.0],
-            [0.1, 0.2, -0.3, 5.0], [-5.0, 0.1, 0.2, 0.3], [1e-30, 0.0, -1.0, 1e30], [1e-42, 2e-42, 3e-42, 1e-45],
-            [nan, 1.0, 0.0, -1.0], [inf, 1.0, 0.0, -1.0], [1.0, -inf, inf, 0.0], [3e38, 3e38, 3e38, 3e38],
-        ]
-    )  # fmt: skip
-    groups = grad.view(-1, 4, columns)
-    chosen = torch.rand(groups.shape[0], columns) < 0.5
-    kind = torch.randint(len(special), (groups.shape[0], columns))
-    mixed = torch.where(chosen[:, None, :], special[kind].permute(0, 2, 1), groups)
-    return mixed.reshape(-1, columns)[:tokens].contiguous()
-
-
 def check_mvue() -> None:
     mvue.E4M3 = torch.float32
     torch.manual_seed(0)
     shapes = ((1, 16, torch.bfloat16), (15, 80, torch.float32), (100, 16, torch.float16), (257, 144, torch.bfloat16))
     for approximate in (False, True):
         for index, (tokens, columns, dtype) in enumerate(shapes):
-            grad = hard_groups(tokens, columns).to(dtype)
+            grad = hard_groups(tokens, columns, 0.5, "cpu").to(dtype)
             row_scale, token_scale = torch.rand(2, tokens).mul(10).unbind()
             seed = torch.randint(-(2**63), 2**63 - 1, (1,))
             row, values = poisoned(tokens, columns), poisoned(*values_shape(columns, tokens))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels import mvue, reference
-from sparse_compile.kernels.formats import E4M3, MVUE_GAIN, metadata_shape, padded, values_shape
+from sparse_compile.kernels.formats import E4M3, MVUE_GAIN, metadata_shape, values_shape
+from sparse_compile.testing import assert_same_bits, hard_groups
 
 ESTIMATORS = pytest.mark.parametrize("approximate", [False, True], ids=["exact", "approximate"])
 PAIRS = list(combinations(range(4), 2))
@@ -235,36 +236,6 @@ def buffers(tokens: int, columns: int, device: str) -> list[Tensor]:
     return [row, values, torch.full(metadata_shape(columns, tokens), -559038737, dtype=torch.int32, device=device)]
 
 
-def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    """Equal bits; only the sign of an e4m3 NaN is free."""
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype
-    if actual.dtype == torch.int32:
-        assert torch.equal(actual, expected)
-        return
-    actual, expected = actual.view(torch.uint8), expected.view(torch.uint8)
-    nan = (actual & 0x7F == 0x7F) & (expected & 0x7F == 0x7F)
-    assert int(((actual != expected) & ~nan).sum()) == 0
-
-
-def hard_grad(tokens: int, columns: int) -> Tensor:
-    """Random groups of four tokens mixed with every special case of the two estimators."""
-    nan, inf = float("nan"), float("inf")
-    special = torch.tensor(
-        [
-            [0.0, 0.0, 0.0, 0.0], [-0.0, 0.0, -0.0, 0.0], [0.0, -3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 2.0],
-            [1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 0.0, 0.0], [1.0, 1.0, 2.0, 0.0], [1.0, 2.0, 3.0, -4.0],
-            [0.1, 0.2, -0.3, 5.0], [-5.0, 0.1, 0.2, 0.3], [1e-30, 0.0, -1.0, 1e30], [1e-42, 2e-42, 3e-42, 1e-45],
-            [nan, 1.0, 0.0, -1.0], [inf, 1.0, 0.0, -1.0], [1.0, -inf, inf, 0.0], [3e38, 3e38, 3e38, 3e38],
-        ],
-        device="cuda",
-    )  # fmt: skip
-    groups = torch.randn(padded(tokens) // 4, 4, columns, device="cuda")
-    chosen = torch.rand(groups.shape[0], 1, columns, device="cuda") < 0.25
-    kind = torch.randint(len(special), (groups.shape[0], columns), device="cuda")
-    return torch.where(chosen, special[kind].permute(0, 2, 1), groups).reshape(-1, columns)[:tokens].contiguous()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
@@ -274,7 +245,7 @@ def hard_grad(tokens: int, columns: int) -> Tensor:
 @ESTIMATORS
 def test_kernel_matches_the_reference(tokens, columns, dtype, approximate) -> None:
     torch.manual_seed(0)
-    grad = hard_grad(tokens, columns).to(dtype)
+    grad = hard_groups(tokens, columns, 0.25, "cuda").to(dtype)
     row_scale, token_scale = torch.randn(2, tokens, device="cuda").exp().unbind()
     for seed, index in ((0, 0), (-(2**63) + 12345, 1), (2**40 + 7, 2**31 - 1)):
         arguments = (grad, row_scale, token_scale, torch.tensor([seed], device="cuda"), index, approximate)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import prune, reference
 from sparse_compile.kernels.formats import E4M3, E4M3_MAX, PAD_WORD, metadata_shape, values_shape
+from sparse_compile.testing import assert_same_bits
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SIZES = [(16, 16), (48, 80), (3072, 768), (768, 3072), (1600, 6400)]
@@ -106,18 +107,6 @@ def prune_buffers(n: int, k: int, device: str = "cpu") -> list[Tensor]:
 
 def cast_buffers(n: int, k: int, device: str = "cpu") -> list[Tensor]:
     return [poisoned((n, k), E4M3, device), poisoned((k, n), E4M3, device), poisoned((1,), torch.float32, device)]
-
-
-def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    """Equal bits; only the sign of NaN is free."""
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype
-    if actual.dtype == E4M3:
-        actual, expected = actual.view(torch.uint8), expected.view(torch.uint8)
-        nan = (actual & 0x7F == 0x7F) & (expected & 0x7F == 0x7F)
-    else:
-        nan = actual.isnan() & expected.isnan()
-    assert int(((actual != expected) & ~nan).sum()) == 0
 
 
 def assert_kernels_match_the_reference(weight: Tensor) -> None:

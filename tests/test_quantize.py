@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import quantize, reference
 from sparse_compile.kernels.formats import E4M3, E4M3_MAX, padded
+from sparse_compile.testing import assert_same_bits
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TOKENS = [1, 15, 100, 4097]
@@ -44,14 +45,6 @@ def test_interpreted_kernels_match_the_reference() -> None:
 def poisoned(*shape: int, device: str = "cuda") -> Tensor:
     """e4m3 NaN."""
     return torch.full(shape, 0x7F, dtype=torch.uint8, device=device).view(E4M3)
-
-
-def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    """Equal bits; only the sign of NaN is free."""
-    assert actual.shape == expected.shape
-    actual, expected = actual.view(torch.uint8), expected.view(torch.uint8)
-    nan = (actual & 0x7F == 0x7F) & (expected & 0x7F == 0x7F)
-    assert int(((actual != expected) & ~nan).sum()) == 0
 
 
 @pytest.mark.gpu
