@@ -5,9 +5,10 @@ imported on first use, so that importing this module needs no Triton.  The ops a
 and not differentiable: ``linear.py`` composes them into differentiable linears.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -23,18 +24,22 @@ _LIBRARY = torch.library.Library("sparse_compile", "DEF")
 _reference_forced = False
 
 
-@cache
-def _capability(device_index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device_index)
-
-
 def emulation_reason(device: torch.device) -> str | None:
     """Why the ops run their eager reference on ``device``; None where they run kernels."""
     if _reference_forced:
         return "the eager reference was asked for"
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _missing_kernels(device)
+
+
+@cache
+def _missing_kernels(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"no kernels for {device.type}"
-    major, minor = _capability(device.index if device.index is not None else torch.cuda.current_device())
+    if torch.version.hip is not None:
+        return "no kernels for ROCm"
+    major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):
         return f"no kernels for sm_{major}{minor}, only for sm_90 (Hopper)"
     return None
@@ -52,34 +57,64 @@ def force_reference() -> Iterator[None]:
 
 
 def _op(
-    schema: str, eager: Callable[P, R], kernel: Callable[P, R], fake: Callable[P, R], *, any_strides: bool = False
+    schema: str,
+    eager: Callable[..., R],
+    load: Callable[[], Callable[..., R]],
+    fake: Callable[P, R],
+    *,
+    any_strides: bool = False,
 ) -> Callable[P, R]:
-    """Define one op; ``kernel`` imports its launcher itself.
+    """Define one op.
 
-    All tensors must be contiguous, whatever runs; the first one need not be with ``any_strides``.
+    All tensors must be contiguous; the first one need not be with ``any_strides``.  What ``load`` returns, which runs
+    on Hopper GPUs, sees to that itself: launchers check only arguments whose like they have not met before.
     """
     name = schema.split("(")[0]
 
-    def implementation(*args: P.args, **kwargs: P.kwargs) -> R:
-        for index, argument in enumerate(args):
-            if isinstance(argument, Tensor) and not argument.is_contiguous() and not (any_strides and index == 0):
-                raise ValueError(
-                    f"argument {index} of {name} is {tuple(argument.shape)} with strides {argument.stride()}; "
-                    "it must be contiguous"
-                )
-        device = cast(Tensor, args[0]).device
-        if emulation_reason(device) is None:
-            # Triton launches on the current device, which need not be the tensors'.
-            with torch.cuda.device(device):
-                return kernel(*args, **kwargs)
+    def emulate(*arguments: Any) -> R:
+        _check_contiguous(name, arguments, start=1 if any_strides else 0)
         # Autocast would silently turn the fp32 products of the reference into bf16.
-        with torch.autocast(device.type, enabled=False):
-            return eager(*args, **kwargs)
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return eager(*arguments)
+
+    def run(*arguments: Any) -> R:
+        if _reference_forced or _missing_kernels(arguments[0].device) is not None:
+            return emulate(*arguments)
+        return load()(*arguments)
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, emulate, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, run, "CUDA")
     torch.library.register_fake(f"sparse_compile::{name}", fake, lib=_LIBRARY)
     return cast(Callable[P, R], getattr(torch.ops.sparse_compile, name).default)
+
+
+def _check_contiguous(name: str, arguments: Sequence[object], start: int = 0) -> None:
+    for index, argument in enumerate(arguments[start:], start):
+        if isinstance(argument, Tensor) and not argument.is_contiguous():
+            raise ValueError(
+                f"argument {index} of {name} is {tuple(argument.shape)} with strides {argument.stride()}; "
+                "it must be contiguous"
+            )
+
+
+def _launch(
+    launcher: str, fake: Callable[..., Any], order: Callable[..., tuple[object, ...]] = lambda *arguments: arguments
+) -> Callable[[], Callable[..., Any]]:
+    """Loads what an op runs on Hopper GPUs: the launcher ``"module.name"``, imported on first use.
+
+    It is called with the op's arguments and its results, in ``order``; results are allocated like those of ``fake``.
+    """
+    module, name = launcher.split(".")
+
+    @cache
+    def load() -> Callable[..., Any]:
+        from sparse_compile.kernels import launch
+
+        function = getattr(import_module(f"sparse_compile.kernels.{module}"), name)
+        return launch.planned(lambda *arguments: launch.plan_with_results(function, fake, arguments, order))
+
+    return load
 
 
 def _empty(like: Tensor, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
@@ -105,23 +140,21 @@ def new_cast_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Tenso
     )
 
 
+def _no_results(*tensors: Tensor) -> None:
+    pass
+
+
 def _prune_weight_eager(weight: Tensor, beta: Tensor, *buffers: Tensor) -> None:
     for buffer, result in zip(buffers, reference.prune_weight(weight, beta), strict=True):
         buffer.copy_(result)
-
-
-def _prune_weight_kernel(weight: Tensor, beta: Tensor, *buffers: Tensor) -> None:
-    from sparse_compile.kernels.prune import launch_prune_weight
-
-    launch_prune_weight(weight, beta, *buffers)
 
 
 prune_weight_ = _op(
     "prune_weight_(Tensor weight, Tensor beta, Tensor(a!) values, Tensor(b!) metadata, Tensor(c!) weight_t, "
     "Tensor(d!) scale_inv) -> ()",
     _prune_weight_eager,
-    _prune_weight_kernel,
-    lambda weight, beta, *buffers: None,
+    _launch("prune.launch_prune_weight", _no_results),
+    _no_results,
     any_strides=True,
 )
 
@@ -131,27 +164,13 @@ def _cast_weight_eager(weight: Tensor, *buffers: Tensor) -> None:
         buffer.copy_(result)
 
 
-def _cast_weight_kernel(weight: Tensor, *buffers: Tensor) -> None:
-    from sparse_compile.kernels.prune import launch_cast_weight
-
-    launch_cast_weight(weight, *buffers)
-
-
 cast_weight_ = _op(
     "cast_weight_(Tensor weight, Tensor(a!) payload, Tensor(b!) payload_t, Tensor(c!) scale_inv) -> ()",
     _cast_weight_eager,
-    _cast_weight_kernel,
-    lambda weight, *buffers: None,
+    _launch("prune.launch_cast_weight", _no_results),
+    _no_results,
     any_strides=True,
 )
-
-
-def _cast_transpose_kernel(x: Tensor, row_scale: Tensor, token_scale: Tensor) -> tuple[Tensor, Tensor]:
-    from sparse_compile.kernels.quantize import launch_cast_transpose
-
-    row, column = _cast_transpose_fake(x, row_scale, token_scale)
-    launch_cast_transpose(x, row_scale, token_scale, row, column)
-    return row, column
 
 
 def _cast_transpose_fake(x: Tensor, row_scale: Tensor, token_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,17 +181,9 @@ def _cast_transpose_fake(x: Tensor, row_scale: Tensor, token_scale: Tensor) -> t
 cast_transpose = _op(
     "cast_transpose(Tensor x, Tensor row_scale, Tensor token_scale) -> (Tensor, Tensor)",
     reference.cast_transpose,
-    _cast_transpose_kernel,
+    _launch("quantize.launch_cast_transpose", _cast_transpose_fake),
     _cast_transpose_fake,
 )
-
-
-def _transpose_tokens_kernel(x: Tensor) -> Tensor:
-    from sparse_compile.kernels.quantize import launch_transpose_tokens
-
-    out = _transpose_tokens_fake(x)
-    launch_transpose_tokens(x, out)
-    return out
 
 
 def _transpose_tokens_fake(x: Tensor) -> Tensor:
@@ -182,19 +193,9 @@ def _transpose_tokens_fake(x: Tensor) -> Tensor:
 transpose_tokens = _op(
     "transpose_tokens(Tensor x) -> Tensor",
     reference.transpose_tokens,
-    _transpose_tokens_kernel,
+    _launch("quantize.launch_transpose_tokens", _transpose_tokens_fake),
     _transpose_tokens_fake,
 )
-
-
-def _cast_mvue_kernel(
-    grad: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, index: int, approximate: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    from sparse_compile.kernels.mvue import launch_cast_mvue
-
-    row, values, metadata = _cast_mvue_fake(grad, row_scale, token_scale, seed, index, approximate)
-    launch_cast_mvue(grad, row_scale, token_scale, seed, index, approximate, row, values, metadata)
-    return row, values, metadata
 
 
 def _cast_mvue_fake(
@@ -212,25 +213,9 @@ cast_mvue = _op(
     "cast_mvue(Tensor grad, Tensor row_scale, Tensor token_scale, Tensor seed, int index, bool approximate) "
     "-> (Tensor, Tensor, Tensor)",
     reference.cast_mvue,
-    _cast_mvue_kernel,
+    _launch("mvue.launch_cast_mvue", _cast_mvue_fake),
     _cast_mvue_fake,
 )
-
-
-def _sparse_mm_kernel(
-    values: Tensor,
-    metadata: Tensor,
-    dense: Tensor,
-    scale_inv: Tensor,
-    dense_scale_inv: Tensor | None,
-    out_dtype: torch.dtype,
-    transpose: bool,
-) -> Tensor:
-    from sparse_compile.kernels.sparse_gemm import launch_sparse_gemm
-
-    out = _sparse_mm_fake(values, metadata, dense, scale_inv, dense_scale_inv, out_dtype, transpose)
-    launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, out, transpose)
-    return out
 
 
 def _sparse_mm_fake(
@@ -241,6 +226,7 @@ def _sparse_mm_fake(
     dense_scale_inv: Tensor | None,
     out_dtype: torch.dtype,
     transpose: bool,
+    use_fast_accum: bool,
 ) -> Tensor:
     rows, columns = values.shape[0], dense.shape[0]
     return _empty(dense, (columns, rows) if transpose else (rows, columns), out_dtype)
@@ -248,9 +234,15 @@ def _sparse_mm_fake(
 
 sparse_mm = _op(
     "sparse_mm(Tensor values, Tensor metadata, Tensor dense, Tensor scale_inv, Tensor? dense_scale_inv, "
-    "ScalarType out_dtype, bool transpose) -> Tensor",
+    "ScalarType out_dtype, bool transpose, bool use_fast_accum) -> Tensor",
     reference.sparse_mm,
-    _sparse_mm_kernel,
+    _launch(
+        "sparse_gemm.launch_sparse_gemm",
+        _sparse_mm_fake,
+        lambda values, metadata, dense, scale_inv, dense_scale_inv, out_dtype, transpose, use_fast_accum, out: (
+            (values, metadata, dense, scale_inv, dense_scale_inv, out, transpose, use_fast_accum)
+        ),
+    ),
     _sparse_mm_fake,
 )
 
@@ -267,6 +259,7 @@ def prepare(device: torch.device) -> None:
 
 
 def _scaled_mm_kernel(a: Tensor, b: Tensor, scale_inv: Tensor, out_dtype: torch.dtype) -> Tensor:
+    _check_contiguous("scaled_mm", (a, b, scale_inv))
     if 0 in (*a.shape, b.shape[0]):
         return torch.zeros(a.shape[0], b.shape[0], dtype=out_dtype, device=a.device)
     return torch._scaled_mm(
@@ -281,6 +274,6 @@ def _scaled_mm_fake(a: Tensor, b: Tensor, scale_inv: Tensor, out_dtype: torch.dt
 scaled_mm = _op(
     "scaled_mm(Tensor a, Tensor b, Tensor scale_inv, ScalarType out_dtype) -> Tensor",
     reference.scaled_mm,
-    _scaled_mm_kernel,
+    lambda: _scaled_mm_kernel,
     _scaled_mm_fake,
 )

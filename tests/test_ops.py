@@ -37,8 +37,8 @@ def cases():
         yield "cast_transpose", (torch.randn(count, 48), scales, scales)
         yield "cast_mvue", (torch.randn(count, 48), scales, scales, SEED, 3, False)
     for transpose in (False, True):
-        yield "sparse_mm", (values, metadata, fp8(20, 80), scale_inv, tokens, torch.bfloat16, transpose)
-        yield "sparse_mm", (values, metadata, fp8(20, 80), scale_inv, None, torch.float32, transpose)
+        yield "sparse_mm", (values, metadata, fp8(20, 80), scale_inv, tokens, torch.bfloat16, transpose, True)
+        yield "sparse_mm", (values, metadata, fp8(20, 80), scale_inv, None, torch.float32, transpose, False)
     yield "scaled_mm", (fp8(20, 80), fp8(48, 80), scale_inv, torch.bfloat16)
 
 
@@ -78,11 +78,11 @@ def test_few_tokens(tokens):
     """No batch is too small, not even an empty one."""
     values, metadata, weight_t, scale_inv = pruned(48, 80)
     x, scale = fp8(tokens, 80), torch.ones(tokens)
-    assert ops.sparse_mm(values, metadata, x, scale_inv, scale, torch.float32, True).shape == (tokens, 48)
+    assert ops.sparse_mm(values, metadata, x, scale_inv, scale, torch.float32, True, True).shape == (tokens, 48)
     assert ops.scaled_mm(fp8(tokens, 48), weight_t, scale_inv, torch.float32).shape == (tokens, 80)
     row, *operand = ops.cast_mvue(torch.randn(tokens, 48), scale, scale, SEED, 0, False)
     assert row.shape == (tokens, 48)
-    grad_weight = ops.sparse_mm(*operand, ops.transpose_tokens(x), scale_inv, None, torch.float32, False)
+    grad_weight = ops.sparse_mm(*operand, ops.transpose_tokens(x), scale_inv, None, torch.float32, False, False)
     assert grad_weight.shape == (48, 80)
     if tokens == 0:
         assert torch.equal(grad_weight, torch.zeros(48, 80))
@@ -97,6 +97,15 @@ def test_autocast_does_not_reach_into_the_ops():
     expected = reference.scaled_mm(a, b, torch.ones(1), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(ops.scaled_mm(a, b, torch.ones(1), torch.float32), expected)
+
+
+def test_strides_that_no_kernel_reads_are_refused():
+    with pytest.raises(
+        ValueError, match=r"argument 1 of scaled_mm is \(64, 48\) with strides \(1, 64\); it must be cont"
+    ):
+        ops.scaled_mm(fp8(16, 48), fp8(48, 64).t(), torch.ones(1), torch.float32)
+    with pytest.raises(ValueError, match="argument 0 of transpose_tokens"):
+        ops.transpose_tokens(fp8(48, 16).t())
 
 
 def test_import_needs_no_triton():
@@ -119,6 +128,42 @@ def test_opcheck_on_the_gpu(name, arguments):
     moved = tuple(a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments)
     check_schema(name, moved)
     opcheck(getattr(torch.ops.sparse_compile, name), moved, test_utils=CHECKS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "arguments"), CASES, ids=NAMES)
+def test_repeated_calls_with_other_addresses(name, arguments):
+    """The plan of the first call serves the second, whose tensors lie elsewhere and hold other numbers."""
+    op = getattr(torch.ops.sparse_compile, name).default
+    kept = []
+    for repetition in range(3):
+        moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+        if moved[0].dtype is not E4M3:
+            moved[0].mul_(1 + repetition)
+        expected_arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in moved]
+        results = op(*moved)
+        with ops.force_reference():
+            expected = op(*expected_arguments)
+        kept += [moved, results]
+        if results is None:
+            results, expected = moved[2:], expected_arguments[2:]
+        if isinstance(results, torch.Tensor):
+            results, expected = [results], [expected]
+        for actual, wanted in zip(results, expected, strict=True):
+            torch.testing.assert_close(actual.float(), wanted.float(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("elements", [1, 2, 8])
+def test_weights_at_any_address(elements):
+    weight = torch.randn(64 * 128 + elements, device="cuda")[elements:].view(64, 128).bfloat16()
+    storage = torch.empty(64 * 128 + elements, dtype=torch.bfloat16, device="cuda")
+    shifted = storage[elements:].view(64, 128).copy_(weight)
+    aligned, moved = (ops.new_pruned_weight(64, 128, weight.device) for _ in range(2))
+    ops.prune_weight_(weight, torch.ones(1, device="cuda"), *aligned)
+    ops.prune_weight_(shifted, torch.ones(1, device="cuda"), *moved)
+    for one, other in zip(aligned, moved, strict=True):
+        assert torch.equal(bits(one), bits(other))
 
 
 @pytest.mark.gpu
