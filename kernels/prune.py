@@ -1,238 +1,337 @@
 """A weight to e4m3 with one scale: 2:4-pruned by S-STE and compressed, or dense.
 
     prune:  W~ = beta * S(W),  S(w) = sign(w) * max(|w| - t, 0),  t the second smallest magnitude of each four along K
-            payload = e4m3(S * (448 / amax)),  scale_inv = beta * (amax / 448),  amax = max |S|
-    cast:   payload = e4m3(W * (448 / amax)),  scale_inv = amax / 448,           amax = max |W|
+            payload = e4m3(S * scale),  scale_inv = beta / scale,  amax = max |S|
+    cast:   payload = e4m3(W * scale),  scale_inv = 1 / scale,     amax = max |W|
 
-``weight [N, K]`` may have any strides.  Pruning writes ``values [N, padded(K) / 2]`` and ``metadata`` (see ``formats``)
-for fprop and the payload dense and transposed, ``[K, N]``, for dgrad; casting writes the payload as it is and
-transposed.  Arithmetic is fp32.  Each takes two launches: the amax, an integer maximum that no order of the programs
-changes, and the payload.
+``scale`` is the largest power of two with ``amax * scale <= 448``.  ``weight [N, K]`` may have any strides.  Pruning
+writes ``values [N, padded(K) / 2]`` and ``metadata`` (see ``formats``) for fprop and the payload dense and transposed,
+``[K, N]``, for dgrad; casting writes the payload as it is and transposed.  Arithmetic is fp32.
+
+The weight is read once.  Its scale hardly ever changes from one step to the next, being a power of two.  So a first
+launch casts with the scale that stands behind the old ``scale_inv`` and finds the amax of each tile; a second one finds
+the true scale, casts again if it is another, and writes ``scale_inv``.  What stood in ``scale_inv`` decides how long
+this takes, never what is written.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sparse_compile.kernels.formats import (
-    AMAX_FLOOR,
-    E4M3,
-    E4M3_MAX,
-    check_buffer,
-    metadata_shape,
-    padded,
-    values_shape,
+from sparse_compile.kernels.formats import AMAX_FLOOR, E4M3, check_buffer, metadata_shape, padded, values_shape
+from sparse_compile.kernels.launch import Once, Plan, allocator, plan_kernel, planned
+from sparse_compile.kernels.tiles import (
+    cast_words,
+    column_layout,
+    load_tile,
+    permute_bytes,
+    row_layout,
+    split_columns,
+    store_tile,
+    transpose_words,
 )
 
-_AMAX_FLOOR = tl.constexpr(AMAX_FLOOR)
-_E4M3_MAX = tl.constexpr(E4M3_MAX)
-_BLOCK_N, _BLOCK_K = 64, 128
+# Rows, columns and warps of a tile, and the most registers of a thread.
+_ROW_MAJOR_TILE = (64, 128, 4, 80)
+_COLUMN_MAJOR_TILE = (128, 128, 8, None)
+# Programs of the second launch: one for each multiprocessor of an H100 or H200.
+_CORRECT_PROGRAMS = 132
+# Rows of N or K bytes must start on 16-byte boundaries.
+_SIZE_MULTIPLE = 16
+
+_NAN = gl.constexpr(tl.PropagateNan.ALL)
+_AMAX_FLOOR_BITS = gl.constexpr(int(torch.tensor(AMAX_FLOOR).view(torch.int32)))
+_ONE_BITS = gl.constexpr(0x3F800000)
+_INFINITY_BITS = gl.constexpr(0x7F800000)
+_NAN_BITS = gl.constexpr(0x7FC00000)
+_PARTIALS_CHUNK = gl.constexpr(4096)
+
+# The two bf16 of a word as fp32.  In assembly, because LLVM would turn the later |x| into integer instructions.
+_WIDEN_ASM = gl.constexpr("""
+shl.b32 $0, $2, 16;
+and.b32 $1, $2, 0xffff0000;
+""")
+# Negative inputs give 0; then the sign bits of the four bytes of $5.
+_CAST_POSITIVE_ASM = gl.constexpr("""{
+.reg .b16 low, high;
+.reg .b32 word;
+cvt.rn.satfinite.relu.e4m3x2.f32 low, $2, $1;
+cvt.rn.satfinite.relu.e4m3x2.f32 high, $4, $3;
+mov.b32 word, {low, high};
+lop3.b32 $0, word, $5, 0x80808080, 0xf8;
+}""")
 
 
-@triton.jit
-def _load_tile(weight_ptr, offs_n, offs_k, rows, columns, stride_wn, stride_wk):
-    """fp32 tile, zero outside the weight.  [BLOCK_N, BLOCK_K]"""
-    offsets = offs_n.to(tl.int64)[:, None] * stride_wn + offs_k.to(tl.int64)[None, :] * stride_wk
-    inside = (offs_n < rows)[:, None] & (offs_k < columns)[None, :]
-    return tl.load(weight_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+@gluon.constexpr_function
+def _load_layout(shape, warps, column_major):
+    """8 neighbours, 16 bytes of bf16, along the contiguous dimension of the weight; whole 4 x 4 elements."""
+    return column_layout(shape, 8, 8, warps) if column_major else row_layout(shape, 16, 8, warps)
 
 
-@triton.jit
-def _split_groups(x, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
-    """[BLOCK_N, 4 * GROUPS] -> elements 0, 1, 2 and 3 of the groups, [BLOCK_N, GROUPS] each."""
-    even, odd = tl.split(tl.reshape(x, [BLOCK_N, GROUPS, 2, 2]))
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
-    return x0, x1, x2, x3
+@gluon.constexpr_function
+def _words_layout(shape, words, warps, column_major):
+    """As loaded, ``words`` neighbours of a row a thread, or exchanged."""
+    return row_layout(shape, 1, 4, warps) if column_major else row_layout(shape, 16, words, warps)
 
 
-@triton.jit
-def _magnitude_bits(x):
-    """|x| as int32: ordered like |x|, with NaN above infinity."""
-    return tl.abs(x).to(tl.int32, bitcast=True)
+@gluon.constexpr_function
+def _transposed_layout(shape, warps, column_major):
+    """As loaded, two neighbours of a row a thread, or exchanged."""
+    return row_layout(shape, 8, 2, warps) if column_major else row_layout(shape, 1, 4, warps)
 
 
-@triton.jit
-def _shrink(x, threshold):
-    kept = tl.abs(x) - threshold
-    # Comparisons, because tl.maximum would turn NaN into 0; * -1.0, because Triton's -x is 0 - x, never -0.0.
-    kept = tl.where(kept < 0.0, 0.0, kept)
-    return tl.where(x < 0.0, kept * -1.0, kept)
+@gluon.jit
+def _word_ptr(ptr):
+    return ptr.to(gl.pointer_type(gl.int32), bitcast=True)
 
 
-@triton.jit
-def _soft_threshold24(x0, x1, x2, x3):
-    """S of groups of four."""
-    b0, b1, b2, b3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
-    low = tl.maximum(tl.minimum(b0, b1), tl.minimum(b2, b3))
-    high = tl.minimum(tl.maximum(b0, b1), tl.maximum(b2, b3))
-    threshold = tl.minimum(low, high)
-    # Minimum and maximum drop NaN; the sum of the magnitudes is NaN exactly where one of them is.
-    total = (b0 + b1) + (b2 + b3)
-    threshold = tl.where(total == total, threshold, total)
-    return _shrink(x0, threshold), _shrink(x1, threshold), _shrink(x2, threshold), _shrink(x3, threshold)
+@gluon.jit
+def _minimum(x, y):
+    return gl.minimum(x, y, propagate_nan=_NAN)
 
 
-@triton.jit
-def _two_largest(x0, x1, x2, x3):
-    """Ascending positions of the two largest magnitudes; ties go to the lower position, and NaN counts as largest."""
-    NAN_RANK: tl.constexpr = 0x7F800001
-    r0 = tl.minimum(_magnitude_bits(x0), NAN_RANK)
-    r1 = tl.minimum(_magnitude_bits(x1), NAN_RANK)
-    r2 = tl.minimum(_magnitude_bits(x2), NAN_RANK)
-    r3 = tl.minimum(_magnitude_bits(x3), NAN_RANK)
-    # An element is kept where fewer than two others outrank it.
-    keep0 = (r1 > r0).to(tl.int32) + (r2 > r0).to(tl.int32) + (r3 > r0).to(tl.int32) < 2
-    keep1 = (r0 >= r1).to(tl.int32) + (r2 > r1).to(tl.int32) + (r3 > r1).to(tl.int32) < 2
-    keep2 = (r0 >= r2).to(tl.int32) + (r1 >= r2).to(tl.int32) + (r3 > r2).to(tl.int32) < 2
-    keep3 = keep0.to(tl.int32) + keep1.to(tl.int32) + keep2.to(tl.int32) < 2
-    return tl.where(keep0, 0, tl.where(keep1, 1, 2)), tl.where(keep3, 3, tl.where(keep2, 2, 1))
+@gluon.jit
+def _maximum(x, y):
+    return gl.maximum(x, y, propagate_nan=_NAN)
 
 
-@triton.jit
-def _scales(amax_ptr):
-    """``448 / amax`` and ``amax / 448`` of the amax found by ``_amax_kernel``."""
-    amax = tl.load(amax_ptr, volatile=True).to(tl.float32, bitcast=True)
-    amax = tl.where(amax < _AMAX_FLOOR, _AMAX_FLOOR, amax)
-    return tl.div_rn(_E4M3_MAX, amax), tl.div_rn(amax, _E4M3_MAX)
+@gluon.jit
+def _bits(x):
+    """fp32 as int32; magnitudes are ordered like their bits, with NaN above infinity."""
+    return x.to(gl.int32, bitcast=True)
 
 
-@triton.jit
-def _amax_kernel(
-    weight_ptr, amax_ptr, rows, columns, stride_wn, stride_wk,
-    PRUNE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Raise the int32 at ``amax_ptr`` to the bits of max |S(W)| (PRUNE) or max |W| over one tile."""
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    w = _load_tile(weight_ptr, offs_n, offs_k, rows, columns, stride_wn, stride_wk)
-    if PRUNE:
-        w0, w1, w2, w3 = _split_groups(w, BLOCK_N, BLOCK_K // 4)
-        s0, s1, s2, s3 = _soft_threshold24(w0, w1, w2, w3)
-        bits01 = tl.maximum(_magnitude_bits(s0), _magnitude_bits(s1))
-        bits23 = tl.maximum(_magnitude_bits(s2), _magnitude_bits(s3))
-        bits = tl.maximum(bits01, bits23)
+@gluon.jit
+def _pair(x, y):
+    """16-bit floats as the halves of a word, ``x`` the lower one."""
+    return x.to(gl.uint16, bitcast=True).to(gl.int32) | y.to(gl.uint16, bitcast=True).to(gl.int32) << 16
+
+
+@gluon.jit
+def _widen(pair):
+    """The two bf16 of ``pair`` as fp32."""
+    return gl.inline_asm_elementwise(_WIDEN_ASM, "=&f,=f,r", [pair], (gl.float32, gl.float32), True, 1)
+
+
+@gluon.jit
+def _cast_positive_words(x0, x1, x2, x3, signs):
+    """e4m3 of ``copysign(max(x, 0), sign)``, four fp32 and the bytes of ``signs`` to a word; NaN stays NaN."""
+    return gl.inline_asm_elementwise(_CAST_POSITIVE_ASM, "=r,f,f,f,f,r", [x0, x1, x2, x3, signs], gl.int32, True, 1)
+
+
+@gluon.jit
+def _groups(w):
+    """Elements 0, 1, 2 and 3 of each four columns as fp32, and their highest bytes as a word."""
+    x0, x1, x2, x3 = split_columns(w)
+    if w.dtype == gl.float32:
+        high01, high23 = permute_bytes(_bits(x0), _bits(x1), 0x7632), permute_bytes(_bits(x2), _bits(x3), 0x7632)
     else:
-        bits = _magnitude_bits(w)
-    tl.atomic_max(amax_ptr, tl.max(bits), sem="relaxed")
+        high01, high23 = _pair(x0, x1), _pair(x2, x3)
+        if w.dtype == gl.bfloat16:
+            x0, x1 = _widen(high01)
+            x2, x3 = _widen(high23)
+        else:
+            x0, x1, x2, x3 = x0.to(gl.float32), x1.to(gl.float32), x2.to(gl.float32), x3.to(gl.float32)
+    return x0, x1, x2, x3, permute_bytes(high01, high23, 0x7531)
 
 
-@triton.jit
-def _prune_kernel(
-    weight_ptr, beta_ptr, amax_ptr, values_ptr, metadata_ptr, weight_t_ptr, scale_inv_ptr,
-    rows, columns, stride_wn, stride_wk, values_stride, metadata_row_blocks,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+@gluon.jit
+def _reduce_amax(amax):
+    """int32, the bits of the largest magnitude of the tile.  Unsigned, NaN of either sign is the largest."""
+    bits = amax.to(gl.uint32, bitcast=True)
+    largest = gl.max(gl.reshape(bits, [bits.shape[0] * bits.shape[1]]), 0)
+    return largest.to(gl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@gluon.jit
+def _prune_tile(
+    w, row, column, values_ptr, metadata_ptr, weight_t_ptr, scale, rows, columns,
+    COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
-    """One tile of the padded weight, BLOCK_N rows by BLOCK_K = 128 columns."""
-    pid_n, pid_k = tl.program_id(0), tl.program_id(1)
-    GROUPS: tl.constexpr = BLOCK_K // 4
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_v = pid_k * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-    offs_n64 = offs_n.to(tl.int64)
-    w = _load_tile(weight_ptr, offs_n, offs_k, rows, columns, stride_wn, stride_wk)
-    w0, w1, w2, w3 = _split_groups(w, BLOCK_N, GROUPS)  # [BLOCK_N, GROUPS] each
-    first, second = _two_largest(w0, w1, w2, w3)
+    """Prune, cast and store a tile; the bits of its amax."""
+    BLOCK_N: gl.constexpr = w.shape[0]
+    BLOCK_K: gl.constexpr = w.shape[1]
+    w0, w1, w2, w3, signs = _groups(w)  # [BLOCK_N, BLOCK_K / 4]
+    b0, b1, b2, b3 = gl.abs(w0), gl.abs(w1), gl.abs(w2), gl.abs(w3)
+    larger01, larger23 = _maximum(b0, b1), _maximum(b2, b3)
+    smaller01, smaller23 = _minimum(b0, b1), _minimum(b2, b3)
+    t = _minimum(_maximum(smaller01, smaller23), _minimum(larger01, larger23))
+    amax = _maximum(larger01, larger23) - t
+    dense = _cast_positive_words((b0 - t) * scale, (b1 - t) * scale, (b2 - t) * scale, (b3 - t) * scale, signs)
 
-    scale, amax_over_max = _scales(amax_ptr)
-    if (pid_n == 0) & (pid_k == 0):
-        tl.store(scale_inv_ptr, tl.load(beta_ptr) * amax_over_max)
-    # No clamp: the conversion to e4m3 saturates in hardware and keeps NaN.
-    s0, s1, s2, s3 = _soft_threshold24(w0, w1, w2, w3)
-    payload_dtype = values_ptr.dtype.element_ty
-    p0, p1, p2, p3 = s0 * scale, s1 * scale, s2 * scale, s3 * scale
-
-    # Columns beyond K stay zero also where the scale is NaN; K is a multiple of 4.
-    inside = (pid_k * BLOCK_K + tl.arange(0, GROUPS) * 4 < columns)[None, :]
-    v0 = tl.where(inside, tl.where(first == 0, p0, tl.where(first == 1, p1, p2)), 0.0)
-    v1 = tl.where(inside, tl.where(second == 3, p3, tl.where(second == 2, p2, p1)), 0.0)
-    values = tl.reshape(tl.join(v0, v1).to(payload_dtype), [BLOCK_N, BLOCK_K // 2])
-    tl.store(values_ptr + offs_n64[:, None] * values_stride + offs_v[None, :], values, mask=(offs_n < rows)[:, None])
+    # Kept is what exceeds t, never more than two of four, and the lowest of the others.  The low byte holds the two
+    # positions as a selector of bytes, the bits from 16 on as a nibble of metadata.
+    kept1, kept2, kept3 = b1 > t, b2 > t, b3 > t
+    with_3 = gl.where(kept2, 0xE0032, gl.where(kept1, 0xD0031, 0xC0030))
+    without_3 = gl.where(kept2, gl.where(kept1, 0x90021, 0x80020), 0x40010)
+    choice = gl.where(kept3, with_3, without_3)
+    dense_a, dense_b = gl.split(gl.reshape(dense, [BLOCK_N, BLOCK_K // 8, 2]))
+    choice_a, choice_b = gl.split(gl.reshape(choice, [BLOCK_N, BLOCK_K // 8, 2]))
+    choices = choice_a + choice_b * 256
+    values = permute_bytes(dense_a, dense_b, choices + 0x4400)  # the second group's bytes are 4 to 7
+    nibbles = (choices >> 16 | choices >> 20).to(gl.int8)
+    values_columns = gl.cdiv(columns, 128) * 16
+    values_layout: gl.constexpr = _words_layout(values.shape, 1, gl.num_warps(), COLUMN_MAJOR)
+    store_tile(_word_ptr(values_ptr), values, row, column // 8, rows, values_columns, EVEN, values_layout)
 
     # Rows and columns beyond the weight were loaded as zeros, whose groups name positions 0 and 1: the padding word.
-    nibbles = tl.reshape(first | second << 2, [BLOCK_N, GROUPS // 8, 8])
-    words = tl.sum(nibbles << (tl.arange(0, 8) * 4)[None, None, :], axis=2)  # [BLOCK_N, 4]
-    part = tl.arange(0, GROUPS // 8)[None, :]
-    block = pid_k.to(tl.int64) * metadata_row_blocks + (offs_n // 16)[:, None]
-    lane = 4 * (offs_n % 8)[:, None] + 2 * (part % 2) + (offs_n % 16 // 8)[:, None]
-    tl.store(metadata_ptr + (block * 32 + lane) * 2 + part // 2, words)
+    blocks = gl.reshape(nibbles, [BLOCK_N // 16, 2, 8, BLOCK_K // 128, 2, 2, 4])  # r//16, r//8%2, r%8, block, p//2, p%2
+    blocks = gl.reshape(gl.permute(blocks, [3, 0, 2, 5, 1, 4, 6]), [BLOCK_K // 128, BLOCK_N * 16])
+    metadata_columns = gl.cdiv(rows, 128) * 2048
+    metadata_layout: gl.constexpr = gl.BlockedLayout([1, 16], [1, 32], [1, gl.num_warps()], [1, 0])
+    store_tile(
+        metadata_ptr.to(gl.pointer_type(gl.int8), bitcast=True), blocks, column // 128, row * 16,
+        gl.cdiv(columns, 128), metadata_columns, EVEN, metadata_layout,
+    )  # fmt: skip
 
-    dense = tl.join(tl.join(p0, p2), tl.join(p1, p3)).to(payload_dtype)
-    dense = tl.reshape(dense, [BLOCK_N, BLOCK_K])
-    inside = (offs_n < rows)[:, None] & (offs_k < columns)[None, :]
-    tl.store(weight_t_ptr + offs_k.to(tl.int64)[None, :] * rows + offs_n64[:, None], dense, mask=inside)
+    transposed = transpose_words(dense)
+    transposed_layout: gl.constexpr = _transposed_layout(transposed.shape, gl.num_warps(), COLUMN_MAJOR)
+    store_tile(_word_ptr(weight_t_ptr), transposed, column, row // 4, columns, rows // 4, EVEN, transposed_layout)
+    return _reduce_amax(amax)
 
 
-@triton.jit
-def _cast_kernel(
-    weight_ptr, amax_ptr, payload_ptr, payload_t_ptr, scale_inv_ptr, rows, columns, stride_wn, stride_wk,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+@gluon.jit
+def _cast_tile(
+    w, row, column, payload_ptr, payload_t_ptr, scale, rows, columns, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr
+):
+    """Cast and store a tile; the bits of its amax."""
+    w0, w1, w2, w3, _ = _groups(w)  # [BLOCK_N, BLOCK_K / 4]
+    amax = _maximum(_maximum(gl.abs(w0), gl.abs(w1)), _maximum(gl.abs(w2), gl.abs(w3)))
+    words = cast_words(w0 * scale, w1 * scale, w2 * scale, w3 * scale)
+    words_layout: gl.constexpr = _words_layout(words.shape, 2, gl.num_warps(), COLUMN_MAJOR)
+    store_tile(_word_ptr(payload_ptr), words, row, column // 4, rows, columns // 4, EVEN, words_layout)
+    transposed = transpose_words(words)
+    transposed_layout: gl.constexpr = _transposed_layout(transposed.shape, gl.num_warps(), COLUMN_MAJOR)
+    store_tile(_word_ptr(payload_t_ptr), transposed, column, row // 4, columns, rows // 4, EVEN, transposed_layout)
+    return _reduce_amax(amax)
+
+
+@gluon.jit
+def _write_tile(
+    tile, weight_ptr, payload_ptr, metadata_ptr, weight_t_ptr, scale, rows, columns, stride_wn, stride_wk, tiles_k,
+    PRUNE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
-    """One tile of the weight, BLOCK_N rows by BLOCK_K columns."""
-    pid_n, pid_k = tl.program_id(0), tl.program_id(1)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_n64, offs_k64 = offs_n.to(tl.int64)[:, None], offs_k.to(tl.int64)[None, :]
-    scale, scale_inv = _scales(amax_ptr)
-    if (pid_n == 0) & (pid_k == 0):
-        tl.store(scale_inv_ptr, scale_inv)
-    w = _load_tile(weight_ptr, offs_n, offs_k, rows, columns, stride_wn, stride_wk)
-    # No clamp: the conversion to e4m3 saturates in hardware and keeps NaN.
-    payload_dtype = payload_ptr.dtype.element_ty
-    inside = (offs_n < rows)[:, None] & (offs_k < columns)[None, :]
-    tl.store(payload_ptr + offs_n64 * columns + offs_k64, (w * scale).to(payload_dtype), mask=inside)
-    # Converted again, with a scale that the compiler can't know to be the same: where one conversion feeds both
-    # stores, ptxas 12.8 loses every fourth byte of the transposed one.
-    scale_again, _ = _scales(amax_ptr)
-    tl.store(payload_t_ptr + offs_k64 * rows + offs_n64, (w * scale_again).to(payload_dtype), mask=inside)
+    """Read one tile of the weight and write all that is made of it; the bits of its amax."""
+    row, column = tile // tiles_k * BLOCK_N, tile % tiles_k * BLOCK_K
+    layout: gl.constexpr = _load_layout([BLOCK_N, BLOCK_K], gl.num_warps(), COLUMN_MAJOR)
+    w = load_tile(weight_ptr, row, column, rows, columns, stride_wn, stride_wk, BLOCK_N, BLOCK_K, EVEN, layout)
+    if PRUNE:
+        bits = _prune_tile(
+            w, row, column, payload_ptr, metadata_ptr, weight_t_ptr, scale, rows, columns, COLUMN_MAJOR, EVEN
+        )
+    else:
+        bits = _cast_tile(w, row, column, payload_ptr, weight_t_ptr, scale, rows, columns, COLUMN_MAJOR, EVEN)
+    return bits
 
 
+@gluon.jit(do_not_specialize=["tiles", "tiles_k"])
+def _speculate_kernel(
+    weight_ptr, beta_ptr, payload_ptr, metadata_ptr, weight_t_ptr, scale_inv_ptr, partials_ptr,
+    rows, columns, stride_wn, stride_wk, tiles, tiles_k,
+    PRUNE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """One tile, with the scale behind the old scale_inv.  Partials: the bits of the tiles' amax, then of that scale."""
+    # As soon as every program has begun, those of the second launch take the places that become free.
+    gdc_launch_dependents()
+    # beta / scale_inv, whose mantissas are equal; any other quotient will not be the true scale.
+    beta_bits = _ONE_BITS
+    if PRUNE:
+        beta_bits = _bits(gl.load(beta_ptr))
+    scale_bits = beta_bits - _bits(gl.load(scale_inv_ptr)) + _ONE_BITS & _INFINITY_BITS
+    tile = gl.program_id(0)
+    amax_bits = _write_tile(
+        tile, weight_ptr, payload_ptr, metadata_ptr, weight_t_ptr, scale_bits.to(gl.float32, bitcast=True),
+        rows, columns, stride_wn, stride_wk, tiles_k, PRUNE, COLUMN_MAJOR, EVEN, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    gl.store(partials_ptr + tile, amax_bits)
+    if tile == 0:
+        gl.store(partials_ptr + tiles, scale_bits)
+
+
+@gluon.jit(do_not_specialize=["tiles", "tiles_k"])
+def _correct_kernel(
+    weight_ptr, beta_ptr, payload_ptr, metadata_ptr, weight_t_ptr, scale_inv_ptr, partials_ptr,
+    rows, columns, stride_wn, stride_wk, tiles, tiles_k,
+    PRUNE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """Write scale_inv and, where the true scale is not the one that was assumed, all tiles again."""
+    # Until the first launch is complete, and all that it wrote can be read.
+    gdc_wait()
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    offs = gl.arange(0, _PARTIALS_CHUNK, layout)
+    largest = gl.full([_PARTIALS_CHUNK], 0, gl.int32, layout)
+    for start in range(0, tiles, _PARTIALS_CHUNK):
+        largest = gl.maximum(largest, gl.load(partials_ptr + start + offs, mask=start + offs < tiles, other=0))
+    amax_bits = gl.max(largest, 0)
+
+    # Bounded, so that the scale and its inverse are normal numbers.  A mantissa above 1.75, that of 448 = 1.75 * 2^8,
+    # is carried into the exponent.
+    bounded = gl.minimum(gl.maximum(amax_bits, _AMAX_FLOOR_BITS), _INFINITY_BITS - 1)
+    exponent = bounded + 0x1FFFFF >> 23
+    scale_bits = 262 - exponent << 23
+    if gl.program_id(0) == 0:
+        # NaN or infinity in the weight makes every product NaN.
+        scale_inv_bits = gl.where(amax_bits < _INFINITY_BITS, exponent - 8 << 23, _NAN_BITS)
+        scale_inv = scale_inv_bits.to(gl.float32, bitcast=True)
+        if PRUNE:
+            scale_inv = gl.load(beta_ptr) * scale_inv
+        gl.store(scale_inv_ptr, scale_inv)
+    if scale_bits != gl.load(partials_ptr + tiles):
+        for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+            _write_tile(
+                tile, weight_ptr, payload_ptr, metadata_ptr, weight_t_ptr, scale_bits.to(gl.float32, bitcast=True),
+                rows, columns, stride_wn, stride_wk, tiles_k, PRUNE, COLUMN_MAJOR, EVEN, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+
+
+@planned
 def launch_prune_weight(
     weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, weight_t: Tensor, scale_inv: Tensor
-) -> None:
+) -> Plan:
     """Prune and cast ``weight`` into the buffers, all of which are written in full.
 
     Args:
-        weight: ``[N, K]``, any strides, bf16, fp16 or fp32; K a multiple of 4.
+        weight: ``[N, K]``, any strides, bf16, fp16 or fp32; N and K multiples of 16.
         beta: fp32 ``[1]``.
         values: e4m3 ``[N, padded(K) / 2]``.
         metadata: int32 ``[padded(K) / 128, padded(N) / 16, 32, 2]``.
         weight_t: e4m3 ``[K, N]``.
-        scale_inv: fp32 ``[1]``; 0 for an empty weight.
+        scale_inv: fp32 ``[1]``; 0 for an empty weight, NaN for one with NaN or infinity.  Faster where it still holds
+            the result of a similar weight.
 
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
     """
     _check_weight(weight)
     n, k = weight.shape
-    if k % 4 != 0:
-        raise ValueError(f"weight has {k} columns; 2:4 pruning needs a multiple of 4")
     check_buffer("beta", beta, (1,), torch.float32, weight.device)
     check_buffer("values", values, values_shape(n, k), E4M3, weight.device)
     check_buffer("metadata", metadata, metadata_shape(n, k), torch.int32, weight.device)
     check_buffer("weight_t", weight_t, (k, n), E4M3, weight.device)
     check_buffer("scale_inv", scale_inv, (1,), torch.float32, weight.device)
     if weight.numel() == 0:
-        scale_inv.zero_()
-        return
-    amax = _amax(weight, prune=True)
-    grid = (padded(n) // _BLOCK_N, padded(k) // _BLOCK_K)
-    _prune_kernel[grid](
-        weight, beta, amax, values, metadata, weight_t, scale_inv,
-        n, k, *weight.stride(), values.stride(0), metadata.shape[1],
-        BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, num_warps=8,
-    )  # fmt: skip
+        return Once(scale_inv.zero_)
+    # Metadata is written for the padding too.
+    return _plan(weight, beta, values, metadata, weight_t, scale_inv, (padded(n), padded(k)))
 
 
-def launch_cast_weight(weight: Tensor, payload: Tensor, payload_t: Tensor, scale_inv: Tensor) -> None:
+@planned
+def launch_cast_weight(weight: Tensor, payload: Tensor, payload_t: Tensor, scale_inv: Tensor) -> Plan:
     """Cast ``weight`` into the buffers, all of which are written in full.
 
     Args:
-        weight: ``[N, K]``, any strides, bf16, fp16 or fp32.
+        weight: ``[N, K]``, any strides, bf16, fp16 or fp32; N and K multiples of 16.
         payload: e4m3 ``[N, K]``.
         payload_t: e4m3 ``[K, N]``.
-        scale_inv: fp32 ``[1]``; 0 for an empty weight.
+        scale_inv: fp32 ``[1]``; 0 for an empty weight, NaN for one with NaN or infinity.  Faster where it still holds
+            the result of a similar weight.
 
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
@@ -243,27 +342,46 @@ def launch_cast_weight(weight: Tensor, payload: Tensor, payload_t: Tensor, scale
     check_buffer("payload_t", payload_t, (k, n), E4M3, weight.device)
     check_buffer("scale_inv", scale_inv, (1,), torch.float32, weight.device)
     if weight.numel() == 0:
-        scale_inv.zero_()
-        return
-    amax = _amax(weight, prune=False)
-    grid = (triton.cdiv(n, _BLOCK_N), triton.cdiv(k, _BLOCK_K))
-    _cast_kernel[grid](
-        weight, amax, payload, payload_t, scale_inv, n, k, *weight.stride(),
-        BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, num_warps=4,
-    )  # fmt: skip
+        return Once(scale_inv.zero_)
+    cast = _plan(weight, None, payload, None, payload_t, scale_inv, (n, k))
+    return lambda weight, payload, payload_t, scale_inv: cast(weight, None, payload, None, payload_t, scale_inv)
 
 
-def _amax(weight: Tensor, *, prune: bool) -> Tensor:
-    """int32 ``[1]``: the bits of the fp32 amax."""
-    n, k = weight.shape
-    amax = torch.zeros(1, dtype=torch.int32, device=weight.device)
-    grid = (triton.cdiv(n, _BLOCK_N), triton.cdiv(k, _BLOCK_K))
-    _amax_kernel[grid](
-        weight, amax, n, k, *weight.stride(), PRUNE=prune, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, num_warps=4
-    )
-    return amax
+def _plan(
+    weight: Tensor, beta: Tensor | None, payload: Tensor, metadata: Tensor | None, weight_t: Tensor, scale_inv: Tensor,
+    covered: tuple[int, int],
+) -> Plan:  # fmt: skip
+    """Of both launches, over tiles that cover ``covered`` rows and columns; called with all tensors' addresses."""
+    column_major = weight.stride(0) == 1 and weight.stride(1) != 1
+    block_n, block_k, warps, registers = _COLUMN_MAJOR_TILE if column_major else _ROW_MAJOR_TILE
+    tiles_n, tiles_k = triton.cdiv(covered[0], block_n), triton.cdiv(covered[1], block_k)
+    tiles = tiles_n * tiles_k
+    new_partials = allocator(torch.empty(tiles + 1, dtype=torch.int32, device=weight.device))
+    tensors = (weight, beta, payload, metadata, weight_t, scale_inv, new_partials())
+    sizes = (*weight.shape, *weight.stride(), tiles, tiles_k)
+    options = {
+        "PRUNE": metadata is not None,
+        "COLUMN_MAJOR": column_major,
+        "EVEN": (tiles_n * block_n, tiles_k * block_k) == tuple(weight.shape),
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "num_warps": warps,
+        "maxnreg": registers,
+    }
+    speculate = plan_kernel(_speculate_kernel, (tiles,), tensors, sizes, **options)
+    # It starts while the first launch ends, and waits for that by itself.
+    correct = plan_kernel(_correct_kernel, (min(tiles, _CORRECT_PROGRAMS),), tensors, sizes, launch_pdl=True, **options)
+
+    def run(*addresses: int | None) -> None:
+        partials = new_partials()
+        speculate(*addresses, partials.data_ptr())
+        correct(*addresses, partials.data_ptr())
+
+    return run
 
 
 def _check_weight(weight: Tensor) -> None:
     if weight.dim() != 2 or weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}; allowed is bf16, fp16 or fp32 [N, K]")
+    if any(size % _SIZE_MULTIPLE != 0 for size in weight.shape):
+        raise ValueError(f"weight is {tuple(weight.shape)}; needed are multiples of {_SIZE_MULTIPLE}")

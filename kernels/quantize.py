@@ -6,47 +6,90 @@
 ``x [T, C]``, ``row [T, C]``, ``column`` and ``out [C, padded(T)]``, zero beyond T.  Arithmetic is fp32.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from sparse_compile.kernels.formats import E4M3, check_buffer, padded
+from sparse_compile.kernels.launch import NOTHING, Plan, plan_kernel, planned
+from sparse_compile.kernels.tiles import (
+    cast_words,
+    load_tile,
+    row_layout,
+    split_columns,
+    split_rows,
+    store_tile,
+    transpose_words,
+)
 
-# A tile is read and written in pieces of 64 bytes or more along the contiguous dimension of each tensor.
-_BLOCK_T, _BLOCK_C = 128, 64
+# Tokens, columns and warps of a tile.
+_CAST_TILE = (128, 128, 4)
+_TRANSPOSE_TILE = (128, 256, 4)
+# Rows of C bytes must start on 16-byte boundaries.
+_COLUMNS_MULTIPLE = 16
 
 
-@triton.jit
-def _transpose_kernel(
+@gluon.jit(do_not_specialize=["tokens"])
+def _cast_transpose_kernel(
     x_ptr, row_scale_ptr, token_scale_ptr, row_ptr, column_ptr, tokens, columns, tokens_padded,
-    CAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    EVEN: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_C: gl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_T tokens by BLOCK_C columns; without CAST the bytes are moved as they are."""
-    column_tiles = tl.cdiv(columns, BLOCK_C)
-    pid_t, pid_c = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
-    offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_t, mask_c = offs_t < tokens, offs_c < columns
-    offsets = offs_t.to(tl.int64)[:, None] * columns + offs_c[None, :]  # [BLOCK_T, BLOCK_C]
-    inside = mask_t[:, None] & mask_c[None, :]
-    x = tl.load(x_ptr + offsets, mask=inside, other=0)
-    if CAST:
-        # No clamp: the conversion to e4m3 saturates in hardware and keeps NaN.
-        x = x.to(tl.float32)
-        row_scale = tl.load(row_scale_ptr + offs_t, mask=mask_t, other=0.0)[:, None]
-        tl.store(row_ptr + offsets, (x * row_scale).to(row_ptr.dtype.element_ty), mask=inside)
-        x = x * tl.load(token_scale_ptr + offs_t, mask=mask_t, other=0.0)[:, None]
+    """One tile of BLOCK_T tokens by BLOCK_C columns."""
+    # 16 neighbouring tokens a thread, so that it transposes to 16 bytes of a row.
+    layout: gl.constexpr = row_layout([BLOCK_T, BLOCK_C], 16, 8, gl.num_warps())
+    column_tiles = gl.cdiv(columns, BLOCK_C)
+    token = gl.program_id(0) // column_tiles * BLOCK_T
+    column = gl.program_id(0) % column_tiles * BLOCK_C
+    x = load_tile(x_ptr, token, column, tokens, columns, columns, 1, BLOCK_T, BLOCK_C, EVEN, layout).to(gl.float32)
+    offs_t = token + gl.arange(0, BLOCK_T, gl.SliceLayout(1, layout))
+    row_scale = gl.load(row_scale_ptr + offs_t, mask=offs_t < tokens, other=0.0)[:, None]
+    token_scale = gl.load(token_scale_ptr + offs_t, mask=offs_t < tokens, other=0.0)[:, None]
+
+    x0, x1, x2, x3 = split_columns(x * row_scale)
+    words = cast_words(x0, x1, x2, x3)  # [BLOCK_T, BLOCK_C / 4]
+    words_layout: gl.constexpr = row_layout([BLOCK_T, BLOCK_C // 4], 16, 2, gl.num_warps())
+    row_word_ptr = row_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    store_tile(row_word_ptr, words, token, column // 4, tokens, columns // 4, EVEN, words_layout)
+
     # BLOCK_T divides the padded number of tokens, and tokens beyond T were loaded as zeros.
-    offsets_t = offs_c.to(tl.int64)[None, :] * tokens_padded + offs_t[:, None]
-    tl.store(column_ptr + offsets_t, x.to(column_ptr.dtype.element_ty), mask=mask_c[None, :])
+    x0, x1, x2, x3 = split_rows(x * token_scale)
+    words = gl.permute(cast_words(x0, x1, x2, x3), [1, 0])  # [BLOCK_C, BLOCK_T / 4]
+    column_layout: gl.constexpr = row_layout([BLOCK_C, BLOCK_T // 4], 1, 4, gl.num_warps())
+    column_word_ptr = column_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    store_tile(column_word_ptr, words, column, token // 4, columns, tokens_padded // 4, EVEN, column_layout)
 
 
-def launch_cast_transpose(x: Tensor, row_scale: Tensor, token_scale: Tensor, row: Tensor, column: Tensor) -> None:
+@gluon.jit(do_not_specialize=["tokens"])
+def _transpose_tokens_kernel(
+    x_ptr, out_ptr, tokens, columns, tokens_padded,
+    EVEN: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_C: gl.constexpr,
+):  # fmt: skip
+    """One tile of BLOCK_T tokens by BLOCK_C columns."""
+    layout: gl.constexpr = row_layout([BLOCK_T, BLOCK_C // 4], 16, 4, gl.num_warps())
+    column_tiles = gl.cdiv(columns, BLOCK_C)
+    token = gl.program_id(0) // column_tiles * BLOCK_T
+    column = gl.program_id(0) % column_tiles * BLOCK_C
+    word_ptr = x_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    words = load_tile(
+        word_ptr, token, column // 4, tokens, columns // 4, columns // 4, 1, BLOCK_T, BLOCK_C // 4, EVEN, layout
+    )
+    words = transpose_words(words)  # [BLOCK_C, BLOCK_T / 4]
+    words_layout: gl.constexpr = row_layout([BLOCK_C, BLOCK_T // 4], 1, 4, gl.num_warps())
+    out_word_ptr = out_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    store_tile(out_word_ptr, words, column, token // 4, columns, tokens_padded // 4, EVEN, words_layout)
+
+
+@planned
+def launch_cast_transpose(x: Tensor, row_scale: Tensor, token_scale: Tensor, row: Tensor, column: Tensor) -> Plan:
     """Cast ``x`` into both buffers, which are written in full.
 
     Args:
-        x: ``[T, C]`` contiguous, bf16, fp16 or fp32.
+        x: ``[T, C]`` contiguous, bf16, fp16 or fp32; C a multiple of 16.
         row_scale, token_scale: fp32 ``[T]``.
         row: e4m3 ``[T, C]``.
         column: e4m3 ``[C, padded(T)]``.
@@ -60,14 +103,17 @@ def launch_cast_transpose(x: Tensor, row_scale: Tensor, token_scale: Tensor, row
     check_buffer("token_scale", token_scale, (tokens,), torch.float32, x.device)
     check_buffer("row", row, (tokens, columns), E4M3, x.device)
     check_buffer("column", column, (columns, padded(tokens)), E4M3, x.device)
-    _launch(x, row_scale, token_scale, row, column, cast=True)
+    if x.numel() == 0:
+        return NOTHING
+    return _plan(_cast_transpose_kernel, (x, row_scale, token_scale, row, column), _CAST_TILE)
 
 
-def launch_transpose_tokens(x: Tensor, out: Tensor) -> None:
+@planned
+def launch_transpose_tokens(x: Tensor, out: Tensor) -> Plan:
     """Transpose ``x`` into ``out``, which is written in full.
 
     Args:
-        x: e4m3 ``[T, C]`` contiguous.
+        x: e4m3 ``[T, C]`` contiguous, on a 16-byte boundary; C a multiple of 16.
         out: e4m3 ``[C, padded(T)]``.
 
     Raises:
@@ -76,25 +122,28 @@ def launch_transpose_tokens(x: Tensor, out: Tensor) -> None:
     _check_input(x, (E4M3,))
     tokens, columns = x.shape
     check_buffer("out", out, (columns, padded(tokens)), E4M3, x.device)
-    payload, payload_t = x.view(torch.uint8), out.view(torch.uint8)
-    # The scales and the row-major copy are not touched without a cast.
-    _launch(payload, payload, payload, payload, payload_t, cast=False)
-
-
-def _launch(x: Tensor, row_scale: Tensor, token_scale: Tensor, row: Tensor, column: Tensor, *, cast: bool) -> None:
-    tokens, columns = x.shape
     if x.numel() == 0:
-        return
-    grid = (padded(tokens) // _BLOCK_T * triton.cdiv(columns, _BLOCK_C),)
-    _transpose_kernel[grid](
-        x, row_scale, token_scale, row, column, tokens, columns, padded(tokens),
-        CAST=cast, BLOCK_T=_BLOCK_T, BLOCK_C=_BLOCK_C, num_warps=4,
+        return NOTHING
+    if x.data_ptr() % 16 != 0:
+        raise ValueError(f"x starts {x.data_ptr() % 16} bytes after a 16-byte boundary")
+    return _plan(_transpose_tokens_kernel, (x, out), _TRANSPOSE_TILE)
+
+
+def _plan(kernel: Any, tensors: Sequence[Tensor], tile: tuple[int, int, int]) -> Plan:
+    """Over tiles of the padded tokens of the first tensor; EVEN where all of them lie inside of it."""
+    tokens, columns = tensors[0].shape
+    block_t, block_c, warps = tile
+    token_tiles, column_tiles = triton.cdiv(padded(tokens), block_t), triton.cdiv(columns, block_c)
+    even = (token_tiles * block_t, column_tiles * block_c) == (tokens, columns)
+    return plan_kernel(
+        kernel, (token_tiles * column_tiles,), tensors, (tokens, columns, padded(tokens)),
+        EVEN=even, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=warps,
     )  # fmt: skip
 
 
 def _check_input(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if x.dim() != 2 or x.dtype not in dtypes or not x.is_contiguous():
+    if x.dim() != 2 or x.dtype not in dtypes or not x.is_contiguous() or x.shape[1] % _COLUMNS_MULTIPLE != 0:
         raise ValueError(
-            f"x is {x.dtype} {tuple(x.shape)} with strides {x.stride()}; "
-            f"needed is one of {', '.join(map(str, dtypes))}, [T, C], contiguous"
+            f"x is {x.dtype} {tuple(x.shape)} with strides {x.stride()}; needed is one of "
+            f"{', '.join(map(str, dtypes))}, [T, C], contiguous, C a multiple of {_COLUMNS_MULTIPLE}"
         )

@@ -18,6 +18,8 @@ _MASK32 = 0xFFFFFFFF
 # Added to the normalised magnitudes of the approximate estimator, so that a group with fewer than two non-zeros still
 # has a pair to draw; the estimate stays unbiased because the probabilities used are the true ones.
 _APPROX_EPS = 2.0**-23
+# Added to the sum of their magnitudes, so that its inverse is finite.
+_TOTAL_FLOOR = 2.0**-100
 
 
 def saturating_cast(x: Tensor) -> Tensor:
@@ -37,7 +39,7 @@ def soft_threshold24(weight: Tensor) -> Tensor:
     group = weight.reshape(*weight.shape[:-1], -1, 4)
     magnitude = group.abs()
     kept = (magnitude - _threshold(magnitude)).clamp_min(0)
-    return torch.where(group < 0, -kept, kept).reshape(weight.shape)
+    return kept.copysign(group).reshape(weight.shape)
 
 
 def _threshold(magnitude: Tensor) -> Tensor:
@@ -62,8 +64,8 @@ def sste_beta(weight: Tensor) -> float | None:
 def prune_weight(weight: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``W~ = beta * S(W)`` in e4m3, compressed 2:4 for fprop and dense, transposed for dgrad.
 
-    One scale serves both products.  It cancels beta from the payload: ``payload = S * (448 / max|S|)`` and
-    ``scale_inv = beta * max|S| / 448``.
+    One scale serves both products.  It cancels beta from the payload: ``payload = S * scale`` and
+    ``scale_inv = beta / scale``, with ``scale`` the largest power of two that keeps max |S| within e4m3.
 
     Args:
         weight: ``[N, K]``, any strides, bf16, fp16 or fp32.
@@ -78,8 +80,9 @@ def prune_weight(weight: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     soft = soft_threshold24(w)
     scale, scale_inv = _tensorwise_scale(soft)
     payload = saturating_cast(soft * scale)
-    # The two largest magnitudes, the lower position winning ties: a superset of the non-zeros of S.
-    order = magnitude.argsort(dim=-1, descending=True, stable=True)
+    # What exceeds the threshold, never more than two of four, and the lowest of the others, whose payload is zero.
+    kept = (magnitude > _threshold(magnitude)).int()
+    order = kept.argsort(dim=-1, descending=True, stable=True)
     positions = order[..., :2].sort(dim=-1).values
     values, metadata = compress24(payload, positions)
     return values, metadata, payload.t().contiguous(), beta * scale_inv
@@ -101,41 +104,60 @@ def cast_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _tensorwise_scale(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``(448 / amax, amax / 448)`` as fp32 ``[1]``."""
-    amax = x.abs().amax().reshape(1).clamp_min(AMAX_FLOOR)
-    # Tensors on both sides: torch turns division of or by a Python scalar into a product with a rounded reciprocal.
-    limit = torch.full_like(amax, E4M3_MAX)
-    return limit / amax, amax / limit
+    """The largest power of two that keeps x within e4m3, and its inverse, NaN unless all x are finite; fp32 ``[1]``."""
+    amax = x.abs().amax().reshape(1)
+    bounded = amax.nan_to_num(nan=torch.finfo(torch.float32).max).clamp_min(AMAX_FLOOR)
+    # The biased exponent, one more for a mantissa above 1.75, that of 448 = 1.75 * 2^8.
+    exponent = bounded.view(torch.int32) + 0x1FFFFF >> 23
+    scale = (262 - exponent << 23).view(torch.float32)
+    scale_inv = (exponent - 8 << 23).view(torch.float32)
+    return scale, scale_inv.where(amax.isfinite(), float("nan"))
 
 
 def compress24(dense: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Values and metadata of ``dense [R, C]``, keeping ``positions`` (int, ``[R, C / 4, 2]``, ascending)."""
     rows, columns = dense.shape
     extra_columns, extra_rows = padded(columns) - columns, padded(rows) - rows
-    raw = dense.view(torch.uint8).reshape(rows, columns // 4, 4)
+    raw = dense.view(_bits(dense)).reshape(rows, columns // 4, 4)
     values = F.pad(raw.gather(-1, positions).reshape(rows, columns // 2), (0, extra_columns // 2)).view(dense.dtype)
     nibbles = positions[..., 0] | positions[..., 1] << 2
     nibbles = F.pad(nibbles, (0, extra_columns // 4, 0, extra_rows), value=PAD_NIBBLE)
-    shifts = torch.arange(0, 32, 4, device=dense.device)
-    words = (nibbles.reshape(padded(rows), padded(columns) // 32, 8) << shifts).sum(-1)
+    nibbles = nibbles.reshape(padded(rows) // 16, 16, padded(columns) // 4)
+    words = (_to_lanes(nibbles, dense.dtype) << torch.arange(0, 32, 4, device=dense.device)).sum(-1)
     words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-    blocks = words.reshape(padded(rows) // 16, 2, 8, padded(columns) // 128, 2, 2)  # block, r//8, r%8, block, p//2, p%2
-    metadata = blocks.permute(3, 0, 2, 5, 1, 4).reshape(padded(columns) // 128, padded(rows) // 16, 32, 2)
-    return values, metadata.contiguous()
+    return values, words.contiguous()
 
 
 def decompress24(values: Tensor, metadata: Tensor) -> Tensor:
     """The dense ``[R, padded(C)]`` matrix, in the dtype of ``values``; inverse of ``compress24``."""
     rows = values.shape[0]
-    column_blocks, row_blocks = metadata.shape[:2]
-    blocks = metadata.to(torch.int64).reshape(column_blocks, row_blocks, 8, 2, 2, 2)
-    words = blocks.permute(1, 4, 2, 0, 5, 3).reshape(row_blocks * 16, column_blocks * 4, 1)[:rows]
+    row_blocks, columns = metadata.shape[1], 2 * values.shape[1]
     shifts = torch.arange(0, 32, 4, device=values.device)
-    nibbles = (words >> shifts & 15).reshape(rows, column_blocks * 32, 1)
+    # Where each nibble stands among those of the words.
+    order = torch.arange(row_blocks * 4 * columns, device=values.device).reshape(row_blocks, 16, columns // 4)
+    nibbles = torch.empty(order.numel(), dtype=torch.int64, device=values.device)
+    nibbles[_to_lanes(order, values.dtype).flatten()] = (metadata.to(torch.int64)[..., None] >> shifts & 15).flatten()
+    nibbles = nibbles.reshape(row_blocks * 16, columns // 4, 1)[:rows]
     positions = torch.cat([nibbles & 3, nibbles >> 2], dim=-1)
-    raw = values.view(torch.uint8).reshape(rows, column_blocks * 32, 2)
-    dense = torch.zeros(rows, column_blocks * 32, 4, dtype=torch.uint8, device=values.device)
-    return dense.scatter_(-1, positions, raw).reshape(rows, column_blocks * 128).view(values.dtype)
+    raw = values.view(_bits(values)).reshape(rows, columns // 4, 2)
+    dense = torch.zeros(rows, columns // 4, 4, dtype=raw.dtype, device=values.device)
+    return dense.scatter_(-1, positions, raw).reshape(rows, columns).view(values.dtype)
+
+
+def _bits(x: Tensor) -> torch.dtype:
+    return torch.uint8 if x.dtype.itemsize == 1 else torch.int16
+
+
+def _to_lanes(nibbles: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[R / 16, 16, C / 4]`` in the order of metadata: ``[column block, R / 16, lane, word, nibble of the word]``."""
+    row_blocks = nibbles.shape[0]
+    if dtype.itemsize == 1:
+        # row block, row // 8, row % 8, column block, part // 2, part % 2, nibble
+        parts = nibbles.reshape(row_blocks, 2, 8, -1, 2, 2, 8)
+        return parts.permute(3, 0, 2, 5, 1, 4, 6).reshape(-1, row_blocks, 32, 2, 8)
+    # row block, row // 8, row % 8, column block, part, nibble
+    parts = nibbles.reshape(row_blocks, 2, 8, -1, 4, 4)
+    return parts.permute(3, 0, 2, 4, 1, 5).reshape(-1, row_blocks, 32, 1, 8)
 
 
 def philox4x32(seed: Tensor, c0: Tensor, c1: Tensor, c2: int) -> list[Tensor]:
@@ -153,29 +175,35 @@ def philox4x32(seed: Tensor, c0: Tensor, c1: Tensor, c2: int) -> list[Tensor]:
 
 
 def group_uniforms(seed: Tensor, index: int, token_groups: int, columns: int) -> Tensor:
-    """One uniform in [0, 1) with 23 bits per group of four tokens and column: fp32 ``[token_groups, columns]``.
+    """One uniform in (0, 1) per group of four tokens and column: fp32 ``[token_groups, columns]``.
 
-    Group ``q`` of column ``n`` takes word ``q // 8 % 4`` of counter ``(n, q // 32 * 8 + q % 8, index, 0)``: a call of
-    Philox serves four groups of one column, whatever the tiling of a kernel.
+    Eight groups of a column, a word of metadata, share a call of Philox, whatever the tiling of a kernel: group ``g``
+    takes 16 bits ``k``, half ``g % 2`` of word ``g % 8 // 2`` of counter ``(n, g // 8, index, 0)``.  Its uniform is
+    ``(k + 1/2) / 2^16``: probabilities are off by at most 2^-16, where e4m3 then rounds to four binary digits.
     """
-    blocks = (token_groups + 31) // 32
+    blocks = (token_groups + 7) // 8
     c0 = torch.arange(columns, device=seed.device)
-    c1 = torch.arange(blocks * 8, device=seed.device).reshape(blocks, 8, 1)
-    words = torch.stack(philox4x32(seed, c0, c1, index), dim=1)  # [blocks, word, 8, columns]
-    return (words >> 9).float().mul(2.0**-23).reshape(blocks * 32, columns)[:token_groups]
+    c1 = torch.arange(blocks, device=seed.device)[:, None]
+    words = torch.stack(philox4x32(seed, c0, c1, index), dim=1)  # [blocks, word, columns]
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=2)  # [blocks, word, half, columns]
+    return halves.reshape(blocks * 8, columns)[:token_groups].float().add(0.5).mul(2.0**-16)
 
 
 def mvue24(groups: Tensor, uniforms: Tensor, approximate: bool) -> tuple[Tensor, Tensor]:
     """Minimum-variance unbiased 2:4 sampling: two of each four elements, rescaled so that the expectation is exact.
 
-    Exact (Chmiel et al., ICLR 2023, arXiv 2203.10991): with b = |a|, S = sum b, R = S - max b, the inclusion
-    probabilities are ``2 b / S``, or, where max b > R, 1 for the largest and ``b / R`` for the others; kept elements
-    are ``a / probability``.  Two elements are drawn with those probabilities by systematic sampling: element i is kept
-    when u or u + 1 falls into its part of the cumulative probabilities.  The variance of a sum of kept elements'
-    squares depends on the inclusion probabilities alone.
+    Both estimators give each element a weight and keep it with probability ``weight / unit``, where two units are the
+    sum of the weights: laid end to end, those into which the points ``u * unit`` and ``(u + 1) * unit`` fall
+    (systematic sampling).  Kept elements are ``a / probability``.  The total variance depends on the probabilities
+    alone.
 
-    Approximate (the estimator of the S-STE authors' training code): two draws without replacement, each proportional
-    to b; P{i, j} = b_i b_j / S * (1 / (S - b_i) + 1 / (S - b_j)), one uniform choosing among the six pairs.
+    Exact (Chmiel et al., ICLR 2023, arXiv 2203.10991): the weights are b = |a|, cut at the unit, which is half their
+    sum or, where one element is larger than the three others together, the sum of these: it is kept as it is.
+
+    Approximate: the probabilities of the S-STE authors' training code, which draws two without replacement, each with
+    probability proportional to b; P(i) = b_i / S * (1 + sum over j != i of b_j / (S - b_j)), S = sum b.
+
+    A NaN makes both kept elements NaN, and an infinity at least one of them infinite or NaN.
 
     Args:
         groups: ``[..., 4]`` floating; computed in that dtype.
@@ -184,56 +212,56 @@ def mvue24(groups: Tensor, uniforms: Tensor, approximate: bool) -> tuple[Tensor,
     Returns:
         kept values ``[..., 2]`` and their ascending positions, int64 ``[..., 2]``.
     """
-    positions, outputs = (_mvue24_approximate if approximate else _mvue24_exact)(groups, uniforms.unsqueeze(-1))
-    return outputs.gather(-1, positions), positions
+    return (_mvue24_approximate if approximate else _mvue24_exact)(groups, uniforms.unsqueeze(-1))
 
 
 def _mvue24_exact(a: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    b = a.abs()
-    b0, b1, b2, b3 = b.split(1, dim=-1)
-    total = (b0 + b1) + (b2 + b3)
-    largest = torch.maximum(torch.maximum(b0, b1), torch.maximum(b2, b3))
-    rest = total - largest
-    dominated = largest > rest
-    unit = torch.where(dominated, rest, total * 0.5)
-    unit_inv = torch.where(unit > 0, 1.0 / unit, 0.0)
-    certain = dominated & (b == largest)
-    p0, p1, p2, _ = torch.where(certain, 1.0, b * unit_inv).split(1, dim=-1)
-    c1 = p0
-    c2 = c1 + p1
-    c3 = c2 + p2
-    v = u + 1.0
-    first = (u >= c1).long() + (u >= c2).long() + (u >= c3).long()
-    second = (v >= c1).long() + (v >= c2).long() + (v >= c3).long()
-    # Equal only in groups of zeros and, with probability 2^-23, by rounding.
-    first = torch.where(first == second, first.clamp_max(2), first)
-    second = torch.where(first >= second, first + 1, second)
-    magnitude = torch.where(b > 0, torch.where(certain, b, unit), 0.0 * b)
-    return torch.cat([first, second], dim=-1), torch.where(a < 0, -magnitude, magnitude)
+    b0, b1, b2, b3 = a.abs().split(1, dim=-1)
+    b01, b23 = b0 + b1, b2 + b3
+    # Not sum - maximum, whose rounding error can exceed the three other elements.
+    rest = torch.minimum(b01 + torch.minimum(b2, b3), b23 + torch.minimum(b0, b1))
+    unit = torch.minimum(rest, (b01 + b23) * 0.5)
+    positions = _systematic(b0, b3, b01, b23, unit, u)
+    kept = a.gather(-1, positions)
+    return torch.maximum(kept.abs(), unit).copysign(kept), positions
 
 
 def _mvue24_approximate(a: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    b = a.abs()
-    b0, b1, b2, b3 = b.split(1, dim=-1)
-    total = (b0 + b1) + (b2 + b3)
-    x = b * torch.where(total > 0, 1.0 / total, 0.0) + _APPROX_EPS
-    x0, x1, x2, x3 = x.split(1, dim=-1)
-    norm = (x0 + x1) + (x2 + x3)
-    odds = x / (norm - x)
-    w0, w1, w2, w3 = odds.split(1, dim=-1)
-    inclusion = x * ((1.0 + ((w0 + w1) + (w2 + w3))) - odds) / norm
-    target = u * norm
-    c1 = x1 * w0 + x0 * w1  # {0, 1}
-    c2 = c1 + (x2 * w0 + x0 * w2)  # {0, 2}
-    c3 = c2 + (x3 * w0 + x0 * w3)  # {0, 3}
-    c4 = c3 + (x2 * w1 + x1 * w2)  # {1, 2}
-    c5 = c4 + (x3 * w1 + x1 * w3)  # {1, 3}, then {2, 3}
-    first = (target >= c3).long() + (target >= c5).long()
-    pair = (target >= c1).long() + (target >= c2).long() + (target >= c3).long() + (target >= c4).long()
-    pair = pair + (target >= c5).long()
-    # Pairs in order: 01 02 03 12 13 23.
-    second = torch.where(pair >= 3, pair - 1, pair + 1).clamp_max(3)
-    return torch.cat([first, second], dim=-1), a / inclusion
+    b0, b1, b2, b3 = a.abs().split(1, dim=-1)
+    total_inv = 1.0 / (((b0 + b1) + (b2 + b3)) + _TOTAL_FLOOR)
+    x0, x1, x2, x3 = (b * total_inv + _APPROX_EPS for b in (b0, b1, b2, b3))
+    x01, x23 = x0 + x1, x2 + x3
+    # Sums without an element are sums of the others, because differences would cancel.
+    d0, d1, d2, d3 = x1 + x23, x0 + x23, x01 + x3, x01 + x2
+    d01, d23 = d0 * d1, d2 * d3
+    d_inv = 1.0 / (d01 * d23)
+    d01_inv, d23_inv = d_inv * d23, d_inv * d01
+    odds0, odds1 = x0 * (d1 * d01_inv), x1 * (d0 * d01_inv)
+    odds2, odds3 = x2 * (d3 * d23_inv), x3 * (d2 * d23_inv)
+    odds01, odds23 = odds0 + odds1, odds2 + odds3
+    y0, y1 = x0 * (1.0 + (odds1 + odds23)), x1 * (1.0 + (odds0 + odds23))
+    y2, y3 = x2 * (1.0 + (odds01 + odds3)), x3 * (1.0 + (odds01 + odds2))
+    y01, y23 = y0 + y1, y2 + y3
+    unit = (y01 + y23) * 0.5
+    positions = _systematic(y0, y3, y01, y23, unit, u)
+    y_first, y_second = torch.cat([y0, y1, y2, y3], dim=-1).gather(-1, positions).split(1, dim=-1)
+    gain = unit * (1.0 / (y_first * y_second))
+    return a.gather(-1, positions) * torch.cat([y_second * gain, y_first * gain], dim=-1), positions
+
+
+def _systematic(w0: Tensor, w3: Tensor, w01: Tensor, w23: Tensor, unit: Tensor, u: Tensor) -> Tensor:
+    """Positions of the elements at ``u * unit`` and ``(u + 1) * unit``, from the first two weights and the last two.
+
+    The second point is ``(1 - u) * unit`` from the right end.  So no weight need be cut at the unit: it matters in
+    neither comparison whether one that reaches beyond a point does so by more.
+    """
+    t = u * unit
+    t_right = unit - t
+    beyond0, beyond1 = w0 <= t, w01 <= t
+    first = beyond0.long() + beyond1.long()
+    # The second is beyond the first by the disjunctions, whatever rounding does.
+    second = 1 + ((w23 >= t_right) | beyond0).long() + ((w3 >= t_right) | beyond1).long()
+    return torch.cat([first, second], dim=-1)
 
 
 def cast_transpose(x: Tensor, row_scale: Tensor, token_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,15 +320,18 @@ def sparse_mm(
     dense_scale_inv: Tensor | None,
     out_dtype: torch.dtype,
     transpose: bool,
+    use_fast_accum: bool,
 ) -> Tensor:
     """2:4-sparse times dense: ``(A * scale_inv) @ (B * dense_scale_inv[:, None]).T``.
 
     Args:
         values, metadata: the 2:4 operand A ``[R, C]``.
-        dense: B, e4m3 ``[D, c]`` contiguous with C / 2 * 2 >= c; columns beyond c count as zero.
+        dense: B, of the same dtype, ``[D, c]`` contiguous, c <= C; columns beyond c count as zero.
         scale_inv: fp32 ``[1]``; dense_scale_inv: fp32 ``[D]`` or None.
         transpose: store the product as ``[D, R]`` instead of ``[R, D]``.
+        use_fast_accum: allow FP8 kernels to add up with fewer bits than fp32; here it changes nothing.
     """
+    del use_fast_accum
     a = decompress24(values, metadata)[:, : dense.shape[1]].float()
     product = dense.float() @ a.t() if transpose else a @ dense.float().t()
     if dense_scale_inv is not None:

@@ -4,26 +4,35 @@ The interpreter must be chosen before Triton is imported, so the tests run this 
 
     TRITON_INTERPRET=1 python -m tests.interpreted_kernels {prune,quantize,mvue}
 
-The interpreter rounds fp32 to e4m3 wrongly.  The kernels therefore write their payloads as fp32 here, and torch casts.
+The interpreter rounds fp32 to e4m3 wrongly.  So torch casts here, in place of the assembly of Gluon kernels; the other
+kernels write their payloads as fp32.
 """
 
 import sys
 import warnings
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter
 
-from sparse_compile.kernels import mvue, prune, quantize, reference
+from sparse_compile.kernels import mvue, prune, quantize, reference, tiles
 from sparse_compile.kernels.formats import E4M3, metadata_shape, padded, values_shape
 from sparse_compile.testing import assert_same_bits, hard_groups
+from tests.gluon_interpreter import e4m3_word, elementwise, interpret, prmt
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full(shape, float("nan") if dtype.is_floating_point else -559038737, dtype=dtype)
+
+
+def poisoned_payload(*shape: int) -> Tensor:
+    """e4m3 NaN."""
+    return torch.full(shape, 0x7F, dtype=torch.uint8).view(E4M3)
 
 
 def assert_same_payload(actual: Tensor, expected: Tensor, what: str) -> None:
@@ -35,8 +44,32 @@ def assert_same(actual: Tensor, expected: Tensor, what: str) -> None:
     assert torch.equal(actual.nan_to_num(nan=-1.0), expected.nan_to_num(nan=-1.0)), what
 
 
+def interpret_weight_kernels() -> None:
+    def widen(pair: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+        low = elementwise(lambda x: (x << 16).astype(np.int32).view(np.float32), tl.float32)(pair)
+        return low, elementwise(lambda x: (x & -65536).astype(np.int32).view(np.float32), tl.float32)(pair)
+
+    def cast_positive(x0, x1, x2, x3, signs):
+        words = elementwise(lambda *x: e4m3_word(*(np.where(y < 0, np.float32(0), y) for y in x)), tl.int32)(
+            x0, x1, x2, x3
+        )
+        return words | (signs & -2139062144)
+
+    interpret(
+        tiles, prune, quantize,
+        cast_words=elementwise(e4m3_word, tl.int32), permute_bytes=elementwise(prmt, tl.int32),
+        _widen=widen, _cast_positive_words=cast_positive,
+        gdc_launch_dependents=lambda: None, gdc_wait=lambda: None,  # one launch after the other
+    )  # fmt: skip
+
+
+def hints(scale_inv: float) -> tuple[float, ...]:
+    """What may stand in ``scale_inv`` before a call: the right value, others, and what uninitialised memory holds."""
+    return scale_inv, 2 * scale_inv, 0.9 * scale_inv, -scale_inv, 0.0, float("nan"), float("inf"), 1e-42
+
+
 def check_prune() -> None:
-    prune.E4M3 = torch.float32
+    interpret_weight_kernels()
     torch.manual_seed(0)
     with_nan, with_infinity, infinities = torch.randn(3, 32, 48).unbind()
     with_nan[3, 5:7], with_nan[3, 4] = float("nan"), float("-inf")
@@ -45,55 +78,61 @@ def check_prune() -> None:
     cases = {
         **{
             f"random {shape} {dtype}": torch.randn(shape).to(dtype)
-            for shape in ((16, 16), (80, 144))
+            for shape in ((16, 16), (80, 144), (128, 256))
             for dtype in DTYPES
         },
         "transposed": torch.randn(144, 80).bfloat16().t(),
         "strided": torch.randn(96, 160).bfloat16()[::2, ::2],
         "ties": torch.randint(-3, 4, (64, 128)).bfloat16(),
+        "448": torch.full((16, 16), 448.0),
+        "above 448": torch.full((16, 16), 448.0).nextafter(torch.tensor(500.0)),
         "zero": torch.zeros(16, 32),
         "negative zero": torch.full((16, 32), -0.0),
         "tiny": torch.randn(16, 32) * 1e-38,
+        "huge": torch.rand(16, 32) * 3e38,
         "NaN": with_nan,
         "infinity": with_infinity,
         "infinities": infinities,
     }
+    beta = torch.tensor([1.4839])
     for name, weight in cases.items():
         n, k = weight.shape
-        beta = torch.tensor([1.4839])
-        values, weight_t, scale_inv = poisoned(*values_shape(n, k)), poisoned(k, n), poisoned(1)
-        metadata = poisoned(*metadata_shape(n, k), dtype=torch.int32)
-        prune.launch_prune_weight(weight, beta, values, metadata, weight_t, scale_inv)
         expected = reference.prune_weight(weight, beta)
-        assert_same_payload(values, expected[0], f"values, {name}")
-        assert_same(metadata, expected[1], f"metadata, {name}")
-        assert_same_payload(weight_t, expected[2], f"weight_t, {name}")
-        assert_same(scale_inv, expected[3], f"scale_inv, {name}")
-
-        payload, payload_t, scale_inv = poisoned(n, k), poisoned(k, n), poisoned(1)
-        prune.launch_cast_weight(weight, payload, payload_t, scale_inv)
+        for hint in hints(float(expected[-1])):
+            values, weight_t = poisoned_payload(*values_shape(n, k)), poisoned_payload(k, n)
+            metadata = poisoned(*metadata_shape(n, k), dtype=torch.int32)
+            scale_inv = torch.tensor([hint])
+            prune.launch_prune_weight(weight, beta, values, metadata, weight_t, scale_inv)
+            assert_same_bits(values, expected[0], f"values, {name}")
+            assert_same_bits(metadata, expected[1], f"metadata, {name}")
+            assert_same_bits(weight_t, expected[2], f"weight_t, {name}")
+            assert_same_bits(scale_inv, expected[3], f"scale_inv, {name}")
+    for name, weight in cases.items():
+        n, k = weight.shape
         expected = reference.cast_weight(weight)
-        assert_same_payload(payload, expected[0], f"payload, {name}")
-        assert_same_payload(payload_t, expected[1], f"payload_t, {name}")
-        assert_same(scale_inv, expected[2], f"cast scale_inv, {name}")
+        for hint in hints(float(expected[-1])):
+            payload, payload_t, scale_inv = poisoned_payload(n, k), poisoned_payload(k, n), torch.tensor([hint])
+            prune.launch_cast_weight(weight, payload, payload_t, scale_inv)
+            assert_same_bits(payload, expected[0], f"payload, {name}")
+            assert_same_bits(payload_t, expected[1], f"payload_t, {name}")
+            assert_same_bits(scale_inv, expected[2], f"cast scale_inv, {name}")
 
 
 def check_quantize() -> None:
+    interpret_weight_kernels()
     torch.manual_seed(0)
-    for tokens in (1, 15, 100, 257):
-        for columns, dtype in ((16, torch.bfloat16), (80, torch.float16), (144, torch.float32)):
+    for tokens in (1, 15, 128, 257):
+        for columns, dtype in ((16, torch.bfloat16), (80, torch.float16), (144, torch.float32), (128, torch.bfloat16)):
             x = torch.randn(tokens, columns).to(dtype)
             x[0, :3] = torch.tensor([float("nan"), float("inf"), -0.0])
             row_scale, token_scale = torch.rand(2, tokens).mul(1000).unbind()
-            row, column = poisoned(tokens, columns), poisoned(columns, padded(tokens))
-            quantize.E4M3 = torch.float32
+            row, column = poisoned_payload(tokens, columns), poisoned_payload(columns, padded(tokens))
             quantize.launch_cast_transpose(x, row_scale, token_scale, row, column)
             expected_row, expected_column = reference.cast_transpose(x, row_scale, token_scale)
-            assert_same_payload(row, expected_row, f"row, {tuple(x.shape)}")
-            assert_same_payload(column, expected_column, f"column, {tuple(x.shape)}")
+            assert_same_bits(row, expected_row, f"row, {tuple(x.shape)}")
+            assert_same_bits(column, expected_column, f"column, {tuple(x.shape)}")
 
-            quantize.E4M3 = E4M3
-            out = torch.full((columns, padded(tokens)), 0x7F, dtype=torch.uint8).view(E4M3)
+            out = poisoned_payload(columns, padded(tokens))
             quantize.launch_transpose_tokens(expected_row, out)
             expected = reference.transpose_tokens(expected_row)
             assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8)), f"transpose, {tuple(x.shape)}"
@@ -128,23 +167,38 @@ def check_philox() -> None:
         assert torch.equal(drawn, int32(words)), f"philox, counter {counter}"
 
 
+def round_to_e4m3_in_torch() -> None:
+    """The interpreter's conversions to e4m3, corrected; for kernels that look at the bytes of their payload."""
+    convert = interpreter._convert_float
+
+    def corrected(data, input_dtype, output_dtype, rounding):
+        if output_dtype != tl.float8e4nv:
+            return convert(data, input_dtype, output_dtype, rounding)
+        return reference.saturating_cast(torch.from_numpy(data)).view(torch.uint8).numpy()
+
+    interpreter._convert_float = corrected
+
+
 def check_mvue() -> None:
-    mvue.E4M3 = torch.float32
+    round_to_e4m3_in_torch()
     torch.manual_seed(0)
-    shapes = ((1, 16, torch.bfloat16), (15, 80, torch.float32), (100, 16, torch.float16), (257, 144, torch.bfloat16))
+    shapes = ((1, 16, torch.bfloat16), (15, 80, torch.float32), (257, 144, torch.bfloat16), (256, 128, torch.float16))
     for approximate in (False, True):
         for index, (tokens, columns, dtype) in enumerate(shapes):
             grad = hard_groups(tokens, columns, 0.5, "cpu").to(dtype)
             row_scale, token_scale = torch.rand(2, tokens).mul(10).unbind()
             seed = torch.randint(-(2**63), 2**63 - 1, (1,))
-            row, values = poisoned(tokens, columns), poisoned(*values_shape(columns, tokens))
+            row, values = (
+                torch.full(shape, 0x7F, dtype=torch.uint8).view(E4M3)
+                for shape in ((tokens, columns), values_shape(columns, tokens))
+            )
             metadata = poisoned(*metadata_shape(columns, tokens), dtype=torch.int32)
             mvue.launch_cast_mvue(grad, row_scale, token_scale, seed, index, approximate, row, values, metadata)
             expected = reference.cast_mvue(grad, row_scale, token_scale, seed, index, approximate)
-            what = f"{tuple(grad.shape)}, approximate {approximate}"
-            assert_same_payload(row, expected[0], f"row, {what}")
-            assert_same(metadata, expected[2], f"metadata, {what}")
-            assert_same_payload(values, expected[1], f"values, {what}")
+            for name, actual, wanted in zip(
+                ("row", "values", "metadata"), (row, values, metadata), expected, strict=True
+            ):
+                assert_same_bits(actual, wanted, f"{name}, {tuple(grad.shape)}, approximate {approximate}")
     check_philox()
 
 

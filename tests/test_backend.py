@@ -57,7 +57,8 @@ class IndependentLinear(torch.autograd.Function):
         tokens = x.reshape(-1, x.shape[-1])
         x8, x_inv = quantised(tokens, tokens.abs().amax(1, keepdim=True))
         soft = projected(weight) if beta is not None else weight
-        w8, w_inv = quantised(soft, soft.abs().max())
+        # One power of two, the largest that keeps the weight in range.
+        w8, w_inv = quantised(soft, 448 / torch.exp2(torch.log2(448 / soft.abs().max()).floor()))
         w_inv = w_inv * (beta if beta is not None else 1.0)
         ctx.save_for_backward(w8 * w_inv, seed)
         ctx.x8, ctx.x_inv, ctx.index, ctx.sparse = x8, x_inv, index, beta is not None

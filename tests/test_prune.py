@@ -73,10 +73,43 @@ def test_compressed_and_transposed_payload_agree(size) -> None:
     values, metadata, weight_t, scale_inv = reference.prune_weight(weight, beta)
     dense = reference.decompress24(values, metadata)[:, : size[1]].float()
     assert torch.equal(dense, weight_t.t().float())
-    assert dense.abs().max() == E4M3_MAX
+    # The scale is the largest power of two that fits.
+    assert E4M3_MAX / 2 <= dense.abs().max() <= E4M3_MAX
+    assert (scale_inv / beta).frexp().mantissa == 0.5
     exact = beta * reference.soft_threshold24(weight)
     # Half a unit in the last place of e4m3: 2^-4 relative, 2^-10 absolute below the normal range.
     assert ((dense * scale_inv - exact).abs() <= 2**-4 * exact.abs() + 2**-10 * scale_inv).all()
+
+
+@pytest.mark.parametrize(
+    ("amax", "scale_inv"),
+    [
+        (448.0, 1.0),
+        (448.0 * (1 + 2.0**-23), 2.0),
+        (447.0, 1.0),
+        (224.0, 0.5),
+        (0.0, 2.0**-108),
+        (2.0**-100, 2.0**-108),
+        (2.0**127 * 1.75, 2.0**119),
+        (torch.finfo(torch.float32).max, 2.0**120),
+        (float("inf"), float("nan")),
+        (float("nan"), float("nan")),
+    ],
+)
+def test_scale_is_the_largest_power_of_two_that_fits(amax, scale_inv) -> None:
+    weight = torch.zeros(16, 16)
+    weight[3, 5] = -amax
+    for actual in (reference.cast_weight(weight)[-1], reference.prune_weight(weight, torch.ones(1))[-1]):
+        assert_same_bits(actual, torch.tensor([scale_inv]))
+
+
+def test_kept_is_what_exceeds_the_threshold_then_the_lowest() -> None:
+    weight = torch.zeros(1, 16)
+    weight[0] = torch.tensor([[0.0, 0, 0, 5], [1, 2, 2, 3], [7, 0, -6, 0], [2, 2, 2, 2]]).flatten()
+    values, metadata, *_ = reference.prune_weight(weight, torch.ones(1))
+    nibbles = [int(metadata[0, 0, 0, 0]) >> 4 * i & 15 for i in range(4)]
+    assert [(nibble & 3, nibble >> 2) for nibble in nibbles] == [(0, 3), (0, 3), (0, 2), (0, 1)]
+    assert values[0, :8].float().mul(2.0**-6).tolist() == [0, 5, 0, 1, 7, -6, 0, 0]
 
 
 def test_interpreted_kernels_match_the_reference() -> None:
@@ -149,6 +182,9 @@ def special_weight(kind: str, n: int = 80, k: int = 144) -> Tensor:
         weight = torch.full((n, k), -0.0)
     elif kind == "tiny":
         weight = weight * 1e-38
+    elif kind == "huge":
+        weight = weight.sign() * 3e38
+        weight[:, ::2] = 1.0
     elif kind == "NaN":
         weight[3, 4:7] = torch.tensor([float("-inf"), float("nan"), float("nan")])
     elif kind == "NaN beside three larger":
@@ -163,11 +199,30 @@ def special_weight(kind: str, n: int = 80, k: int = 144) -> Tensor:
 @pytest.mark.gpu
 @pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
 @pytest.mark.parametrize(
-    "kind", ["ties", "zero", "negative zero", "tiny", "NaN", "NaN beside three larger", "infinity", "infinities"]
+    "kind",
+    ["ties", "zero", "negative zero", "tiny", "huge", "NaN", "NaN beside three larger", "infinity", "infinities"],
 )
 def test_kernels_match_the_reference_on_special_values(kind, transposed) -> None:
     weight = special_weight(kind).cuda()
     assert_kernels_match_the_reference(weight.t().contiguous().t() if transposed else weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(80, 144), (1024, 1024)], ids=str)
+def test_old_scale_inv_does_not_change_the_result(size) -> None:
+    torch.manual_seed(0)
+    weight, beta = torch.randn(size, device="cuda", dtype=torch.bfloat16), torch.tensor([1.4839], device="cuda")
+    for launch, arguments, new_buffers, expected in (
+        (prune.launch_prune_weight, (weight, beta), prune_buffers, reference.prune_weight(weight, beta)),
+        (prune.launch_cast_weight, (weight,), cast_buffers, reference.cast_weight(weight)),
+    ):
+        right = float(expected[-1])
+        for hint in (right, 2 * right, 0.9 * right, -right, 0.0, float("nan"), float("inf"), 1e-42):
+            buffers = new_buffers(*size, "cuda")
+            buffers[-1].fill_(hint)
+            launch(*arguments, *buffers)
+            for actual, reference_result in zip(buffers, expected, strict=True):
+                assert_same_bits(actual, reference_result, f"scale_inv was {hint}")
 
 
 @pytest.mark.gpu
@@ -212,6 +267,60 @@ def test_offsets_beyond_32_bits() -> None:
     assert not payload_t[:, :-128].view(torch.uint8).any()
 
 
+@pytest.mark.gpu
+def test_launches_wait_for_each_other() -> None:
+    # In a CUDA graph and out of it; the weight is written just before, and what was made of it read just after.
+    torch.manual_seed(0)
+    n, k = 2048, 4096
+    weights, beta = torch.randn(16, n, k, device="cuda", dtype=torch.bfloat16), torch.tensor([1.4839], device="cuda")
+    weights *= torch.logspace(-20, 20, 16, 2, device="cuda")[:, None, None]  # a scale of its own each
+    expected = [reference.prune_weight(weight, beta) for weight in weights]
+    weight, buffers = torch.empty_like(weights[0]), prune_buffers(n, k, "cuda")
+    results = [[torch.empty_like(buffer) for buffer in buffers] for _ in weights]
+
+    def prune_all() -> None:
+        for new, copies in zip(weights, results, strict=True):
+            weight.copy_(new)
+            prune.launch_prune_weight(weight, beta, *buffers)
+            for copy, buffer in zip(copies, buffers, strict=True):
+                copy.copy_(buffer)
+
+    prune_all()
+    graph = torch.cuda.CUDAGraph()
+    for replay in (False, True):
+        if replay:
+            with torch.cuda.graph(graph):
+                prune_all()
+            graph.replay()
+        for copies, wanted in zip(results, expected, strict=True):
+            for actual, reference_result in zip(copies, wanted, strict=True):
+                assert_same_bits(actual, reference_result)
+                actual.view(torch.uint8).fill_(0x7F)
+
+
+def test_both_launches_share_partials_of_their_own(monkeypatch) -> None:
+    launches: list[tuple[bool, tuple[int | None, ...]]] = []
+
+    def plan_kernel(*_, launch_pdl=False, **__):
+        return lambda *varying: launches.append((launch_pdl, varying))
+
+    monkeypatch.setattr(prune, "plan_kernel", plan_kernel)
+    weight, beta = torch.empty(16, 48), torch.ones(1)
+    for _ in range(2):
+        buffers = prune_buffers(16, 48)
+        prune.launch_prune_weight(weight, beta, *buffers)
+        (first, addresses), (second, again) = launches[-2:]
+        assert (first, second) == (False, True)
+        assert addresses == again
+        assert addresses[:-1] == tuple(tensor.data_ptr() for tensor in (weight, beta, *buffers))
+    payload, payload_t, scale_inv = buffers = cast_buffers(16, 48)
+    prune.launch_cast_weight(weight, *buffers)
+    assert launches[-1][1][:-1] == (
+        (weight.data_ptr(), None, payload.data_ptr(), None, payload_t.data_ptr(), scale_inv.data_ptr())
+    )
+    assert len(launches) == 6
+
+
 @pytest.mark.parametrize("size", [(0, 16), (16, 0)], ids=str)
 def test_empty_weight_has_a_defined_scale(size) -> None:
     beta, weight = torch.ones(1), torch.empty(size)
@@ -228,7 +337,8 @@ def test_empty_weight_has_a_defined_scale(size) -> None:
     [
         (0, torch.empty(16, 32, dtype=torch.float64), "weight is torch.float64"),
         (0, torch.empty(512), r"weight is torch.float32 \(512,\)"),
-        (0, torch.empty(16, 30), "30 columns"),
+        (0, torch.empty(16, 36), r"\(16, 36\); needed are multiples of 16"),
+        (0, torch.empty(20, 32), r"\(20, 32\); needed are multiples of 16"),
         (1, torch.ones(2), "beta is"),
         (2, torch.empty(16, 16, dtype=E4M3), r"values is .* needed is torch.float8_e4m3fn \(16, 64\)"),
         (3, torch.empty(1, 8, 32, 2), "metadata is torch.float32"),

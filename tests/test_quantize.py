@@ -118,6 +118,7 @@ def test_nothing_is_launched_for_an_empty_input(size) -> None:
         (0, torch.empty(5, 16, dtype=torch.float64), "x is torch.float64"),
         (0, torch.empty(16, 5).t(), r"x is torch.float32 \(5, 16\) with strides \(1, 5\)"),
         (0, torch.empty(5), r"x is torch.float32 \(5,\)"),
+        (0, torch.empty(5, 20), r"x is torch.float32 \(5, 20\) .* C a multiple of 16"),
         (1, torch.empty(1), r"row_scale is .* needed is torch.float32 \(5,\)"),
         (2, torch.empty(5, dtype=torch.float64), "token_scale is torch.float64"),
         (3, torch.empty(5, 16), "row is torch.float32"),
@@ -137,6 +138,7 @@ def test_cast_transpose_refuses_wrong_tensors(position, wrong, message) -> None:
     [
         (torch.empty(5, 16), torch.empty(16, 128, dtype=E4M3), "x is torch.float32"),
         (torch.empty(5, 16, dtype=E4M3), torch.empty(128, 16, dtype=E4M3).t(), "out is .* contiguous"),
+        (torch.empty(81, dtype=E4M3)[1:].view(5, 16), torch.empty(16, 128, dtype=E4M3), "16-byte boundary"),
     ],
 )
 def test_transpose_tokens_refuses_wrong_tensors(x, out, message) -> None:

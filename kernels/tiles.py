@@ -1,0 +1,110 @@
+"""Tiles of a matrix that a kernel reads once and stores as e4m3, as it lies and transposed.
+
+A thread holds blocks of whole 4 x 4 elements.  It casts four neighbours of a row into the bytes of an int32, a "word",
+the first lowest; it transposes 4 x 4 bytes in registers, and only words cross the threads, through shared memory, where
+a store needs another layout than the load.  So every access to memory is wide, and no byte is moved on its own.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+# PTX names the upper half first.
+_CAST_ASM = gl.constexpr("""{
+.reg .b16 low, high;
+cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+mov.b32 $0, {low, high};
+}""")
+
+
+@gluon.constexpr_function
+def row_layout(shape, rows, columns, warps):
+    """Layout of a tile of a row-major matrix: at most ``rows`` times ``columns`` neighbours a thread."""
+    lanes = min(32, shape[1] // columns)
+    rows = min(rows, shape[0] * lanes // (32 * warps))
+    return gl.BlockedLayout([rows, columns], [32 // lanes, lanes], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def column_layout(shape, rows, columns, warps):
+    """Layout of a tile of a column-major matrix: ``rows`` times at most ``columns`` neighbours a thread."""
+    lanes = min(32, shape[0] // rows)
+    columns = min(columns, shape[1] * lanes // (32 * warps))
+    return gl.BlockedLayout([rows, columns], [lanes, 32 // lanes], [1, warps], [0, 1])
+
+
+@gluon.jit
+def load_tile(
+    ptr, row, column, rows, columns, stride_row, stride_column,
+    BLOCK_R: gl.constexpr, BLOCK_C: gl.constexpr, EVEN: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """The tile at (row, column) of a matrix [rows, columns], zero outside it; EVEN: it lies inside.
+
+    [BLOCK_R, BLOCK_C]
+    """
+    offs_r = row + gl.arange(0, BLOCK_R, gl.SliceLayout(1, LAYOUT))
+    offs_c = column + gl.arange(0, BLOCK_C, gl.SliceLayout(0, LAYOUT))
+    pointers = ptr + offs_r.to(gl.int64)[:, None] * stride_row + offs_c.to(gl.int64)[None, :] * stride_column
+    if EVEN:
+        tile = gl.load(pointers)
+    else:
+        tile = gl.load(pointers, mask=(offs_r < rows)[:, None] & (offs_c < columns)[None, :], other=0)
+    return tile
+
+
+@gluon.jit
+def store_tile(ptr, tile, row, column, rows, columns, EVEN: gl.constexpr, LAYOUT: gl.constexpr):
+    """Store ``tile``, from registers in LAYOUT, at (row, column) of a row-major matrix [rows, columns]."""
+    offs_r = row + gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT))
+    offs_c = column + gl.arange(0, tile.shape[1], gl.SliceLayout(0, LAYOUT))
+    pointers = ptr + offs_r.to(gl.int64)[:, None] * columns + offs_c[None, :]
+    tile = gl.convert_layout(tile, LAYOUT)
+    if EVEN:
+        gl.store(pointers, tile)
+    else:
+        gl.store(pointers, tile, mask=(offs_r < rows)[:, None] & (offs_c < columns)[None, :])
+
+
+@gluon.jit
+def split_columns(tile):
+    """[R, 4 * C] -> columns 0, 1, 2 and 3 of each four, [R, C] each."""
+    even, odd = gl.split(gl.reshape(tile, [tile.shape[0], tile.shape[1] // 4, 2, 2]))
+    x0, x2 = gl.split(even)
+    x1, x3 = gl.split(odd)
+    return x0, x1, x2, x3
+
+
+@gluon.jit
+def split_rows(tile):
+    """[4 * R, C] -> rows 0, 1, 2 and 3 of each four, [R, C] each."""
+    groups = gl.reshape(tile, [tile.shape[0] // 4, 2, 2, tile.shape[1]])
+    even, odd = gl.split(gl.permute(groups, [0, 3, 1, 2]))
+    x0, x2 = gl.split(even)
+    x1, x3 = gl.split(odd)
+    return x0, x1, x2, x3
+
+
+@gluon.jit
+def cast_words(x0, x1, x2, x3):
+    """Four fp32 in e4m3: a word.  It saturates, and NaN stays NaN."""
+    return gl.inline_asm_elementwise(_CAST_ASM, "=r,f,f,f,f", [x0, x1, x2, x3], gl.int32, True, 1)
+
+
+@gluon.jit
+def permute_bytes(a, b, selector):
+    """PTX ``prmt``: byte i of the result is byte ``selector >> 4 * i & 7`` of the eight of ``a`` and ``b``."""
+    return gl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], gl.int32, True, 1)
+
+
+@gluon.jit
+def transpose_words(words):
+    """[R, C] words of four columns -> [4 * C, R / 4] words of four rows: the bytes transposed."""
+    R: gl.constexpr = words.shape[0]
+    C: gl.constexpr = words.shape[1]
+    w0, w1, w2, w3 = split_rows(words)
+    low01, high01 = permute_bytes(w0, w1, 0x5140), permute_bytes(w0, w1, 0x7362)
+    low23, high23 = permute_bytes(w2, w3, 0x5140), permute_bytes(w2, w3, 0x7362)
+    t0, t1 = permute_bytes(low01, low23, 0x5410), permute_bytes(low01, low23, 0x7632)
+    t2, t3 = permute_bytes(high01, high23, 0x5410), permute_bytes(high01, high23, 0x7632)
+    transposed = gl.join(gl.join(t0, t2), gl.join(t1, t3))  # [R / 4, C, 2, 2]
+    return gl.reshape(gl.permute(transposed, [1, 2, 3, 0]), [4 * C, R // 4])

@@ -1,0 +1,93 @@
+"""Gluon kernels in Triton's interpreter: without layouts, and with a Python definition of each inline assembly.
+
+The interpreter runs Triton, not Gluon, and no assembly.  But a Gluon kernel whose layouts only say which thread holds
+what is a Triton kernel, once the layouts are dropped.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.runtime.interpreter import TensorHandle
+
+
+def no_layout(*args: Any) -> None:
+    return None
+
+
+class Language:
+    """``gl`` without layouts.  Attributes of ``tl`` are looked up late, because the interpreter replaces them."""
+
+    SliceLayout = BlockedLayout = staticmethod(no_layout)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(tl, name)
+
+    def arange(self, start: int, end: int, layout: None = None) -> tl.tensor:
+        return tl.arange(start, end)
+
+    def full(self, shape: list[int], value: int, dtype: tl.dtype, layout: None = None) -> tl.tensor:
+        return tl.full(shape, value, dtype)
+
+    def convert_layout(self, x: tl.tensor, layout: None) -> tl.tensor:
+        return x
+
+    def num_warps(self) -> int:
+        return 4
+
+
+def counted(*bounds: Any) -> range:
+    """``range``, also of the interpreter's scalars, arrays of one element."""
+    return range(*(int(x.handle.data.item()) if isinstance(x, tl.tensor) else int(x) for x in bounds))
+
+
+def elementwise(function: Callable[..., np.ndarray], dtype: tl.dtype) -> Callable[..., tl.tensor]:
+    """A kernel's function of tensors of one shape, computed by ``function`` of arrays."""
+
+    def run(*tensors: Any) -> tl.tensor:
+        arrays = np.broadcast_arrays(
+            *(x.handle.data if isinstance(x, tl.tensor) else np.int64(tl.core._unwrap_if_constexpr(x)) for x in tensors)
+        )
+        return tl.tensor(TensorHandle(function(*arrays), dtype), tl.block_type(dtype, list(tensors[0].shape)))
+
+    return run
+
+
+def e4m3_word(*values: np.ndarray) -> np.ndarray:
+    """Four fp32 arrays in e4m3, as the bytes of an int32."""
+    x = torch.from_numpy(np.stack(values, axis=-1).astype(np.float32))
+    return x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.int32).squeeze(-1).numpy()
+
+
+def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    both = a.astype(np.uint32).astype(np.uint64) | b.astype(np.uint32).astype(np.uint64) << np.uint64(32)
+    result = np.zeros_like(both)
+    for byte in range(4):
+        index = selector.astype(np.uint64) >> np.uint64(4 * byte) & np.uint64(7)
+        result |= (both >> (index * np.uint64(8)) & np.uint64(0xFF)) << np.uint64(8 * byte)
+    return result.astype(np.uint32).view(np.int32)
+
+
+def interpret(*modules: ModuleType, **assembly: Callable[..., Any]) -> None:
+    """Make the Gluon functions of ``modules`` interpreted ones, those named in ``assembly`` the given ones."""
+    for module in modules:
+        for name, member in list(vars(module).items()):
+            if name in assembly:
+                setattr(module, name, assembly[name])
+            elif isinstance(member, GluonJITFunction):
+                function = triton.jit(member.fn)
+                # Annotations are strings in what the interpreter makes of a function; it knows tl.constexpr.
+                annotations = function.rewrite().__annotations__
+                annotations.update(dict.fromkeys(annotations, tl.constexpr))
+                setattr(module, name, function)
+            elif name.endswith("_layout"):
+                setattr(module, name, no_layout)
+            elif member is gl:
+                setattr(module, name, Language())
+        module.tl, module.range = tl, counted
