@@ -6,9 +6,9 @@
 ``grad [T, N]``, ``row [T, N]``; the operand ``[N, T]`` is stored as ``values [N, padded(T) / 2]`` and ``metadata`` (see
 ``formats``).  Both estimators of ``MVUE24`` are in fp32, every operation in the order of their eager definition.
 
-A program takes 128 tokens, four sub-blocks of eight groups of four.  One Philox call per column and ``q`` in 0..7 gives
-four words, of which word ``i`` draws group ``q`` of sub-block ``i``; the eight groups of a sub-block share a word of
-metadata.  The four tokens of the groups are four tensors ``[8, BLOCK_N]``, each contiguous along n.
+A program takes PARTS parts of 32 tokens, a word of metadata each.  With a warp for each part and 128 columns, a thread
+holds all tokens of four neighbouring columns: it samples, packs and describes their groups on its own, and only the
+finished values and words change places, for wide stores.
 """
 
 import torch
@@ -16,171 +16,216 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_compile.kernels.formats import E4M3, PAD_WORD, check_buffer, metadata_shape, padded, values_shape
+from sparse_compile.kernels.formats import E4M3, PAD_WORD, check_buffer, metadata_shape, values_shape
+from sparse_compile.kernels.launch import NOTHING, Plan, plan_kernel, planned
 
 _PAD_WORD = tl.constexpr(PAD_WORD)
 _APPROX_EPS = tl.constexpr(2.0**-23)
-_BLOCK_N = 64
+_TOTAL_FLOOR = tl.constexpr(2.0**-100)
+# Loads of AHEAD tokens are issued before the first store: the compiler does not move them past one.
+_PARTS, _BLOCK_N, _AHEAD = 4, 128, 8
+_REGISTERS = 168  # of a thread, so that three programs fit a multiprocessor
 
 
 @triton.jit
-def _load_tokens(grad_ptr, row_scale_ptr, token_scale_ptr, row_ptr, offs_t, offs_n, tokens, columns):
-    """``grad * token_scale`` of tokens offs_t, zero outside, storing their cast for dgrad on the way.  [8, BLOCK_N]"""
-    mask_t = offs_t < tokens
-    inside = mask_t[:, None] & (offs_n < columns)[None, :]
-    offsets = offs_t.to(tl.int64)[:, None] * columns + offs_n[None, :]
-    grad = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    row_scale = tl.load(row_scale_ptr + offs_t, mask=mask_t, other=0.0)[:, None]
-    # No clamp: the conversion to e4m3 saturates in hardware and keeps NaN.
-    tl.store(row_ptr + offsets, (grad * row_scale).to(row_ptr.dtype.element_ty), mask=inside)
-    return grad * tl.load(token_scale_ptr + offs_t, mask=mask_t, other=0.0)[:, None]
+def _minimum(x, y):
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _at_least(x, bound):
-    return (x >= bound).to(tl.int32)
+def _columns_of_threads(x0, x1, x2, x3, BLOCK_N: tl.constexpr):
+    """Columns 0, 1, 2 and 3 of every four side by side: ``[PARTS, BLOCK_N / 4]`` each to ``[PARTS, BLOCK_N]``."""
+    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [x0.shape[0], BLOCK_N])
 
 
 @triton.jit
-def _pick(first, second, x0, x1, x2, x3):
-    """Elements ``first`` (0..2) and ``second`` (1..3) of each group."""
-    x_first = tl.where(first == 0, x0, tl.where(first == 1, x1, x2))
-    return x_first, tl.where(second == 3, x3, tl.where(second == 2, x2, x1))
+def _draw_words(seed, index, offs_part, start_n, BLOCK_N: tl.constexpr):
+    """The four words of Philox of each part of 32 tokens and column, ``[PARTS, BLOCK_N]`` each.
+
+    Drawn column by column of the threads, in the layout in which they hold grad.
+    """
+    offs_n = (start_n + 4 * tl.arange(0, BLOCK_N // 4))[None, :]
+    x0, y0, z0, w0 = tl.philox(seed, offs_n, offs_part[:, None], index, 0)
+    x1, y1, z1, w1 = tl.philox(seed, offs_n + 1, offs_part[:, None], index, 0)
+    x2, y2, z2, w2 = tl.philox(seed, offs_n + 2, offs_part[:, None], index, 0)
+    x3, y3, z3, w3 = tl.philox(seed, offs_n + 3, offs_part[:, None], index, 0)
+    return (
+        _columns_of_threads(x0, x1, x2, x3, BLOCK_N),
+        _columns_of_threads(y0, y1, y2, y3, BLOCK_N),
+        _columns_of_threads(z0, z1, z2, z3, BLOCK_N),
+        _columns_of_threads(w0, w1, w2, w3, BLOCK_N),
+    )
 
 
 @triton.jit
-def _exact_kept(a, largest, dominated, unit):
-    b = tl.abs(a)
-    magnitude = tl.where(b > 0.0, tl.where(dominated & (b == largest), b, unit), 0.0 * b)
-    # Not -magnitude: Triton computes 0 - magnitude, never -0.0.
-    return tl.where(a < 0.0, magnitude * -1.0, magnitude)
+def _uniform(words, Q: tl.constexpr):
+    """(k + 1/2) / 2^16, k the 16 bits of group Q."""
+    half = words[Q // 2] >> 16 if Q % 2 else words[Q // 2] & 0xFFFF
+    # As the low mantissa bits of 2^23, k is a float without a conversion; every operation is exact.
+    return tl.fma((half | 0x4B000000).to(tl.float32, bitcast=True), 2.0**-16, 2.0**-17 - 2.0**7)
+
+
+@triton.jit
+def _systematic(w0, w3, w01, w23, unit, u):
+    """Whether the first kept element is beyond 0 and 1, and the second beyond 1 and 2."""
+    t = u * unit
+    t_right = unit - t
+    beyond0, beyond1 = w0 <= t, w01 <= t
+    return beyond0, beyond1, (w23 >= t_right) | beyond0, (w3 >= t_right) | beyond1
+
+
+@triton.jit
+def _pick(kept, x0, x1, x2, x3):
+    """The two kept of four."""
+    first_beyond0, first_beyond1, second_beyond1, second_beyond2 = kept
+    x_first = tl.where(first_beyond1, x2, tl.where(first_beyond0, x1, x0))
+    return x_first, tl.where(second_beyond2, x3, tl.where(second_beyond1, x2, x1))
+
+
+@triton.jit
+def _nibble(kept):
+    first_beyond0, first_beyond1, second_beyond1, second_beyond2 = kept
+    first = tl.where(first_beyond1, 2, tl.where(first_beyond0, 1, 0))
+    return first | tl.where(second_beyond2, 3 << 2, tl.where(second_beyond1, 2 << 2, 1 << 2))
+
+
+@triton.jit
+def _raise_magnitude(a, unit):
+    """``a``, its magnitude at least ``unit``."""
+    magnitude = tl.maximum(tl.abs(a), unit, propagate_nan=tl.PropagateNan.ALL)
+    sign = a.to(tl.int32, bitcast=True) & -0x80000000
+    return (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _mvue24_exact(a0, a1, a2, a3, u):
-    """Ascending positions of the two kept elements, and their values."""
+    """The two kept elements of each group, rescaled, and its nibble."""
     b0, b1, b2, b3 = tl.abs(a0), tl.abs(a1), tl.abs(a2), tl.abs(a3)
-    total = (b0 + b1) + (b2 + b3)
-    # Maximum drops NaN, but a NaN reaches rest and unit through the total.
-    largest = tl.maximum(tl.maximum(b0, b1), tl.maximum(b2, b3))
-    rest = total - largest
-    dominated = largest > rest
-    unit = tl.where(dominated, rest, total * 0.5)
-    unit_inv = tl.where(unit > 0.0, tl.div_rn(1.0, unit), 0.0)
-    c1 = tl.where(dominated & (b0 == largest), 1.0, b0 * unit_inv)
-    c2 = c1 + tl.where(dominated & (b1 == largest), 1.0, b1 * unit_inv)
-    c3 = c2 + tl.where(dominated & (b2 == largest), 1.0, b2 * unit_inv)
-    v = u + 1.0
-    first = _at_least(u, c1) + _at_least(u, c2) + _at_least(u, c3)
-    second = _at_least(v, c1) + _at_least(v, c2) + _at_least(v, c3)
-    first = tl.where(first == second, tl.minimum(first, 2), first)
-    second = tl.where(first >= second, first + 1, second)
-    a_first, a_second = _pick(first, second, a0, a1, a2, a3)
-    kept_first = _exact_kept(a_first, largest, dominated, unit)
-    kept_second = _exact_kept(a_second, largest, dominated, unit)
-    return first, second, kept_first, kept_second
-
-
-@triton.jit
-def _approximate_kept(a, x, odds, odds_sum, norm):
-    return tl.div_rn(a, tl.div_rn(x * ((1.0 + odds_sum) - odds), norm))
+    b01, b23 = b0 + b1, b2 + b3
+    rest = _minimum(b01 + _minimum(b2, b3), b23 + _minimum(b0, b1))
+    unit = _minimum(rest, (b01 + b23) * 0.5)
+    kept = _systematic(b0, b3, b01, b23, unit, u)
+    a_first, a_second = _pick(kept, a0, a1, a2, a3)
+    return _raise_magnitude(a_first, unit), _raise_magnitude(a_second, unit), _nibble(kept)
 
 
 @triton.jit
 def _mvue24_approximate(a0, a1, a2, a3, u):
-    """Ascending positions of the two kept elements, and their values."""
+    """The two kept elements of each group, rescaled, and its nibble."""
     b0, b1, b2, b3 = tl.abs(a0), tl.abs(a1), tl.abs(a2), tl.abs(a3)
-    total = (b0 + b1) + (b2 + b3)
-    total_inv = tl.where(total > 0.0, tl.div_rn(1.0, total), 0.0)
+    total_inv = tl.div_rn(1.0, ((b0 + b1) + (b2 + b3)) + _TOTAL_FLOOR)
     x0, x1 = b0 * total_inv + _APPROX_EPS, b1 * total_inv + _APPROX_EPS
     x2, x3 = b2 * total_inv + _APPROX_EPS, b3 * total_inv + _APPROX_EPS
-    norm = (x0 + x1) + (x2 + x3)
-    w0, w1 = tl.div_rn(x0, norm - x0), tl.div_rn(x1, norm - x1)
-    w2, w3 = tl.div_rn(x2, norm - x2), tl.div_rn(x3, norm - x3)
-    odds_sum = (w0 + w1) + (w2 + w3)
-    target = u * norm
-    c1 = x1 * w0 + x0 * w1
-    c2 = c1 + (x2 * w0 + x0 * w2)
-    c3 = c2 + (x3 * w0 + x0 * w3)
-    c4 = c3 + (x2 * w1 + x1 * w2)
-    c5 = c4 + (x3 * w1 + x1 * w3)
-    # Pairs in order: 01 02 03 12 13 23.
-    beyond3, beyond5 = _at_least(target, c3), _at_least(target, c5)
-    first = beyond3 + beyond5
-    pair = _at_least(target, c1) + _at_least(target, c2) + beyond3 + _at_least(target, c4) + beyond5
-    second = tl.minimum(tl.where(pair >= 3, pair - 1, pair + 1), 3)
-    # Picked before the divisions, to divide for two elements instead of four.
-    a_first, a_second = _pick(first, second, a0, a1, a2, a3)
-    x_first, x_second = _pick(first, second, x0, x1, x2, x3)
-    w_first, w_second = _pick(first, second, w0, w1, w2, w3)
-    kept_first = _approximate_kept(a_first, x_first, w_first, odds_sum, norm)
-    kept_second = _approximate_kept(a_second, x_second, w_second, odds_sum, norm)
-    return first, second, kept_first, kept_second
+    x01, x23 = x0 + x1, x2 + x3
+    d0, d1, d2, d3 = x1 + x23, x0 + x23, x01 + x3, x01 + x2
+    d01, d23 = d0 * d1, d2 * d3
+    d_inv = tl.div_rn(1.0, d01 * d23)
+    d01_inv, d23_inv = d_inv * d23, d_inv * d01
+    odds0, odds1 = x0 * (d1 * d01_inv), x1 * (d0 * d01_inv)
+    odds2, odds3 = x2 * (d3 * d23_inv), x3 * (d2 * d23_inv)
+    odds01, odds23 = odds0 + odds1, odds2 + odds3
+    y0, y1 = x0 * (1.0 + (odds1 + odds23)), x1 * (1.0 + (odds0 + odds23))
+    y2, y3 = x2 * (1.0 + (odds01 + odds3)), x3 * (1.0 + (odds01 + odds2))
+    y01, y23 = y0 + y1, y2 + y3
+    unit = (y01 + y23) * 0.5
+    kept = _systematic(y0, y3, y01, y23, unit, u)
+    a_first, a_second = _pick(kept, a0, a1, a2, a3)
+    y_first, y_second = _pick(kept, y0, y1, y2, y3)
+    gain = unit * tl.div_rn(1.0, y_first * y_second)
+    return a_first * (y_second * gain), a_second * (y_first * gain), _nibble(kept)
 
 
 @triton.jit
-def _prune_sub_block(
-    word, grad_ptr, row_scale_ptr, token_scale_ptr, row_ptr, offs_t, offs_n, tokens, columns, APPROXIMATE: tl.constexpr
-):
-    """Kept elements [8, BLOCK_N, 2] and metadata nibbles [8, BLOCK_N] of the groups that begin at tokens offs_t."""
-    a0 = _load_tokens(grad_ptr, row_scale_ptr, token_scale_ptr, row_ptr, offs_t, offs_n, tokens, columns)
-    a1 = _load_tokens(grad_ptr, row_scale_ptr, token_scale_ptr, row_ptr, offs_t + 1, offs_n, tokens, columns)
-    a2 = _load_tokens(grad_ptr, row_scale_ptr, token_scale_ptr, row_ptr, offs_t + 2, offs_n, tokens, columns)
-    a3 = _load_tokens(grad_ptr, row_scale_ptr, token_scale_ptr, row_ptr, offs_t + 3, offs_n, tokens, columns)
-    u = (word >> 9).to(tl.float32) * 2.0**-23
-    if APPROXIMATE:
-        first, second, kept_first, kept_second = _mvue24_approximate(a0, a1, a2, a3, u)
-    else:
-        first, second, kept_first, kept_second = _mvue24_exact(a0, a1, a2, a3, u)
-    return tl.join(kept_first, kept_second).to(row_ptr.dtype.element_ty), first | second << 2
+def _pack(first, second):
+    """Both in e4m3, the first in the low byte."""
+    low, high = tl.split(tl.join(first, second).to(tl.float8e4nv).to(tl.uint8, bitcast=True))
+    return low.to(tl.uint16) | high.to(tl.uint16) << 8
+
+
+@triton.jit
+def _load(ptrs, inside, EVEN: tl.constexpr):
+    return tl.load(ptrs) if EVEN else tl.load(ptrs, mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["index"])
 def _cast_mvue_kernel(
-    grad_ptr, row_scale_ptr, token_scale_ptr, seed_ptr, row_ptr, values_ptr, metadata_ptr,
-    index, tokens, columns, values_stride, metadata_row_blocks, APPROXIMATE: tl.constexpr, BLOCK_N: tl.constexpr,
+    grad_ptr, row_scale_ptr, token_scale_ptr, seed_ptr, index, row_ptr, values_ptr, metadata_ptr,
+    tokens, values_stride, metadata_stride, columns: tl.constexpr,
+    APPROXIMATE: tl.constexpr, EVEN: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One tile of 128 tokens by BLOCK_N columns of the padded operand."""
-    column_tiles = metadata_row_blocks * 16 // BLOCK_N
+    """One tile of 32 * PARTS tokens by BLOCK_N columns of the padded operand; EVEN: none of them is padding.
+
+    ``columns`` is a constant, so that the rows of a tile have constant distances: offsets within the instructions.
+    """
+    column_tiles: tl.constexpr = (columns + BLOCK_N - 1) // BLOCK_N
     pid_t, pid_n = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
-    offs_q = tl.arange(0, 8)
+    offs_part = pid_t * PARTS + tl.arange(0, PARTS)
+    offs_t = offs_part * 32
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_t = pid_t * 128 + offs_q * 4
-    seed = tl.load(seed_ptr)
-    word0, word1, word2, word3 = tl.philox(seed, offs_n[None, :], (pid_t * 8 + offs_q)[:, None], index, 0)
-    kept0, nibbles0 = _prune_sub_block(
-        word0, grad_ptr, row_scale_ptr, token_scale_ptr, row_ptr, offs_t, offs_n, tokens, columns, APPROXIMATE
-    )
-    kept1, nibbles1 = _prune_sub_block(
-        word1, grad_ptr, row_scale_ptr, token_scale_ptr, row_ptr, offs_t + 32, offs_n, tokens, columns, APPROXIMATE
-    )
-    kept2, nibbles2 = _prune_sub_block(
-        word2, grad_ptr, row_scale_ptr, token_scale_ptr, row_ptr, offs_t + 64, offs_n, tokens, columns, APPROXIMATE
-    )
-    kept3, nibbles3 = _prune_sub_block(
-        word3, grad_ptr, row_scale_ptr, token_scale_ptr, row_ptr, offs_t + 96, offs_n, tokens, columns, APPROXIMATE
-    )
-
-    # Sub-block i is [i // 2, i % 2] of the joined dimensions.
-    kept = tl.join(tl.join(kept0, kept2), tl.join(kept1, kept3))  # [8, BLOCK_N, 2, 2, 2]
-    kept = tl.reshape(tl.permute(kept, [1, 3, 4, 0, 2]), [BLOCK_N, 64])
-    offs_v = pid_t * 64 + tl.arange(0, 64)
     mask_n = offs_n < columns
-    tl.store(values_ptr + offs_n.to(tl.int64)[:, None] * values_stride + offs_v[None, :], kept, mask=mask_n[:, None])
+    offsets = offs_t.to(tl.int64)[:, None] * columns + offs_n[None, :]
+    grad_ptrs, row_ptrs = grad_ptr + offsets, row_ptr + offsets
+    row_scale_ptrs, token_scale_ptrs = row_scale_ptr + offs_t, token_scale_ptr + offs_t
+    words = _draw_words(tl.load(seed_ptr), index, offs_part, pid_n * BLOCK_N, BLOCK_N)
 
-    nibbles = tl.join(tl.join(nibbles0, nibbles2), tl.join(nibbles1, nibbles3))  # [8, BLOCK_N, 2, 2]
-    words = tl.sum(nibbles << (offs_q * 4)[:, None, None, None], axis=0)  # [BLOCK_N, 2, 2]
-    words = tl.where(mask_n[:, None, None], words, _PAD_WORD)
-    half = tl.arange(0, 2)
-    block = pid_t.to(tl.int64) * metadata_row_blocks + offs_n // 16
-    lane = (4 * (offs_n % 8) + offs_n % 16 // 8)[:, None, None] + 2 * half[None, None, :]
-    tl.store(metadata_ptr + (block[:, None, None] * 32 + lane) * 2 + half[None, :, None], words)
+    pairs = ()
+    word = tl.zeros([PARTS, BLOCK_N], tl.int32)
+    for start in tl.static_range(0, 32, AHEAD):
+        grads = ()
+        row_scales = ()
+        token_scales = ()
+        for t in tl.static_range(start, start + AHEAD):
+            mask_t = offs_t + t < tokens
+            grads += (_load(grad_ptrs + t * columns, mask_t[:, None] & mask_n[None, :], EVEN),)
+            row_scales += (_load(row_scale_ptrs + t, mask_t, EVEN)[:, None],)
+            token_scales += (_load(token_scale_ptrs + t, mask_t, EVEN)[:, None],)
+        for q in tl.static_range(start // 4, (start + AHEAD) // 4):
+            a = ()
+            for t in tl.static_range(4 * q, 4 * q + 4):
+                grad = grads[t - start].to(tl.float32)
+                # No clamp: the conversion to e4m3 saturates in hardware and keeps NaN.
+                row = (grad * row_scales[t - start]).to(tl.float8e4nv)
+                if EVEN:
+                    tl.store(row_ptrs + t * columns, row)
+                else:
+                    tl.store(row_ptrs + t * columns, row, mask=(offs_t + t < tokens)[:, None] & mask_n[None, :])
+                a += (grad * token_scales[t - start],)
+            if APPROXIMATE:
+                first, second, nibble = _mvue24_approximate(a[0], a[1], a[2], a[3], _uniform(words, q))
+            else:
+                first, second, nibble = _mvue24_exact(a[0], a[1], a[2], a[3], _uniform(words, q))
+            pairs += (_pack(first, second),)
+            word |= nibble << 4 * q
+
+    even = tl.join(tl.join(pairs[0], pairs[4]), tl.join(pairs[2], pairs[6]))
+    odd = tl.join(tl.join(pairs[1], pairs[5]), tl.join(pairs[3], pairs[7]))
+    values = tl.reshape(tl.permute(tl.join(even, odd), [1, 0, 2, 3, 4]), [BLOCK_N, PARTS * 8])
+    offs_v = pid_t * (PARTS * 8) + tl.arange(0, PARTS * 8)
+    inside = mask_n[:, None] & (offs_v < values_stride)[None, :]
+    values_ptrs = values_ptr + offs_n.to(tl.int64)[:, None] * values_stride + offs_v[None, :]
+    if EVEN:
+        tl.store(values_ptrs, values)
+    else:
+        tl.store(values_ptrs, values, mask=inside)
+        word = tl.where(mask_n[None, :], word, _PAD_WORD)
+    # Row r, part p of 16 rows and four parts: word p // 2 of lane 4 * (r % 8) + 2 * (p % 2) + r // 8.
+    word = tl.reshape(word, [PARTS // 4, 2, 2, BLOCK_N // 16, 2, 8])
+    word = tl.reshape(tl.permute(word, [0, 3, 5, 2, 4, 1]), [PARTS // 4, BLOCK_N * 4])
+    offs_b = pid_t * (PARTS // 4) + tl.arange(0, PARTS // 4)
+    offs_m = pid_n * (BLOCK_N * 4) + tl.arange(0, BLOCK_N * 4)
+    metadata_ptrs = metadata_ptr + offs_b.to(tl.int64)[:, None] * metadata_stride + offs_m[None, :]
+    if EVEN:
+        tl.store(metadata_ptrs, word)
+    else:
+        tl.store(metadata_ptrs, word, mask=(offs_b * 128 < tokens)[:, None] & (offs_m < metadata_stride)[None, :])
 
 
+@planned
 def launch_cast_mvue(
     grad: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, index: int, approximate: bool,
     row: Tensor, values: Tensor, metadata: Tensor,
-) -> None:  # fmt: skip
+) -> Plan:  # fmt: skip
     """Cast and prune ``grad`` into the buffers, all of which are written in full.
 
     Args:
@@ -201,8 +246,7 @@ def launch_cast_mvue(
             f"grad is {grad.dtype} {tuple(grad.shape)} with strides {grad.stride()}; "
             "allowed is bf16, fp16 or fp32 [T, N], contiguous"
         )
-    if not 0 <= index < 2**31:
-        raise ValueError(f"index is {index}; allowed is 0 <= index < 2**31")
+    _check_index(index)
     tokens, columns = grad.shape
     check_buffer("row_scale", row_scale, (tokens,), torch.float32, grad.device)
     check_buffer("token_scale", token_scale, (tokens,), torch.float32, grad.device)
@@ -211,11 +255,26 @@ def launch_cast_mvue(
     check_buffer("values", values, values_shape(columns, tokens), E4M3, grad.device)
     check_buffer("metadata", metadata, metadata_shape(columns, tokens), torch.int32, grad.device)
     if grad.numel() == 0:
-        return
-    grid = (padded(tokens) // 128 * (padded(columns) // _BLOCK_N),)
+        return NOTHING
+    block_t = 32 * _PARTS
     # Without fusion of multiplications and additions, which would round once where the definition rounds twice.
-    _cast_mvue_kernel[grid](
-        grad, row_scale, token_scale, seed, row, values, metadata,
-        index, tokens, columns, values.stride(0), metadata.shape[1],
-        APPROXIMATE=approximate, BLOCK_N=_BLOCK_N, num_warps=4, enable_fp_fusion=False,
+    cast = plan_kernel(
+        _cast_mvue_kernel,
+        (triton.cdiv(tokens, block_t) * triton.cdiv(columns, _BLOCK_N),),
+        (grad, row_scale, token_scale, seed, index, row, values.view(torch.int16), metadata),
+        (tokens, values.stride(0) // 2, metadata.stride(0)),
+        columns=columns, APPROXIMATE=approximate, EVEN=tokens % block_t == 0 and columns % _BLOCK_N == 0,
+        PARTS=_PARTS, BLOCK_N=_BLOCK_N, AHEAD=_AHEAD, num_warps=_PARTS, maxnreg=_REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip
+
+    def run(grad: int, row_scale: int, token_scale: int, seed: int, index: int, *results: int) -> None:
+        # Unlike all else, it differs between calls of one plan.
+        _check_index(index)
+        cast(grad, row_scale, token_scale, seed, index, *results)
+
+    return run
+
+
+def _check_index(index: int) -> None:
+    if not 0 <= index < 2**31:
+        raise ValueError(f"index is {index}; allowed is 0 <= index < 2**31")

@@ -15,6 +15,7 @@ from sparse_compile.kernels import mvue, reference
 from sparse_compile.kernels.formats import E4M3, MVUE_GAIN, metadata_shape, values_shape
 from sparse_compile.testing import assert_same_bits, hard_groups
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ESTIMATORS = pytest.mark.parametrize("approximate", [False, True], ids=["exact", "approximate"])
 PAIRS = list(combinations(range(4), 2))
 # A grid of uniforms measures an interval with an error below one step; no event here is made of more than two.
@@ -47,26 +48,20 @@ def exact_inclusion(b: Tensor) -> Tensor:
     return torch.where(b == b.max(), 1.0, b / rest) if b.max() > rest else 2 * b / b.sum()
 
 
-def systematic_pair_probabilities(b: Tensor) -> dict[tuple[int, int], float]:
-    """Overlap of the interval of element i, and that of j one to the left, in [0, 1)."""
-    ends = [0.0, *exact_inclusion(b).cumsum(0).tolist()]
-    return {(i, j): max(0.0, min(ends[i + 1], ends[j + 1] - 1, 1.0) - max(ends[i], ends[j] - 1, 0.0)) for i, j in PAIRS}
-
-
-def successive_pair_probabilities(b: Tensor) -> dict[tuple[int, int], float]:
+def successive_inclusion(b: Tensor) -> Tensor:
     """Two draws without replacement, each proportional to b."""
-    s, b = float(b.sum()), b.tolist()
-    return {(i, j): b[i] * b[j] / s * (1 / (s - b[i]) + 1 / (s - b[j])) for i, j in PAIRS}
-
-
-def pair_probabilities(block: tuple[float, ...], approximate: bool) -> dict[tuple[int, int], float]:
-    b = torch.tensor(block, dtype=torch.float64)
-    return successive_pair_probabilities(b) if approximate else systematic_pair_probabilities(b)
+    odds = b / (b.sum() - b)
+    return b / b.sum() * (1 + odds.sum() - odds)
 
 
 def inclusion_probabilities(block: tuple[float, ...], approximate: bool) -> Tensor:
-    pairs = pair_probabilities(block, approximate)
-    return torch.tensor([sum(p for pair, p in pairs.items() if i in pair) for i in range(4)], dtype=torch.float64)
+    return (successive_inclusion if approximate else exact_inclusion)(torch.tensor(block, dtype=torch.float64))
+
+
+def pair_probabilities(block: tuple[float, ...], approximate: bool) -> dict[tuple[int, int], float]:
+    """Overlap of the interval of element i, and that of j one to the left, in [0, 1)."""
+    ends = [0.0, *inclusion_probabilities(block, approximate).cumsum(0).tolist()]
+    return {(i, j): max(0.0, min(ends[i + 1], ends[j + 1] - 1, 1.0) - max(ends[i], ends[j] - 1, 0.0)) for i, j in PAIRS}
 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: str(vector[0]))
@@ -147,13 +142,64 @@ def test_blocks_with_at_most_two_nonzeros_are_kept(approximate, dtype) -> None:
         torch.testing.assert_close(outputs, groups, rtol=2**-20 if approximate else 0, atol=0)
 
 
+@pytest.mark.parametrize("gap", [1.0, 2.0**10, 2.0**30], ids=str)
+def test_exact_estimator_of_every_kind_of_group(gap) -> None:
+    # Ties, sums that cancel, zeros and dominating elements, of which the smallest would vanish from the sum in fp32.
+    levels = torch.tensor([0.0, 2.0, 3.0, 5.0, 7.0 * gap, 12.0 * gap, 24.0 * gap])
+    groups = torch.cartesian_prod(*[levels] * 4) * torch.tensor([1.0, -1.0, -1.0, 1.0])
+    steps = 512
+    uniforms = ((torch.arange(steps) + 0.5) / steps)[:, None].expand(steps, len(groups))
+    kept, positions = reference.mvue24(groups.expand(steps, -1, -1), uniforms, False)
+    assert (positions[..., 0] < positions[..., 1]).all()
+    outputs = torch.zeros(steps, *groups.shape).scatter(-1, positions, kept).double()
+
+    a = groups.double()
+    b, total = a.abs(), a.abs().sum(-1, keepdim=True)
+    unit = torch.minimum(total - b.amax(-1, keepdim=True), total / 2)
+    magnitude = torch.maximum(b, unit)
+    drawn = torch.zeros(steps, *groups.shape, dtype=torch.bool).scatter(-1, positions, True)
+    # What is kept has the magnitude of least variance, and is kept as often as makes it unbiased.
+    wanted = torch.where(drawn & (b > 0), magnitude * a.sign(), 0.0)
+    torch.testing.assert_close(outputs, wanted, rtol=2**-22, atol=0)
+    assert ((outputs.mean(0) - a).abs() <= 2 / steps * magnitude).all()
+    certain = (b >= total - b) & (b > 0)
+    assert drawn.all(0)[certain & (b > total - b)].all()
+    few = (b > 0).sum(-1) <= 2
+    assert (outputs == a)[:, few].all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
+@ESTIMATORS
+def test_nonfinite_elements_stay_visible(approximate, bad) -> None:
+    # Gradient scalers look for them.
+    levels = torch.tensor([0.0, -1.0, 3e38, bad])
+    groups = torch.cartesian_prod(*[levels] * 4)
+    groups = groups[~groups.isfinite().all(-1)]
+    uniforms = ((torch.arange(64) + 0.5) / 64)[:, None].expand(64, len(groups))
+    kept, positions = reference.mvue24(groups.expand(64, -1, -1), uniforms, approximate)
+    assert (positions[..., 0] < positions[..., 1]).all()
+    assert (~kept.isfinite()).any(-1).all()
+    if bad != bad:
+        assert kept.isnan().all()
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-38, 1e-30, 1e30])
+@ESTIMATORS
+def test_any_size_of_magnitudes(approximate, size) -> None:
+    groups = (torch.randn(10_000, 4) * size).float()
+    kept, positions = reference.mvue24(groups, torch.rand(10_000), approximate)
+    assert (positions[:, 0] < positions[:, 1]).all()
+    assert (kept.abs() <= MVUE_GAIN * (1 + 2**-20) * groups.abs().amax(-1, keepdim=True) + 2**-148).all()
+
+
 def test_philox_known_answer() -> None:
     # philox4x32-10 of counter 0 and key 0, published with Random123; the other answers need a fourth counter word.
     words = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
     seed, zero = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     assert [int(word) for word in reference.philox4x32(seed, zero, zero, 0)] == list(words)
-    uniforms = reference.group_uniforms(seed, 0, 32, 1)[:, 0]
-    assert uniforms[::8].tolist() == [(word >> 9) / 2**23 for word in words]
+    uniforms = reference.group_uniforms(seed, 0, 8, 1)[:, 0]
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    assert uniforms.tolist() == [(half + 0.5) / 2**16 for half in halves]
 
 
 def sampled(block: tuple[float, ...], seed: int, index: int, approximate: bool) -> Tensor:
@@ -182,15 +228,15 @@ def test_cast_mvue_is_unbiased(block, approximate) -> None:
     "shift",
     [
         lambda kept, other: (kept[:, :-1], kept[:, 1:]),
+        lambda kept, other: (kept[:, :-2], kept[:, 2:]),
         lambda kept, other: (kept[:, :-8], kept[:, 8:]),
-        lambda kept, other: (kept[:, :-32], kept[:, 32:]),
         lambda kept, other: (kept[:-1], kept[1:]),
         lambda kept, other: (kept[:-32], kept[32:]),
         lambda kept, other: (kept, other(1, 1)),
         lambda kept, other: (kept, other(2, 0)),
         lambda kept, other: (kept, other(1 + 2**32, 0)),
     ],
-    ids=["group", "word", "token block", "column", "column block", "index", "seed", "upper half of the seed"],
+    ids=["half of a word", "word", "counter", "column", "column block", "index", "seed", "upper half of the seed"],
 )
 @ESTIMATORS
 def test_samples_are_independent(approximate, shift: Callable[..., tuple[Tensor, Tensor]]) -> None:
@@ -237,10 +283,15 @@ def buffers(tokens: int, columns: int, device: str) -> list[Tensor]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("tokens", "columns"),
-    [(tokens, columns) for tokens in (1, 15, 100, 4097) for columns in (16, 80)] + [(4097, 3072), (8192, 768)],
+    ("tokens", "columns", "dtype"),
+    [
+        *((tokens, 208, dtype) for tokens in (1, 15, 4097) for dtype in DTYPES),
+        *((8192, 768, dtype) for dtype in DTYPES),
+        # Each number of columns is compiled.
+        *((tokens, columns, torch.bfloat16) for tokens, columns in ((100, 16), (4097, 80), (4097, 3072))),
+    ],
+    ids=str,
 )
 @ESTIMATORS
 def test_kernel_matches_the_reference(tokens, columns, dtype, approximate) -> None:
@@ -286,9 +337,10 @@ def test_offsets_beyond_32_bits() -> None:
     # As in the reference, with the counters of the last two tiles.
     scaled = torch.zeros(256, columns, device="cuda")
     scaled[: tokens - start] = grad[start:].float() * scale[start:, None]
-    c1 = start // 16 + torch.arange(16, device="cuda").reshape(2, 8, 1)
+    c1 = start // 32 + torch.arange(8, device="cuda")[:, None]
     words = torch.stack(reference.philox4x32(seed, torch.arange(columns, device="cuda"), c1, index), dim=1)
-    uniforms = (words >> 9).float().mul(2.0**-23).reshape(64, columns)
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=2)
+    uniforms = halves.reshape(64, columns).float().add(0.5).mul(2.0**-16)
     kept, positions = reference.mvue24(scaled.reshape(64, 4, columns).permute(2, 0, 1), uniforms.t(), False)
     payload = torch.zeros(columns, 64, 4, device="cuda").scatter(-1, positions, kept).reshape(columns, 256)
     expected_values, expected_metadata = reference.compress24(reference.saturating_cast(payload), positions)
@@ -298,6 +350,22 @@ def test_offsets_beyond_32_bits() -> None:
     assert_same_bits(metadata[-2:], expected_metadata)
     assert not row[:start].view(torch.uint8).any()
     assert not values[:, :-128].view(torch.uint8).any()
+
+
+def test_index_is_checked_in_every_call(monkeypatch) -> None:
+    indices: list[int] = []
+    monkeypatch.setattr(mvue, "plan_kernel", lambda *_, **__: lambda *varying: indices.append(varying[4]))
+    scale, seed = torch.ones(7), torch.zeros(1, dtype=torch.int64)
+
+    def call(index: int) -> None:
+        mvue.launch_cast_mvue(torch.empty(7, 16), scale, scale, seed, index, False, *buffers(7, 16, "cpu"))
+
+    for index in (3, 2**31 - 1, 0):
+        call(index)
+    for index in (-1, 2**31):
+        with pytest.raises(ValueError, match=f"index is {index}"):
+            call(index)
+    assert indices == [3, 2**31 - 1, 0]
 
 
 @pytest.mark.parametrize("size", [(0, 16), (5, 0)], ids=str)
