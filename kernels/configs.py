@@ -1,48 +1,79 @@
-"""Tilings of the sparse GEMM, and the choice among them."""
+"""Configurations of the sparse GEMM, and the choice among them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-BLOCK_R = 128  # rows of a tile: each of two warpgroups multiplies 64
-BLOCK_C = 128  # logical columns of a stage: one block of metadata, two instructions
-_SHARED_LIMIT = 227 * 1024
+BLOCK_R = 128  # rows of a tile
+STAGE_BYTES = 128  # of a row of B: what a stage contracts
+_GROUP = 16  # tiles of rows that share their tiles of B in L2
+# block_d -> stages that shared memory holds, and [64, 64] pieces of out that a warpgroup may have on their way.
+_BUFFERS = {256: (4, 3), 192: (5, 3), 128: (7, 2)}
+# (block_d, cluster) -> microseconds of a launch, of a stage and of a tile's end, when all multiprocessors work: least
+# squares over 109 products on an H200, and 1 % off the stage of the widest clusters, which need less power.
+_COSTS = {
+    (256, 1): (0.3, 0.487, 2.35),
+    (256, 2): (1.1, 0.483, 2.22),
+    (192, 1): (1.0, 0.383, 1.67),
+    (192, 2): (1.7, 0.379, 1.60),
+    (128, 1): (1.9, 0.298, 0.81),
+    (128, 2): (2.7, 0.295, 0.87),
+}
+# Stages after which an accurate product adds its sums up in fp32.  Registers for both fit tiles of this width.
+PROMOTION_STAGES = 16
+_MAX_ACCURATE_BLOCK_D = 192
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """A tile of 128 rows of A by ``block_d`` rows of B, ``stages`` of which are in flight.
+    """How a product is cut up.
 
-    ``tile_cost`` is the time that a tile takes, relative to the other configs: what the choice between them rests on.
+    Args:
+        block_d: a tile is 128 rows of A by ``block_d`` rows of B.
+        cluster: blocks that multiply the same rows of B, each with rows of A of its own; 1 or 2.
     """
 
     block_d: int
-    stages: int
-    tile_cost: float
+    cluster: int
 
     def __post_init__(self) -> None:
-        if self.block_d not in (128, 256):
-            raise ValueError(f"block_d is {self.block_d}; allowed are 128 and 256")
-        if self.stages < 2 or self.tile_cost <= 0:
-            raise ValueError(f"{self} needs at least two stages and a positive cost")
-        stage = (BLOCK_R // 2 + self.block_d) * BLOCK_C
-        # 1 KiB for the barriers and for what the warps hand each other.
-        needed = self.stages * stage + 2 * BLOCK_R * self.block_d + 1024
-        if needed > _SHARED_LIMIT:
-            raise ValueError(f"{self} needs {needed} bytes of shared memory; a block has {_SHARED_LIMIT}")
+        if (self.block_d, self.cluster) not in _COSTS:
+            raise ValueError(f"{self}; allowed is (block_d, cluster) in {sorted(_COSTS)}")
+
+    @property
+    def stages(self) -> int:
+        """Stages of the ring."""
+        return _BUFFERS[self.block_d][0]
+
+    @property
+    def out_buffers(self) -> int:
+        return _BUFFERS[self.block_d][1]
+
+    @property
+    def group(self) -> int:
+        """Rows of clusters that share their tiles of B in L2."""
+        return _GROUP // self.cluster
 
     def tiles(self, rows: int, columns: int) -> int:
-        """How many tiles an output ``[rows, columns]`` has."""
-        return _ceil_div(rows, BLOCK_R) * _ceil_div(columns, self.block_d)
+        """What the clusters take in turns: a tile for each of its blocks."""
+        return _ceil_div(rows, BLOCK_R * self.cluster) * _ceil_div(columns, self.block_d)
+
+    def microseconds(self, rows: int, columns: int, num_k: int, sm_count: int) -> float:
+        """Estimated time of a product ``[rows, columns]`` of ``num_k`` stages."""
+        launch, stage, end = _COSTS[self.block_d, self.cluster]
+        rounds = _ceil_div(self.tiles(rows, columns), sm_count // self.cluster)
+        return launch + rounds * (num_k * stage + end)
 
 
-CONFIGS = (
-    Config(block_d=256, stages=4, tile_cost=1.0),
-    Config(block_d=128, stages=6, tile_cost=0.6),
-)
+def configs(promote: bool) -> Iterator[Config]:
+    """Every config that may be chosen; with ``promote``, where sums move to fp32 on the way."""
+    for block_d, cluster in _COSTS:
+        if not promote or block_d <= _MAX_ACCURATE_BLOCK_D:
+            yield Config(block_d=block_d, cluster=cluster)
 
 
-def choose(rows: int, columns: int, sm_count: int) -> Config:
-    """The config whose rounds of one tile per multiprocessor take the least time, the first of equals."""
-    return min(CONFIGS, key=lambda config: _ceil_div(config.tiles(rows, columns), sm_count) * config.tile_cost)
+def choose(rows: int, columns: int, num_k: int, promote: bool, sm_count: int) -> Config:
+    """The config with the least estimated time, the first of equals."""
+    return min(configs(promote), key=lambda config: config.microseconds(rows, columns, num_k, sm_count))
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -2,14 +2,18 @@
 
 A 2:4 operand with ``rows`` rows and ``columns`` logical columns (the contraction) is stored as
 
-* ``values``   e4m3 ``[rows, padded(columns) / 2]``: the two kept elements of each group of four, in order;
-* ``metadata`` int32 ``[padded(columns) / 128, padded(rows) / 16, 32, 2]``: where they stood.
+* ``values``   e4m3 or bf16 ``[rows, padded(columns) / 2]``: the two kept elements of each group of four, in order;
+* ``metadata`` int32 ``[padded(columns) / 128, padded(rows) / 16, 32, 2]`` with e4m3 and ``[padded(columns) / 64,
+  padded(rows) / 16, 32, 1]`` with bf16: where they stood.
 
 A group's four metadata bits ("nibble") are ``first | second << 2`` with ``first < second`` the positions of the kept
-elements.  Eight nibbles, the lowest first, make a 32-bit word for 32 logical columns; the words lie in the order in
-which the 32 lanes of a warp hold them for ``wgmma.mma_async.sp`` with 8-bit operands (PTX ISA, "Sparse matrix
-storage"): within a block of 16 rows and 128 columns, the word of row ``r`` and 32-column part ``p`` is word ``p // 2``
-of lane ``4 * (r % 8) + 2 * (p % 2) + r // 8``.
+elements, and nibbles fill a 32-bit word from its lowest bits.  The words lie in the order in which the 32 lanes of a
+warp hold them for ``wgmma.mma_async.sp`` (PTX ISA, "Sparse matrix storage").  Of a block of 16 rows,
+
+* e4m3: the eight nibbles of row ``r`` and 32-column part ``p`` are word ``p // 2`` of lane
+  ``4 * (r % 8) + 2 * (p % 2) + r // 8``;
+* bf16: the four nibbles of row ``r`` and 16-column part ``p`` are half ``r // 8`` of the word of lane
+  ``4 * (r % 8) + p``.
 
 Padding to multiples of 128 keeps every row 16-byte aligned for TMA and every metadata word of a tile in bounds.
 """
@@ -39,9 +43,10 @@ def values_shape(rows: int, columns: int) -> tuple[int, int]:
     return (rows, padded(columns) // 2)
 
 
-def metadata_shape(rows: int, columns: int) -> tuple[int, int, int, int]:
-    """Shape of the ``metadata`` of a 2:4 operand ``[rows, columns]``."""
-    return (padded(columns) // 128, padded(rows) // 16, 32, 2)
+def metadata_shape(rows: int, columns: int, dtype: torch.dtype = E4M3) -> tuple[int, int, int, int]:
+    """Shape of the ``metadata`` of a 2:4 operand ``[rows, columns]`` of 8-bit or 16-bit elements."""
+    words = 2 // dtype.itemsize
+    return (padded(columns) // (64 * words), padded(rows) // 16, 32, words)
 
 
 def check_buffer(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

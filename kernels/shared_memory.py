@@ -1,9 +1,10 @@
-"""Where the shared-memory buffers of a Gluon kernel lie: what inline assembly needs and the language does not tell.
+"""Where a Gluon kernel has its shared-memory buffers and its descriptors, for inline assembly: Gluon does not tell.
 
-A buffer's address is the symbol ``global_smem`` plus an offset that Triton's allocation pass chooses, after the kernel
-was specialised.  So the offsets are constexpr arguments of the kernel and results of its compilation: compile, run the
-same pass on the text of the compiled kernel, compile again with what it says, until the kernel was compiled with the
-offsets that it has.  No kernel runs with offsets that were not verified this way.
+A buffer's address is the symbol ``global_smem`` plus an offset that Triton's allocation pass chooses, a descriptor is a
+parameter of the compiled kernel, and both are known only after the kernel was specialised.  So they are constexpr
+arguments of the kernel and results of its compilation: compile, run the same pass on the text of the compiled kernel,
+compile again with what it says, until the kernel was compiled with the places that it has.  No kernel runs with places
+that were not verified this way.
 """
 
 import re
@@ -19,37 +20,43 @@ _CAPABILITY = 90
 _ALLOCATION = re.compile(
     r"ttg\.local_alloc\s*\{allocation\.offset = (\d+) : i32\} : \(\) -> !ttg\.memdesc<((?:\d+x)+)\w+,"
 )
-# One compilation finds the offsets and one verifies them; a change of offsets can't move the buffers again.
+_DESCRIPTOR = re.compile(r"\.param \.align \d+ \.b8 \w+_param_(\d+)\[128\]")
+# One compilation finds the places and one verifies them; a change of places can't move the buffers again.
 _MAX_COMPILATIONS = 3
 
 
-def resolve_offsets(
-    compile_kernel: Callable[[dict[str, int]], Any], buffers: Mapping[str, tuple[int, ...]]
-) -> dict[str, int]:
-    """The offset in bytes of each buffer, verified.
+def resolve_places(
+    compile_kernel: Callable[[dict[str, Any]], Any], buffers: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """The offset in bytes of each buffer and, as ``descriptors``, the number of each parameter that is one, verified.
 
     Args:
-        compile_kernel: compiles the kernel, without running it, with these offsets as its constexpr arguments.
-        buffers: the argument that takes a buffer's offset -> the buffer's shape, by which it is found.
+        compile_kernel: compiles the kernel, without running it, with these places; an empty dict at first.
+        buffers: the name of a buffer -> its shape, by which it is found.
 
     Raises:
-        RuntimeError: a buffer is not found, or the offsets do not settle.
+        RuntimeError: a buffer is not found, or the places do not settle.
     """
-    offsets = dict.fromkeys(buffers, 0)
+    places: dict[str, Any] = {}
     for _ in range(_MAX_COMPILATIONS):
-        compiled = compile_kernel(offsets)
-        found = _allocate(compiled.asm["ttgir"])
-        missing = {name: shape for name, shape in buffers.items() if shape not in found}
-        if missing:
-            raise RuntimeError(f"shared-memory buffers {missing} are not among those allocated, {found}")
-        settled, offsets = offsets, {name: found[shape] for name, shape in buffers.items()}
-        if settled == offsets:
-            return offsets
-    raise RuntimeError(f"shared-memory offsets do not settle: compiled with {settled}, allocated at {offsets}")
+        compiled = compile_kernel(places)
+        allocations = _allocate(compiled.asm["ttgir"])
+        settled, places = places, {name: _find(shape, name, allocations) for name, shape in buffers.items()}
+        places["descriptors"] = tuple(map(int, _DESCRIPTOR.findall(compiled.asm["ptx"])))
+        if settled == places:
+            return places
+    raise RuntimeError(f"places in shared memory do not settle: compiled with {settled}, allocated at {places}")
 
 
-def _allocate(ttgir: str) -> dict[tuple[int, ...], int]:
-    """Shape -> offset of the buffers of a kernel, by Triton's own passes up to the allocation of shared memory."""
+def _find(shape: tuple[int, ...], name: str, allocations: list[tuple[tuple[int, ...], int]]) -> int:
+    offsets = [offset for allocated, offset in allocations if allocated == shape]
+    if len(offsets) != 1:
+        raise RuntimeError(f"{name} needs one shared-memory buffer of shape {shape}; allocated are {allocations}")
+    return offsets[0]
+
+
+def _allocate(ttgir: str) -> list[tuple[tuple[int, ...], int]]:
+    """Shapes and offsets of the buffers of a kernel, by Triton's own passes up to the allocation of shared memory."""
     backend = CUDABackend(GPUTarget("cuda", _CAPABILITY, 32))
     context = ir.context()
     ir.load_dialects(context)
@@ -67,10 +74,7 @@ def _allocate(ttgir: str) -> dict[tuple[int, ...], int]:
     passes.gluon.add_inliner(manager)
     nvidia.passes.ttgpuir.add_allocate_shared_memory_nv(manager, _CAPABILITY, ptx_version)
     manager.run(module, "allocate_shared_memory")
-    allocations = [
+    return [
         (tuple(int(size) for size in shape.split("x")[:-1]), int(offset))
         for offset, shape in _ALLOCATION.findall(str(module))
     ]
-    if len(allocations) != len(dict(allocations)):
-        raise RuntimeError(f"shared-memory buffers can't be told apart by their shapes: {allocations}")
-    return dict(allocations)

@@ -14,6 +14,7 @@ from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import find
 from sparse_compile.passes.rewrite import rewrite
+from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
 from sparse_compile.report import GraphReport, record
 from sparse_compile.runtime import Runtime
@@ -45,6 +46,8 @@ def sste(
 
     sites, near_misses = find(graph)
     plans, rejections = decide(sites, chosen.recipe, chosen.targets, ParameterOwners())
+    if chosen.tune:
+        tune(plans)
     slots = rewrite(graph, plans)
     verify(graph, plans)
 

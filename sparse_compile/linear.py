@@ -123,7 +123,7 @@ def _fprop(
     """output = input @ weight.T"""
     if recipe.fprop is Gemm.SPARSE24:
         values, metadata, _, weight_scale_inv = operands
-        return ops.sparse_mm(values, metadata, x_fp8, weight_scale_inv, scale_inv, out_dtype, True)
+        return ops.sparse_mm(values, metadata, x_fp8, weight_scale_inv, scale_inv, out_dtype, True, True)
     payload, _, weight_scale_inv = operands
     return _scaled_mm(x_fp8, payload, weight_scale_inv, scale_inv, out_dtype)
 
@@ -169,7 +169,7 @@ def _wgrad(ctx: Any, operand: tuple[Tensor, ...], x_fp8: Tensor, scale_inv: Tens
     x_t = ops.transpose_tokens(x_fp8)
     if ctx.recipe.wgrad is Gemm.SPARSE24:
         values, metadata = operand
-        return ops.sparse_mm(values, metadata, x_t, scale_inv, None, ctx.weight_dtype, ctx.transposed)
+        return ops.sparse_mm(values, metadata, x_t, scale_inv, None, ctx.weight_dtype, ctx.transposed, False)
     (grad_t,) = operand
     a, b = (x_t, grad_t) if ctx.transposed else (grad_t, x_t)
     return ops.scaled_mm(a, b, scale_inv, _gemm_dtype(ctx.weight_dtype)).to(ctx.weight_dtype)

@@ -9,7 +9,7 @@ from typing import Any
 from sparse_compile.recipe import RECIPES, SSTE, Recipe
 from sparse_compile.torch_internals import inductor_option_names, inductor_patches
 
-_NAMES = ("sste.recipe", "sste.targets", "sste.executor")
+_NAMES = ("sste.recipe", "sste.targets", "sste.executor", "sste.tune")
 
 
 class Executor(Enum):
@@ -27,12 +27,14 @@ class Options:
         recipe: arithmetic of the targeted linears; the others get dense FP8.
         targets: ``"ffn"``, ``"all"``, or a glob of module names such as ``"*.mlp.*"``.
         executor: what runs the rewritten graph.
+        tune: whether the 2:4 GEMMs are timed, those that no earlier run has timed, while the graph is compiled.
         inductor: configuration handed on to Inductor, from ``mode`` and the options without our prefix.
     """
 
     recipe: Recipe
     targets: str
     executor: Executor
+    tune: bool
     inductor: Mapping[str, Any]
 
 
@@ -56,10 +58,14 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
     targets = ours.get("sste.targets", "ffn")
     if not isinstance(targets, str) or not targets:
         raise ValueError(f"option 'sste.targets' is {targets!r}; allowed are 'ffn', 'all' or a glob of module names")
+    tune = ours.get("sste.tune", False)
+    if not isinstance(tune, bool):
+        raise ValueError(f"option 'sste.tune' is {tune!r}; allowed are True and False")
     return Options(
         recipe=RECIPES[_choice(ours, "sste.recipe", SSTE.name, list(RECIPES))],
         targets=targets,
         executor=Executor(_choice(ours, "sste.executor", "inductor", [executor.value for executor in Executor])),
+        tune=tune,
         inductor=inductor_patches(mode, inductors),
     )
 

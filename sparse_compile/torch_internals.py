@@ -8,6 +8,7 @@ from functools import cache
 from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import EntryPoint
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,12 +34,11 @@ def self_test() -> list[str]:
         ("torch._inductor.compile_fx", "compile_fx"),
         ("torch._inductor.cudagraph_trees", "reset_cudagraph_trees"),
         ("torch._subclasses.fake_tensor", "FakeTensor"),
+        ("torch.fx.experimental.sym_node", "SymNode.hint"),
     ):
         try:
-            found = hasattr(import_module(module), name)
-        except ImportError:
-            found = False
-        if not found:
+            attrgetter(name)(import_module(module))
+        except (AttributeError, ImportError):
             missing.append(f"{module}.{name}")
     return missing
 
@@ -142,6 +142,13 @@ def checkpoint_body(caller: GraphModule, call: Node) -> GraphModule:
 def example_value(node: Any) -> Any:
     """The fake value that dynamo recorded for a node; None for what is not a node or has none."""
     return node.meta.get("example_value") if isinstance(node, Node) else None
+
+
+def hint(size: int | torch.SymInt) -> int | None:
+    """The size that a symbolic one had when dynamo traced, without a guard on it; None if it depends on data."""
+    if isinstance(size, torch.SymInt):
+        return cast("int | None", size.node.hint)
+    return size
 
 
 def real_parameter(node: Node) -> torch.nn.Parameter | None:

@@ -11,12 +11,14 @@ from sparse_compile.recipe import FP8, SSTE, Estimator, Gemm, Projection, Recipe
 def test_defaults():
     options = read_options(None, None)
     assert (options.recipe, options.targets, options.executor) == (SSTE, "ffn", Executor.INDUCTOR)
+    assert options.tune is False
     assert options.inductor == {}
 
 
 def test_ours_and_inductors_are_told_apart():
-    options = read_options(None, {"sste.recipe": "fp8", "sste.executor": "eager", "epilogue_fusion": False})
-    assert (options.recipe, options.executor) == (FP8, Executor.EAGER)
+    ours = {"sste.recipe": "fp8", "sste.executor": "eager", "sste.tune": True}
+    options = read_options(None, {**ours, "epilogue_fusion": False})
+    assert (options.recipe, options.executor, options.tune) == (FP8, Executor.EAGER, True)
     assert options.inductor == {"epilogue_fusion": False}
 
 
@@ -36,6 +38,8 @@ def test_modes_are_inductors():
         ({"sste.executor": "cuda"}, r"option 'sste.executor' is 'cuda'; .*allowed are 'eager', 'inductor'"),
         ({"sste.targets": 3}, r"option 'sste.targets' is 3; allowed are 'ffn', 'all' or a glob"),
         ({"sste.targets": ""}, r"option 'sste.targets' is ''; allowed are"),
+        ({"sste.tune": "yes"}, r"option 'sste.tune' is 'yes'; allowed are True and False"),
+        ({"sste.tune": 1}, r"option 'sste.tune' is 1; allowed are True and False"),
         ({"epilog_fusion": True}, r"unknown option 'epilog_fusion': .*did you mean 'epilogue_fusion'\?"),
     ],
 )

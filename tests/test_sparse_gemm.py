@@ -1,9 +1,10 @@
-"""The 2:4-sparse FP8 GEMM: its operand format, its compilation for Hopper, its arithmetic on one."""
+"""The 2:4-sparse GEMM: its operand format, its compilation for Hopper, its arithmetic on one."""
 
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,11 @@ def random_operand(rows: int, columns: int, device: str = "cpu") -> tuple[Tensor
         torch.randn(rows, columns, device=device), torch.tensor([1.5], device=device)
     )
     return values, metadata, scale_inv
+
+
+def random_positions(rows: int, columns: int, device: str = "cpu") -> Tensor:
+    """What to keep of each group of four of ``[rows, columns]``."""
+    return torch.rand(rows, columns // 4, 4, device=device).argsort(-1)[..., :2].sort(-1).values
 
 
 def random_dense(rows: int, columns: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -62,7 +68,7 @@ class TestFormat:
         # CUTLASS, mma_traits_sm90_gmma_sparse.hpp, metadata of m64k64 with 8-bit operands: the thread's digits in mixed
         # radix (2, 2, 8, 4) times the strides (8, 2048, 1, 16), plus 64 a bit, is row + 64 * column.
         rows, columns = 128, 384
-        groups = torch.rand(rows, columns // 4, 4).argsort(-1)[..., :2].sort(-1).values
+        groups = random_positions(rows, columns)
         _, metadata = reference.compress24(torch.ones(rows, columns).to(E4M3), groups)
         for block in range(columns // 128):
             for thread in range(256):  # two warpgroups
@@ -73,6 +79,34 @@ class TestFormat:
                 for group in range(8):
                     first, second = groups[row, column // 4 + group].tolist()
                     assert bits >> (4 * group) & 15 == first | second << 2
+
+    def test_lanes_hold_what_wgmma_reads_with_16_bits(self) -> None:
+        # PTX ISA, metadata of wgmma m64nNk32 with 16-bit operands: thread t of four holds, with selector t // 2, the
+        # columns from 16 * (t % 2) on of the instruction's 32, of row r in the low half and of row r + 8 in the high.
+        rows, columns = 128, 192
+        groups = random_positions(rows, columns)
+        _, metadata = reference.compress24(torch.ones(rows, columns).bfloat16(), groups)
+        assert metadata.shape == metadata_shape(rows, columns, torch.bfloat16) == (4, 8, 32, 1)
+        for block in range(columns // 64):
+            for warp in range(8):
+                for lane in range(32):
+                    bits = int(metadata[block, warp, lane, 0])
+                    column = 64 * block + 32 * (lane % 4 // 2) + 16 * (lane % 2)
+                    for half in range(2):
+                        for group in range(4):
+                            first, second = groups[16 * warp + lane // 4 + 8 * half, column // 4 + group].tolist()
+                            assert bits >> (16 * half + 4 * group) & 15 == first | second << 2
+
+    @pytest.mark.parametrize("size", [(128, 128), (5, 144), (200, 1040)], ids=str)
+    def test_decompression_is_the_inverse_with_16_bits(self, size) -> None:
+        rows, columns = size
+        dense, positions = torch.randn(size).bfloat16(), random_positions(*size)
+        values, metadata = reference.compress24(dense, positions)
+        assert values.shape == values_shape(*size)
+        mask = torch.zeros(rows, columns // 4, 4).scatter_(-1, positions, 1.0).reshape(size)
+        decompressed = reference.decompress24(values, metadata)
+        assert torch.equal(decompressed[:, :columns], torch.where(mask > 0, dense, 0.0))
+        assert not decompressed[:, columns:].any()
 
     @pytest.mark.parametrize("size", [(128, 128), (16, 16), (5, 144), (200, 1040)], ids=str)
     def test_decompression_is_the_inverse(self, size) -> None:
@@ -100,67 +134,77 @@ class HopperDriver:
         return GPUTarget("cuda", 90, 32)
 
 
+# Each config, with fast accumulation and, where it has the registers, without.
+CONFIGS = [(config, promote) for promote in (False, True) for config in configs.configs(promote)]
+
+
+def config_id(argument: object) -> str:
+    if isinstance(argument, configs.Config):
+        return f"128x{argument.block_d}" + (" clusters" if argument.cluster > 1 else "")
+    return "accurate" if argument else "fast"
+
+
 @pytest.fixture
-def compile_launch(monkeypatch) -> Iterator[Callable[..., list]]:
-    """Launches on the CPU that stop short of running; returns what they compiled."""
+def compile_plan(monkeypatch) -> Iterator[Callable[..., Any]]:
+    """Plans that stop short of loading what they compiled, which is returned."""
     nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     if not nvdisasm.exists():
         pytest.skip(f"this Triton comes without NVIDIA's tools: no {nvdisasm}")
-    compiled = []
-    kernel = sparse_gemm.sparse_gemm_kernel
-    run = kernel.run
 
-    def compile_only(*args, **kwargs):
-        compiled.append(run(*args, **{**kwargs, "warmup": True}))
-        return compiled[-1]
+    def compile_only(kernel, grid, varying, sizes, *, cluster, **constants):
+        return kernel.warmup(*varying, *sizes, grid=grid, **constants)
 
-    def launch(config, rows, columns, dtype, *, scaled, transpose):
-        monkeypatch.setattr(sparse_gemm, "choose", lambda *args: config)
-        values, metadata, scale_inv = random_operand(rows, 256)
-        dense, dense_scale_inv = random_dense(columns, 256)
-        out = torch.empty((columns, rows) if transpose else (rows, columns), dtype=dtype)
-        sparse_gemm.launch_sparse_gemm(
-            values, metadata, dense, scale_inv, dense_scale_inv if scaled else None, out, transpose
-        )
-        return compiled
+    def plan(config, promote, dtype, rows, columns, out_dtype, *, scaled, transpose):
+        values, metadata = reference.compress24(torch.randn(rows, 256).to(dtype), random_positions(rows, 256))
+        out = torch.empty((columns, rows) if transpose else (rows, columns), dtype=out_dtype)
+        dense = torch.randn(columns, 256).to(dtype)
+        scale = torch.ones(columns) if scaled else None
+        return sparse_gemm.plan(config, promote, values, metadata, dense, torch.ones(1), scale, out, transpose)
 
-    monkeypatch.setattr(kernel, "run", compile_only)
+    monkeypatch.setattr(sparse_gemm, "plan_kernel", compile_only)
     monkeypatch.setattr(sparse_gemm, "_sm_count", lambda device: 132)
-    monkeypatch.setattr(sparse_gemm, "_offsets", {})
     active = triton.runtime.driver._active
     triton.runtime.driver.set_active(HopperDriver())
-    yield launch
+    yield plan
     triton.runtime.driver._active = active
 
 
-@pytest.mark.parametrize("transpose", [False, True], ids=["", "transpose"])
+INSTRUCTION = {E4M3: "QGMMA.SP.64x{}x64.F32.E4M3.E4M3", torch.bfloat16: "HGMMA.SP.64x{}x32.F32.BF16"}
+
+
 @pytest.mark.parametrize(
-    ("dtype", "rows", "columns", "scaled", "store"),
+    ("dtype", "out_dtype", "rows", "columns", "scaled", "transpose", "store"),
     [
-        (torch.bfloat16, 64, 48, True, "UTMASTG"),
-        (torch.float16, 64, 48, False, "UTMASTG"),
-        (torch.float32, 64, 48, True, "STG"),
-        (torch.bfloat16, 65, 49, True, "STG"),
+        (E4M3, torch.bfloat16, 64, 48, True, True, "UTMASTG"),
+        (E4M3, torch.float16, 64, 48, False, False, "UTMASTG"),
+        (E4M3, torch.float32, 64, 48, False, False, "STG"),
+        (E4M3, torch.bfloat16, 65, 49, True, True, "STG"),
+        (torch.bfloat16, torch.bfloat16, 64, 48, False, True, "UTMASTG"),
     ],
-    ids=["bf16", "fp16", "fp32", "bf16 in odd rows"],
+    ids=["fprop", "wgrad", "wgrad fp32", "odd rows", "bf16"],
 )
-@pytest.mark.parametrize("config", configs.CONFIGS, ids=lambda config: f"128x{config.block_d}")
-def test_compiles_for_hopper(compile_launch, config, dtype, rows, columns, scaled, store, transpose) -> None:
-    *_, verified, launched = compile_launch(config, rows, columns, dtype, scaled=scaled, transpose=transpose)
-    assert launched is verified
-    sass = get_sass(launched.asm["cubin"])
-    multiply = re.findall(r"[QH]GMMA[.\w]*", sass)
-    assert multiply == [f"QGMMA.SP.64x{config.block_d}x64.F32.E4M3.E4M3"] * 2
+@pytest.mark.parametrize(("config", "promote"), CONFIGS, ids=config_id)
+def test_compiles_for_hopper(
+    compile_plan, config, promote, dtype, out_dtype, rows, columns, scaled, transpose, store
+) -> None:
+    if promote and (dtype != E4M3 or transpose):
+        return  # bf16 needs none, and fprop asks for none
+    compiled = compile_plan(config, promote, dtype, rows, columns, out_dtype, scaled=scaled, transpose=transpose)
+    sass = get_sass(compiled.asm["cubin"])
+    # Two warpgroups, two sets of metadata registers, two instructions a stage.
+    assert re.findall(r"[QH]GMMA[.\w]*", sass) == [INSTRUCTION[dtype].format(config.block_d)] * 8
     assert set(re.findall(r"\b(?:UTMA)?STG\b", sass)) == {store}
-    # In the loop nothing is spilled.  Around it a tile's 64 transposed columns have 64 addresses of two registers.
-    loop = sass[sass.rindex("TRYWAIT", 0, sass.index("QGMMA")) : sass.rindex("QGMMA")]
-    assert not re.search(r"\b(?:LDL|STL)\b", loop)
-    if store == "UTMASTG" or not transpose:
-        assert not re.search(r"\b(?:LDL|STL)\b", sass)
+    assert ("MULTICAST" in sass) == (config.cluster > 1)
+    # Where the compiler finds no registers to keep two stages in flight it waits after each instruction.
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (\w+)", sass)
+    assert sorted(waits) == ["0x0"] * 2 + ["0x1"] * 4
+    # In the loops nothing is spilled.
+    for loop in re.findall(r"TRYWAIT[^Q]*?[QH]GMMA.*?BRA", sass, re.DOTALL):
+        assert not re.search(r"\b(?:LDL|STL)\b", loop)
 
 
-class TestOffsets:
-    """The search for the offsets of shared-memory buffers."""
+class TestPlaces:
+    """The search for the places of shared-memory buffers and descriptors."""
 
     TTGIR = """
     #shared = #ttg.swizzled_shared<{vec = 1, perPhase = 1, maxPhase = 1, order = [0]}>
@@ -177,63 +221,67 @@ class TestOffsets:
     }
     """
 
+    PTX = """
+    .visible .entry kernel(
+        .param .u64 kernel_param_0,
+        .param .align 64 .b8 kernel_param_1[128],
+        .param .align 64 .b8 kernel_param_6[128]
+    )
+    """
+
     def kernel(self, second: int) -> SimpleNamespace:
-        return SimpleNamespace(asm={"ttgir": self.TTGIR.replace("SECOND", str(second))})
+        return SimpleNamespace(asm={"ttgir": self.TTGIR.replace("SECOND", str(second)), "ptx": self.PTX})
 
     def test_compiles_until_they_hold(self) -> None:
         tried = []
-        buffers = {"FIRST": (512,), "SECOND": (64,)}
-        found = shared_memory.resolve_offsets(lambda o: (tried.append(o), self.kernel(64))[1], buffers)
-        assert found == {"FIRST": 0, "SECOND": 2048}
-        assert tried == [{"FIRST": 0, "SECOND": 0}, found]
+        buffers = {"first": (512,), "second": (64,)}
+        found = shared_memory.resolve_places(lambda places: (tried.append(places), self.kernel(64))[1], buffers)
+        assert found == {"first": 0, "second": 2048, "descriptors": (1, 6)}
+        assert tried == [{}, found]
 
     def test_refuses_a_missing_buffer(self) -> None:
-        with pytest.raises(RuntimeError, match=r"\{'OTHER': \(3,\)\} are not among"):
-            shared_memory.resolve_offsets(lambda offsets: self.kernel(64), {"OTHER": (3,)})
+        with pytest.raises(RuntimeError, match=r"other needs one shared-memory buffer of shape \(3,\); allocated are"):
+            shared_memory.resolve_places(lambda places: self.kernel(64), {"other": (3,)})
 
     def test_refuses_buffers_of_one_shape(self) -> None:
-        with pytest.raises(RuntimeError, match="told apart"):
-            shared_memory.resolve_offsets(lambda offsets: self.kernel(512), {"FIRST": (512,)})
+        with pytest.raises(RuntimeError, match="first needs one shared-memory buffer"):
+            shared_memory.resolve_places(lambda places: self.kernel(512), {"first": (512,)})
 
-    def test_refuses_offsets_that_move(self) -> None:
+    def test_refuses_places_that_move(self) -> None:
         tried = []
 
-        def moving(offsets):
-            tried.append(offsets)
+        def moving(places):
+            tried.append(places)
             # The larger buffer comes first.
             return self.kernel(1024 * len(tried))
 
         with pytest.raises(RuntimeError, match="do not settle"):
-            shared_memory.resolve_offsets(moving, {"FIRST": (512,)})
+            shared_memory.resolve_places(moving, {"first": (512,)})
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "block_d"),
+    ("rows", "columns", "num_k", "block_d"),
     [
-        (8192, 8192, 256),
-        (128, 1, 128),
-        (768, 16384, 256),
-        # 60 wide tiles or 120 narrow ones: either way one round of 132 multiprocessors.
-        (1280, 1536, 128),
-        # 100 wide tiles fill one round, 200 narrow ones two.
-        (1280, 2560, 256),
+        (8192, 8192, 64, 256),
+        (128, 1, 8, 128),
+        # 72 wide tiles leave 60 of 132 multiprocessors idle, 96 narrower ones 36.
+        (3072, 768, 128, 192),
+        # 36 tiles of any width are one round.
+        (768, 768, 8, 128),
     ],
 )
-def test_choice_of_the_tile(rows, columns, block_d) -> None:
-    assert configs.choose(rows, columns, 132).block_d == block_d
+def test_choice_of_the_tile(rows, columns, num_k, block_d) -> None:
+    assert configs.choose(rows, columns, num_k, False, 132).block_d == block_d
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"block_d": 192}, "block_d is 192"),
-        ({"stages": 1}, "at least two stages"),
-        ({"stages": 5}, "needs .* bytes of shared memory"),
-    ],
-)
-def test_config_refuses(change, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        configs.Config(**{"block_d": 256, "stages": 4, "tile_cost": 1.0, **change})
+def test_accurate_products_take_tiles_with_registers_to_spare() -> None:
+    assert configs.choose(8192, 8192, 64, True, 132).block_d == 192
+
+
+@pytest.mark.parametrize("change", [{"block_d": 64}, {"cluster": 4}], ids=str)
+def test_config_refuses(change) -> None:
+    with pytest.raises(ValueError, match=r"allowed is \(block_d, cluster\) in "):
+        configs.Config(**{"block_d": 256, "cluster": 1, **change})
 
 
 @pytest.mark.parametrize(
@@ -244,7 +292,7 @@ def test_empty_problems_launch_nothing(rows, columns, contraction) -> None:
     metadata = torch.empty(metadata_shape(rows, contraction), dtype=torch.int32)
     dense = torch.empty(columns, contraction, dtype=E4M3)
     out = torch.full((rows, columns), float("nan"))
-    sparse_gemm.launch_sparse_gemm(values, metadata, dense, torch.ones(1), None, out, False)
+    sparse_gemm.launch_sparse_gemm(values, metadata, dense, torch.ones(1), None, out, False, True)
     assert torch.equal(out, torch.zeros(rows, columns))
 
 
@@ -252,11 +300,12 @@ def test_empty_problems_launch_nothing(rows, columns, contraction) -> None:
     ("change", "message"),
     [
         ({"values": torch.empty(5, 60, dtype=E4M3)}, "values has 60 columns; needed is a multiple of 64"),
-        ({"values": torch.empty(5, 64)}, "values is torch.float32"),
+        ({"values": torch.empty(5, 64)}, "values is torch.float32; allowed are torch.float8_e4m3fn and torch.bfloat16"),
         ({"values": torch.empty(5, dtype=E4M3)}, "must have two dimensions"),
         ({"metadata": torch.empty(1, 1, 32, 2, dtype=torch.int32)}, r"needed is torch.int32 \(1, 8, 32, 2\)"),
         ({"dense": torch.empty(3, 40, dtype=E4M3)}, "dense has 40 columns; allowed are multiples of 16 up to 128"),
         ({"dense": torch.empty(3, 144, dtype=E4M3)}, "dense has 144 columns"),
+        ({"dense": torch.empty(3, 48, dtype=torch.bfloat16)}, "dense is torch.bfloat16"),
         ({"dense": torch.empty(48, 3).to(E4M3).t()}, r"dense is torch.float8_e4m3fn \(3, 48\) with strides \(1, 3\)"),
         ({"dense": torch.empty(3 * 48 + 1, dtype=E4M3)[1:].view(3, 48)}, "dense starts at address .* multiple of 16"),
         ({"scale_inv": torch.ones(())}, "scale_inv is"),
@@ -276,6 +325,7 @@ def test_launcher_refuses_wrong_arguments(change, message) -> None:
         "dense_scale_inv": None,
         "out": torch.empty(5, 3),
         "transpose": False,
+        "use_fast_accum": True,
     }
     with pytest.raises(ValueError, match=message):
         sparse_gemm.launch_sparse_gemm(**{**arguments, **change})
@@ -294,11 +344,12 @@ SHAPES = [(128, 256, 128), (16, 16, 16), (48, 15, 80), (3072, 4097, 768), (768, 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "accurate"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
 @pytest.mark.parametrize("transpose", [False, True], ids=["", "transpose"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_error_budget(shape, dtype, transpose, scaled) -> None:
+def test_error_budget(shape, dtype, transpose, scaled, fast) -> None:
     rows, columns, contraction = shape
     values, metadata, scale_inv = random_operand(rows, contraction, "cuda")
     dense, dense_scale_inv = random_dense(columns, contraction, "cuda")
@@ -309,7 +360,7 @@ def test_error_budget(shape, dtype, transpose, scaled) -> None:
     results = []
     for _ in range(2):
         buffer, out = poisoned((columns, rows) if transpose else (rows, columns), dtype, "cuda")
-        sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, out, transpose)
+        sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, out, transpose, fast)
         assert buffer[:1024].isnan().all()
         assert buffer[-1024:].isnan().all()
         results.append(out)
@@ -319,26 +370,62 @@ def test_error_budget(shape, dtype, transpose, scaled) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", configs.CONFIGS, ids=lambda config: f"128x{config.block_d}")
+@pytest.mark.parametrize(("config", "promote"), CONFIGS, ids=config_id)
 @pytest.mark.parametrize("transpose", [False, True], ids=["", "transpose"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2500, 3000, 1040), (4096, 4096, 128), (250, 301, 400)], ids=str)
-def test_small_integers_are_exact(monkeypatch, shape, dtype, transpose, config) -> None:
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [E4M3, torch.bfloat16], ids=str)
+def test_small_integers_are_exact(dtype, out_dtype, transpose, config, promote) -> None:
     """Sums that need no rounding: bit for bit the reference's, with several tiles for each program and with one."""
-    monkeypatch.setattr(sparse_gemm, "choose", lambda *args: config)
+    for rows, columns, contraction in ((2500, 3000, 2320), (250, 301, 400)):
+        weight = torch.randint(-1, 2, (rows, contraction), device="cuda").to(dtype)
+        values, metadata = reference.compress24(weight, random_positions(rows, contraction, "cuda"))
+        dense = torch.randint(-1, 2, (columns, contraction), device="cuda").to(dtype)
+        scale_inv = torch.tensor([0.25], device="cuda")
+        dense_scale_inv = 2.0 ** torch.randint(-2, 3, (columns,), device="cuda")
+        buffer, out = poisoned((columns, rows) if transpose else (rows, columns), out_dtype, "cuda")
+        tensors = (values, metadata, dense, scale_inv, dense_scale_inv, out)
+        sparse_gemm.plan(config, promote, *tensors, transpose)(*(tensor.data_ptr() for tensor in tensors))
+        expected = reference.sparse_mm(*tensors[:-1], out_dtype, transpose, not promote)
+        assert torch.equal(out, expected)
+        assert buffer[:1024].isnan().all()
+        assert buffer[-1024:].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mean", [0.0, 0.5])
+@pytest.mark.parametrize("tokens", [16384, 262144])
+def test_accurate_accumulation(tokens, mean) -> None:
+    """At most twice the error of a sum in fp32 of the same operands; fast accumulation is far off where sums grow."""
+    grad, x = torch.randn(2, 128, tokens, device="cuda").add_(mean).unbind()
+    positions = random_positions(128, tokens, "cuda")
+    scale, x_scale = 448 / grad.abs().max(), 448 / x.abs().max()
+    values, metadata = reference.compress24((grad * scale).to(E4M3), positions)
+    a, b = reference.decompress24(values, metadata).float(), (x * x_scale).to(E4M3)
+    mask = torch.zeros(128, tokens // 4, 4, device="cuda").scatter_(-1, positions, 1.0).reshape(128, tokens)
+    exact = (grad * mask).double() @ x.double().t()
+    scale_inv = (1 / (scale * x_scale)).reshape(1)
+    errors = {"fp32": (a @ b.float().t() * scale_inv - exact).norm() / exact.norm()}
+    for fast in (False, True):
+        _, out = poisoned((128, 128), torch.float32, "cuda")
+        sparse_gemm.launch_sparse_gemm(values, metadata, b, scale_inv, None, out, False, fast)
+        errors["fast" if fast else "accurate"] = (out - exact).norm() / exact.norm()
+    assert errors["accurate"] <= 2 * errors["fp32"], errors
+    if mean > 0:
+        assert errors["fast"] > 4 * errors["fp32"], errors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bf16_operands(shape) -> None:
     rows, columns, contraction = shape
-    weight = torch.randint(-1, 2, (rows, contraction), device="cuda").float()
-    positions = torch.rand(rows, contraction // 4, 4, device="cuda").argsort(-1)[..., :2].sort(-1).values
-    values, metadata = reference.compress24(weight.to(E4M3), positions)
-    dense = torch.randint(-1, 2, (columns, contraction), device="cuda").float().to(E4M3)
-    scale_inv = torch.tensor([0.25], device="cuda")
-    dense_scale_inv = 2.0 ** torch.randint(-2, 3, (columns,), device="cuda")
-    buffer, out = poisoned((columns, rows) if transpose else (rows, columns), dtype, "cuda")
-    sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, out, transpose)
-    expected = reference.sparse_mm(values, metadata, dense, scale_inv, dense_scale_inv, dtype, transpose)
-    assert torch.equal(out, expected)
-    assert buffer[:1024].isnan().all()
-    assert buffer[-1024:].isnan().all()
+    weight = torch.randn(rows, contraction, device="cuda").bfloat16()
+    values, metadata = reference.compress24(weight, random_positions(rows, contraction, "cuda"))
+    dense = torch.randn(columns, contraction, device="cuda").bfloat16()
+    _, out = poisoned((rows, columns), torch.float32, "cuda")
+    sparse_gemm.launch_sparse_gemm(values, metadata, dense, torch.ones(1, device="cuda"), None, out, False, True)
+    a, b = reference.decompress24(values, metadata)[:, :contraction].double(), dense.double()
+    # Sums in fp32, a few thousand additions long; an element forgotten would be a larger part of them.
+    assert ((out.double() - a @ b.t()).abs() <= 2.0**-16 * (a.abs() @ b.abs().t())).all()
 
 
 @pytest.mark.gpu
@@ -350,7 +437,7 @@ def test_weight_gradient(tokens) -> None:
     dense = reference.transpose_tokens(random_dense(tokens, 80, "cuda")[0])
     scale_inv = torch.tensor([1e-3], device="cuda")
     out = poisoned((48, 80), torch.float32, "cuda")[1]
-    sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, None, out, False)
+    sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, None, out, False, False)
     assert_product(out, values, metadata, dense, scale_inv, None)
 
 
@@ -363,7 +450,7 @@ def test_offsets_beyond_32_bits(dtype, transpose) -> None:
     dense, _ = random_dense(columns, contraction, "cuda")
     shape = (columns, rows) if transpose else (rows, columns)
     out = torch.full(shape, float("nan"), dtype=dtype, device="cuda")
-    sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, None, out, transpose)
+    sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, None, out, transpose, True)
     product = out.t() if transpose else out
     assert_product(product[-128:], values[-128:], metadata[:, -8:], dense, scale_inv, None)
     assert_product(product[:, -256:], values, metadata, dense[-256:], scale_inv, None)
@@ -374,10 +461,10 @@ def test_captured_in_a_cuda_graph() -> None:
     values, metadata, scale_inv = random_operand(256, 384, "cuda")
     dense, dense_scale_inv = random_dense(96, 384, "cuda")
     eager, replayed = (torch.empty(96, 256, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, eager, True)
+    sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, eager, True, True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, replayed, True)
+        sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, replayed, True, True)
     replayed.fill_(float("nan"))
     graph.replay()
     assert torch.equal(eager, replayed)
@@ -392,6 +479,6 @@ def test_streams_do_not_disturb_each_other() -> None:
     torch.cuda.synchronize()
     for index, out in enumerate(outs):
         with torch.cuda.stream(streams[index % 3]):
-            sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, None, out, True)
+            sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, None, out, True, True)
     torch.cuda.synchronize()
     assert all(torch.equal(out, outs[0]) for out in outs)

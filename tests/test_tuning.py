@@ -1,0 +1,408 @@
+"""The choice of the sparse GEMM's configuration: what is asked for, what is timed, what is kept on disk."""
+
+import json
+import logging
+import multiprocessing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparse_compile.errors import SparseCompileError
+from sparse_compile.kernels import ops, sparse_gemm, tuning
+from sparse_compile.kernels.configs import Config, configs
+from sparse_compile.kernels.formats import E4M3, padded
+from sparse_compile.kernels.problem import Problem
+from sparse_compile.kernels.tuning import lookup, tune
+
+DEVICE = torch.device("cuda", 0)
+PROBLEM = Problem(
+    rows=4096, columns=1000, contraction=512, dtype=E4M3, out_dtype=torch.bfloat16, scaled=True, transpose=True,
+    use_fast_accum=True,
+)  # fmt: skip
+FAST, SLOW = Config(block_d=192, cluster=2), Config(block_d=128, cluster=1)
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The cache of a process that starts with an empty one."""
+    monkeypatch.setenv("SPARSE_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    tuning._folder.cache_clear()
+    yield tmp_path / "cache"
+    tuning._folder.cache_clear()
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names of GPUs that are not there."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA H{100 + 100 * device.index} / HBM")
+
+
+class Bench:
+    """Stands for the check and the clock of configurations."""
+
+    def __init__(self) -> None:
+        self.times = {FAST: 50.0}
+        self.checked: list[Config] = []
+        self.timed: list[Config] = []
+
+    def check(self, config: Config, problem: Problem, device: torch.device) -> None:
+        assert not self.timed, "all are checked before any is timed"
+        self.checked.append(config)
+
+    def clock(self, problem: Problem, candidates: list[Config], device: torch.device) -> dict[Config, float]:
+        self.timed += candidates
+        return {config: self.times.get(config, 100.0) for config in candidates}
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, folder: Path, gpus: None) -> Bench:
+    bench = Bench()
+    monkeypatch.setattr(tuning, "check_variant", bench.check)
+    monkeypatch.setattr(tuning, "measure", bench.clock)
+    return bench
+
+
+class TestBuckets:
+    def test_sizes_of_a_bucket_differ_by_at_most_an_eighth(self) -> None:
+        smallest: dict[int, int] = {}
+        for size in range(1, 5000):
+            top = tuning._round_up(size)
+            assert top >= size
+            assert tuning._round_up(top) == top, "a bucket holds its own top"
+            smallest.setdefault(top, size)
+            assert size <= smallest[top] * 1.125
+            assert top % (1 << max(0, top.bit_length() - 4)) == 0, "four significant bits"
+        assert list(smallest) == sorted(smallest), "buckets are intervals"
+
+    def test_three_bits_below_the_leading_one(self) -> None:
+        tops = {tuning._round_up(size) for size in range(1025, 2049)}
+        assert tops == {1024 + 128 * eighth for eighth in range(1, 9)}
+
+    def test_each_size_and_kind_counts(self, folder, gpus) -> None:
+        path = tuning._path(PROBLEM, DEVICE)
+        assert path == tuning._path(replace(PROBLEM, columns=1024), DEVICE)
+        bf16 = replace(PROBLEM, dtype=torch.bfloat16)
+        assert tuning._path(bf16, DEVICE) == tuning._path(replace(bf16, use_fast_accum=False), DEVICE)
+        others = [
+            replace(PROBLEM, rows=4097), replace(PROBLEM, columns=1025), replace(PROBLEM, contraction=513), bf16,
+            replace(PROBLEM, out_dtype=torch.float32), replace(PROBLEM, scaled=False),
+            replace(PROBLEM, transpose=False), replace(PROBLEM, use_fast_accum=False),
+        ]  # fmt: skip
+        assert len({path, *(tuning._path(problem, DEVICE) for problem in others)}) == 9
+
+
+class TestTune:
+    def test_the_fastest_is_kept(self, bench) -> None:
+        assert lookup(PROBLEM, DEVICE) is None
+        assert tune(PROBLEM, DEVICE) == FAST
+        assert bench.checked == bench.timed == list(configs(promote=False))
+        assert lookup(PROBLEM, DEVICE) == FAST
+        assert lookup(replace(PROBLEM, columns=1024), DEVICE) == FAST
+        assert lookup(replace(PROBLEM, columns=1025), DEVICE) is None
+        bench.times, bench.timed = {SLOW: 1.0}, []
+        assert tune(PROBLEM, DEVICE) == lookup(PROBLEM, DEVICE) == SLOW
+
+    def test_accurate_products_have_fewer_candidates(self, bench) -> None:
+        tune(replace(PROBLEM, use_fast_accum=False), DEVICE)
+        assert bench.timed == list(configs(promote=True)) != list(configs(promote=False))
+
+    def test_a_wrong_candidate_ends_it(self, bench, monkeypatch) -> None:
+        def check(config: Config, problem: Problem, device: torch.device) -> None:
+            if config == SLOW:
+                raise SparseCompileError("the check", "it", "wrong")
+
+        monkeypatch.setattr(tuning, "check_variant", check)
+        with pytest.raises(SparseCompileError):
+            tune(PROBLEM, DEVICE)
+        assert lookup(PROBLEM, DEVICE) is None
+
+    def test_it_is_logged(self, bench, monkeypatch) -> None:
+        messages: list[str] = []
+        monkeypatch.setattr(logging.Logger, "info", lambda self, text, *values: messages.append(text % values))
+        monkeypatch.setattr(tuning, "perf_counter", iter([10.0, 12.5]).__next__)
+        tune(PROBLEM, DEVICE)
+        assert messages == [
+            f"tuned 4096x1000x512 float8_e4m3fn to bfloat16 scaled transposed in 2.5 s: {FAST}, 50.0 us"
+        ]
+
+
+class FakeCuda:
+    """As much of CUDA as a measurement needs, on the CPU: a launch takes as long as ``microseconds`` says, in turn."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.captured: list[Callable[[], float]] | None = None
+        cuda = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.time = cuda.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: "Event") -> float:
+                return (end.time - self.time) / 1000
+
+        class Graph:
+            def replay(self) -> None:
+                cuda.now += sum(launch() for launch in self.launches)
+
+        @contextmanager
+        def capture(graph: Graph, *, capture_error_mode: str) -> Iterator[None]:
+            assert capture_error_mode == "thread_local"
+            cuda.captured = graph.launches = []
+            yield
+            cuda.captured = None
+
+        replacements = {"device": lambda device: nullcontext(), "Event": Event, "CUDAGraph": Graph, "graph": capture}
+        for name, replacement in replacements.items():
+            monkeypatch.setattr(torch.cuda, name, replacement)
+
+    def launch(self, microseconds: Callable[[], float]) -> None:
+        assert self.captured is not None
+        self.captured.append(microseconds)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+@pytest.mark.parametrize("transpose", [False, True], ids=["", "transpose"])
+def test_times_are_of_one_launch_of_each_configuration(monkeypatch, dtype, scaled, transpose) -> None:
+    cuda, cpu = FakeCuda(monkeypatch), torch.device("cpu")
+    problem = replace(
+        PROBLEM, rows=144, columns=100, contraction=400, dtype=dtype, scaled=scaled, transpose=transpose,
+        use_fast_accum=False,
+    )  # fmt: skip
+    turns: list[Config] = []
+
+    def plan(config: Config, promote: bool, *arguments: Any) -> Callable[..., None]:
+        assert promote == (dtype == E4M3)
+        *tensors, transposed = arguments
+        assert transposed == transpose
+        values, metadata, dense, scale_inv, dense_scale_inv, out = tensors
+        sparse_gemm._check(values, metadata, dense, scale_inv, dense_scale_inv, out, transpose)
+        assert (values.shape[0], *dense.shape) == (144, 100, 400)
+        assert (dense_scale_inv is not None) == scaled
+        for operand in (values.float(), dense.float()):
+            assert (operand != 0).float().mean() > 0.95
+            assert operand.abs().max() <= 448
+
+        def microseconds() -> float:
+            if not turns or turns[-1] != config:
+                turns.append(config)
+            # A disturbed round decides nothing.
+            return 900.0 if config == FAST and turns.count(config) == 3 else {FAST: 12.5, SLOW: 25.0}[config]
+
+        def multiply(*addresses: int | None) -> None:
+            assert addresses == tuple(None if x is None else x.data_ptr() for x in tensors)
+            cuda.launch(microseconds)
+
+        return multiply
+
+    monkeypatch.setattr(sparse_gemm, "plan", plan)
+    state = torch.get_rng_state()
+    assert tuning.measure(problem, [SLOW, FAST], cpu) == {SLOW: pytest.approx(25.0), FAST: pytest.approx(12.5)}
+    assert turns == [SLOW, FAST] * tuning._ROUNDS, "they take turns"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def tune_many(first: int) -> None:
+    for number in range(40):
+        tune(replace(PROBLEM, rows=1 << (first + number) % 30), DEVICE)
+
+
+class TestDisk:
+    def test_processes_may_tune_at_the_same_time(self, bench, folder, monkeypatch) -> None:
+        monkeypatch.setattr(tuning, "check_variant", lambda *_: None)
+        context = multiprocessing.get_context("fork")
+        ranks = [context.Process(target=tune_many, args=(rank,)) for rank in range(3)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+            assert rank.exitcode == 0
+        assert {lookup(replace(PROBLEM, rows=1 << number), DEVICE) for number in range(30)} == {FAST}
+        assert len(list(folder.glob("*/*"))) == 30, "nothing else is left"
+
+    def test_the_file_can_be_read_by_people(self, bench) -> None:
+        tune(PROBLEM, DEVICE)
+        path = tuning._path(PROBLEM, DEVICE)
+        assert path.name == "4096x1024x512_float8_e4m3fn_to_bfloat16_scaled_transposed.json"
+        assert json.loads(path.read_text()) == {"block_d": 192, "cluster": 2}
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "", "{", "[]", "3", "{}", "\0\xff", '{"block_d": 100, "cluster": 1}', '{"block_d": 128}',
+            '{"block_d": 128, "cluster": 1, "warps": 1}',
+        ],
+    )  # fmt: skip
+    def test_a_corrupt_file_is_named(self, bench, text) -> None:
+        tune(PROBLEM, DEVICE)
+        tuning._path(PROBLEM, DEVICE).write_bytes(text.encode("latin-1"))
+        with pytest.raises(ValueError, match=r"4096x1024x512.*\.json holds no configuration .*; remove it"):
+            lookup(PROBLEM, DEVICE)
+
+    def test_where_there_can_be_no_folder(self, bench, folder) -> None:
+        folder.write_text("a file where the folder should be")
+        assert lookup(PROBLEM, DEVICE) is None
+        with pytest.raises(NotADirectoryError):
+            tune(PROBLEM, DEVICE)
+        assert not bench.timed
+
+    def test_folders(self, folder, gpus, monkeypatch, tmp_path) -> None:
+        def parent() -> Path:
+            tuning._folder.cache_clear()
+            return tuning._folder(DEVICE).parent
+
+        assert parent() == folder
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert parent() == folder
+        monkeypatch.delenv("SPARSE_COMPILE_CACHE_DIR")
+        assert parent() == tmp_path / "xdg/sparse_compile"
+        monkeypatch.setenv("XDG_CACHE_HOME", "")
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        assert parent() == tmp_path / "home/.cache/sparse_compile"
+        assert lookup(PROBLEM, DEVICE) is None
+        assert not list(tmp_path.iterdir()), "nothing is made before something is tuned"
+
+    def test_a_folder_per_device_version_and_source(self, folder, gpus, monkeypatch) -> None:
+        def name(index: int = 0) -> str:
+            tuning._folder.cache_clear()
+            return tuning._folder(torch.device("cuda", index)).name
+
+        assert name().startswith(f"sparse_gemm-NVIDIA_H100___HBM-{torch.__version__}-")
+        names = {name(), name(index=1)}
+        monkeypatch.setattr(torch, "__version__", "2.99.0")
+        names.add(name())
+        monkeypatch.setattr(tuning, "version", lambda package: "9.9")
+        names.add(name())
+        for source in tuning._SOURCES:
+            monkeypatch.setattr(tuning, "_SOURCES", tuple(s for s in tuning._SOURCES if s != source))
+            names.add(name())
+        assert len(names) == 4 + 4
+
+
+class TestGraph:
+    """What the backend asks for, against what the compiled graph multiplies."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
+        problems: list[Problem] = []
+
+        def tune(problem: Problem, device: torch.device) -> None:
+            assert device.type == "cpu"
+            assert not isinstance(torch.empty(1), torch._subclasses.FakeTensor), "tuning needs real tensors"
+            problems.append(problem)
+
+        def lookup(problem: Problem, device: torch.device) -> Config | None:
+            return FAST if problem in problems else None
+
+        monkeypatch.setattr(ops, "emulation_reason", lambda device: None)
+        monkeypatch.setattr(tuning, "tune", tune)
+        monkeypatch.setattr(tuning, "lookup", lookup)
+        return problems
+
+    @pytest.fixture
+    def multiplied(self, monkeypatch: pytest.MonkeyPatch) -> set[Problem]:
+        seen: set[Problem] = set()
+        sparse_mm = ops.sparse_mm
+
+        def recorded(
+            values: Tensor, metadata: Tensor, dense: Tensor, a: Any, b: Any, dtype: Any, transpose: bool, fast: bool
+        ) -> Any:
+            seen.add(
+                Problem(
+                    rows=values.shape[0],
+                    columns=dense.shape[0],
+                    contraction=dense.shape[1],
+                    dtype=dense.dtype,
+                    out_dtype=dtype,
+                    scaled=b is not None,
+                    transpose=transpose,
+                    use_fast_accum=fast,
+                )
+            )
+            return sparse_mm(values, metadata, dense, a, b, dtype, transpose, fast)
+
+        monkeypatch.setattr(ops, "sparse_mm", recorded)
+        return seen
+
+    @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+    @pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpoint"])
+    @pytest.mark.parametrize("stored", ["linear", "conv1d"])
+    def test_the_products_of_the_graph(
+        self, asked, multiplied, small_gpt, conv1d, batch, stored, checkpoint, autocast
+    ) -> None:
+        model = small_gpt(nn.Linear if stored == "linear" else conv1d, checkpoint=checkpoint)
+        compiled = torch.compile(model, backend="sste", options={"sste.executor": "eager", "sste.tune": True})
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = compiled(*batch)
+        loss.backward()
+        # up and down, fprop and wgrad, tokens padded where they are contracted; in two blocks, but tuned once.
+        assert len(asked) == 4
+        assert set(asked) == multiplied
+        assert {problem.contraction for problem in asked} == {64, 256, padded(64)}
+
+    def test_symbolic_tokens_use_their_hint(self, asked, small_gpt, batch) -> None:
+        model = small_gpt()
+        options = {"sste.executor": "eager", "sste.tune": True}
+        compiled = torch.compile(model, backend="sste", dynamic=True, options=options)
+        compiled(*batch).backward()
+        first = list(asked)
+        assert first
+        assert all(type(problem.columns) is int and type(problem.contraction) is int for problem in first)
+        assert {problem.columns for problem in first if problem.transpose} == {64}
+        with torch.compiler.set_stance("fail_on_recompile"):
+            compiled(*(ids[:, :24].contiguous() for ids in batch)).backward()
+        assert asked == first
+
+    @pytest.mark.parametrize("options", [{}, {"sste.tune": False}, {"sste.tune": True, "sste.recipe": "fp8"}], ids=str)
+    def test_nothing_else_is_asked_for(self, asked, small_gpt, batch, options) -> None:
+        torch.compile(small_gpt(), backend="sste", options={"sste.executor": "eager", **options})(*batch).backward()
+        assert asked == []
+
+    def test_without_a_hopper_gpu_it_changes_nothing(self, small_gpt, batch, monkeypatch) -> None:
+        def refuse(*_: Any) -> None:
+            raise AssertionError
+
+        monkeypatch.setattr(tuning, "tune", refuse)
+        options = {"sste.executor": "eager", "sste.tune": True}
+        torch.compile(small_gpt(), backend="sste", options=options)(*batch).backward()
+
+
+@pytest.mark.gpu
+class TestOnTheGpu:
+    @pytest.mark.parametrize(
+        "problem",
+        [
+            replace(PROBLEM, rows=768, columns=1000, contraction=3072),
+            replace(PROBLEM, rows=768, columns=3072, contraction=4096, scaled=False, use_fast_accum=False),
+        ],
+        ids=str,
+    )
+    def test_a_small_problem(self, folder, problem) -> None:
+        before, state = torch.cuda.memory_allocated(), torch.cuda.get_rng_state()
+        assert tune(problem, DEVICE) == lookup(problem, DEVICE)
+        assert torch.cuda.memory_allocated() - before < 2**26  # the workspace of cuBLAS
+        assert torch.equal(torch.cuda.get_rng_state(), state)
+        times = tuning.measure(problem, configs(problem.promote), DEVICE)
+        flop = 2 * problem.rows * problem.columns * problem.contraction
+        # No slower than the host could launch it, no faster than the sparse tensor cores.
+        assert all(flop / 4e9 <= time <= 200 for time in times.values()), times
+
+    def test_the_option(self, folder, small_gpt: Callable[..., nn.Module], batch) -> None:
+        model = small_gpt(width=256).cuda()
+        compiled = torch.compile(model, backend="sste", options={"sste.executor": "eager", "sste.tune": True})
+        compiled(*(ids.cuda() for ids in batch)).backward()
+        assert len(list(folder.glob("*/*.json"))) == 4
