@@ -1,20 +1,30 @@
-"""Measuring: interleaved candidates, medians and spread, and where the numbers come from."""
+"""Measuring: checked and interleaved candidates, medians and spread, and where the numbers come from."""
 
+import argparse
 import datetime
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
+from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
+# Four times the L2 cache of an H200: inputs of this size in all are read from memory each time that their turn comes.
+_FOOTPRINT = 4 * 50 * 2**20
+
+K = TypeVar("K", bound=Hashable)
+# What a part of a program returns: its results and its table.
+Report = tuple[dict[str, Any], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +37,98 @@ class Timing:
     rounds: int
 
 
-def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, Timing]:
-    """GPU time of each candidate, taking turns so that clocks and temperature are the same for all."""
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Something to time, once it is right.
+
+    ``prepare`` returns one call for each set of inputs.  ``check`` gets what each call returned, in the same order, and
+    raises if anything is wrong.
+    """
+
+    prepare: Callable[[], Sequence[Callable[[], Any]]]
+    check: Callable[[Sequence[Any]], None]
+
+
+class WrongResultError(Exception):
+    """A candidate computed something else than it should."""
+
+
+def require_close(actual: Tensor, expected: Tensor) -> None:
+    """Raise unless each element is right to a twentieth of itself and a tenth of the RMS of all.
+
+    That is more than what fp8 tensor cores lose in a sum of 2**14 products, and less than any mistake.
+    """
+    error = (actual.float() - expected).abs_()
+    limit = expected.abs().mul_(0.05).add_(0.1 * expected.square().mean().sqrt())
+    # Not "error > limit": NaN must count.
+    wrong = error.numel() - int((error <= limit).sum())
+    if wrong:
+        raise WrongResultError(f"{wrong} of {error.numel()} elements are wrong, by up to {float(error.max()):g}")
+
+
+def brief(error: str) -> str:
+    """What of an error fits into a line: the JSON file holds all of it."""
+    return error.splitlines()[0][:200]
+
+
+def set_count(size: int) -> int:
+    """How many sets of inputs, of ``size`` bytes each, take turns so that none is found in the L2 cache."""
+    return max(2, -(-_FOOTPRINT // size))
+
+
+def measure(candidates: Mapping[K, Candidate], calls: int, rounds: int) -> dict[K, Timing | str]:
+    """GPU time of one call of each candidate, or the message of the error that kept it from being timed.
+
+    Each candidate becomes a CUDA graph of ``calls`` calls, so that no host time is measured.  What the graph computes
+    is checked before any is timed.
+    """
+    results: dict[K, Timing | str] = {}
+    prepared, replays = {}, {}
+    for name, candidate in candidates.items():
+        try:
+            # Kept until the end: a graph does not own what it reads.
+            prepared[name] = candidate.prepare()
+            graph, outputs = capture(prepared[name], calls)
+            graph.replay()
+            candidate.check(outputs)
+            replays[name] = graph.replay
+        except Exception as error:  # noqa: BLE001 - whatever a library raises is its result
+            results[name] = f"{type(error).__name__}: {error}"
+    return results | interleave(replays, rounds, calls=calls)
+
+
+def capture(calls: Sequence[Callable[[], Any]], count: int) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
+    """A CUDA graph of ``count`` calls, the given ones in turn, and what each returned last.
+
+    The current stream must not be the default stream.
+    """
+    for call in calls:
+        call()  # compiles and loads what cannot be compiled and loaded in a capture
+    torch.cuda.synchronize()
+    outputs: list[Any] = [None] * len(calls)
+    graph = torch.cuda.CUDAGraph()
+    # Relaxed: libraries ask the driver questions while they plan.
+    graph.capture_begin(capture_error_mode="relaxed")
+    try:
+        for index in range(count):
+            outputs[index % len(calls)] = calls[index % len(calls)]()
+    except Exception:
+        with suppress(RuntimeError):  # the capture is broken, too, but the news is by what
+            graph.capture_end()
+        raise
+    graph.capture_end()
+    return graph, outputs
+
+
+def interleave(
+    candidates: Mapping[K, Callable[[], object]], rounds: int, warmup: int = 3, calls: int = 1
+) -> dict[K, Timing]:
+    """GPU time of each candidate, taking turns so that clocks and temperature are the same for all.
+
+    A run of a candidate is ``calls`` calls; the time is that of one.
+    """
+    if not candidates:
+        return {}
     for _ in range(warmup):
         for run in candidates.values():
             run()
@@ -41,27 +141,37 @@ def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int, warm
             run()
             end.record()
     torch.cuda.synchronize()
-    return {name: _timing([start.elapsed_time(end) for start, end in pairs]) for name, pairs in events.items()}
+    return {name: timing([start.elapsed_time(end) / calls for start, end in pairs]) for name, pairs in events.items()}
 
 
-def _timing(times: list[float]) -> Timing:
+def timing(times: Sequence[float]) -> Timing:
+    """Median and spread of milliseconds."""
     cuts = statistics.quantiles(times, n=10)
     return Timing(median=statistics.median(times), low=cuts[0], high=cuts[-1], rounds=len(times))
 
 
 def provenance() -> dict[str, str]:
-    """Date, device, versions, commit and command of a measurement."""
-    folder = Path(__file__).parent
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
+    """Date, device and its limits, versions, commit and command of a measurement."""
+    device = str(torch.cuda.get_device_properties().uuid)
+    limits = ["nvidia-smi", "--query-gpu=power.limit,clocks.max.sm,driver_version", "--format=csv,noheader"]
     return {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(),
+        "power limit, highest SM clock, driver": _printed_by(*limits, f"--id=GPU-{device}") or "unknown",
         "torch": torch.__version__,
         "triton": triton.__version__,
         # A copy of the sources without their history is told its commit.
-        "commit": described.stdout.strip() or os.environ.get("GIT_COMMIT", "unknown"),
+        "commit": _printed_by("git", "describe", "--always", "--dirty") or os.environ.get("GIT_COMMIT", "unknown"),
         "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def _printed_by(*command: str) -> str:
+    """What a command prints, nothing if it is not installed or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def write(name: str, part: str, results: Mapping[str, Any], table: str, folder: Path = RESULTS) -> None:
@@ -77,3 +187,27 @@ def write(name: str, part: str, results: Mapping[str, Any], table: str, folder: 
         for title, content in parts.items()
     ]
     (folder / f"{name}.md").write_text(f"# {name}\n\n" + "\n\n".join(sections) + "\n")
+
+
+def run_parts(name: str, description: str | None, parts: Mapping[str, Callable[[], Report]]) -> None:
+    """The command line of a program of several parts.
+
+    ``results["failed"]`` of a part names what of ours is wrong or did not run; the program then ends with an error.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=parts)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    args = parser.parse_args()
+    print(", ".join(f"{key} {value}" for key, value in provenance().items()), flush=True)
+    torch.set_float32_matmul_precision("highest")  # what is checked against is not in TF32
+    torch.manual_seed(0)
+    failed = []
+    # The default stream cannot be captured.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for part in args.parts:
+            results, table = parts[part]()
+            print(table, flush=True)
+            write(name, part, results, table, args.out)
+            failed += results["failed"]
+    if failed:
+        raise SystemExit("FAILED:\n" + "\n".join(failed))
