@@ -41,8 +41,8 @@ _BLOCKS = gl.constexpr(BLOCKS)
 _PROMOTION_STAGES = gl.constexpr(PROMOTION_STAGES)
 _PIECE = gl.constexpr(64)  # rows and columns of what a warpgroup stores at once
 
-# Gluon's operands of warp_specialize must be written out in each call, and its partitions end in code that waits for
-# the others with few registers: it would make the compiler serialise wgmma, in fear of a way back from there.
+# Gluon's partitions end in code that waits for the others with few registers.  The compiler, in fear of a way back from
+# there, would serialise wgmma.
 _EXIT_ASM = gl.constexpr("exit; mov.b32 $0, 0;")
 _CLUSTER_SYNC_ASM = gl.constexpr("""fence.mbarrier_init.release.cluster;
 barrier.cluster.arrive.release.aligned;
@@ -239,6 +239,7 @@ def sparse_gemm_kernel(
     fence_async_shared()
     num_r = gl.cdiv(rows, 64 * _BLOCKS * RING.value.cluster)
     num_d = gl.cdiv(columns, RING.value.block_d)
+    # The arguments are written out, because in a variable their constexprs would become tensors.
     gl.warp_specialize(
         [
             (_consumer, (
