@@ -47,7 +47,7 @@ from gemm_libraries import (
 from harness import Candidate, Report, Timing, brief, measure, require_close, run_parts
 
 from sparse_compile.kernels import ops, tuning
-from sparse_compile.kernels.configs import STAGE_BYTES, Config, choose, configs
+from sparse_compile.kernels.configs import Config, choose, configs, contraction_stages
 from sparse_compile.kernels.formats import E4M3, E4M3_MAX, MVUE_GAIN
 from sparse_compile.kernels.problem import Problem as GemmProblem
 from sparse_compile.kernels.reference import decompress24
@@ -315,7 +315,8 @@ def choice_part() -> Report:
         problem = product(role, *shape)
         candidates = list(configs(problem.promote))
         times = tuning.measure(problem, candidates, DEVICE)
-        chosen = choose(problem.rows, problem.columns, contraction_stages(problem), problem.promote, sm_count)
+        stages = contraction_stages(problem.contraction, problem.dtype.itemsize)
+        chosen = choose(problem.rows, problem.columns, stages, problem.promote, sm_count)
         rows.append(choice_row(role, shape, {tile_name(config): times[config] for config in times}, tile_name(chosen)))
     return {"rows": rows, "failed": []}, choice_table(rows)
 
@@ -325,10 +326,6 @@ def product(role: str, rows: int, columns: int, contraction: int) -> GemmProblem
     form = {"scaled": role == "fprop", "transpose": role == "fprop", "use_fast_accum": role == "fprop"}
     sizes = {"rows": rows, "columns": columns, "contraction": contraction}
     return GemmProblem(**sizes, dtype=E4M3, out_dtype=BF16, **form)
-
-
-def contraction_stages(problem: GemmProblem) -> int:
-    return -(-problem.contraction * problem.dtype.itemsize // STAGE_BYTES)
 
 
 def tile_name(config: Config) -> str:

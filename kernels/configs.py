@@ -64,6 +64,11 @@ class Config:
         return launch + rounds * (num_k * stage + end)
 
 
+def contraction_stages(contraction: int, element_size: int) -> int:
+    """How many stages a contraction of so many elements, each of so many bytes, has."""
+    return _ceil_div(contraction * element_size, STAGE_BYTES)
+
+
 def configs(promote: bool) -> Iterator[Config]:
     """Every config that may be chosen; with ``promote``, where sums move to fp32 on the way."""
     for block_d, cluster in _COSTS:

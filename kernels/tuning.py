@@ -27,7 +27,7 @@ from sparse_compile.kernels.selfcheck import ELEMENTS, check_variant, random_ope
 logger = logging.getLogger(__name__)
 
 # What the speed of a configuration depends on.
-_SOURCES = ("configs.py", "shared_memory.py", "sparse_gemm.py", "sparse_gemm_asm.py")
+_SOURCES = ("configs.py", "shared_memory.py", "sparse_gemm.py", "sparse_gemm_asm.py", "sparse_gemm_kernel.py")
 _ROUNDS = 7
 _LAUNCHES = 20  # of a configuration in a round
 

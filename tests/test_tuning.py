@@ -290,7 +290,7 @@ class TestDisk:
         for source in tuning._SOURCES:
             monkeypatch.setattr(tuning, "_SOURCES", tuple(s for s in tuning._SOURCES if s != source))
             names.add(name())
-        assert len(names) == 4 + 4
+        assert len(names) == 4 + 5
 
 
 class TestGraph:
