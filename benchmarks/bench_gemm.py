@@ -313,10 +313,10 @@ def choice_part() -> Report:
     shapes = [("fprop", n, tokens, k) for n, k, tokens in CHOICES] + [("wgrad", *choice) for choice in CHOICES]
     for role, *shape in shapes:
         problem = product(role, *shape)
-        candidates = list(configs(problem.promote))
+        candidates = list(configs())
         times = tuning.measure(problem, candidates, DEVICE)
         stages = contraction_stages(problem.contraction, problem.dtype.itemsize)
-        chosen = choose(problem.rows, problem.columns, stages, problem.promote, sm_count)
+        chosen = choose(problem.rows, problem.columns, stages, sm_count)
         rows.append(choice_row(role, shape, {tile_name(config): times[config] for config in times}, tile_name(chosen)))
     return {"rows": rows, "failed": []}, choice_table(rows)
 

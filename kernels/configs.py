@@ -18,9 +18,8 @@ _COSTS = {
     (128, 1): (1.9, 0.298, 0.81),
     (128, 2): (2.7, 0.295, 0.87),
 }
-# Stages after which an accurate product adds its sums up in fp32.  Registers for both fit tiles of this width.
-PROMOTION_STAGES = 16
-_MAX_ACCURATE_BLOCK_D = 192
+# Stages after which the sums of an accurate product move to its carry.
+CARRY_STAGES = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,16 +68,15 @@ def contraction_stages(contraction: int, element_size: int) -> int:
     return _ceil_div(contraction * element_size, STAGE_BYTES)
 
 
-def configs(promote: bool) -> Iterator[Config]:
-    """Every config that may be chosen; with ``promote``, where sums move to fp32 on the way."""
+def configs() -> Iterator[Config]:
+    """Every config that may be chosen."""
     for block_d, cluster in _COSTS:
-        if not promote or block_d <= _MAX_ACCURATE_BLOCK_D:
-            yield Config(block_d=block_d, cluster=cluster)
+        yield Config(block_d=block_d, cluster=cluster)
 
 
-def choose(rows: int, columns: int, num_k: int, promote: bool, sm_count: int) -> Config:
+def choose(rows: int, columns: int, num_k: int, sm_count: int) -> Config:
     """The config with the least estimated time, the first of equals."""
-    return min(configs(promote), key=lambda config: config.microseconds(rows, columns, num_k, sm_count))
+    return min(configs(), key=lambda config: config.microseconds(rows, columns, num_k, sm_count))
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -17,7 +17,7 @@ class Problem:
         out_dtype: of out.
         scaled: whether each row of B has a scale.
         transpose: whether out is stored ``[columns, rows]``.
-        use_fast_accum: whether sums of FP8 products need not move to fp32 on the way; bf16 ones never do.
+        use_fast_accum: whether sums of FP8 products may have the bits that ``wgmma`` gives them; those of bf16 do.
     """
 
     rows: int
@@ -30,11 +30,11 @@ class Problem:
     use_fast_accum: bool
 
     @property
-    def promote(self) -> bool:
-        """Whether sums move to fp32 on the way."""
+    def accurate(self) -> bool:
+        """Whether a carry keeps the bits of the sums."""
         return self.dtype == E4M3 and not self.use_fast_accum
 
     def __str__(self) -> str:
         sizes = f"{self.rows}x{self.columns}x{self.contraction}"
-        form = " scaled" * self.scaled + " transposed" * self.transpose + " promoted" * self.promote
+        form = " scaled" * self.scaled + " transposed" * self.transpose + " accurate" * self.accurate
         return f"{sizes} {self.dtype} to {self.out_dtype}{form}".replace("torch.", "")

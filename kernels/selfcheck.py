@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.errors import SparseCompileError
-from sparse_compile.kernels.configs import BLOCK_R, PROMOTION_STAGES, STAGE_BYTES, Config
+from sparse_compile.kernels.configs import BLOCK_R, CARRY_STAGES, STAGE_BYTES, Config
 from sparse_compile.kernels.formats import metadata_shape, values_shape
 from sparse_compile.kernels.problem import Problem
 from sparse_compile.kernels.reference import sparse_mm
@@ -42,7 +42,7 @@ def check_variant(config: Config, problem: Problem, device: torch.device) -> Non
     """
     # More stages than the ring holds and than are added up at once; an odd and an even number of them, because the loop
     # takes two at a time.
-    most = max(config.stages, PROMOTION_STAGES if problem.promote else 0)
+    most = max(config.stages, CARRY_STAGES if problem.accurate else 0)
     examples = [_example(config, problem, num_k, device) for num_k in (most + 1, most + 2)]
     variant = (config, examples[0], device)
     with _lock:
@@ -96,7 +96,7 @@ def _check(config: Config, problem: Problem, device: torch.device) -> None:
         before, flat, after = buffer.split([_GUARD, expected.numel(), _GUARD])
         out = flat.view(expected.shape)
         tensors = (*operands, out)
-        multiply = sparse_gemm.plan(config, problem.promote, *tensors, problem.transpose)
+        multiply = sparse_gemm.plan(config, problem.accurate, *tensors, problem.transpose)
         for launch in ("first", "second"):
             buffer.fill_(float("nan"))
             multiply(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))

@@ -4,7 +4,8 @@
 
 A ``[R, C]`` is 2:4 along c, stored as ``values`` and ``metadata`` (see ``formats``); B ``[D, C]`` is dense, row-major,
 of A's dtype, e4m3 or bf16; out ``[R, D]`` or ``[D, R]`` in bf16, fp16 or fp32.  ``wgmma`` adds up FP8 products with
-about 14 bits.  Without fast accumulation its sums therefore move to fp32 every 2048 columns.
+about 14 bits, of the largest number at hand.  Without fast accumulation its sums are therefore kept small: every 2048
+columns they move to a bf16 carry, but for what bf16 does not hold of them, so that nothing is lost.
 """
 
 from collections.abc import Mapping, Sequence
@@ -78,14 +79,14 @@ def launch_sparse_gemm(
     config = lookup(problem, out.device)
     if config is None:
         num_k = contraction_stages(problem.contraction, dense.element_size())
-        config = choose(rows, columns, num_k, problem.promote, _sm_count(out.device))
+        config = choose(rows, columns, num_k, _sm_count(out.device))
     check_variant(config, problem, out.device)
-    return plan(config, problem.promote, values, metadata, dense, scale_inv, dense_scale_inv, out, transpose)
+    return plan(config, problem.accurate, values, metadata, dense, scale_inv, dense_scale_inv, out, transpose)
 
 
 def plan(
     config: Config,
-    promote: bool,
+    accurate: bool,
     values: Tensor,
     metadata: Tensor,
     dense: Tensor,
@@ -112,7 +113,7 @@ def plan(
     last_metadata = metadata.shape[1] * 32 * words - 128 * words
     sizes = (rows, columns, contraction_stages(contraction, size), config.group, last_metadata)
     constants = {
-        "PROMOTE": promote,
+        "ACCURATE": accurate,
         "TRANSPOSE": transpose,
         "OUT_BUFFERS": config.out_buffers if tma_store else 0,
         "COLUMNS_DIVISOR": 4 if columns % 4 == 0 else 1,

@@ -143,18 +143,19 @@ def load_asm(ring):
 
 
 @gluon.constexpr_function
-def multiply_asm(ring, block):
-    """A warpgroup multiplies one or more stages into fresh accumulators; with the constraints of its operands.
+def multiply_asm(ring, block, onto):
+    """A warpgroup multiplies one or more stages; with the constraints of its operands.
 
     Operands, R = width / 2 of each, as elementwise assembly has them: accumulators, of which the first ``block_d / 2``
-    are used, and 32 bits that hold the position in the ring and, from bit 16 on, the number of stages.
+    are used; with ``onto``, what they hold before, otherwise they are fresh; and 32 bits that hold the position in the
+    ring and, from bit 16 on, the number of stages.
 
     While a stage's instructions run, those of the next are issued; a stage is given back when those of the next have
     been.  The registers with its metadata are read until then, so two sets of them take turns.
     """
     registers = ring.width // 2
     accumulators = ", ".join(f"${i}" for i in range(ring.block_d // 2))
-    argument = f"${registers}"
+    argument = f"${2 * registers if onto else registers}"
     # The peers' barriers are other addresses even of this block.
     space = "shared::cta" if ring.cluster == 1 else "shared::cluster"
 
@@ -238,12 +239,13 @@ def multiply_asm(ring, block):
         "mov.b32 high_a, 0x80000020;",
         "mov.b32 high_b, 0x40000040;",
         "elect.sync _|elected, 0xffffffff;",
-        "setp.ne.u32 accumulate, 0, 0;",
+        f"setp.{'eq' if onto else 'ne'}.u32 accumulate, 0, 0;",
         "setp.ne.u32 holds, 0, 0;",
         f"add.u32 address, base, {ring.barriers + 8 * ring.stages};",
-        # The first instruction does not read them, but the compiler would define them later, amid the instructions.
-        *(f"mov.b32 ${i}, 0f00000000;" for i in range(ring.block_d // 2)),
     ]
+    if not onto:
+        # The first instruction does not read them, but the compiler would define them later, amid the instructions.
+        lines += [f"mov.b32 ${i}, 0f00000000;" for i in range(ring.block_d // 2)]
     if ring.cluster == 1:
         lines.append("mov.b32 empty0, address;")
     else:
@@ -260,5 +262,6 @@ def multiply_asm(ring, block):
         "}",
     ]
     # Early clobbers: the loop reads its argument after it began to write.
-    constraints = ["=&f"] * registers + ["r"] * registers
+    before = [str(i) for i in range(registers)] if onto else []
+    constraints = ["=&f"] * registers + before + ["r"] * registers
     return "\n".join(lines), ",".join(constraints)

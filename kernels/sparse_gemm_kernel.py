@@ -12,11 +12,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from sparse_compile.kernels.configs import PROMOTION_STAGES
+from sparse_compile.kernels.configs import CARRY_STAGES
 from sparse_compile.kernels.sparse_gemm_asm import BLOCKS, load_asm, multiply_asm
 
 _BLOCKS = gl.constexpr(BLOCKS)
-_PROMOTION_STAGES = gl.constexpr(PROMOTION_STAGES)
+_CARRY_STAGES = gl.constexpr(CARRY_STAGES)
 _PIECE = gl.constexpr(64)  # rows and columns of what a warpgroup stores at once
 
 # Gluon's partitions end in code that waits for the others with few registers.  The compiler, in fear of a way back from
@@ -75,18 +75,47 @@ def _producer(num_r, num_d, num_k, group, last_metadata, RING: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(zeros, done, count, WARPGROUP: gl.constexpr, RING: gl.constexpr):
-    """The product of ``count`` stages, of which the first is number ``done``.  [64, width]"""
-    ASM: gl.constexpr = multiply_asm(RING, WARPGROUP)
+def _multiply(acc, zeros, done, count, WARPGROUP: gl.constexpr, RING: gl.constexpr):
+    """``acc``, or zero if it is None, plus the product of ``count`` stages, the first number ``done``.  [64, width]"""
+    ONTO: gl.constexpr = acc is not None
+    ASM: gl.constexpr = multiply_asm(RING, WARPGROUP, ONTO)
     STAGES: gl.constexpr = RING.value.stages
     argument = zeros + (done % STAGES | done // STAGES % 2 << 8 | count << 16)
-    return gl.inline_asm_elementwise(ASM[0], ASM[1], [argument], gl.float32, False, RING.value.width // 2)
+    if ONTO:
+        return gl.inline_asm_elementwise(ASM[0], ASM[1], [acc, argument], gl.float32, False, RING.value.width // 2)
+    else:
+        return gl.inline_asm_elementwise(ASM[0], ASM[1], [argument], gl.float32, False, RING.value.width // 2)
 
 
 @gluon.jit
 def _halves(x):
     """Left and right columns; moves no register."""
     return gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)).split()
+
+
+@gluon.jit
+def _whole(left, right, layout: gl.constexpr):
+    """The inverse of ``_halves``."""
+    x = gl.reshape(gl.permute(gl.join(left, right), (0, 2, 1)), [left.shape[0], 2 * left.shape[1]])
+    return gl.convert_layout(x, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _widen(carry):
+    """Both bf16 of each word in fp32: those of the left columns, those of the right ones."""
+    return (carry << 16).to(gl.float32, bitcast=True), (carry & -65536).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _carry_over(acc, carry):
+    """Move what bf16 holds of ``acc + carry`` to ``carry``.  What it does not hold, at most 2^-9 of it, stays in acc."""
+    left, right = _halves(acc)
+    carried_left, carried_right = _widen(carry)
+    left += carried_left
+    right += carried_right
+    carry = gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [left, right], gl.int32, True, 1)
+    carried_left, carried_right = _widen(carry)
+    return _whole(left - carried_left, right - carried_right, acc.type.layout), carry
 
 
 @gluon.jit
@@ -120,7 +149,7 @@ def _store_direct(acc, out_ptr, offs_r, offs_d, rows, columns, end_d, TRANSPOSE:
 @gluon.jit
 def _consumer(
     scale_inv_ptr, dense_scale_inv_ptr, out, a_buf, m_buf, b_buf, barriers, num_r, num_d, num_k, group, rows, columns,
-    WARPGROUP: gl.constexpr, RING: gl.constexpr, PROMOTE: gl.constexpr, TRANSPOSE: gl.constexpr,
+    WARPGROUP: gl.constexpr, RING: gl.constexpr, ACCURATE: gl.constexpr, TRANSPOSE: gl.constexpr,
     OUT_BUFFERS: gl.constexpr,
 ):  # fmt: skip
     WIDTH: gl.constexpr = RING.value.width
@@ -145,14 +174,18 @@ def _consumer(
             # Two a thread, on their way while it multiplies.
             offs_s = column + gl.arange(0, WIDTH, scale_layout)
             scale = gl.load(dense_scale_inv_ptr + offs_s, mask=offs_s < columns, other=0.0) * scale_inv
-        if PROMOTE:
+        if ACCURATE:
             acc = gl.zeros([64, WIDTH], gl.float32, acc_layout)
-            for first in range(0, num_k, _PROMOTION_STAGES):
-                count = min(num_k - first, _PROMOTION_STAGES)
-                acc += _multiply(zeros, done, count, WARPGROUP, RING)
+            carry, _ = _halves(zeros)
+            for first in range(0, num_k, _CARRY_STAGES):
+                count = min(num_k - first, _CARRY_STAGES)
+                acc, carry = _carry_over(_multiply(acc, zeros, done, count, WARPGROUP, RING), carry)
                 done += count
+            left, right = _halves(acc)
+            carried_left, carried_right = _widen(carry)
+            acc = _whole(left + carried_left, right + carried_right, acc_layout)
         else:
-            acc = _multiply(zeros, done, num_k, WARPGROUP, RING)
+            acc = _multiply(None, zeros, done, num_k, WARPGROUP, RING)
             done += num_k
 
         if dense_scale_inv_ptr is not None:
@@ -192,7 +225,7 @@ def _consumer(
 @gluon.jit(do_not_specialize=["rows", "columns", "num_k", "group", "last_metadata"])
 def sparse_gemm_kernel(
     values_desc, metadata_desc, dense_desc, scale_inv_ptr, dense_scale_inv_ptr, out, rows, columns, num_k, group,
-    last_metadata, RING: gl.constexpr, PROMOTE: gl.constexpr, TRANSPOSE: gl.constexpr, OUT_BUFFERS: gl.constexpr,
+    last_metadata, RING: gl.constexpr, ACCURATE: gl.constexpr, TRANSPOSE: gl.constexpr, OUT_BUFFERS: gl.constexpr,
     COLUMNS_DIVISOR: gl.constexpr,
 ):  # fmt: skip
     """``out`` is a descriptor, or with OUT_BUFFERS = 0 a pointer; ``dense_scale_inv_ptr`` may be None."""
@@ -222,11 +255,11 @@ def sparse_gemm_kernel(
         [
             (_consumer, (
                 scale_inv_ptr, dense_scale_inv_ptr, out, a_buf, m_buf, b_buf, barriers, num_r, num_d, num_k, group,
-                rows, columns, 0, RING, PROMOTE, TRANSPOSE, OUT_BUFFERS,
+                rows, columns, 0, RING, ACCURATE, TRANSPOSE, OUT_BUFFERS,
             )),
             (_consumer, (
                 scale_inv_ptr, dense_scale_inv_ptr, out, a_buf, m_buf, b_buf, barriers, num_r, num_d, num_k, group,
-                rows, columns, 1, RING, PROMOTE, TRANSPOSE, OUT_BUFFERS,
+                rows, columns, 1, RING, ACCURATE, TRANSPOSE, OUT_BUFFERS,
             )),
             # Four warps, because each warp of the block must take part in barriers of the cluster.
             (_producer, (num_r, num_d, num_k, group, last_metadata, RING)),

@@ -65,7 +65,7 @@ def tune(problem: Problem, device: torch.device) -> Config:
     path = _path(problem, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     start = perf_counter()
-    candidates = list(configs(problem.promote))
+    candidates = list(configs())
     for config in candidates:
         check_variant(config, problem, device)
     times = measure(problem, candidates, device)
@@ -97,7 +97,7 @@ def measure(problem: Problem, candidates: Iterable[Config], device: torch.device
 
         graphs = {}
         for config in candidates:
-            multiply = sparse_gemm.plan(config, problem.promote, *tensors, problem.transpose)
+            multiply = sparse_gemm.plan(config, problem.accurate, *tensors, problem.transpose)
             graphs[config] = torch.cuda.CUDAGraph()
             # Other threads may go on using the device.
             with torch.cuda.graph(graphs[config], capture_error_mode="thread_local"):

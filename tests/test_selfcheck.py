@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.kernels import selfcheck, sparse_gemm
-from sparse_compile.kernels.configs import BLOCK_R, PROMOTION_STAGES, STAGE_BYTES, Config, configs
+from sparse_compile.kernels.configs import BLOCK_R, CARRY_STAGES, STAGE_BYTES, Config, configs
 from sparse_compile.kernels.formats import E4M3
 from sparse_compile.kernels.problem import Problem
 from sparse_compile.kernels.reference import decompress24, sparse_mm
@@ -28,7 +28,7 @@ PROBLEM = Problem(
 VARIANTS = [
     (config, replace(PROBLEM, dtype=dtype, use_fast_accum=fast))
     for dtype, fast in ((E4M3, False), (E4M3, True), (torch.bfloat16, False))
-    for config in configs(promote=dtype is E4M3 and not fast)
+    for config in configs()
 ]
 
 
@@ -55,10 +55,10 @@ class Kernel:
         self.plans: list[dict[str, Any]] = []
         self.launches = 0
 
-    def plan(self, config: Config, promote: bool, *arguments: Any) -> Callable[..., None]:
+    def plan(self, config: Config, accurate: bool, *arguments: Any) -> Callable[..., None]:
         names = ("values", "metadata", "dense", "scale_inv", "dense_scale_inv", "out", "transpose")
         given = dict(zip(names, arguments, strict=True))
-        self.plans.append({"config": config, "promote": promote, **given})
+        self.plans.append({"config": config, "accurate": accurate, **given})
         launch = itertools.count()
 
         def multiply(*addresses: int | None) -> None:
@@ -71,7 +71,7 @@ class Kernel:
             if wrong and not self.after:
                 self.mistake(used, number)
             operands = [used[name] for name in names[:5]]
-            product = self.multiply(*operands, used["out"].dtype, used["transpose"], not promote)
+            product = self.multiply(*operands, used["out"].dtype, used["transpose"], not accurate)
             used["out"].copy_(product)
             if wrong and self.after:
                 self.mistake(used, number)
@@ -108,7 +108,7 @@ def test_a_right_product_passes_once_per_variant(use) -> None:
     for number, other in enumerate(others, 2):
         check_variant(CONFIG, replace(PROBLEM, **other), CPU)
         assert kernel.launches == 4 * number
-    assert [plan["promote"] for plan in kernel.plans[::2]] == [True] * 6 + [False] * 2
+    assert [plan["accurate"] for plan in kernel.plans[::2]] == [True] * 6 + [False] * 2
     check_variant(Config(block_d=128, cluster=1), PROBLEM, CPU)
     assert kernel.launches == 4 * 9
 
@@ -144,7 +144,7 @@ def test_the_product_has_tails_and_fills_what_it_should(use, monkeypatch, config
             assert row_bytes % STAGE_BYTES != 0
             num_k = -(-row_bytes // STAGE_BYTES)
             assert num_k > config.stages
-            assert num_k > PROMOTION_STAGES or not plan["promote"]
+            assert num_k > CARRY_STAGES or not plan["accurate"]
             counts.add(num_k % 2)
             rows_of_clusters = -(-r // (BLOCK_R * config.cluster))
             assert rows_of_clusters > config.group
@@ -152,7 +152,7 @@ def test_the_product_has_tails_and_fills_what_it_should(use, monkeypatch, config
         assert counts == {0, 1}
 
 
-@pytest.mark.parametrize("fast", [False, True], ids=["promoted", "fast"])
+@pytest.mark.parametrize("fast", [False, True], ids=["accurate", "fast"])
 def test_sums_are_exact_also_with_14_bits(use, fast) -> None:
     """As FP8 tensor cores add them up."""
     kernel = use(Kernel())
@@ -266,7 +266,7 @@ def test_the_error_says_what_and_what_to_do(use) -> None:
     with pytest.raises(SparseCompileError) as caught:
         check_variant(CONFIG, PROBLEM, CPU)
     for part in (
-        "float8_e4m3fn to bfloat16 scaled transposed promoted",
+        "float8_e4m3fn to bfloat16 scaled transposed accurate",
         str(CONFIG),
         '"sste.recipe": "fp8"',
         "report it",
@@ -291,10 +291,10 @@ def test_the_callers_modes_and_randomness_are_left_alone(use) -> None:
     seen = []
 
     class Watching(Kernel):
-        def plan(self, config: Config, promote: bool, *arguments: Any) -> Callable[..., None]:
+        def plan(self, config: Config, accurate: bool, *arguments: Any) -> Callable[..., None]:
             modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"))
             seen.append((*modes, arguments[5].is_inference()))
-            return super().plan(config, promote, *arguments)
+            return super().plan(config, accurate, *arguments)
 
     use(Watching())
     state = torch.get_rng_state()
@@ -341,10 +341,10 @@ def test_a_wrong_kernel_is_caught_on_the_gpu(monkeypatch) -> None:
     plan = sparse_gemm.plan
 
     def one_stage_fewer(
-        config: Config, promote: bool, values: Tensor, metadata: Tensor, dense: Tensor, *others: Any
+        config: Config, accurate: bool, values: Tensor, metadata: Tensor, dense: Tensor, *others: Any
     ) -> Any:
         shorter = dense[:, :-128].contiguous()
-        run = plan(config, promote, values, metadata, shorter, *others)
+        run = plan(config, accurate, values, metadata, shorter, *others)
         return lambda values, metadata, dense, *others: run(values, metadata, shorter.data_ptr(), *others)
 
     monkeypatch.setattr(sparse_gemm, "plan", one_stage_fewer)

@@ -102,16 +102,12 @@ class TestTune:
     def test_the_fastest_is_kept(self, bench) -> None:
         assert lookup(PROBLEM, DEVICE) is None
         assert tune(PROBLEM, DEVICE) == FAST
-        assert bench.checked == bench.timed == list(configs(promote=False))
+        assert bench.checked == bench.timed == list(configs())
         assert lookup(PROBLEM, DEVICE) == FAST
         assert lookup(replace(PROBLEM, columns=1024), DEVICE) == FAST
         assert lookup(replace(PROBLEM, columns=1025), DEVICE) is None
         bench.times, bench.timed = {SLOW: 1.0}, []
         assert tune(PROBLEM, DEVICE) == lookup(PROBLEM, DEVICE) == SLOW
-
-    def test_accurate_products_have_fewer_candidates(self, bench) -> None:
-        tune(replace(PROBLEM, use_fast_accum=False), DEVICE)
-        assert bench.timed == list(configs(promote=True)) != list(configs(promote=False))
 
     def test_a_wrong_candidate_ends_it(self, bench, monkeypatch) -> None:
         def check(config: Config, problem: Problem, device: torch.device) -> None:
@@ -185,8 +181,8 @@ def test_times_are_of_one_launch_of_each_configuration(monkeypatch, dtype, scale
     )  # fmt: skip
     turns: list[Config] = []
 
-    def plan(config: Config, promote: bool, *arguments: Any) -> Callable[..., None]:
-        assert promote == (dtype == E4M3)
+    def plan(config: Config, accurate: bool, *arguments: Any) -> Callable[..., None]:
+        assert accurate == (dtype == E4M3)
         *tensors, transposed = arguments
         assert transposed == transpose
         values, metadata, dense, scale_inv, dense_scale_inv, out = tensors
@@ -396,7 +392,7 @@ class TestOnTheGpu:
         assert tune(problem, DEVICE) == lookup(problem, DEVICE)
         assert torch.cuda.memory_allocated() - before < 2**26  # the workspace of cuBLAS
         assert torch.equal(torch.cuda.get_rng_state(), state)
-        times = tuning.measure(problem, configs(problem.promote), DEVICE)
+        times = tuning.measure(problem, configs(), DEVICE)
         flop = 2 * problem.rows * problem.columns * problem.contraction
         # No slower than the host could launch it, no faster than the sparse tensor cores.
         assert all(flop / 4e9 <= time <= 200 for time in times.values()), times
