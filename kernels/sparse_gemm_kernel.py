@@ -81,10 +81,8 @@ def _multiply(acc, zeros, done, count, WARPGROUP: gl.constexpr, RING: gl.constex
     ASM: gl.constexpr = multiply_asm(RING, WARPGROUP, ONTO)
     STAGES: gl.constexpr = RING.value.stages
     argument = zeros + (done % STAGES | done // STAGES % 2 << 8 | count << 16)
-    if ONTO:
-        return gl.inline_asm_elementwise(ASM[0], ASM[1], [acc, argument], gl.float32, False, RING.value.width // 2)
-    else:
-        return gl.inline_asm_elementwise(ASM[0], ASM[1], [argument], gl.float32, False, RING.value.width // 2)
+    operands = [acc, argument] if ONTO else [argument]
+    return gl.inline_asm_elementwise(ASM[0], ASM[1], operands, gl.float32, False, RING.value.width // 2)
 
 
 @gluon.jit
@@ -108,7 +106,7 @@ def _widen(carry):
 
 @gluon.jit
 def _carry_over(acc, carry):
-    """Move what bf16 holds of ``acc + carry`` to ``carry``.  What it does not hold, at most 2^-9 of it, stays in acc."""
+    """Move what bf16 holds of ``acc + carry`` to ``carry``; the rest, at most 2^-9 of it, stays in ``acc``."""
     left, right = _halves(acc)
     carried_left, carried_right = _widen(carry)
     left += carried_left
