@@ -21,11 +21,21 @@ MIN_FEATURES = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Price:
+    """Predicted microseconds of a linear in a step, without and with the rewrite."""
+
+    dense: float
+    rewritten: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A linear that will be rewritten, and the arithmetic it gets."""
+    """A linear that will be rewritten, the arithmetic it gets, and whether the user named it."""
 
     site: LinearSite
     recipe: Recipe
+    named: bool = False
+    price: Price | None = None  # where it was measured
 
     def row(self) -> Row:
         site = self.site
@@ -35,6 +45,8 @@ class Plan:
             shape=site.shape,
             decision=self.recipe.short_str(),
             reason="",
+            dense_us=self.price.dense if self.price else None,
+            rewritten_us=self.price.rewritten if self.price else None,
         )
 
 
@@ -43,6 +55,8 @@ def decide(
     recipe: Recipe,
     targets: str,
     owners: ParameterOwners,
+    *,
+    head: bool = False,
 ) -> tuple[list[Plan], list[Rejection]]:
     """A plan or a rejection for each site.
 
@@ -50,6 +64,7 @@ def decide(
         recipe: what the targeted linears get; the other linears get dense FP8.
         targets: ``"ffn"``, ``"all"``, or a glob of module names.
         owners: what modules hold, to tell shared weights and the head.
+        head: whether the vocabulary head gets dense FP8, too.
 
     Raises:
         ValueError: a linear that the glob names can't be rewritten.
@@ -58,10 +73,11 @@ def decide(
     rejections: list[Rejection] = []
     for site in sites:
         named = targets not in ("ffn", "all") and fnmatchcase(site.name, targets)
-        refusal = _cannot(site, owners) or (None if named else _should_not(site, owners))
+        refusal = _cannot(site, owners) or (None if named else _should_not(site, owners, head))
         if refusal is None:
-            targeted = named or targets == "all" or (targets == "ffn" and site.role is Role.FFN)
-            plans.append(Plan(site=site, recipe=recipe if targeted else FP8))
+            everywhere = targets == "all" and not _is_head(site, owners)
+            targeted = named or everywhere or (targets == "ffn" and site.role is Role.FFN)
+            plans.append(Plan(site=site, recipe=recipe if targeted else FP8, named=named))
         elif named:
             raise ValueError(
                 f"options={{'sste.targets': {targets!r}}} names {site.name!r}, which can't be rewritten: "
@@ -98,14 +114,19 @@ def _cannot(site: LinearSite, owners: ParameterOwners) -> Rejection | None:
     return None
 
 
-def _should_not(site: LinearSite, owners: ParameterOwners) -> Rejection | None:
+def _should_not(site: LinearSite, owners: ParameterOwners, head: bool) -> Rejection | None:
     """What is left dense unless the user names it."""
-    if site.role is Role.HEAD:
-        return site.reject(Reason.HEAD, "its output goes to the loss; name it in 'sste.targets' to rewrite it")
-    if site.role is Role.LAST and owners.has_embedding(site.out_features, site.in_features):
-        return site.reject(
-            Reason.HEAD, "its output leaves the graph and it has an embedding's shape; name it to rewrite it"
-        )
+    if not head and _is_head(site, owners):
+        why = "its output goes to the loss"
+        if site.role is Role.LAST:
+            why = "its output leaves the graph and it has an embedding's shape"
+        return site.reject(Reason.HEAD, f"{why}; 'sste.head' or its name in 'sste.targets' rewrites it")
     if min(site.in_features, site.out_features) < MIN_FEATURES:
         return site.reject(Reason.TOO_SMALL, f"fewer than {MIN_FEATURES} features; name it to rewrite it")
     return None
+
+
+def _is_head(site: LinearSite, owners: ParameterOwners) -> bool:
+    return site.role is Role.HEAD or (
+        site.role is Role.LAST and owners.has_embedding(site.out_features, site.in_features)
+    )

@@ -27,6 +27,7 @@ class Reason(Enum):
     TIED = "weight is shared"
     FROZEN = "weight is frozen"
     HEAD = "vocabulary head"
+    SLOWER = "not faster"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

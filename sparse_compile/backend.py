@@ -11,6 +11,7 @@ from sparse_compile.kernels import ops
 from sparse_compile.linear import linear
 from sparse_compile.options import Executor, read_options
 from sparse_compile.owners import ParameterOwners
+from sparse_compile.passes.choose import choose
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import find
 from sparse_compile.passes.rewrite import rewrite
@@ -18,7 +19,13 @@ from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
 from sparse_compile.report import GraphReport, record
 from sparse_compile.runtime import Runtime
-from sparse_compile.torch_internals import backend_fake_mode, clone_graph_module, compile_graph, reset_cuda_graphs
+from sparse_compile.torch_internals import (
+    backend_fake_mode,
+    clone_graph_module,
+    compile_graph,
+    reset_cuda_graphs,
+    several_processes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +52,12 @@ def sste(
     graph = clone_graph_module(graph_module)
 
     sites, near_misses = find(graph)
-    plans, rejections = decide(sites, chosen.recipe, chosen.targets, ParameterOwners())
+    plans, rejections = decide(sites, chosen.recipe, chosen.targets, ParameterOwners(), head=chosen.head)
     if chosen.tune:
         tune(plans)
+    if chosen.measure and not several_processes():
+        plans, slower = choose(plans)
+        rejections += slower
     slots = rewrite(graph, plans)
     verify(graph, plans)
 

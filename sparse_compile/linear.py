@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import AMAX_FLOOR, E4M3_MAX, MVUE_GAIN
 from sparse_compile.kernels.reference import saturating_cast
-from sparse_compile.recipe import RECIPES, Estimator, Gemm, Recipe
+from sparse_compile.recipe import VARIANTS, Estimator, Gemm, Recipe
 
 
 def linear(
@@ -40,7 +40,7 @@ def linear(
         bias: ``[N]`` or None.
         seed: int64 ``[1]``, and ``index``, distinct for each linear of a graph: the randomness of the estimator.
             None for recipes without one.
-        recipe_name: key into ``RECIPES``.
+        recipe_name: key into ``VARIANTS``.
         out_dtype: dtype of the result.
         operands: what ``state`` keeps of the weight for this recipe: ``values, metadata, weight_t, scale_inv`` where
             it is projected to 2:4, ``payload, payload_t, scale_inv`` where it is cast only.
@@ -64,14 +64,17 @@ class _Linear(torch.autograd.Function):
         out_dtype: torch.dtype,
         *operands: Tensor,
     ) -> Tensor:
-        recipe = RECIPES[recipe_name]
+        recipe = VARIANTS[recipe_name]
         tokens = x.reshape(-1, x.shape[-1])  # any strides: its cast is contiguous
         scale, scale_inv = token_scale(tokens.abs().amax(dim=1))
         x_fp8 = cast(tokens, scale)
         output = _fprop(recipe, x_fp8, scale_inv, operands, out_dtype)
         if bias is not None:
             output = output + bias.to(out_dtype)
-        ctx.save_for_backward(x_fp8, scale_inv, *operands[-2:], seed)
+        # What the backward products read, and nothing more.
+        saved_input = (tokens, None) if recipe.wgrad is Gemm.HP else (x_fp8, scale_inv)
+        saved_weight = (weight, None) if recipe.dgrad is Gemm.HP else operands[-2:]
+        ctx.save_for_backward(*saved_input, *saved_weight, seed)
         ctx.recipe, ctx.index, ctx.transposed = recipe, index, transposed
         ctx.input_shape, ctx.input_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -80,20 +83,31 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x_fp8, x_scale_inv, weight_t, weight_scale_inv, seed = ctx.saved_tensors
+        x, x_scale_inv, weight, weight_scale_inv, seed = ctx.saved_tensors
+        recipe = ctx.recipe
         grad = grad_output.reshape(-1, grad_output.shape[-1]).contiguous()
         grad_input = grad_weight = grad_bias = None
         amax = grad.abs().amax(dim=1)
         row_scale, row_scale_inv = token_scale(amax)
-        # max |grad * x_scale_inv| over tokens and columns, without reading grad again.
-        bound = _bound(amax.float() * x_scale_inv)
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        if recipe.wgrad is Gemm.HP:
+            grad_fp8 = cast(grad, row_scale)
+        else:
+            # max |grad * x_scale_inv| over tokens and columns, without reading grad again.
+            bound = _bound(amax.float() * x_scale_inv)
             grad_fp8, operand, wgrad_scale_inv = _cast_grad(ctx, grad, row_scale, x_scale_inv, bound, seed)
         if ctx.needs_input_grad[0]:
-            product = _scaled_mm(grad_fp8, weight_t, weight_scale_inv, row_scale_inv, ctx.input_dtype)
-            grad_input = product.reshape(ctx.input_shape)
+            if recipe.dgrad is Gemm.HP:
+                product = grad @ (weight.t() if ctx.transposed else weight).to(grad.dtype)
+            else:
+                product = _scaled_mm(grad_fp8, weight, weight_scale_inv, row_scale_inv, ctx.input_dtype)
+            grad_input = product.to(ctx.input_dtype).reshape(ctx.input_shape)
         if ctx.needs_input_grad[1]:
-            grad_weight = _wgrad(ctx, operand, x_fp8, wgrad_scale_inv)
+            if recipe.wgrad is Gemm.HP:
+                x = x.to(grad.dtype)
+                product = x.t() @ grad if ctx.transposed else grad.t() @ x
+                grad_weight = product.to(ctx.weight_dtype)
+            else:
+                grad_weight = _wgrad(ctx, operand, x, wgrad_scale_inv)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = grad.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_input, grad_weight, grad_bias, *[None] * (len(ctx.needs_input_grad) - 3)

@@ -9,7 +9,9 @@ from typing import Any
 from sparse_compile.recipe import RECIPES, SSTE, Recipe
 from sparse_compile.torch_internals import inductor_option_names, inductor_patches
 
-_NAMES = ("sste.recipe", "sste.targets", "sste.executor", "sste.tune")
+# A row of activations is cast in one reading where its registers allow it: Inductor tries, and takes the faster way.
+_INDUCTOR_DEFAULTS = {"triton.multi_kernel": 1}
+_NAMES = ("sste.recipe", "sste.targets", "sste.head", "sste.when", "sste.executor", "sste.tune")
 
 
 class Executor(Enum):
@@ -26,6 +28,8 @@ class Options:
     Attributes:
         recipe: arithmetic of the targeted linears; the others get dense FP8.
         targets: ``"ffn"``, ``"all"``, or a glob of module names such as ``"*.mlp.*"``.
+        head: whether the vocabulary head gets dense FP8.
+        measure: whether only what measured times predict to be faster is rewritten.
         executor: what runs the rewritten graph.
         tune: whether the 2:4 GEMMs are timed, those that no earlier run has timed, while the graph is compiled.
         inductor: configuration handed on to Inductor, from ``mode`` and the options without our prefix.
@@ -33,6 +37,8 @@ class Options:
 
     recipe: Recipe
     targets: str
+    head: bool
+    measure: bool
     executor: Executor
     tune: bool
     inductor: Mapping[str, Any]
@@ -64,9 +70,11 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
     return Options(
         recipe=RECIPES[_choice(ours, "sste.recipe", SSTE.name, list(RECIPES))],
         targets=targets,
+        head=_choice(ours, "sste.head", "dense", ["dense", "fp8"]) == "fp8",
+        measure=_choice(ours, "sste.when", "faster", ["faster", "always"]) == "faster",
         executor=Executor(_choice(ours, "sste.executor", "inductor", [executor.value for executor in Executor])),
         tune=tune,
-        inductor=inductor_patches(mode, inductors),
+        inductor={**_INDUCTOR_DEFAULTS, **inductor_patches(mode, inductors)},
     )
 
 

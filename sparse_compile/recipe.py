@@ -14,6 +14,7 @@ class Projection(Enum):
 class Gemm(Enum):
     """How one of the three products runs."""
 
+    HP = "hp"  # in the dtype of the activations, as without us
     FP8 = "fp8"
     SPARSE24 = "2:4 fp8"
 
@@ -30,7 +31,8 @@ class Recipe:
     """The arithmetic of one linear, ``output = input @ weight.T``.
 
     fprop is 2:4 exactly where the weight is projected, wgrad exactly where an estimator prunes grad_output.  dgrad is
-    dense in every recipe so far: the weight's groups run along in_features, dgrad contracts over out_features.
+    dense in every recipe so far: the weight's groups run along in_features, dgrad contracts over out_features.  It
+    reads the projected weight where there is one, which exists in FP8 only.
     """
 
     name: str
@@ -45,12 +47,29 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: fprop is 2:4 if and only if the weight is projected")
         if (self.wgrad is Gemm.SPARSE24) != (self.estimator is not None):
             raise ValueError(f"recipe {self.name!r}: wgrad is 2:4 if and only if an estimator is named")
-        if self.dgrad is not Gemm.FP8:
-            raise ValueError(f"recipe {self.name!r}: dgrad must be dense fp8")
+        if self.fprop is Gemm.HP:
+            raise ValueError(f"recipe {self.name!r}: fprop must be 2:4 or dense fp8")
+        if self.dgrad is Gemm.SPARSE24 or (self.dgrad is Gemm.HP and self.projection is not Projection.NONE):
+            raise ValueError(f"recipe {self.name!r}: dgrad must be dense fp8, or hp where the weight is not projected")
 
     def short_str(self) -> str:
         """``fprop/dgrad/wgrad`` in a few characters, for the report."""
-        return f"{self.name} ({self.fprop.value}, {self.dgrad.value}, {self.wgrad.value})"
+        return f"{self.name.split('/')[0]} ({self.fprop.value}, {self.dgrad.value}, {self.wgrad.value})"
+
+    def variants(self) -> tuple["Recipe", ...]:
+        """This recipe, and those that differ from it by more precise backward products, of the same weight.
+
+        dgrad in hp saves the cast of grad_output only if wgrad is in hp, too.
+        """
+        backward = [(self.dgrad, Gemm.FP8), (self.dgrad, Gemm.HP)]
+        if self.projection is Projection.NONE:
+            backward.append((Gemm.HP, Gemm.HP))
+        others = (
+            replace(self, name=f"{self.name}/{dgrad.value}/{wgrad.value}", dgrad=dgrad, wgrad=wgrad, estimator=None)
+            for dgrad, wgrad in backward
+            if (dgrad, wgrad) != (self.dgrad, self.wgrad)
+        )
+        return (self, *others)
 
 
 SSTE = Recipe(
@@ -64,4 +83,7 @@ SSTE = Recipe(
 SSTE_APPROXIMATE = replace(SSTE, name="s-ste-approximate", estimator=Estimator.APPROXIMATE_MVUE)
 FP8 = Recipe(name="fp8", projection=Projection.NONE, fprop=Gemm.FP8, dgrad=Gemm.FP8, wgrad=Gemm.FP8, estimator=None)
 
+# By the names that the user may say.
 RECIPES = {recipe.name: recipe for recipe in (SSTE, SSTE_APPROXIMATE, FP8)}
+# By the names that graphs hold.
+VARIANTS = {variant.name: variant for recipe in RECIPES.values() for variant in recipe.variants()}

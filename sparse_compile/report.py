@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from tabulate import tabulate
 
@@ -20,6 +21,7 @@ class Row:
         shape: ``tokens x in_features -> out_features``.
         decision: the recipe and its three GEMMs, or ``dense``.
         reason: why it stays dense; empty for a rewritten linear.
+        dense_us, rewritten_us: predicted microseconds in a step, without and with the rewrite; None if not measured.
     """
 
     module: str
@@ -27,6 +29,8 @@ class Row:
     shape: str
     decision: str
     reason: str
+    dense_us: float | None = None
+    rewritten_us: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +47,11 @@ class GraphReport:
     @property
     def rewritten(self) -> int:
         return sum(row.decision != "dense" for row in self.rows)
+
+    @property
+    def predicted_gain_ms(self) -> float:
+        """Milliseconds that a step is predicted to save; of linears that were measured."""
+        return sum(row.dense_us - row.rewritten_us for row in self.rows if row.dense_us and row.rewritten_us) / 1e3
 
 
 @dataclass(slots=True)
@@ -86,17 +95,21 @@ def _write_to_stderr() -> None:
 
 def _table(number: int, graph: GraphReport) -> str:
     title = f"graph {number}: {graph.rewritten} of {len(graph.rows)} linears rewritten, {graph.execution}"
-    headers = ("module", "role", "shape", "decision", "reason")
-    table = tabulate([(r.module, r.role, r.shape, r.decision, r.reason) for r in _fold(graph.rows)], headers=headers)
-    return f"{title}\n{table}" if graph.rows else title
+    if not graph.rows:
+        return title
+    if any(row.dense_us for row in graph.rows):
+        title += f", {graph.predicted_gain_ms:.1f} ms less a step predicted"
+    lines = [(r.module, r.role, r.shape, r.decision, r.reason, r.dense_us, r.rewritten_us) for r in _fold(graph.rows)]
+    headers = ("module", "role", "shape", "decision", "reason", "dense us", "us")
+    return f"{title}\n{tabulate(lines, headers=headers, floatfmt='.0f')}"
 
 
 def _fold(rows: Iterable[Row]) -> list[Row]:
     """Rows that differ only in the numbers of their module names, as one row: ``blocks.*.fc (12)``."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.module)
-        groups.setdefault((pattern, row.role, row.shape, row.decision, row.reason), []).append(row)
+        groups.setdefault((pattern, *list(asdict(row).values())[1:]), []).append(row)
     folded = []
     for (pattern, *_), members in groups.items():
         name = members[0].module if len(members) == 1 else f"{pattern} ({len(members)})"

@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
@@ -99,9 +100,10 @@ def _run_eagerly(graph_module: GraphModule, inputs: Sequence[Any], **_: Any) -> 
 
 
 def reset_cuda_graphs() -> None:
-    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
-
-    reset_cudagraph_trees()
+    # What was never imported holds no graphs; and dynamo, which calls this, cannot stand what an import may compile.
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is not None:
+        trees.reset_cudagraph_trees()
 
 
 def backend_fake_mode(inputs: Sequence[Any]) -> Any:
@@ -127,6 +129,12 @@ def clone_graph_module(graph_module: GraphModule) -> GraphModule:
         if new.op == "get_attr" and isinstance(getattr(clone, new.target, None), GraphModule):
             setattr(clone, new.target, clone_graph_module(getattr(clone, new.target)))
     return clone
+
+
+def several_processes() -> bool:
+    """Whether others train the same model: each would measure other times, and must not choose another arithmetic."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def is_checkpoint(node: Node) -> bool:

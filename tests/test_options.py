@@ -12,14 +12,16 @@ def test_defaults():
     options = read_options(None, None)
     assert (options.recipe, options.targets, options.executor) == (SSTE, "ffn", Executor.INDUCTOR)
     assert options.tune is False
-    assert options.inductor == {}
+    assert options.inductor == {"triton.multi_kernel": 1}
+    assert (options.head, options.measure) == (False, True)
 
 
 def test_ours_and_inductors_are_told_apart():
     ours = {"sste.recipe": "fp8", "sste.executor": "eager", "sste.tune": True}
     options = read_options(None, {**ours, "epilogue_fusion": False})
     assert (options.recipe, options.executor, options.tune) == (FP8, Executor.EAGER, True)
-    assert options.inductor == {"epilogue_fusion": False}
+    assert options.inductor == {"triton.multi_kernel": 1, "epilogue_fusion": False}
+    assert read_options(None, {"triton.multi_kernel": 0}).inductor == {"triton.multi_kernel": 0}
 
 
 def test_modes_are_inductors():

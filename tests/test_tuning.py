@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_compile.errors import SparseCompileError
-from sparse_compile.kernels import ops, sparse_gemm, tuning
+from sparse_compile.kernels import measured, ops, sparse_gemm, tuning
 from sparse_compile.kernels.configs import Config, configs
 from sparse_compile.kernels.formats import E4M3, padded
 from sparse_compile.kernels.problem import Problem
@@ -33,9 +33,9 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """The cache of a process that starts with an empty one."""
     monkeypatch.setenv("SPARSE_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    tuning._folder.cache_clear()
+    measured.folder.cache_clear()
     yield tmp_path / "cache"
-    tuning._folder.cache_clear()
+    measured.folder.cache_clear()
 
 
 @pytest.fixture
@@ -73,16 +73,16 @@ class TestBuckets:
     def test_sizes_of_a_bucket_differ_by_at_most_an_eighth(self) -> None:
         smallest: dict[int, int] = {}
         for size in range(1, 5000):
-            top = tuning._round_up(size)
+            top = measured.round_up(size)
             assert top >= size
-            assert tuning._round_up(top) == top, "a bucket holds its own top"
+            assert measured.round_up(top) == top, "a bucket holds its own top"
             smallest.setdefault(top, size)
             assert size <= smallest[top] * 1.125
             assert top % (1 << max(0, top.bit_length() - 4)) == 0, "four significant bits"
         assert list(smallest) == sorted(smallest), "buckets are intervals"
 
     def test_three_bits_below_the_leading_one(self) -> None:
-        tops = {tuning._round_up(size) for size in range(1025, 2049)}
+        tops = {measured.round_up(size) for size in range(1025, 2049)}
         assert tops == {1024 + 128 * eighth for eighth in range(1, 9)}
 
     def test_each_size_and_kind_counts(self, folder, gpus) -> None:
@@ -228,7 +228,7 @@ class TestDisk:
             rank.join()
             assert rank.exitcode == 0
         assert {lookup(replace(PROBLEM, rows=1 << number), DEVICE) for number in range(30)} == {FAST}
-        assert len(list(folder.glob("*/*"))) == 30, "nothing else is left"
+        assert len(list(folder.glob("*/*/*"))) == 30, "nothing else is left"
 
     def test_the_file_can_be_read_by_people(self, bench) -> None:
         tune(PROBLEM, DEVICE)
@@ -258,8 +258,8 @@ class TestDisk:
 
     def test_folders(self, folder, gpus, monkeypatch, tmp_path) -> None:
         def parent() -> Path:
-            tuning._folder.cache_clear()
-            return tuning._folder(DEVICE).parent
+            measured.folder.cache_clear()
+            return measured.folder(DEVICE).parent
 
         assert parent() == folder
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -274,19 +274,19 @@ class TestDisk:
 
     def test_a_folder_per_device_version_and_source(self, folder, gpus, monkeypatch) -> None:
         def name(index: int = 0) -> str:
-            tuning._folder.cache_clear()
-            return tuning._folder(torch.device("cuda", index)).name
+            measured.folder.cache_clear()
+            return measured.folder(torch.device("cuda", index)).name
 
-        assert name().startswith(f"sparse_gemm-NVIDIA_H100___HBM-{torch.__version__}-")
+        assert name().startswith(f"NVIDIA_H100___HBM-{torch.__version__}-")
         names = {name(), name(index=1)}
         monkeypatch.setattr(torch, "__version__", "2.99.0")
         names.add(name())
-        monkeypatch.setattr(tuning, "version", lambda package: "9.9")
+        monkeypatch.setattr(measured, "version", lambda package: "9.9")
         names.add(name())
-        for source in tuning._SOURCES:
-            monkeypatch.setattr(tuning, "_SOURCES", tuple(s for s in tuning._SOURCES if s != source))
+        for source in ("configs.py", "sparse_gemm_kernel.py", "mvue.py"):
+            monkeypatch.setattr(measured, "_NO_KERNELS", (*measured._NO_KERNELS, source))
             names.add(name())
-        assert len(names) == 4 + 5
+        assert len(names) == 4 + 3
 
 
 class TestGraph:

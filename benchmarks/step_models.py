@@ -1,0 +1,127 @@
+"""The training steps that are measured: Hugging Face's own classes, random weights, random tokens, fused AdamW."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sparse_compile  # noqa: F401 - registers the backend where it is not installed
+
+# How a step is compiled, besides "torchao <recipe>".
+BF16 = "bf16"
+BF16_TUNED = "bf16 max-autotune"
+SSTE = "sste"
+SSTE_GRAPHS = "sste reduce-overhead"
+_COMPILE: Mapping[str, dict[str, Any]] = {
+    BF16_TUNED: {"mode": "max-autotune-no-cudagraphs"},
+    SSTE: {"backend": "sste"},
+    SSTE_GRAPHS: {"backend": "sste", "mode": "reduce-overhead"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepModel:
+    """A model and its step.
+
+    Args:
+        make: returns the model with random fp32 weights.
+        vocabulary: tokens are drawn below it.
+        batch: sequences of a microbatch and their length.
+        microbatches: in an optimizer step.
+        checkpointing: recompute each layer in backward.
+    """
+
+    make: Callable[[], nn.Module]
+    vocabulary: int
+    batch: tuple[int, int]
+    microbatches: int = 1
+    checkpointing: bool = False
+
+
+def _causal_attention() -> str:
+    """Name of SDPA with its ``is_causal`` kernels: by its own name, a traced model hands it a mask, which is slow."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("causal_sdpa", sdpa_attention_forward)
+    return "causal_sdpa"
+
+
+def _llama(hidden: int, intermediate: int, layers: int, context: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=context,
+        use_cache=False,
+        attn_implementation=_causal_attention(),
+    )
+    return LlamaForCausalLM(config)
+
+
+def _llama_8b_layers() -> nn.Module:
+    return _llama(4096, 14336, layers=4, context=4096)
+
+
+def _llama_1b_layers() -> nn.Module:
+    return _llama(2048, 8192, layers=8, context=2048)
+
+
+def _gpt2_small() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=50304,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+        use_cache=False,
+        attn_implementation=_causal_attention(),
+    )
+    return GPT2LMHeadModel(config)
+
+
+MODELS = {
+    "llama-8b": StepModel(make=_llama_8b_layers, vocabulary=32000, batch=(4, 4096)),
+    "llama-1b": StepModel(make=_llama_1b_layers, vocabulary=32000, batch=(8, 2048)),
+    "gpt2-small": StepModel(make=_gpt2_small, vocabulary=50304, batch=(16, 1024)),
+    "llama-8b-checkpointed": StepModel(make=_llama_8b_layers, vocabulary=32000, batch=(4, 4096), checkpointing=True),
+    "llama-8b-microbatches": StepModel(make=_llama_8b_layers, vocabulary=32000, batch=(4, 4096), microbatches=4),
+}
+
+
+def training_step(model: StepModel, kind: str, device: torch.device) -> Callable[[], Tensor]:
+    """Forward and backward of each microbatch and one step of the optimizer, in bf16; returns the last loss."""
+    torch.manual_seed(0)
+    network = model.make().to(device, torch.bfloat16).train()
+    if model.checkpointing:
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if kind.startswith("torchao "):
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        config = Float8LinearConfig.from_recipe_name(kind.removeprefix("torchao "))
+        convert_to_float8_training(network, config=config, module_filter_fn=lambda module, name: "lm_head" not in name)
+    compiled = torch.compile(network, **_COMPILE.get(kind, {}))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
+    generator = torch.Generator(device).manual_seed(0)
+    batches = [
+        torch.randint(model.vocabulary, model.batch, device=device, generator=generator)
+        for _ in range(model.microbatches)
+    ]
+
+    def step() -> Tensor:
+        for ids in batches:
+            loss: Tensor = compiled(input_ids=ids, labels=ids).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step

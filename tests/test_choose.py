@@ -1,0 +1,136 @@
+"""CHOOSE: the fastest variant of each linear by the times of a made-up clock; dense where that is faster."""
+
+import pytest
+import torch
+
+from sparse_compile.kernels import costs, ops
+from sparse_compile.owners import ParameterOwners
+from sparse_compile.passes.choose import choose
+from sparse_compile.passes.decide import decide
+from sparse_compile.passes.find import Reason, find
+from sparse_compile.recipe import FP8, SSTE, VARIANTS, Gemm, Projection
+
+DENSE = {"hp fprop": 100.0, "hp dgrad": 100.0, "hp wgrad": 100.0}
+PIECES = {
+    "fp8 fprop": 60.0, "fp8 dgrad": 60.0, "fp8 wgrad": 60.0, "2:4 fp8 fprop": 40.0, "2:4 fp8 wgrad": 40.0,
+    "cast_mvue, exact mvue": 10.0, "cast_mvue, approximate mvue": 10.0, "cast_transpose": 10.0,
+    "transpose_tokens": 8.0, "prune_weight_": 2.0, "cast_weight_": 2.0, "copy": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    monkeypatch.setattr(ops, "emulation_reason", lambda device: None)
+
+
+@pytest.fixture
+def plans(trace, small_gpt, batch):
+    """Of the linears qkv, proj, up and down."""
+
+    def make(targets="ffn", **model):
+        return decide(find(trace(small_gpt(depth=1, **model), *batch))[0], SSTE, targets, ParameterOwners())[0]
+
+    return make
+
+
+def clock(**changes):
+    """Of every shape."""
+    times = {**DENSE, **PIECES, **{name.replace("_", " "): time for name, time in changes.items()}}
+    times |= {name: time for name, time in changes.items() if name in times}
+
+    def read(shape, device, pieces):
+        return {piece: times[piece] for piece in pieces}
+
+    return read
+
+
+def chosen(plans, read):
+    return {plan.site.name.split(".")[-1]: plan.recipe for plan in choose(plans, read)[0]}
+
+
+def test_the_recipe_where_it_is_fastest(kernels, plans):
+    kept, rejections = choose(plans(), clock())
+    assert [plan.recipe for plan in kept] == [FP8, FP8, SSTE, SSTE]
+    assert rejections == []
+    # qkv: three products, the cast and transpose of g and of x, the cast of the weight; a copy takes no time here.
+    assert kept[0].price.dense == 300.0
+    assert kept[0].price.rewritten == 3 * 60.0 + 10.0 + 8.0 + 2.0
+    assert kept[2].price.rewritten == 40.0 + 60.0 + 40.0 + 10.0 + 8.0 + 2.0
+
+
+def test_what_is_slower_stays_dense_and_says_the_times(kernels, plans):
+    read = clock(hp_fprop=60.0, hp_dgrad=60.0, hp_wgrad=60.0)
+    kept, rejections = choose(plans(), read)
+    assert [plan.site.name for plan in kept] == ["blocks.0.up", "blocks.0.down"], "160 of 180 us"
+    assert {r.name: r.reason for r in rejections} == dict.fromkeys(["blocks.0.qkv", "blocks.0.proj"], Reason.SLOWER)
+    assert "200 us in fp8 (fp8, fp8, fp8)" not in rejections[0].detail, "the fastest variant is named"
+    assert "180 us dense" in rejections[0].detail
+
+
+def test_a_gain_within_the_margin_is_none(kernels, plans):
+    planned = plans()
+    for dense, rewritten in ((160.0 / 0.94, True), (160.0 / 0.96, False)):
+        names = chosen(planned, clock(hp_fprop=dense - 200.0, hp_dgrad=100.0, hp_wgrad=100.0))
+        assert ("up" in names) == rewritten
+
+
+def test_wgrad_in_the_precision_that_is_fastest(kernels, plans):
+    recipe = chosen(plans(), clock(hp_wgrad=30.0))["up"]
+    assert (recipe.projection, recipe.fprop, recipe.dgrad) == (Projection.SSTE, Gemm.SPARSE24, Gemm.FP8)
+    assert (recipe.wgrad, recipe.estimator) == (Gemm.HP, None)
+    read = clock()
+    slow_sparse = clock(**{"cast_mvue, exact mvue": 100.0})
+    assert chosen(plans(), slow_sparse)["up"].wgrad is Gemm.FP8
+    assert chosen(plans(), read)["up"] is SSTE
+
+
+def test_backward_in_hp_saves_the_cast_of_the_gradient(kernels, plans):
+    recipe = chosen(plans(), clock(hp_dgrad=55.0, hp_wgrad=30.0))["qkv"]
+    assert (recipe.fprop, recipe.dgrad, recipe.wgrad) == (Gemm.FP8, Gemm.HP, Gemm.HP)
+
+
+def test_fused_operations_cost_memory_traffic(kernels, plans):
+    """A copy of grad_output at 2 units an element and byte, in fp32."""
+    kept, _ = choose(plans(), clock(copy=1.0, hp_fprop=1000.0))
+    qkv = kept[0].site
+    tokens, inputs, outputs = 64, qkv.in_features, qkv.out_features
+    byte = 1.0 / (2 * 4 * tokens * outputs)
+    fused = tokens * (inputs + 2 * outputs + 2 * inputs + outputs) * byte
+    assert kept[0].price.rewritten == pytest.approx(200.0 + fused)
+
+
+def test_the_cast_of_a_shared_input_is_paid_once(kernels, plans):
+    kept, _ = choose(plans(gated=True), clock(transpose_tokens=100.0, hp_wgrad=1000.0))
+    prices = {plan.site.name.split(".")[-1]: plan.price.rewritten for plan in kept}
+    assert prices["gate"] == prices["up"] == prices["down"] - 50.0
+
+
+def test_checkpointed_forward_runs_twice(kernels, plans):
+    (once, *_), _ = choose(plans(), clock())
+    (twice, *_), _ = choose(plans(checkpoint=True), clock())
+    assert twice.price.dense == once.price.dense + 100.0
+    assert twice.price.rewritten == once.price.rewritten + 60.0
+
+
+def test_what_the_user_named_is_rewritten_whatever_it_costs(kernels, plans):
+    kept, rejections = choose(plans("*up"), clock(hp_fprop=1.0, hp_dgrad=1.0, hp_wgrad=1.0))
+    assert [plan.site.name for plan in kept] == ["blocks.0.up"]
+    assert len(rejections) == 3
+
+
+def test_without_kernels_nothing_is_measured(plans):
+    planned = plans()
+    assert choose(planned, clock=None) == (planned, [])
+
+
+def test_every_variant_has_its_pieces(kernels, plans):
+    asked = set()
+
+    def read(shape, device, pieces):
+        asked.update(pieces)
+        assert (shape.tokens, shape.dtype, shape.weight_dtype) == (64, torch.float32, torch.float32)
+        return clock()(shape, device, pieces)
+
+    choose(plans(), read)
+    assert asked <= costs.PIECES.keys()
+    assert {f"{gemm.value} wgrad" for recipe in VARIANTS.values() for gemm in [recipe.wgrad]} <= asked
