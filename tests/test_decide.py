@@ -30,6 +30,21 @@ def test_all_linears_but_the_head(trace, small_gpt, batch):
     assert rejections == {"head": Reason.HEAD}
 
 
+@pytest.mark.parametrize("targets", ["ffn", "all"])
+def test_the_head_in_dense_fp8_if_asked_for(trace, small_gpt, batch, targets):
+    sites, _ = find(trace(small_gpt(depth=1), *batch))
+    plans, rejections = decide(sites, SSTE, targets, ParameterOwners(), head=True)
+    assert plans[-1].site.name == "head"
+    assert plans[-1].recipe is FP8
+    assert rejections == []
+
+
+def test_a_tied_head_stays_dense_also_if_asked_for(trace, small_gpt, batch):
+    sites, _ = find(trace(small_gpt(depth=1, tied=True), *batch))
+    _, rejections = decide(sites, SSTE, "ffn", ParameterOwners(), head=True)
+    assert [rejection.reason for rejection in rejections] == [Reason.TIED]
+
+
 def test_glob_names_the_targets_the_head_too(trace, small_gpt, batch):
     plans, rejections = decisions(trace(small_gpt(depth=1), *batch), "*[hp][er][ao][dj]")
     assert plans == {"blocks.0.qkv": FP8, "blocks.0.proj": SSTE, "blocks.0.up": FP8, "blocks.0.down": FP8, "head": SSTE}
