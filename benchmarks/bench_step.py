@@ -33,6 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from harness import RESULTS, Report, interleave, provenance, write
 from step_models import BF16, MODELS, SSTE, training_step
 
+import sparse_compile
+
 DEVICE = torch.device("cuda")
 KINDS = (BF16, "torchao tensorwise", "torchao rowwise", SSTE)
 STEPS = 3  # in a row, so that a step begins as it does in training: behind another of its own
@@ -65,7 +67,9 @@ def candidates(name: str, kinds: Sequence[str]) -> tuple[dict[str, Callable[[], 
         gc.collect()
         before = torch.cuda.memory_allocated()
         step = training_step(MODELS[name], kind, DEVICE)
+        compiled = len(sparse_compile.report().graphs)
         loss = float(step())
+        gains = [graph.predicted_gain_ms for graph in sparse_compile.report().graphs[compiled:]]
         for _ in range(3):
             step()
         torch.cuda.reset_peak_memory_stats()
@@ -78,6 +82,7 @@ def candidates(name: str, kinds: Sequence[str]) -> tuple[dict[str, Callable[[], 
             "loss": loss,
             "peak_gib": (torch.cuda.max_memory_allocated() - before) / 2**30,
             "host_ms": enqueued * 1e3,
+            "predicted_gain_ms": sum(gains) * MODELS[name].microbatches if kind.startswith(SSTE) else None,
         }
         steps[kind] = step
         print(f"{name}, {kind}: {facts[kind]}, {(time.perf_counter() - start) * 1e3:.1f} ms", flush=True)
@@ -102,20 +107,26 @@ def step_part(names: Sequence[str], kinds: Sequence[str], rounds: int) -> Report
         runs = {kind: partial(several, step) for kind, step in steps.items()}
         timings = interleave(runs, rounds, warmup=1, calls=STEPS)
         for kind, timing in timings.items():
-            speedup = timings[kinds[0]].median / timing.median
-            rows.append({"model": name, "kind": kind, "ms": asdict(timing), "speedup": speedup, **facts[kind]})
-            print(f"{name}, {kind}: {timing.median:.1f} ms, {speedup:.3f}x", flush=True)
+            base = timings[kinds[0]].median
+            row = {"model": name, "kind": kind, "ms": asdict(timing), "speedup": base / timing.median, **facts[kind]}
+            gain = row["predicted_gain_ms"]
+            row["predicted_over_measured"] = (base - gain) / timing.median if gain is not None else None
+            rows.append(row)
+            print(f"{name}, {kind}: {timing.median:.1f} ms, {row['speedup']:.3f}x", flush=True)
         del steps, runs
     return {"rows": rows}, step_table(rows)
 
 
 def step_table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        (r["model"], r["kind"], *(r["ms"][key] for key in ("median", "low", "high")), r["speedup"], r["peak_gib"])
-        for r in rows
-    ]
-    headers = ("model", "step", "ms", "p10", "p90", f"x {rows[0]['kind']}", "peak GiB")
-    return tabulate(lines, headers=headers, floatfmt=("", "", ".1f", ".1f", ".1f", ".3f", ".1f"), tablefmt="github")
+    lines = []
+    for row in rows:
+        spread = [row["ms"][key] for key in ("median", "low", "high")]
+        rest = [row[key] for key in ("speedup", "predicted_over_measured", "peak_gib", "host_ms")]
+        lines.append((row["model"], row["kind"], *spread, *rest))
+    ratio = f"x {rows[0]['kind']}"
+    headers = ("model", "step", "ms", "p10", "p90", ratio, "predicted / measured", "peak GiB", "host ms")
+    floats = ("", "", ".1f", ".1f", ".1f", ".3f", ".3f", ".1f", ".1f")
+    return tabulate(lines, headers=headers, floatfmt=floats, missingval="-", tablefmt="github")
 
 
 def profile_part(names: Sequence[str], kinds: Sequence[str], rounds: int) -> Report:

@@ -13,10 +13,12 @@ import sparse_compile  # noqa: F401 - registers the backend where it is not inst
 BF16 = "bf16"
 BF16_TUNED = "bf16 max-autotune"
 SSTE = "sste"
+SSTE_HEAD = "sste, head in fp8"
 SSTE_GRAPHS = "sste reduce-overhead"
 _COMPILE: Mapping[str, dict[str, Any]] = {
     BF16_TUNED: {"mode": "max-autotune-no-cudagraphs"},
     SSTE: {"backend": "sste"},
+    SSTE_HEAD: {"backend": "sste", "options": {"sste.head": "fp8"}},
     SSTE_GRAPHS: {"backend": "sste", "mode": "reduce-overhead"},
 }
 
