@@ -105,7 +105,7 @@ def _widen(carry):
 
 
 @gluon.jit
-def _carry_over(acc, carry):
+def _carry_over(acc, carry, layout: gl.constexpr):
     """Move what bf16 holds of ``acc + carry`` to ``carry``; the rest, at most 2^-9 of it, stays in ``acc``."""
     left, right = _halves(acc)
     carried_left, carried_right = _widen(carry)
@@ -113,7 +113,7 @@ def _carry_over(acc, carry):
     right += carried_right
     carry = gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [left, right], gl.int32, True, 1)
     carried_left, carried_right = _widen(carry)
-    return _whole(left - carried_left, right - carried_right, acc.type.layout), carry
+    return _whole(left - carried_left, right - carried_right, layout), carry
 
 
 @gluon.jit
@@ -177,7 +177,7 @@ def _consumer(
             carry, _ = _halves(zeros)
             for first in range(0, num_k, _CARRY_STAGES):
                 count = min(num_k - first, _CARRY_STAGES)
-                acc, carry = _carry_over(_multiply(acc, zeros, done, count, WARPGROUP, RING), carry)
+                acc, carry = _carry_over(_multiply(acc, zeros, done, count, WARPGROUP, RING), carry, acc_layout)
                 done += count
             left, right = _halves(acc)
             carried_left, carried_right = _widen(carry)
