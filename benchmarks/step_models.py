@@ -14,11 +14,13 @@ BF16 = "bf16"
 BF16_TUNED = "bf16 max-autotune"
 SSTE = "sste"
 SSTE_HEAD = "sste, head in fp8"
+SSTE_SMALL = "sste, small memory"
 SSTE_GRAPHS = "sste reduce-overhead"
 _COMPILE: Mapping[str, dict[str, Any]] = {
     BF16_TUNED: {"mode": "max-autotune-no-cudagraphs"},
     SSTE: {"backend": "sste"},
     SSTE_HEAD: {"backend": "sste", "options": {"sste.head": "fp8"}},
+    SSTE_SMALL: {"backend": "sste", "options": {"sste.memory": "small"}},
     SSTE_GRAPHS: {"backend": "sste", "mode": "reduce-overhead"},
 }
 

@@ -71,6 +71,7 @@ def sste(
         [*example_inputs, *fake_operands],
         chosen.inductor,
         generate_code=chosen.executor is Executor.INDUCTOR,
+        recompute=chosen.recompute,
         cacheable_function=f"{linear.__module__}.{linear.__name__}",
     )
 

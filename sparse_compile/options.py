@@ -11,7 +11,7 @@ from sparse_compile.torch_internals import inductor_option_names, inductor_patch
 
 # A row of activations is cast in one reading where its registers allow it: Inductor tries, and takes the faster way.
 _INDUCTOR_DEFAULTS = {"triton.multi_kernel": 1}
-_NAMES = ("sste.recipe", "sste.targets", "sste.head", "sste.when", "sste.executor", "sste.tune")
+_NAMES = ("sste.recipe", "sste.targets", "sste.head", "sste.when", "sste.memory", "sste.executor", "sste.tune")
 
 
 class Executor(Enum):
@@ -30,6 +30,7 @@ class Options:
         targets: ``"ffn"``, ``"all"``, or a glob of module names such as ``"*.mlp.*"``.
         head: whether the vocabulary head gets dense FP8.
         measure: whether only what measured times predict to be faster is rewritten.
+        recompute: whether backward makes FP8 copies of activations again, where forward could keep them.
         executor: what runs the rewritten graph.
         tune: whether the 2:4 GEMMs are timed, those that no earlier run has timed, while the graph is compiled.
         inductor: configuration handed on to Inductor, from ``mode`` and the options without our prefix.
@@ -39,6 +40,7 @@ class Options:
     targets: str
     head: bool
     measure: bool
+    recompute: bool
     executor: Executor
     tune: bool
     inductor: Mapping[str, Any]
@@ -72,6 +74,7 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
         targets=targets,
         head=_choice(ours, "sste.head", "dense", ["dense", "fp8"]) == "fp8",
         measure=_choice(ours, "sste.when", "faster", ["faster", "always"]) == "faster",
+        recompute=_choice(ours, "sste.memory", "fast", ["fast", "small"]) == "small",
         executor=Executor(_choice(ours, "sste.executor", "inductor", [executor.value for executor in Executor])),
         tune=tune,
         inductor={**_INDUCTOR_DEFAULTS, **inductor_patches(mode, inductors)},

@@ -30,6 +30,7 @@ def self_test() -> list[str]:
     for module, name in (
         ("torch", "_TorchCompileInductorWrapper"),
         ("torch._dynamo.backends.registry", "_BACKENDS"),
+        ("torch._functorch.config", "ban_recompute_materialized_backward"),
         ("torch._functorch.aot_autograd", "boxed_nop_preserve_node_meta"),
         ("torch._guards", "detect_fake_mode"),
         ("torch._inductor.compile_fx", "compile_fx"),
@@ -72,16 +73,28 @@ def compile_graph(
     patches: Mapping[str, Any],
     *,
     generate_code: bool,
+    recompute: bool,
     cacheable_function: str,
 ) -> Callable[..., Any]:
-    """AOTAutograd and Inductor over a pre-grad graph; without code generation, the traced graphs run eagerly."""
+    """AOTAutograd and Inductor over a pre-grad graph.
+
+    Args:
+        generate_code: otherwise the traced graphs run eagerly.
+        recompute: let backward compute again what it could fuse up to an operation that it cannot, as a GEMM.
+        cacheable_function: the function of ours that the graph calls.
+    """
+    from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     inner: Any = compile_fx_inner if generate_code else _run_eagerly
     # AOTAutograd caches graphs that call a python function only if told what stands for the function's code.
     cacheable = {"unsafe_marked_cacheable_functions": {cacheable_function: _sources_hash()}}
-    compiled: Any = compile_fx(graph_module, list(inputs), inner_compile=inner, config_patches={**patches, **cacheable})
-    return cast(Callable[..., Any], compiled)
+    partition = {"ban_recompute_materialized_backward": False} if recompute else {}
+    with config.patch(partition):
+        return cast(
+            Callable[..., Any],
+            compile_fx(graph_module, list(inputs), inner_compile=inner, config_patches={**patches, **cacheable}),
+        )
 
 
 @cache

@@ -334,3 +334,26 @@ def test_state_dict_is_unchanged(small_gpt, batch):
 
 def test_private_names_of_pytorch_exist():
     assert self_test() == []
+
+
+def test_small_memory_keeps_no_fp8_activations_and_changes_no_gradient(small_gpt, batch):
+    gradients, kept = [], []
+    for memory in ("fast", "small"):
+        torch.manual_seed(0)
+        model = small_gpt(gated=True)
+        compiled = torch.compile(model, backend="sste", options={**EAGER, "sste.memory": memory})
+        saved = []
+
+        def pack(tensor, saved=saved):
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = compiled(*batch)
+        torch.manual_seed(1)
+        loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        kept.append(sum(tensor.dtype == torch.float8_e4m3fn for tensor in saved))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    # The weights of ten linears, and four inputs of each block: two linears read one.
+    assert kept == [10 + 8, 10]

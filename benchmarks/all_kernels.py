@@ -1,0 +1,56 @@
+"""Every kernel once, on small operands with tails, to be watched by compute-sanitizer.
+
+compute-sanitizer --tool memcheck --error-exitcode 1 python benchmarks/all_kernels.py
+compute-sanitizer --tool racecheck --error-exitcode 1 python benchmarks/all_kernels.py
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from sparse_compile.kernels import ops, sparse_gemm
+from sparse_compile.kernels.configs import configs
+from sparse_compile.kernels.formats import E4M3, padded
+
+DEVICE = torch.device("cuda")
+TOKENS, OUT_FEATURES, IN_FEATURES = 333, 208, 144
+_WORD = 0x4C9E8D44  # eight legal pairs of positions
+
+
+def memory_kernels() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        weight = torch.randn(OUT_FEATURES, IN_FEATURES, device=DEVICE, dtype=dtype)
+        for matrix in (weight, weight.t().contiguous().t()):
+            ops.prune_weight_(matrix, torch.ones(1, device=DEVICE), *ops.new_pruned_weight(*matrix.shape, DEVICE))
+            ops.cast_weight_(matrix, *ops.new_cast_weight(*matrix.shape, DEVICE))
+    gradient = torch.randn(TOKENS, OUT_FEATURES, device=DEVICE, dtype=torch.bfloat16)
+    scales = torch.ones(TOKENS, device=DEVICE)
+    payload, _ = ops.cast_transpose(gradient, scales, scales)
+    ops.transpose_tokens(payload)
+    for approximate in (False, True):
+        ops.cast_mvue(gradient, scales, scales, torch.ones(1, dtype=torch.int64, device=DEVICE), 0, approximate)
+
+
+def sparse_gemms() -> None:
+    """Every configuration, with several tiles and more stages than the ring holds."""
+    rows, columns, contraction = 5 * 128 + 80, 600, 20 * 128
+    out = torch.empty(rows * columns, device=DEVICE, dtype=torch.bfloat16)
+    values = torch.randn(rows, padded(contraction) // 2, device=DEVICE).to(E4M3)
+    dense = torch.randn(columns, contraction, device=DEVICE).to(E4M3)
+    metadata = torch.full((contraction // 128, padded(rows) // 16, 32, 2), _WORD, dtype=torch.int32, device=DEVICE)
+    scale_inv, scales = torch.ones(1, device=DEVICE), torch.ones(columns, device=DEVICE)
+    for config in configs():
+        for accurate, dense_scale_inv, shape in ((False, scales, (columns, rows)), (True, None, (rows, columns))):
+            tensors = (values, metadata, dense, scale_inv, dense_scale_inv, out.view(shape))
+            multiply = sparse_gemm.plan(config, accurate, *tensors, shape[0] == columns)
+            multiply(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
+
+
+if __name__ == "__main__":
+    memory_kernels()
+    sparse_gemms()
+    torch.cuda.synchronize()
+    print("ran every kernel")
