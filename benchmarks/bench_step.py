@@ -42,13 +42,13 @@ LOSS_TOLERANCE = 0.5  # of the first step; random weights and tokens give log(vo
 
 # Category of a kernel: the first whose pattern is found in its name.
 CATEGORIES = (
+    ("fused by Inductor", r"^(multi_kernel_)?triton_"),
     ("2:4 GEMM", r"sparse_gemm"),
     ("fp8 GEMM", r"nvjet_\w*qq|e4m3\w*_e4m3|gemm.*e4m3|cutlass.*(e4m3|float_e4m3)"),
     ("bf16 GEMM", r"nvjet|gemm|cutlass.*bf16"),
     ("attention", r"sdpa|flash|fmha|attention"),
-    ("casts", r"_cast_mvue|_cast_transpose|transpose_kernel|prune|_correct|_cast_weight"),
+    ("casts of their own", r"^_(cast|transpose|speculate|correct)"),
     ("optimizer", r"multi_tensor_apply|[Aa]dam"),
-    ("fused by Inductor", r"triton_"),
 )
 OTHER = "other"
 
