@@ -63,12 +63,18 @@ def piece_times(shape: LinearShape, device: torch.device, pieces: Iterable[str])
     Raises:
         ValueError: what is kept on disk is something else.
         OSError: what was measured can't be kept.
+        RuntimeError: a CUDA graph is being captured.
     """
     measured_shape = replace(shape, tokens=min(round_up(shape.tokens), _MAX_TOKENS))
     path = path_of("linear", measured_shape, device)
     times = _read(kept(path), path)
     missing = [piece for piece in dict.fromkeys(pieces) if piece not in times]
     if missing:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"a linear {shape} is compiled while a CUDA graph is captured, and its products must be timed before "
+                'that: run one step with the same shapes before the capture, or compile with "sste.when": "always"'
+            )
         start = perf_counter()
         with undisturbed(device), torch.cuda.device(device):
             times |= {piece: _measure(PIECES[piece](measured_shape, _Operands(device))) for piece in missing}

@@ -55,7 +55,9 @@ def sste(
     plans, rejections = decide(sites, chosen.recipe, chosen.targets, ParameterOwners(), head=chosen.head)
     if chosen.tune:
         tune(plans)
-    if chosen.measure and not several_processes():
+    if chosen.measure and several_processes():
+        logger.info("several processes must choose the same, so nothing is measured and every linear gets its recipe")
+    elif chosen.measure:
         plans, slower = choose(plans)
         rejections += slower
     slots = rewrite(graph, plans)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparse_compile
-from sparse_compile import state
+from sparse_compile import state, torch_internals
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.reference import group_uniforms
 from sparse_compile.torch_internals import self_test
@@ -357,3 +358,30 @@ def test_small_memory_keeps_no_fp8_activations_and_changes_no_gradient(small_gpt
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     # The weights of ten linears, and four inputs of each block: two linears read one.
     assert kept == [10 + 8, 10]
+
+
+def test_linears_that_read_one_input_share_its_cast(small_gpt, batch, monkeypatch):
+    """Of q, k and v in one, proj, gate and up, and down there are four inputs a block."""
+    graphs = []
+    run_eagerly = torch_internals._run_eagerly
+
+    def keep(graph_module, inputs, **kwargs):
+        graphs.append(graph_module)
+        return run_eagerly(graph_module, inputs, **kwargs)
+
+    monkeypatch.setattr(torch_internals, "_run_eagerly", keep)
+    torch.compile(small_gpt(gated=True), backend="sste", options=EAGER)(*batch).backward()
+    calls = Counter(node.target for graph in graphs for node in graph.graph.nodes)
+    assert calls[torch.ops.sparse_compile.transpose_tokens.default] == 2 * 4
+    casts = [
+        node
+        for graph in graphs
+        for node in graph.graph.find_nodes(op="call_function", target=torch.ops.prims.convert_element_type.default)
+        if node.args[1] is torch.float8_e4m3fn
+    ]
+    assert len(casts) == 2 * 4
+    # Five linears a block: fprop and wgrad of three in 2:4, all others dense; grad_output is read once for both uses.
+    assert calls[torch.ops.sparse_compile.sparse_mm.default] == 2 * 6
+    assert calls[torch.ops.sparse_compile.cast_mvue.default] == 2 * 3
+    assert calls[torch.ops.sparse_compile.cast_transpose.default] == 2 * 2
+    assert calls[torch.ops.sparse_compile.scaled_mm.default] == 2 * (3 + 2 * 3)

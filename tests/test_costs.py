@@ -24,6 +24,7 @@ SHAPE = LinearShape(
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setenv("SPARSE_COMPILE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(costs, "undisturbed", lambda device: nullcontext())
     measured.folder.cache_clear()
@@ -120,6 +121,14 @@ class TestDisk:
         piece_times(SHAPE, DEVICE, ["copy"])
         piece_times(replace(SHAPE, **change), DEVICE, ["copy"])
         assert len(timed) == 2
+
+    def test_nothing_is_measured_under_capture(self, timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        piece_times(SHAPE, DEVICE, ["copy"])
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        piece_times(SHAPE, DEVICE, ["copy"])
+        with pytest.raises(RuntimeError, match="run one step with the same shapes before the capture"):
+            piece_times(SHAPE, DEVICE, ["copy", "fp8 dgrad"])
+        assert timed == ["copy 104"]
 
     @pytest.mark.parametrize("text", ["", "[]", '{"copy": "fast"}', "{"])
     def test_a_corrupt_file_is_named(self, timed: list[str], folder: Path, text: str) -> None:
