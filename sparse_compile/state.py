@@ -7,7 +7,8 @@ stepped owns the weight; a weight that no such optimizer owns is pruned at every
 """
 
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sparse_compile.betas import SavedBetas, save_with
 from sparse_compile.kernels import ops, reference
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.recipe import Projection
@@ -47,6 +49,8 @@ class _OptimizerSteps:
     def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         del args, kwargs
         self.count += 1
+        if optimizer not in self._owned:
+            save_with(optimizer, _beta_of)
         size = sum(len(group["params"]) for group in optimizer.param_groups)
         if self._owned.get(optimizer, (-1, None))[0] != size:
             ids = frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
@@ -57,7 +61,13 @@ class _OptimizerSteps:
 
 
 _steps = _OptimizerSteps()
+_saved_betas = SavedBetas()
 _states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _beta_of(weight: Tensor) -> float | None:
+    states: Iterable[WeightState] = _states.get(weight, {}).values()
+    return next((state.beta for state in states if state.beta is not None), None)
 
 
 def weight_state(weight: Tensor, slot: WeightSlot) -> WeightState:
@@ -84,7 +94,7 @@ def current_operands(weight: Tensor, slot: WeightSlot, state: WeightState) -> tu
             state.operands = slot.new_operands()
         matrix = weight.detach().t() if slot.transposed else weight.detach()
         if slot.projection is Projection.SSTE:
-            ops.prune_weight_(matrix, _beta(matrix, slot, state), *state.operands)
+            ops.prune_weight_(matrix, _beta(weight, matrix, slot, state), *state.operands)
         else:
             ops.cast_weight_(matrix, *state.operands)
         if in_place:
@@ -95,10 +105,19 @@ def current_operands(weight: Tensor, slot: WeightSlot, state: WeightState) -> tu
     return state.operands
 
 
-def _beta(weight: Tensor, slot: WeightSlot, state: WeightState) -> Tensor:
-    """beta as fp32 ``[1]``: from the first weight that is not projected to zero, then frozen."""
+def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, state: WeightState) -> Tensor:
+    """beta as fp32 ``[1]``: a saved one, or from the first matrix that is not projected to zero; then frozen."""
     if state.beta_tensor is None:
-        beta = reference.sste_beta(weight)
+        beta, missing = _saved_betas.find(weight, _steps.count)
+        if missing:
+            warnings.warn(
+                f"an optimizer has trained {slot.name!r} before, and has no S-STE scale beta of it, which is therefore "
+                "computed from the weight as it is now. If this resumes a run with backend 'sste', its linears go on with another "
+                "scale; load the optimizer's state_dict of that run before the first step.",
+                stacklevel=2,
+            )
+        if beta is None:
+            beta = reference.sste_beta(matrix)
         if beta is None:
             return ops.unit_scale(weight.device)
         if not math.isfinite(beta):

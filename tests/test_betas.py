@@ -1,0 +1,136 @@
+"""beta in checkpoints: a resumed run goes on as the first one would have, and says so where it can't."""
+
+import copy
+import io
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparse_compile import betas, state
+from sparse_compile.passes.rewrite import WeightSlot
+from sparse_compile.recipe import Projection
+
+OPTIONS = {"sste.executor": "eager"}
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
+    "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+}
+
+
+def compiled(model: nn.Module) -> Callable[..., Tensor]:
+    return torch.compile(model, backend="sste", options=OPTIONS)
+
+
+def train(step: Callable[..., Tensor], optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> list[float]:
+    losses = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        loss = step(*batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def saved(*parts: Any) -> list[Any]:
+    """State dicts, through a file."""
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in parts], file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_a_resumed_run_is_the_continued_one(small_gpt, batch, make) -> None:
+    model = small_gpt()
+    optimizer, step = make(model.parameters()), compiled(model)
+    train(step, optimizer, batch)
+    checkpoint = saved(model, optimizer)
+    continued = train(step, optimizer, batch)
+
+    resumed = small_gpt()
+    optimizer = make(resumed.parameters())
+    resumed.load_state_dict(checkpoint[0])
+    optimizer.load_state_dict(checkpoint[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert train(compiled(resumed), optimizer, batch) == continued
+
+
+def test_without_it_a_resumed_run_differs_and_warns(small_gpt, batch) -> None:
+    model = small_gpt()
+    optimizer, step = torch.optim.AdamW(model.parameters(), lr=1e-2), compiled(model)
+    train(step, optimizer, batch)
+    checkpoint = saved(model, optimizer)
+    continued = train(step, optimizer, batch)
+
+    resumed = small_gpt()
+    optimizer = torch.optim.AdamW(resumed.parameters(), lr=1e-2)
+    resumed.load_state_dict(checkpoint[0])
+    for kept in checkpoint[1]["state"].values():
+        kept.pop(betas.KEY, None)
+    optimizer.load_state_dict(checkpoint[1])
+    with pytest.warns(UserWarning, match=r"trained 'blocks.0.up' before, and has no S-STE scale beta of it"):
+        losses = train(compiled(resumed), optimizer, batch)
+    assert losses != continued
+
+
+def test_only_pruned_weights_have_one_and_the_model_has_none(small_gpt, batch) -> None:
+    model = small_gpt(depth=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    before = list(model.state_dict())
+    train(compiled(model), optimizer, batch)
+    names = [name for name, _ in model.named_parameters()]
+    kept = optimizer.state_dict()["state"]
+    assert {names[i] for i in kept if betas.KEY in kept[i]} == {"blocks.0.up.weight", "blocks.0.down.weight"}
+    assert all(isinstance(entry.get(betas.KEY, 0.0), float) for entry in kept.values())
+    assert list(model.state_dict()) == before
+
+
+def test_a_run_without_the_backend_can_load_the_checkpoint(small_gpt, batch) -> None:
+    model = small_gpt()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train(compiled(model), optimizer, batch)
+    model_state, optimizer_state = saved(model, optimizer)
+    dense = small_gpt()
+    dense.load_state_dict(model_state)
+    optimizer = torch.optim.AdamW(dense.parameters(), lr=1e-2)
+    optimizer.load_state_dict(optimizer_state)
+    losses = train(dense, optimizer, batch)
+    assert losses[-1] < losses[0]
+
+
+def test_a_weight_without_gradient_so_far_can_get_one_later() -> None:
+    """AdamW initialises a weight's state when it finds none: a beta alone would look like one."""
+    weights = [nn.Parameter(torch.randn(32, 64)) for _ in range(2)]
+    slot = WeightSlot(
+        name="w", position=0, transposed=False, projection=Projection.SSTE, out_features=32, in_features=64,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    for weight in weights:
+        state.current_operands(weight, slot, state.weight_state(weight, slot))
+    optimizer = torch.optim.AdamW(weights)
+    weights[0].grad = torch.randn(32, 64)
+    optimizer.step()
+    assert [betas.KEY in entry for entry in optimizer.state_dict()["state"].values()] == [True]
+    weights[1].grad = torch.randn(32, 64)
+    optimizer.step()
+    assert [betas.KEY in entry for entry in optimizer.state_dict()["state"].values()] == [True, True]
+
+
+def test_a_copy_of_a_trained_model_starts_quietly(small_gpt, batch) -> None:
+    """No optimizer has stepped with its weights."""
+    model = small_gpt()
+    train(compiled(model), torch.optim.AdamW(model.parameters()), batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(copy.deepcopy(model))(*batch)
