@@ -21,6 +21,11 @@ from sparse_compile.torch_internals import example_value, hint
 # Times of pieces by name, for one shape on one device.
 Clock = Callable[[LinearShape, torch.device, Sequence[str]], dict[str, float]]
 
+_DENSE_PIECES = ("hp fprop", "hp dgrad", "hp wgrad")
+# Ops whose times count once, whatever linears share.
+_OPS = (
+    "prune_weight_", "cast_weight_", "cast_transpose", "cast_mvue, exact mvue", "cast_mvue, approximate mvue"
+)  # fmt: skip
 # A linear is rewritten if it is faster by this share of its dense time: what measurements and prices may be off by.
 _MARGIN = 0.05
 # Bytes an element, of what Inductor fuses: fitted to the profiles of a Llama and of a GPT-2 step.
@@ -74,9 +79,6 @@ def _shape(site: LinearSite) -> LinearShape | None:
     )
 
 
-_DENSE_PIECES = ("hp fprop", "hp dgrad", "hp wgrad")
-
-
 def _pieces(recipe: Recipe) -> list[str]:
     """What runs for a recipe, besides what Inductor fuses, and a copy to know the speed of memory."""
     pieces = [f"{recipe.fprop.value} fprop", f"{recipe.dgrad.value} dgrad", f"{recipe.wgrad.value} wgrad", "copy"]
@@ -105,7 +107,7 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
     forward = times[f"{recipe.fprop.value} fprop"] + inputs * _INPUT_BYTES * byte / sharing
     if recipe.fprop is Gemm.FP8:
         forward += outputs * _PRODUCT_BYTES * byte
-    total = forward * _forwards(site) + sum(time for piece, time in times.items() if piece in _ONCE)
+    total = forward * _forwards(site) + sum(time for piece, time in times.items() if piece in _OPS)
     total += times[f"{recipe.wgrad.value} wgrad"] + times.get("transpose_tokens", 0.0) / sharing
     if _needs_dgrad(site):
         total += times[f"{recipe.dgrad.value} dgrad"]
@@ -116,12 +118,6 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
     if recipe.dgrad is Gemm.FP8 and recipe.wgrad is Gemm.HP:
         total += outputs * _INPUT_BYTES * byte  # the cast, which is no op then
     return total
-
-
-# Ops that run once whatever is shared.
-_ONCE = (
-    "prune_weight_", "cast_weight_", "cast_transpose", "cast_mvue, exact mvue", "cast_mvue, approximate mvue"
-)  # fmt: skip
 
 
 def _forwards(site: LinearSite) -> int:

@@ -112,8 +112,8 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, state: WeightState) 
         if missing:
             warnings.warn(
                 f"an optimizer has trained {slot.name!r} before, and has no S-STE scale beta of it, which is therefore "
-                "computed from the weight as it is now. If this resumes a run with backend 'sste', its linears go on with another "
-                "scale; load the optimizer's state_dict of that run before the first step.",
+                "computed from the weight as it is now. If this resumes a run with backend 'sste', its linears go on with "
+                "another scale; load the optimizer's state_dict of that run before the first step.",
                 stacklevel=2,
             )
         if beta is None:
