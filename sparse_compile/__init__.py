@@ -5,7 +5,8 @@
 
 from sparse_compile.report import Report, report
 from sparse_compile.torch_internals import register_entry_point
+from sparse_compile.weights import beta, invalidate
 
-__all__ = ["Report", "report"]
+__all__ = ["Report", "beta", "invalidate", "report"]
 
 register_entry_point("sste", "sparse_compile.backend:sste")

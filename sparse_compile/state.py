@@ -24,6 +24,8 @@ from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.recipe import Projection
 from sparse_compile.torch_internals import WeakTensorKeyDictionary
 
+_NEVER = (-1, -1, -1)  # a stamp that no weight has
+
 
 class WeightState:
     """The operands of one weight for one projection and orientation."""
@@ -50,7 +52,7 @@ class _OptimizerSteps:
         del args, kwargs
         self.count += 1
         if optimizer not in self._owned:
-            save_with(optimizer, _beta_of)
+            save_with(optimizer, beta_of)
         size = sum(len(group["params"]) for group in optimizer.param_groups)
         if self._owned.get(optimizer, (-1, None))[0] != size:
             ids = frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
@@ -65,9 +67,21 @@ _saved_betas = SavedBetas()
 _states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _beta_of(weight: Tensor) -> float | None:
-    states: Iterable[WeightState] = _states.get(weight, {}).values()
-    return next((state.beta for state in states if state.beta is not None), None)
+def _states_of(weight: Tensor) -> Iterable[WeightState]:
+    states: dict[object, WeightState] = _states.get(weight, {})
+    return states.values()
+
+
+def beta_of(weight: Tensor) -> float | None:
+    """The S-STE scale of a weight; None where it has none."""
+    return next((state.beta for state in _states_of(weight) if state.beta is not None), None)
+
+
+def forget(weight: Tensor) -> None:
+    """Let the next call make the weight's operands again; beta stays."""
+    for state in _states_of(weight):
+        if state.stamp is not None:
+            state.stamp = _NEVER
 
 
 def weight_state(weight: Tensor, slot: WeightSlot) -> WeightState:
@@ -112,8 +126,8 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, state: WeightState) 
         if missing:
             warnings.warn(
                 f"an optimizer has trained {slot.name!r} before, and has no S-STE scale beta of it, which is therefore "
-                "computed from the weight as it is now. If this resumes a run with backend 'sste', its linears go on with "
-                "another scale; load the optimizer's state_dict of that run before the first step.",
+                "computed from the weight as it is now. If this resumes a run with backend 'sste', its linears go on "
+                "with another scale; load the optimizer's state_dict of that run before the first step.",
                 stacklevel=2,
             )
         if beta is None:

@@ -1,0 +1,80 @@
+"""beta and invalidate: what is derived from the weights of a model."""
+
+import pytest
+import torch
+from torch import nn
+
+import sparse_compile
+from sparse_compile.kernels import reference
+
+OPTIONS = {"sste.executor": "eager"}
+
+
+@pytest.fixture
+def trained(small_gpt, batch):
+    """A compiled model after one step, its optimizer, and a function that returns its loss."""
+    model = torch.compile(small_gpt(depth=1), backend="sste", options=OPTIONS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def loss():
+        torch.manual_seed(0)
+        return model(*batch)
+
+    loss().backward()
+    optimizer.step()
+    return model, optimizer, loss
+
+
+def test_betas_are_those_of_the_first_weights(small_gpt, batch) -> None:
+    model = small_gpt(depth=1)
+    expected = {
+        f"blocks.0.{name}.weight": reference.sste_beta(getattr(model.blocks[0], name).weight) for name in ("up", "down")
+    }
+    compiled = torch.compile(model, backend="sste", options=OPTIONS)
+    assert sparse_compile.beta(model) == {}
+    compiled(*batch)
+    assert sparse_compile.beta(model) == sparse_compile.beta(compiled) == expected
+
+
+def test_an_edit_that_cannot_be_seen_is_seen_after_invalidate(trained) -> None:
+    model, _, loss = trained
+    before, betas = loss().item(), sparse_compile.beta(model)
+    weight = model._orig_mod.blocks[0].up.weight
+    weight.data.mul_(1.5)
+    assert loss().item() == before, "the optimizer owns it and has not stepped"
+    sparse_compile.invalidate(model)
+    assert loss().item() != before
+    assert sparse_compile.beta(model) == betas, "beta is frozen"
+    weight.data.div_(1.5)
+    sparse_compile.invalidate(model)
+    assert loss().item() == before
+
+
+def test_operands_keep_their_addresses(trained) -> None:
+    from sparse_compile import state
+
+    model, _, loss = trained
+    loss()
+    weight = model._orig_mod.blocks[0].up.weight
+    (kept,) = state._states_of(weight)
+    addresses = [operand.data_ptr() for operand in kept.operands]
+    refreshes = kept.refreshes
+    sparse_compile.invalidate(model)
+    loss()
+    assert kept.refreshes == refreshes + 1
+    assert [operand.data_ptr() for operand in kept.operands] == addresses
+
+
+def test_between_forward_and_backward_it_is_an_error(trained) -> None:
+    model, _, loss = trained
+    pending = loss()
+    sparse_compile.invalidate(model)
+    loss()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        pending.backward()
+
+
+def test_models_without_the_backend() -> None:
+    model = nn.Linear(4, 4)
+    sparse_compile.invalidate(model)
+    assert sparse_compile.beta(model) == {}
