@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
@@ -74,6 +75,7 @@ class Report:
 
 
 _report = Report()
+_has_file = False
 
 
 def report() -> Report:
@@ -83,10 +85,17 @@ def report() -> Report:
 
 
 def record(graph: GraphReport) -> None:
-    """Add a graph; from the first one on, the report is written to stderr when the process ends."""
-    if not _report.graphs:
+    """Add a graph; from the first one on, the report is written when the process ends, to stderr if not to a file."""
+    if not (_report.graphs or _has_file):
         atexit.register(_write_to_stderr)
     _report.graphs.append(graph)
+
+
+def write_to(path: Path) -> None:
+    """Write the report to a file when the process ends: JSON if its name ends in .json, a table otherwise."""
+    global _has_file
+    _has_file = True
+    atexit.register(lambda: path.write_text(_report.to_json() if path.suffix == ".json" else f"{_report}\n"))
 
 
 def _write_to_stderr() -> None:
