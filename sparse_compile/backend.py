@@ -14,6 +14,7 @@ from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import choose
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import find
+from sparse_compile.passes.recompute import recompute
 from sparse_compile.passes.rewrite import rewrite
 from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
@@ -60,6 +61,7 @@ def sste(
     elif chosen.measure:
         plans, slower = choose(plans)
         rejections += slower
+    recompute(plans)
     slots = rewrite(graph, plans)
     verify(graph, plans)
 

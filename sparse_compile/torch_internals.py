@@ -21,6 +21,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["FakeTensor", "OptimizedModule", "WeakTensorKeyDictionary"]
 
+# In the metadata of a checkpointed body: the user's function that makes the contexts of forward and recomputation.
+CHECKPOINT_CONTEXTS = "_checkpoint_context_fn"
 _GRAPH_MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason")
 
 
