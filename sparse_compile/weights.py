@@ -8,7 +8,8 @@ from torch.nn import Module
 def beta(model: Module) -> dict[str, float]:
     """The S-STE scale of each weight that is pruned, by the parameter's name.
 
-    Empty before the first step.  ``W~ = beta * S(W)`` is what the forward pass multiplies with (S-STE, eq. 8).
+    Empty before the first step.  ``W~ = beta * S(W)`` is what the forward pass multiplies with (S-STE, arXiv
+    2409.09099).
     """
     from sparse_compile.state import beta_of
 
