@@ -24,8 +24,8 @@ def run(script: str, arguments: Sequence[str], *, module: bool = False, report_f
             the first.
     """
     torch.compile = _routed(torch.compile)
-    if report_file is not None and os.environ.get("RANK", "0") == "0":
-        write_to(report_file)
+    if report_file is not None:
+        write_to(report_file if os.environ.get("RANK", "0") == "0" else None)
     sys.argv = [script, *arguments]
     if module:
         # As with python -m, the current folder comes first among the paths already.

@@ -75,7 +75,7 @@ class Report:
 
 
 _report = Report()
-_has_file = False
+_destined = False  # to a file, or to nowhere
 
 
 def report() -> Report:
@@ -86,16 +86,21 @@ def report() -> Report:
 
 def record(graph: GraphReport) -> None:
     """Add a graph; from the first one on, the report is written when the process ends, to stderr if not to a file."""
-    if not (_report.graphs or _has_file):
+    if not (_report.graphs or _destined):
         atexit.register(_write_to_stderr)
     _report.graphs.append(graph)
 
 
-def write_to(path: Path) -> None:
-    """Write the report to a file when the process ends: JSON if its name ends in .json, a table otherwise."""
-    global _has_file
-    _has_file = True
-    atexit.register(lambda: path.write_text(_report.to_json() if path.suffix == ".json" else f"{_report}\n"))
+def write_to(path: Path | None) -> None:
+    """Write the report to a file when the process ends: JSON if its name ends in .json, a table otherwise.
+
+    Args:
+        path: None to write it nowhere.
+    """
+    global _destined
+    _destined = True
+    if path is not None:
+        atexit.register(lambda: path.write_text(_report.to_json() if path.suffix == ".json" else f"{_report}\n"))
 
 
 def _write_to_stderr() -> None:
