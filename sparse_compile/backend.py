@@ -14,6 +14,7 @@ from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import choose
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import find
+from sparse_compile.passes.materialize import materialize
 from sparse_compile.passes.recompute import recompute
 from sparse_compile.passes.rewrite import rewrite
 from sparse_compile.passes.tune import tune
@@ -62,6 +63,7 @@ def sste(
         plans, slower = choose(plans)
         rejections += slower
     recompute(plans)
+    materialize(graph)
     slots = rewrite(graph, plans)
     verify(graph, plans)
 
