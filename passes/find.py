@@ -20,6 +20,7 @@ class Reason(Enum):
 
     UNSUPPORTED_FORM = "form not rewritten"
     NOT_A_PARAMETER = "weight is not a parameter"
+    NOT_PLAIN = "not a plain tensor"
     NOT_2D = "weight is not a matrix"
     DTYPE = "dtype"
     SHAPE = "shape"

@@ -30,6 +30,7 @@ def self_test() -> list[str]:
     """The private names that this PyTorch lacks; empty on every supported version."""
     missing = []
     for module, name in (
+        ("torch", "Tensor._use_count"),
         ("torch", "_TorchCompileInductorWrapper"),
         ("torch._dynamo.backends.registry", "_BACKENDS"),
         ("torch._functorch.config", "ban_recompute_materialized_backward"),
@@ -165,6 +166,19 @@ def checkpoint_body(caller: GraphModule, call: Node) -> GraphModule:
 def example_value(node: Any) -> Any:
     """The fake value that dynamo recorded for a node; None for what is not a node or has none."""
     return node.meta.get("example_value") if isinstance(node, Node) else None
+
+
+def is_held(tensor: torch.Tensor) -> bool:
+    """Whether something besides Python holds the tensor, such as a backward that is still to come."""
+    return bool(tensor._use_count() > 1)  # type: ignore[attr-defined]
+
+
+def is_fake(value: Any) -> bool:
+    """Whether an example value stands for an ordinary tensor.
+
+    Tensors of other classes, such as DTensor, hold fake tensors; so do those that torch.func's transforms wrap.
+    """
+    return isinstance(value, FakeTensor)
 
 
 def hint(size: int | torch.SymInt) -> int | None:

@@ -117,7 +117,7 @@ def test_a_weight_without_gradient_so_far_can_get_one_later() -> None:
         device=torch.device("cpu"),
     )  # fmt: skip
     for weight in weights:
-        state.current_operands(weight, slot, state.weight_state(weight, slot))
+        state.current_operands([weight], [slot], [state.weight_state(weight, slot)])
     optimizer = torch.optim.AdamW(weights)
     weights[0].grad = torch.randn(32, 64)
     optimizer.step()
