@@ -1,5 +1,7 @@
 """beta and invalidate: what is derived from the weights of a model."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -34,6 +36,36 @@ def test_betas_are_those_of_the_first_weights(small_gpt, batch) -> None:
     assert sparse_compile.beta(model) == {}
     compiled(*batch)
     assert sparse_compile.beta(model) == sparse_compile.beta(compiled) == expected
+
+
+def test_betas_can_be_given_before_the_first_step_and_later(small_gpt, batch) -> None:
+    model = torch.compile(small_gpt(depth=1), backend="sste", options=OPTIONS)
+    given = {"module.blocks.0.up.weight": 1.25, "blocks.0.down.weight": 1.5}
+    sparse_compile.set_beta(model, given)
+    first = model(*batch).item()
+    assert sparse_compile.beta(model) == {"blocks.0.up.weight": 1.25, "blocks.0.down.weight": 1.5}
+    sparse_compile.set_beta(model, {"blocks.0.up.weight": 2.5})
+    assert model(*batch).item() != first
+    sparse_compile.set_beta(model, {"blocks.0.up.weight": 1.25})
+    assert model(*batch).item() == first
+
+
+@pytest.mark.parametrize(
+    ("betas", "message"),
+    [
+        (
+            {"blocks.0.upp.weight": 1.0},
+            r"no parameter .* named 'blocks.0.upp.weight'; did you mean 'blocks.0.up.weight'",
+        ),
+        ({"blocks.0.up.weight": math.nan}, r"the scale of 'blocks.0.up.weight' is nan; it must be a positive"),
+        ({"blocks.0.up.weight": -1.0}, r"is -1.0; it must be a positive, finite number"),
+    ],
+)
+def test_bad_betas_are_an_error_and_none_is_taken(small_gpt, betas, message) -> None:
+    model = small_gpt(depth=1)
+    with pytest.raises(ValueError, match=message):
+        sparse_compile.set_beta(model, {"blocks.0.down.weight": 1.0} | betas)
+    assert sparse_compile.beta(model) == {}
 
 
 def test_an_edit_that_cannot_be_seen_is_seen_after_invalidate(trained) -> None:
