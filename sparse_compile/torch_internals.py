@@ -207,6 +207,15 @@ def parameter_name(node: Node) -> str:
     return ".".join(parts).removesuffix(".weight") or text
 
 
+def module_name(node: Node) -> str:
+    """Dotted name of the module whose forward called the node; the node's own name outside of modules."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    if not stack:
+        return node.name
+    parts = [part for part in re.findall(r"\w+", str(stack[-1][0])) if part not in ("L", "self", "_modules")]
+    return ".".join(parts) or node.name
+
+
 def add_static_input(graph: Graph, name: str, fake: torch.Tensor) -> Node:
     """Append a placeholder whose storage keeps its address between calls, as a parameter does."""
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]

@@ -10,8 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -38,14 +36,6 @@ class FFN(nn.Module):
 
 def compiled(model, options=EAGER, **named):
     return torch.compile(model, backend="sste", options=options, **named)
-
-
-@pytest.fixture
-def one_process():
-    """A process group of one."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
@@ -76,10 +66,6 @@ def refreshes(model):
 
 def addresses(model):
     return [operand.data_ptr() for kept in states(model).values() for operand in kept.operands]
-
-
-def reasons():
-    return [row.reason for row in sparse_compile.report().rows]
 
 
 def gradients(model):
@@ -447,106 +433,6 @@ def test_a_frozen_weight_goes_on_as_it_was_trained(x):
     assert_current(model)
 
 
-# What stays dense.
-
-
-class LoRA(nn.Module):
-    def __init__(self, base, rank=16):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.a, self.b = nn.Linear(64, rank, bias=False), nn.Linear(rank, 64, bias=False)
-
-    def forward(self, x):
-        return self.base(x) + self.b(self.a(x))
-
-
-def lora():
-    model = FFN()
-    model.up, model.down = LoRA(model.up), LoRA(model.down)
-    return model
-
-
-def tied():
-    model = FFN()
-    model.down.weight = model.up.weight
-    return model
-
-
-def weight_norm():
-    model = FFN()
-    for layer in (model.up, model.down):
-        torch.nn.utils.parametrizations.weight_norm(layer)
-    return model
-
-
-class Functional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.ffn = FFN()
-
-    def forward(self, x):
-        halves = {name: parameter / 2 for name, parameter in self.ffn.named_parameters()}
-        return torch.func.functional_call(self.ffn, halves, (x,))
-
-
-class PerSample(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.ffn = FFN()
-
-    def forward(self, x):
-        return torch.func.vmap(lambda sample: self.ffn(sample))(x)
-
-
-class Sensitivity(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.ffn = FFN()
-
-    def forward(self, x):
-        return torch.func.grad(lambda x: self.ffn(x).square().sum())(x) + self.ffn.norm.weight
-
-
-class Sharded(nn.Module):
-    """Tensor parallelism: the weights are DTensors."""
-
-    def __init__(self):
-        super().__init__()
-        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-        self.ffn = parallelize_module(FFN(), mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
-
-    def forward(self, x):
-        return self.ffn(x)
-
-
-COMPUTED = "weight is not a parameter: the weight is computed in the graph"
-TRANSFORMED = "not a plain tensor: input is inside a transform of torch.func, such as vmap or grad"
-DENSE = {
-    "LoRA": (lora, ["weight is frozen: requires_grad is False"] * 2 + ["too small: fewer than 64 features"] * 4),
-    "two linears, one weight": (tied, ["weight is shared: 2 operations of this graph read it"] * 2),
-    "weight_norm": (weight_norm, [COMPUTED] * 2),
-    "functional_call": (Functional, [COMPUTED] * 2),
-    "vmap": (PerSample, [TRANSFORMED] * 2),
-    "grad": (Sensitivity, [TRANSFORMED] * 2),
-    "tensor parallel": (Sharded, ["not a plain tensor: weight is a DTensor"] * 2),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("make", "why"), DENSE.values(), ids=DENSE.keys())
-def test_dense_with_its_reason(x, make, why, one_process):
-    """Output and gradients are dense training's."""
-    model = make()
-    twin = copy.deepcopy(model)
-    results = []
-    for step, trained in ((compiled(model), model), (twin, twin)):
-        y = step(x)
-        y.square().mean().backward()
-        results.append([y, *gradients(trained)])
-    assert len(reasons()) == len(why)
-    assert all(actual.startswith(wanted) for actual, wanted in zip(sorted(reasons()), sorted(why), strict=True))
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_compiled_model_called_with_other_weights(x, inside):
     """Parameters that are handed in are weights like others."""
@@ -561,16 +447,6 @@ def test_a_compiled_model_called_with_other_weights(x, inside):
     assert sparse_compile.beta(model) == {}
     y.square().mean().backward()
     assert all(value.grad is not None for value in values.values())
-
-
-def test_export_gives_the_dense_model(x):
-    model = FFN()
-    step = compiled(model)
-    optimizer = adamw(model)
-    train(step, optimizer, x)
-    for exported in (torch.export.export(model, (x,)), torch.export.export(step, (x,))):
-        assert torch.equal(exported.module()(x), model(x))
-    assert not torch.equal(step(x), model(x))
 
 
 # Threads and processes.
