@@ -1,17 +1,19 @@
 """DECIDE: which linears are rewritten, in which recipe, and why the others are not."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
+from torch.nn import Parameter
 
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.find import LinearSite, Reason, Rejection
 from sparse_compile.passes.roles import Role
 from sparse_compile.recipe import FP8, Recipe
 from sparse_compile.report import Row
-from sparse_compile.torch_internals import example_value, real_parameter
+from sparse_compile.torch_internals import example_value, is_fake, real_parameter
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # fp8 GEMMs need every dimension of both operands in whole 16-byte rows.
@@ -57,6 +59,7 @@ def decide(
     owners: ParameterOwners,
     *,
     head: bool = False,
+    is_pruned: Callable[[Parameter], bool] = lambda _: False,
 ) -> tuple[list[Plan], list[Rejection]]:
     """A plan or a rejection for each site.
 
@@ -65,6 +68,7 @@ def decide(
         targets: ``"ffn"``, ``"all"``, or a glob of module names.
         owners: what modules hold, to tell shared weights and the head.
         head: whether the vocabulary head gets dense FP8, too.
+        is_pruned: whether a weight has been pruned in training: then it goes on, frozen or not.
 
     Raises:
         ValueError: a linear that the glob names can't be rewritten.
@@ -73,7 +77,7 @@ def decide(
     rejections: list[Rejection] = []
     for site in sites:
         named = targets not in ("ffn", "all") and fnmatchcase(site.name, targets)
-        refusal = _cannot(site, owners) or (None if named else _should_not(site, owners, head))
+        refusal = _cannot(site, owners, is_pruned) or (None if named else _should_not(site, owners, head))
         if refusal is None:
             everywhere = targets == "all" and not _is_head(site, owners)
             targeted = named or everywhere or (targets == "ffn" and site.role is Role.FFN)
@@ -88,9 +92,12 @@ def decide(
     return plans, rejections
 
 
-def _cannot(site: LinearSite, owners: ParameterOwners) -> Rejection | None:
+def _cannot(site: LinearSite, owners: ParameterOwners, is_pruned: Callable[[Parameter], bool]) -> Rejection | None:
     """What rules a rewrite out, whoever asks for it."""
     weight, x = example_value(site.weight), example_value(site.input)
+    for name, value in (("weight", weight), ("input", x)):
+        if not is_fake(value):
+            return site.reject(Reason.NOT_PLAIN, f"{name} is {_describe(value)}")
     if weight.ndim != 2:
         return site.reject(Reason.NOT_2D, f"it has shape {tuple(weight.shape)}; only [N, K] is a linear's")
     for name, value in (("weight", weight), ("input", x)):
@@ -103,15 +110,22 @@ def _cannot(site: LinearSite, owners: ParameterOwners) -> Rejection | None:
             f"in_features {site.in_features} and out_features {site.out_features} must be multiples of "
             f"{FEATURES_MULTIPLE}",
         )
-    if not weight.requires_grad:
-        return site.reject(Reason.FROZEN, "requires_grad is False")
+    parameter = real_parameter(site.weight)
+    if not (weight.requires_grad or (parameter is not None and is_pruned(parameter))):
+        return site.reject(Reason.FROZEN, "requires_grad is False, and it was never trained pruned")
     if site.weight_uses > 1:
         return site.reject(Reason.TIED, f"{site.weight_uses} operations of this graph read it")
-    parameter = real_parameter(site.weight)
     holders = owners.holders(parameter) if parameter is not None else ()
     if len(holders) > 1:
         return site.reject(Reason.TIED, f"held by {', '.join(holders)}")
     return None
+
+
+def _describe(value: Any) -> str:
+    """What an example value is that stands for no ordinary tensor."""
+    if type(value) is torch.Tensor:
+        return "inside a transform of torch.func, such as vmap or grad"
+    return f"a {type(value).__name__}"
 
 
 def _should_not(site: LinearSite, owners: ParameterOwners, head: bool) -> Rejection | None:

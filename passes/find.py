@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from sparse_compile.passes.roles import Role, assign_roles
 from sparse_compile.passes.spelling import Spelling, is_unsupported_contraction, read_linear, target_name
 from sparse_compile.report import Row
-from sparse_compile.torch_internals import checkpoint_body, example_value, is_checkpoint, parameter_name
+from sparse_compile.torch_internals import checkpoint_body, example_value, is_checkpoint, module_name, parameter_name
 
 
 class Reason(Enum):
@@ -20,6 +20,7 @@ class Reason(Enum):
 
     UNSUPPORTED_FORM = "form not rewritten"
     NOT_A_PARAMETER = "weight is not a parameter"
+    NOT_PLAIN = "not a plain tensor"
     NOT_2D = "weight is not a matrix"
     DTYPE = "dtype"
     SHAPE = "shape"
@@ -169,8 +170,8 @@ def _near_miss(node: Node, spelling: Spelling | None, region: Region) -> list[Re
         name, reason = parameter_name(region.sources[spelling.input]), Reason.UNSUPPORTED_FORM
         detail = f"the weight is the left operand of {target_name(node)}; write it as F.linear"
     elif target_name(node) == "linear":
-        name, reason = node.name, Reason.NOT_A_PARAMETER
-        detail = "the weight is computed in the graph, or is a buffer or an input"
+        name, reason = module_name(node), Reason.NOT_A_PARAMETER
+        detail = "it is computed in the graph, for instance by a parametrization, or is a buffer or an input"
     else:
         return []
     return [Rejection(name=name, role=Role.OTHER, shape="", reason=reason, detail=detail)]

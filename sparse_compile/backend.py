@@ -21,6 +21,7 @@ from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
 from sparse_compile.report import GraphReport, record
 from sparse_compile.runtime import Runtime
+from sparse_compile.state import beta_of
 from sparse_compile.torch_internals import (
     backend_fake_mode,
     clone_graph_module,
@@ -54,7 +55,10 @@ def sste(
     graph = clone_graph_module(graph_module)
 
     sites, near_misses = find(graph)
-    plans, rejections = decide(sites, chosen.recipe, chosen.targets, ParameterOwners(), head=chosen.head)
+    owners = ParameterOwners()
+    plans, rejections = decide(
+        sites, chosen.recipe, chosen.targets, owners, head=chosen.head, is_pruned=lambda w: beta_of(w) is not None
+    )
     if chosen.tune:
         tune(plans)
     if chosen.measure and several_processes():

@@ -4,7 +4,8 @@ The model's ``state_dict`` stays as it is, and optimizers carry what they do not
 """
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
 from weakref import WeakSet
 
 from torch import Tensor
@@ -30,32 +31,42 @@ def save_with(optimizer: Optimizer, beta_of: Callable[[Tensor], float | None]) -
     optimizer.register_state_dict_pre_hook(write)
 
 
+def saved_beta(optimizer: Optimizer, weight: Tensor) -> float | None:
+    """The beta that the optimizer was saved with; None if it holds none of this weight."""
+    value = _kept(optimizer, weight).get(KEY)
+    return None if value is None else float(value)
+
+
 class SavedBetas:
     """Looks betas up in the optimizers that are alive."""
 
     def __init__(self) -> None:
         self._optimizers: WeakSet[Optimizer] = WeakSet()
-        self._searched_at: int | None = None
+        self._searched_at: Hashable = None
 
-    def find(self, weight: Tensor, steps: int) -> tuple[float | None, bool]:
+    def find(self, weight: Tensor, moment: Hashable) -> tuple[float | None, bool]:
         """The saved beta of a weight; and whether an optimizer has stepped with the weight and saved none.
 
         Args:
-            steps: optimizer steps of this process so far.  Optimizers are searched for once in between: that walks over
-                the heap, about 0.2 s for a large model.
+            moment: optimizers are searched for once in each: that walks over the heap, about 0.2 s for a large model.
         """
-        if self._searched_at != steps:
+        if self._searched_at != moment:
             # type(), because isinstance() would wake lazy proxies that pretend to be optimizers.
             self._optimizers = WeakSet(found for found in gc.get_objects() if issubclass(type(found), Optimizer))
-            self._searched_at = steps
+            self._searched_at = moment
         stepped = False
         for optimizer in self._optimizers:
-            kept = optimizer.state.get(weight)
-            if kept:
-                if KEY in kept:
-                    return float(kept[KEY]), False
-                stepped = True
+            saved = saved_beta(optimizer, weight)
+            if saved is not None:
+                return saved, False
+            stepped = stepped or bool(_kept(optimizer, weight))
         return None, stepped
+
+
+def _kept(optimizer: Optimizer, weight: Tensor) -> Mapping[str, Any]:
+    """What the optimizer keeps of the weight.  Wrappers that initialise no base class may have no state."""
+    kept: Mapping[str, Any] = getattr(optimizer, "state", {}).get(weight) or {}
+    return kept
 
 
 def _weights(optimizer: Optimizer) -> Iterable[Tensor]:

@@ -30,6 +30,7 @@ def self_test() -> list[str]:
     """The private names that this PyTorch lacks; empty on every supported version."""
     missing = []
     for module, name in (
+        ("torch", "Tensor._use_count"),
         ("torch", "_TorchCompileInductorWrapper"),
         ("torch._dynamo.backends.registry", "_BACKENDS"),
         ("torch._functorch.config", "ban_recompute_materialized_backward"),
@@ -167,6 +168,19 @@ def example_value(node: Any) -> Any:
     return node.meta.get("example_value") if isinstance(node, Node) else None
 
 
+def is_held(tensor: torch.Tensor) -> bool:
+    """Whether something besides Python holds the tensor, such as a backward that is still to come."""
+    return bool(tensor._use_count() > 1)  # type: ignore[attr-defined]
+
+
+def is_fake(value: Any) -> bool:
+    """Whether an example value stands for an ordinary tensor.
+
+    Tensors of other classes, such as DTensor, hold fake tensors; so do those that torch.func's transforms wrap.
+    """
+    return isinstance(value, FakeTensor)
+
+
 def hint(size: int | torch.SymInt) -> int | None:
     """The size that a symbolic one had when dynamo traced, without a guard on it; None if it depends on data."""
     if isinstance(size, torch.SymInt):
@@ -191,6 +205,15 @@ def parameter_name(node: Node) -> str:
     parts = re.findall(r"\['([^']+)'\]", text)
     parts = parts[1:] if text.startswith("L['self']") else parts
     return ".".join(parts).removesuffix(".weight") or text
+
+
+def module_name(node: Node) -> str:
+    """Dotted name of the module whose forward called the node; the node's own name outside of modules."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    if not stack:
+        return node.name
+    parts = [part for part in re.findall(r"\w+", str(stack[-1][0])) if part not in ("L", "self", "_modules")]
+    return ".".join(parts) or node.name
 
 
 def add_static_input(graph: Graph, name: str, fake: torch.Tensor) -> Node:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sparse_compile
 from sparse_compile import betas, state
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.recipe import Projection
@@ -66,6 +67,34 @@ def test_a_resumed_run_is_the_continued_one(small_gpt, batch, make) -> None:
         assert train(compiled(resumed), optimizer, batch) == continued
 
 
+@pytest.mark.parametrize("when", ["after an evaluation", "after a forward in training", "in the middle"])
+def test_a_checkpoint_that_is_loaded_late_brings_its_beta(small_gpt, batch, when) -> None:
+    """Evaluation needs a beta before there is an optimizer: it is not frozen by that."""
+    model = small_gpt(depth=1)
+    optimizer, step = torch.optim.AdamW(model.parameters(), lr=1e-2), compiled(model)
+    train(step, optimizer, batch)
+    expected = sparse_compile.beta(model)
+    checkpoint = saved(model, optimizer)
+    continued = train(step, optimizer, batch)
+
+    resumed = small_gpt(depth=1)
+    step = compiled(resumed)
+    if when != "in the middle":
+        resumed.load_state_dict(checkpoint[0])
+    with torch.set_grad_enabled(when != "after an evaluation"):
+        step(*batch)
+    assert sparse_compile.beta(resumed) != expected
+    optimizer = torch.optim.AdamW(resumed.parameters(), lr=1e-2)
+    if when == "in the middle":
+        train(step, optimizer, batch)
+        resumed.load_state_dict(checkpoint[0])
+    optimizer.load_state_dict(checkpoint[1])
+    losses = train(step, optimizer, batch)
+    assert sparse_compile.beta(resumed) == expected
+    # What the forward in training froze is replaced when the optimizer first steps.
+    assert (losses == continued) == (when != "after a forward in training")
+
+
 def test_without_it_a_resumed_run_differs_and_warns(small_gpt, batch) -> None:
     model = small_gpt()
     optimizer, step = torch.optim.AdamW(model.parameters(), lr=1e-2), compiled(model)
@@ -117,7 +146,7 @@ def test_a_weight_without_gradient_so_far_can_get_one_later() -> None:
         device=torch.device("cpu"),
     )  # fmt: skip
     for weight in weights:
-        state.current_operands(weight, slot, state.weight_state(weight, slot))
+        state.current_operands([weight], [slot], [state.weight_state(weight, slot)])
     optimizer = torch.optim.AdamW(weights)
     weights[0].grad = torch.randn(32, 64)
     optimizer.step()
