@@ -63,7 +63,7 @@ class WeightState:
         self.stamp: _Stamp | None = None
         self.sample: Tensor | None = None  # of the weight that the operands were made from
         self.refreshes = 0  # how often the operands were made
-        self.reuses = 0  # how often they were used again since, by calls that record gradients
+        self.reuses = 0  # how often calls that record gradients used them again, since an edit or an evaluation
 
 
 class _Derived:
@@ -161,15 +161,16 @@ def _find_stale(
         if stamp != state.stamp or state.sample is None or not watched or _capturing(weight):
             stale.append(index)
             continue
-        # Evaluation is where averaged weights are swapped in.  In training a look is rarer, as it waits for the device:
-        # at the first, second, fourth, eighth ... reuse, and the count starts again at each edit.
+        # Evaluation is where averaged weights are swapped in.  In training a look is rare, as it waits for the device:
+        # at the first, second, fourth, eighth ... reuse of all, and the count starts again at each edit.
         state.reuses = state.reuses + 1 if training else 0
         if state.reuses & (state.reuses - 1) == 0 or not training:
             doubtful.append(index)
     if doubtful:
         samples = [sample for index in doubtful if (sample := states[index].sample) is not None]
-        edited = find_edited([weights[index] for index in doubtful], samples)
-        stale += [doubtful[position] for position in edited]
+        for position in find_edited([weights[index] for index in doubtful], samples):
+            states[doubtful[position]].reuses = 0
+            stale.append(doubtful[position])
     return stale
 
 
@@ -190,7 +191,6 @@ def _refresh(weight: Tensor, slot: WeightSlot, state: WeightState, stamp: _Stamp
         torch.autograd.graph.increment_version(state.operands)
     state.stamp = stamp
     state.refreshes += 1
-    state.reuses = 0
 
 
 def _keep_samples(weights: Sequence[Tensor], states: Sequence[WeightState]) -> None:
