@@ -13,11 +13,14 @@ from torch.optim import SGD, Optimizer
 KEY = "sste_beta"
 
 
-def save_with(optimizer: Optimizer, beta_of: Callable[[Tensor], float | None]) -> None:
-    """Let every ``state_dict`` of the optimizer hold the betas of its weights.
+def keep_with(
+    optimizer: Optimizer, beta_of: Callable[[Tensor], float | None], take: Callable[[Tensor, float], None]
+) -> None:
+    """Let every ``state_dict`` of the optimizer hold the betas of its weights, and those that it loads be taken over.
 
     Args:
         beta_of: the beta of a weight; None where it has none.
+        take: makes a loaded beta that of a weight.
     """
 
     def write(optimizer: Optimizer) -> None:
@@ -27,13 +30,25 @@ def save_with(optimizer: Optimizer, beta_of: Callable[[Tensor], float | None]) -
             if beta is not None and (optimizer.state.get(weight) or isinstance(optimizer, SGD)):
                 optimizer.state[weight][KEY] = beta
 
+    def read(optimizer: Optimizer) -> None:
+        for weight in _weights(optimizer):
+            kept = optimizer.state.get(weight)
+            if kept and KEY in kept:
+                take(weight, float(kept[KEY]))
+
     optimizer.register_state_dict_pre_hook(write)
+    optimizer.register_load_state_dict_post_hook(read)
 
 
 class SavedBetas:
-    """Looks betas up in the optimizers that are alive."""
+    """Looks betas up in the optimizers that are alive.
 
-    def __init__(self) -> None:
+    Args:
+        found: called with each of them.
+    """
+
+    def __init__(self, found: Callable[[Optimizer], None]) -> None:
+        self._found = found
         self._optimizers: WeakSet[Optimizer] = WeakSet()
         self._searched_at: int | None = None
 
@@ -48,6 +63,8 @@ class SavedBetas:
             # type(), because isinstance() would wake lazy proxies that pretend to be optimizers.
             self._optimizers = WeakSet(found for found in gc.get_objects() if issubclass(type(found), Optimizer))
             self._searched_at = steps
+            for optimizer in self._optimizers:
+                self._found(optimizer)
         stepped = False
         for optimizer in self._optimizers:
             kept = optimizer.state.get(weight)

@@ -11,14 +11,14 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sparse_compile.betas import SavedBetas, save_with
+from sparse_compile.betas import SavedBetas, keep_with
 from sparse_compile.kernels import ops, reference
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.recipe import Projection
@@ -46,24 +46,29 @@ class _OptimizerSteps:
     def __init__(self) -> None:
         self.count = 0
         self._owned: WeakKeyDictionary[Optimizer, tuple[int, frozenset[int]]] = WeakKeyDictionary()
+        self._keeping: WeakSet[Optimizer] = WeakSet()
         register_optimizer_step_post_hook(self._on_step)
 
     def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         del args, kwargs
         self.count += 1
-        if optimizer not in self._owned:
-            save_with(optimizer, beta_of)
+        self.keep_betas_with(optimizer)
         size = sum(len(group["params"]) for group in optimizer.param_groups)
         if self._owned.get(optimizer, (-1, None))[0] != size:
             ids = frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
             self._owned[optimizer] = (size, ids)
+
+    def keep_betas_with(self, optimizer: Optimizer) -> None:
+        if optimizer not in self._keeping:
+            self._keeping.add(optimizer)
+            keep_with(optimizer, beta_of, take_beta)
 
     def owns(self, weight: Tensor) -> bool:
         return any(id(weight) in ids for _, ids in self._owned.values())
 
 
 _steps = _OptimizerSteps()
-_saved_betas = SavedBetas()
+_saved_betas = SavedBetas(_steps.keep_betas_with)
 _states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -75,6 +80,15 @@ def _states_of(weight: Tensor) -> Iterable[WeightState]:
 def beta_of(weight: Tensor) -> float | None:
     """The S-STE scale of a weight; None where it has none."""
     return next((state.beta for state in _states_of(weight) if state.beta is not None), None)
+
+
+def take_beta(weight: Tensor, beta: float) -> None:
+    """Replace the beta of a weight that has one already: a checkpoint is loaded after the first call."""
+    for state in _states_of(weight):
+        if state.beta_tensor is not None and state.beta != beta:
+            state.beta = beta
+            state.beta_tensor.fill_(beta)
+            state.stamp = _NEVER
 
 
 def forget(weight: Tensor) -> None:
@@ -127,7 +141,8 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, state: WeightState) 
             warnings.warn(
                 f"an optimizer has trained {slot.name!r} before, and has no S-STE scale beta of it, which is therefore "
                 "computed from the weight as it is now. If this resumes a run with backend 'sste', its linears go on "
-                "with another scale; load the optimizer's state_dict of that run before the first step.",
+                "with another scale; load the optimizer's state_dict of that run before the first step. "
+                "torch.distributed.checkpoint loads beta if the model is called once before get_state_dict.",
                 stacklevel=2,
             )
         if beta is None:

@@ -57,7 +57,7 @@ def self_test() -> list[str]:
         ("torch._inductor.compile_fx", "compile_fx"),
         ("torch._inductor.cudagraph_trees", "reset_cudagraph_trees"),
         ("torch._subclasses.fake_tensor", "FakeTensor"),
-        ("torch.fx._symbolic_trace", "is_fx_symbolic_tracing"),
+        ("torch.fx._symbolic_trace", "_is_fx_tracing_flag"),
         ("torch.fx.experimental.sym_node", "SymNode.hint"),
         ("torch.nn", "Module._compiled_call_impl"),
         ("torch.utils._python_dispatch", "is_in_torch_dispatch_mode"),
@@ -112,14 +112,14 @@ def with_frame_of_its_own(module: Module) -> Callable[..., Any]:
 
 def called_plainly() -> bool:
     """Whether this is not a call within a trace, a transform or a backward."""
-    from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+    from torch.fx import _symbolic_trace
     from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
     return not (
         torch._C._current_graph_task_id() != -1  # checkpointed regions run again in backward
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._is_tracing()
-        or is_fx_symbolic_tracing()
+        or _symbolic_trace._is_fx_tracing_flag
         or is_in_torch_dispatch_mode()
     )
 
@@ -270,8 +270,8 @@ def parameter_name(node: Node) -> str:
     if not isinstance(text, str):
         return node.name
     parts = re.findall(r"\['([^']+)'\]", text)
-    # 'fn' is the local of the frame that dynamo puts around PyTorch's own containers.
-    parts = parts[1:] if text.startswith(("L['self']", "L['fn']")) else parts
+    # The module is a local: of its forward, of a decorated forward as Accelerate's, or of dynamo's frame around a call.
+    parts = parts[1:] if text.startswith(("L['self']", "L['args']", "L['fn']")) else parts
     return ".".join(parts).removesuffix(".weight") or text
 
 
