@@ -64,7 +64,9 @@ class SavedBetas:
             self._optimizers = WeakSet(found for found in gc.get_objects() if issubclass(type(found), Optimizer))
             self._searched_at = steps
             for optimizer in self._optimizers:
-                self._found(optimizer)
+                # Wrappers, as Accelerate's, are optimizers by name, and neither hold parameters nor take hooks.
+                if "param_groups" in vars(optimizer):
+                    self._found(optimizer)
         stepped = False
         for optimizer in self._optimizers:
             kept = optimizer.state.get(weight)

@@ -100,6 +100,24 @@ def test_a_checkpoint_may_be_loaded_after_the_first_call(small_gpt, batch) -> No
     assert train(step, optimizer, batch) == continued
 
 
+def test_wrappers_of_optimizers_do_no_harm(small_gpt, batch) -> None:
+    """Accelerate's derives from Optimizer and initialises nothing of it."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        state = property(lambda self: self.optimizer.state)
+        param_groups = property(lambda self: self.optimizer.param_groups)
+
+    model = small_gpt(depth=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    wrapper = Wrapper(optimizer)
+    train(compiled(model), optimizer, batch)
+    assert sum(betas.KEY in entry for entry in optimizer.state_dict()["state"].values()) == 2
+    assert wrapper.state is optimizer.state
+
+
 @pytest.mark.parametrize("called", [True, False], ids=["called first", "not called"])
 def test_distributed_checkpoints(small_gpt, batch, tmp_path, called) -> None:
     """A fresh optimizer asks a distributed checkpoint for beta only if the model has been called; else it is said."""
