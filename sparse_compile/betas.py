@@ -14,11 +14,14 @@ from torch.optim import SGD, Optimizer
 KEY = "sste_beta"
 
 
-def save_with(optimizer: Optimizer, beta_of: Callable[[Tensor], float | None]) -> None:
-    """Let every ``state_dict`` of the optimizer hold the betas of its weights.
+def keep_with(
+    optimizer: Optimizer, beta_of: Callable[[Tensor], float | None], take: Callable[[Tensor, float], None]
+) -> None:
+    """Let every ``state_dict`` of the optimizer hold the betas of its weights, and those that it loads be taken over.
 
     Args:
         beta_of: the beta of a weight; None where it has none.
+        take: makes a loaded beta that of a weight.
     """
 
     def write(optimizer: Optimizer) -> None:
@@ -28,7 +31,15 @@ def save_with(optimizer: Optimizer, beta_of: Callable[[Tensor], float | None]) -
             if beta is not None and (optimizer.state.get(weight) or isinstance(optimizer, SGD)):
                 optimizer.state[weight][KEY] = beta
 
+    def read(optimizer: Optimizer) -> None:
+        for weight in _weights(optimizer):
+            beta = saved_beta(optimizer, weight)
+            if beta is not None:
+                take(weight, beta)
+
+    read(optimizer)  # what it loaded before
     optimizer.register_state_dict_pre_hook(write)
+    optimizer.register_load_state_dict_post_hook(read)
 
 
 def saved_beta(optimizer: Optimizer, weight: Tensor) -> float | None:
@@ -38,9 +49,14 @@ def saved_beta(optimizer: Optimizer, weight: Tensor) -> float | None:
 
 
 class SavedBetas:
-    """Looks betas up in the optimizers that are alive."""
+    """Looks betas up in the optimizers that are alive.
 
-    def __init__(self) -> None:
+    Args:
+        found: called with each of them.
+    """
+
+    def __init__(self, found: Callable[[Optimizer], None]) -> None:
+        self._found = found
         self._optimizers: WeakSet[Optimizer] = WeakSet()
         self._searched_at: Hashable = None
 
@@ -54,6 +70,10 @@ class SavedBetas:
             # type(), because isinstance() would wake lazy proxies that pretend to be optimizers.
             self._optimizers = WeakSet(found for found in gc.get_objects() if issubclass(type(found), Optimizer))
             self._searched_at = moment
+            for optimizer in self._optimizers:
+                # Wrappers, as Accelerate's, are optimizers by name, and neither hold parameters nor take hooks.
+                if "param_groups" in vars(optimizer):
+                    self._found(optimizer)
         stepped = False
         for optimizer in self._optimizers:
             saved = saved_beta(optimizer, weight)

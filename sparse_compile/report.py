@@ -4,12 +4,10 @@ import atexit
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-from tabulate import tabulate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,16 +89,27 @@ def record(graph: GraphReport) -> None:
     _report.graphs.append(graph)
 
 
-def write_to(path: Path | None) -> None:
+def recorded() -> int:
+    """How many graphs were compiled so far."""
+    return len(_report.graphs)
+
+
+def write_to(path: Path | None, when: Callable[[], bool] = lambda: True) -> None:
     """Write the report to a file when the process ends: JSON if its name ends in .json, a table otherwise.
 
     Args:
         path: None to write it nowhere.
+        when: asked at the end whether there is something to say.
     """
     global _destined
     _destined = True
     if path is not None:
-        atexit.register(lambda: path.write_text(_report.to_json() if path.suffix == ".json" else f"{_report}\n"))
+        atexit.register(_write_to_file, path.absolute(), when)  # the script may go to another folder
+
+
+def _write_to_file(path: Path, when: Callable[[], bool]) -> None:
+    if when():
+        path.write_text(_report.to_json() if path.suffix == ".json" else f"{_report}\n")
 
 
 def _write_to_stderr() -> None:
@@ -108,6 +117,8 @@ def _write_to_stderr() -> None:
 
 
 def _table(number: int, graph: GraphReport) -> str:
+    from tabulate import tabulate  # here, because this module is imported with torch itself
+
     title = f"graph {number}: {graph.rewritten} of {len(graph.rows)} linears rewritten, {graph.execution}"
     if not graph.rows:
         return title

@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparse_compile.betas import SavedBetas, save_with, saved_beta
+from sparse_compile.betas import SavedBetas, keep_with
 from sparse_compile.edits import find_edited, take_samples
 from sparse_compile.kernels import ops, reference
 from sparse_compile.passes.rewrite import WeightSlot
@@ -97,24 +98,22 @@ def forget(weight: Tensor) -> None:
             state.stamp = _NEVER
 
 
+def _take_beta(weight: Tensor, value: float) -> None:
+    """Replace the scale of a weight that has one: a checkpoint is loaded after the first call."""
+    if beta_of(weight) is not None:
+        give_beta(weight, value)
+
+
 def _watch(optimizer: Optimizer) -> None:
-    """Let beta be saved with the optimizer, and loaded: now what it loaded before its first step, then whenever."""
-
-    def load(optimizer: Optimizer) -> None:
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                value = saved_beta(optimizer, weight)
-                if value is not None and beta_of(weight) is not None:
-                    give_beta(weight, value)
-
-    load(optimizer)
-    optimizer.register_load_state_dict_post_hook(load)
-    save_with(optimizer, beta_of)
+    if optimizer not in _watched:
+        _watched.add(optimizer)
+        keep_with(optimizer, beta_of, _take_beta)
 
 
 _lock = RLock()
+_watched: WeakSet[Optimizer] = WeakSet()
 _steps = OptimizerSteps(on_first=_watch)
-_saved_betas = SavedBetas()
+_saved_betas = SavedBetas(found=_watch)
 _derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -217,7 +216,8 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, beta: Beta, training
             warnings.warn(
                 f"an optimizer has trained {slot.name!r} before, and has no S-STE scale beta of it, which is therefore "
                 "computed from the weight as it is now. If this resumes a run with backend 'sste', its linears go on "
-                "with another scale; load the optimizer's state_dict of that run before the first step.",
+                "with another scale; load the optimizer's state_dict of that run before the first step. "
+                "torch.distributed.checkpoint loads beta if the model is called once before get_state_dict.",
                 stacklevel=2,
             )
         value = computed if saved is None else saved
