@@ -170,6 +170,9 @@ def compile_graph(
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+    # What a process found to be the faster of two kernels it keeps on disk under a key that PyTorch 2.11 cannot make of
+    # kernels that come from a cache: the second process would fail.  Without it each process finds out anew.
+    os.environ.setdefault("TORCHINDUCTOR_DISABLE_MULTI_KERNEL_CACHE", "1")
     inner: Any = compile_fx_inner if generate_code else _run_eagerly
     # AOTAutograd caches graphs that call a python function only if told what stands for the function's code.
     cacheable = {"unsafe_marked_cacheable_functions": {cacheable_function: _sources_hash()}}

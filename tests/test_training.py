@@ -1,6 +1,10 @@
 """Training: the recipes learn nearly as well as dense, and the kernels as their eager definitions."""
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,3 +85,26 @@ def test_generated_code_trains_in_every_mode(small_gpt, mode, monkeypatch):
     curve = losses(small_gpt(width=128).bfloat16(), "cuda", 40, backend="sste", mode=mode)
     assert curve[-1] < 0.8 * curve[0]
     assert {graph.execution for graph in sparse_compile.report().graphs} == {"kernels"}
+
+
+SECOND_PROCESS = """
+import sys, torch
+sys.path[:0] = sys.argv[1:]
+from conftest import SmallGPT
+from test_training import losses
+torch.manual_seed(0)
+print(losses(SmallGPT(width=256).bfloat16(), "cuda", 5, backend="sste", options={"sste.when": "always"}))
+"""
+
+
+@pytest.mark.gpu
+def test_a_second_process_finds_what_the_first_compiled(tmp_path):
+    """And trains to the same last bit."""
+    tests = Path(__file__).parent
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", SECOND_PROCESS, str(tests.parent), str(tests)]
+    runs = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2)]
+    assert [run.returncode for run in runs] == [0, 0], runs[-1].stderr[-3000:]
+    first, second = (run.stdout.splitlines()[0] for run in runs)
+    assert first == second
+    assert "nan" not in first
