@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from sparse_compile.kernels import ops
 from sparse_compile.linear import linear
 from sparse_compile.options import Executor, read_options
+from sparse_compile.origin import origin
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import choose
 from sparse_compile.passes.decide import decide
@@ -18,7 +19,7 @@ from sparse_compile.passes.recompute import recompute
 from sparse_compile.passes.rewrite import rewrite
 from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
-from sparse_compile.report import GraphReport, record
+from sparse_compile.report import GraphReport, record, write_to
 from sparse_compile.runtime import Runtime
 from sparse_compile.torch_internals import (
     backend_fake_mode,
@@ -26,6 +27,7 @@ from sparse_compile.torch_internals import (
     compile_graph,
     reset_cuda_graphs,
     several_processes,
+    trace_artifact,
 )
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ def sste(
     recompute(plans)
     slots = rewrite(graph, plans)
     verify(graph, plans)
+    trace_artifact("sparse_compile_graph", lambda: graph.print_readable(print_output=False))
 
     devices = {slot.device for slot in slots}
     for device in devices:
@@ -83,9 +86,13 @@ def sste(
     for rejection in refused:
         logger.debug("left %s dense: %s: %s", rejection.name, rejection.reason.value, rejection.detail)
     rows = (*(plan.row() for plan in plans), *(rejection.row() for rejection in refused))
-    record(GraphReport(rows=rows, execution=_execution(devices)))
+    description = origin(graph_module, [row.module for row in rows])
+    graph_report = GraphReport(rows=rows, execution=_execution(devices), **description)
+    record(graph_report)
+    if chosen.report is not None:
+        write_to(chosen.report)
     logger.info("rewrote %d of %d linears", len(plans), len(rows))
-    return Runtime(compiled, slots, fake_operands)
+    return Runtime(compiled, slots, fake_operands, graph_report)
 
 
 def _execution(devices: Iterable[torch.device]) -> str:

@@ -1,6 +1,5 @@
 """Runs a script in which ``torch.compile`` means this backend, so that the script itself stays as it is."""
 
-import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ def run(script: str, arguments: Sequence[str], *, module: bool = False, report_f
     """
     torch.compile = _routed(torch.compile)
     if report_file is not None:
-        write_to(report_file if os.environ.get("RANK", "0") == "0" else None)
+        write_to(report_file)
     sys.argv = [script, *arguments]
     if module:
         # As with python -m, the current folder comes first among the paths already.

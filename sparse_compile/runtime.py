@@ -7,6 +7,7 @@ from weakref import ref
 from torch import Tensor
 
 from sparse_compile.passes.rewrite import WeightSlot
+from sparse_compile.report import GraphReport
 from sparse_compile.state import WeightState, current_operands, weight_state
 from sparse_compile.torch_internals import FakeTensor
 
@@ -18,11 +19,16 @@ class Runtime:
     """
 
     def __init__(
-        self, compiled: Callable[..., Any], slots: Sequence[WeightSlot], fake_operands: Sequence[Tensor]
+        self,
+        compiled: Callable[..., Any],
+        slots: Sequence[WeightSlot],
+        fake_operands: Sequence[Tensor],
+        report: GraphReport,
     ) -> None:
         self._compiled = compiled
         self._slots = tuple(slots)
         self._fake_operands = tuple(fake_operands)
+        self._report = report
         # The weight each slot saw last, and its state: saves the look-up by tensor.
         self._last: list[tuple[Callable[[], Any], WeightState] | None] = [None] * len(slots)
 
@@ -30,6 +36,7 @@ class Runtime:
         # DDP's bucketing calls each part once to learn its outputs' shapes: with fake activations, but real parameters.
         if any(isinstance(argument, FakeTensor) for argument in args):
             return self._compiled(*args, *self._fake_operands)
+        self._report.calls += 1
         operands: list[Tensor] = []
         for index, slot in enumerate(self._slots):
             weight = args[slot.position]

@@ -23,6 +23,7 @@ __all__ = ["FakeTensor", "OptimizedModule", "WeakTensorKeyDictionary"]
 
 # In the metadata of a checkpointed body: the user's function that makes the contexts of forward and recomputation.
 CHECKPOINT_CONTEXTS = "_checkpoint_context_fn"
+_FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in ([^\n]+)\n([^\n]*)')
 _GRAPH_MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason")
 
 
@@ -34,9 +35,11 @@ def self_test() -> list[str]:
         ("torch._dynamo.backends.registry", "_BACKENDS"),
         ("torch._functorch.config", "ban_recompute_materialized_backward"),
         ("torch._functorch.aot_autograd", "boxed_nop_preserve_node_meta"),
+        ("torch._guards", "CompileContext.current_compile_id"),
         ("torch._guards", "detect_fake_mode"),
         ("torch._inductor.compile_fx", "compile_fx"),
         ("torch._inductor.cudagraph_trees", "reset_cudagraph_trees"),
+        ("torch._logging._internal", "trace_structured"),
         ("torch._subclasses.fake_tensor", "FakeTensor"),
         ("torch.fx.experimental.sym_node", "SymNode.hint"),
     ):
@@ -191,6 +194,52 @@ def parameter_name(node: Node) -> str:
     parts = re.findall(r"\['([^']+)'\]", text)
     parts = parts[1:] if text.startswith("L['self']") else parts
     return ".".join(parts).removesuffix(".weight") or text
+
+
+def user_frames(node: Node) -> list[tuple[str, int, str, str]]:
+    """``(file, line, function, code)`` of the user's code that a node was traced from, the outermost first."""
+    found = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return [(file, int(line), function, code.strip()) for file, line, function, code in found]
+
+
+def compile_id(graph_module: GraphModule) -> str:
+    """Dynamo's name of the compilation, ``1/0``: frame and recompilation; empty outside of one."""
+    from torch._guards import CompileContext
+
+    found = graph_module.meta.get("dynamo_compile_id") or CompileContext.current_compile_id()
+    return "" if found is None else str(found)
+
+
+def graph_end(graph_module: GraphModule) -> tuple[str, str, str]:
+    """Why dynamo ended the graph; ``file:line`` of the user's code there; dynamo's hints, if it is a graph break."""
+    end = getattr(graph_module, "compile_subgraph_reason", None)
+    if end is None:
+        return "dynamo does not say; the buckets of DDP end without a reason", "", ""
+    stack = list(end.user_stack or ())
+    where = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else ""
+    if not end.graph_break:
+        return "the function returns" if end.reason == "return_value" else str(end.reason), where, ""
+    reason, _, rest = str(end.reason).partition("\n")
+    hints = re.findall(r"^ *Hint: (.*)$", rest, re.MULTILINE)
+    return f"graph break: {reason}", where, " ".join(hints)
+
+
+def mutated(node: Node) -> bool:
+    """Whether dynamo, when it traced the graph, saw the tensor of a placeholder change."""
+    value = example_value(node)
+    return isinstance(value, torch.Tensor) and value._version > 0
+
+
+def trace_artifact(name: str, content: Callable[[], str]) -> None:
+    """An artifact of the compilation in the structured trace (``TORCH_TRACE``, tlparse), if there is one."""
+    from torch._logging._internal import trace_structured
+
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=content,
+        expect_trace_id=False,
+    )
 
 
 def add_static_input(graph: Graph, name: str, fake: torch.Tensor) -> Node:

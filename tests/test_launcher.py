@@ -65,7 +65,7 @@ def test_torch_compile_means_this_backend(tmp_path: Path, compile: str) -> None:
     done = launch(tmp_path, compile, "--report", "report.json", "scripts/train.py", "--lr", "1", "-m")
     assert done.returncode == 3, done.stderr
     assert done.stdout.splitlines() == ["arguments ['--lr', '1', '-m'] helper", "gradients True"]
-    (graph,) = json.loads((tmp_path / "report.json").read_text())
+    (graph,) = json.loads((tmp_path / "report.json").read_text())["graphs"]
     assert [row["decision"].split()[0] for row in graph["rows"]] == ["s-ste", "s-ste"]
     assert "linears rewritten" not in done.stderr, "the report is in its file"
 

@@ -1,0 +1,142 @@
+"""The HTML report: well-formed, with nothing from outside, every row and number in it, and text as text."""
+
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from sparse_compile.report import GraphReport, Measurement, Passes, Report, Row, Spread
+
+HOSTILE = "<script>alert('1')</script> & \"quoted\" </style>"
+
+
+class Page(HTMLParser):
+    """Checks that elements are closed in order; collects text and attributes."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def row(module, **more):
+    row = Row(
+        module=module,
+        role="ffn",
+        shape="16 x 32 -> 64",
+        decision="dense",
+        reason="too small: because",
+        advice="make it larger",
+        source=f"/path/model.py:{len(module)}",
+        code=f"self.{module}(x)",
+        tokens=16,
+        in_features=32,
+        out_features=64,
+        fprop="bf16",
+        dense_us=1234.4,
+        rewritten_us=1234.4,
+    )
+    return replace(row, **more)
+
+
+def page(report, path):
+    report.to_html(path)
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def report():
+    rows = [row(f"blocks.{n}.up") for n in range(12)]
+    rows += [row("down", fprop="2:4 fp8", dgrad="fp8", wgrad="2:4 fp8", decision="s-ste", reason="", rewritten_us=99.0)]
+    return Report([GraphReport(rows=tuple(rows), execution="kernels", origin="GPT.forward", calls=3)], device="a GPU")
+
+
+def test_each_row_is_there(report, tmp_path):
+    shown = page(report, tmp_path / "report.html")
+    for linear in report.rows:
+        assert linear.module in shown.text
+        assert f"{linear.source.rsplit('/')[-1]}: {linear.code}" in shown.text
+    assert "blocks.*.up (12)" in shown.text
+    for text in ("1234", "99", "too small: because", "make it larger", "GPT.forward", "3 calls", "a GPU"):
+        assert text in shown.text
+    assert "2:4 fp8 13 %" in shown.text  # 2 of 15 products
+    assert "1 of 13 linears rewritten, in 1 graph." in shown.text
+    widths = [value for name, value in shown.attributes if name == "style"]
+    assert "width:80.00%" in widths  # 12 products in bf16
+    assert "width:92.92%" in widths  # predicted: (12 * 1234.4 + 99) / (13 * 1234.4)
+
+
+def test_nothing_comes_from_outside(report, tmp_path):
+    shown = page(report, tmp_path / "report.html")
+    assert not {"script", "link", "img", "iframe", "object", "base", "a", "form"} & set(shown.tags)
+    assert not {"src", "href", "action", "onload", "onclick"} & {name for name, _ in shown.attributes}
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "://" not in text
+    assert "url(" not in text
+    assert "@import" not in text
+    policy = dict(shown.attributes)["content"]
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in shown.attributes, policy
+
+
+def test_what_the_user_wrote_is_text(tmp_path):
+    texts = {"module": HOSTILE, "role": HOSTILE, "shape": HOSTILE, "reason": HOSTILE, "advice": HOSTILE}
+    hostile = row("x", **texts, code=HOSTILE, source=HOSTILE, fprop=HOSTILE)
+    graph = GraphReport(
+        rows=(hostile,),
+        execution=HOSTILE,
+        id=HOSTILE,
+        origin=HOSTILE,
+        modules=HOSTILE,
+        ends=HOSTILE,
+        hint=HOSTILE,
+        dynamic=(HOSTILE,),
+        not_measured=HOSTILE,
+    )
+    shown = page(Report([graph], device=HOSTILE), tmp_path / "report.html")
+    assert "script" not in shown.tags
+    assert shown.text.count("alert('1')") > 12
+    assert ("title", HOSTILE) in shown.attributes
+
+
+def test_measured_times(tmp_path):
+    forward, backward = Spread(median=2.0, low=1.9, high=2.1), Spread(median=6.0, low=5.9, high=6.1)
+    dense = Passes(forward=forward, backward=backward, peak_bytes=2**20)
+    now = Passes(forward=forward, backward=Spread(median=1.5, low=1.4, high=1.6), peak_bytes=2**21)
+    measured = Measurement(dense=dense, rewritten=now, rounds=7, weights_ms=0.5, casts_ms=0.25, mvue_ms=None)
+    shown = page(Report([GraphReport(rows=(), execution="kernels", measured=measured)]), tmp_path / "report.html")
+    for text in ("Measured: 2.00x", "8 ms, peak 1 MiB", "4 ms, peak 2 MiB", "6 ms (5.9 to 6.1)", "0.25 ms", "7 runs"):
+        assert text in shown.text
+    widths = [value for name, value in shown.attributes if name == "style"]
+    assert widths == [f"width:{width}%" for width in ("25.00", "75.00", "0.00", "25.00", "18.75", "6.25")]
+
+
+def test_empty_report(tmp_path):
+    assert "No graph was compiled with backend 'sste'." in page(Report(), tmp_path / "report.html").text
+
+
+@pytest.mark.parametrize("name", ["report.pdf", "report"])
+def test_other_formats_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"must end in one of \.txt, \.json, \.html"):
+        Report().write(tmp_path / name)
