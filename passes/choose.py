@@ -15,6 +15,7 @@ from sparse_compile.kernels import ops
 from sparse_compile.kernels.costs import LinearShape, piece_times
 from sparse_compile.passes.decide import Plan, Price
 from sparse_compile.passes.find import LinearSite, Reason, Rejection
+from sparse_compile.progress import tracked
 from sparse_compile.recipe import Gemm, Projection, Recipe
 from sparse_compile.torch_internals import example_value, hint
 
@@ -43,7 +44,7 @@ def choose(plans: Sequence[Plan], clock: Clock = piece_times) -> tuple[list[Plan
     inputs = Counter(plan.site.input for plan in plans)
     chosen: list[Plan] = []
     rejections: list[Rejection] = []
-    for plan in plans:
+    for plan in tracked(plans, "measuring linears"):
         site, device = plan.site, example_value(plan.site.weight).device
         shape = _shape(site)
         if shape is None or ops.emulation_reason(device) is not None:

@@ -9,7 +9,8 @@ from torch.fx import GraphModule
 
 from sparse_compile.kernels import ops
 from sparse_compile.linear import linear
-from sparse_compile.options import Executor, read_options
+from sparse_compile.measure import Twin
+from sparse_compile.options import Executor, Options, read_options
 from sparse_compile.origin import origin
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import choose
@@ -28,6 +29,7 @@ from sparse_compile.torch_internals import (
     reset_cuda_graphs,
     several_processes,
     trace_artifact,
+    uses_cuda_graphs,
 )
 
 logger = logging.getLogger(__name__)
@@ -92,7 +94,18 @@ def sste(
     if chosen.report is not None:
         write_to(chosen.report)
     logger.info("rewrote %d of %d linears", len(plans), len(rows))
-    return Runtime(compiled, slots, fake_operands, graph_report)
+    twin = _dense_twin(graph_module, chosen) if chosen.report_measure else None
+    return Runtime(compiled, slots, fake_operands, graph_report, twin)
+
+
+def _dense_twin(graph_module: GraphModule, options: Options) -> Twin:
+    """The graph as it was traced, to be compiled and measured at the first call."""
+
+    def compile(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        generate_code = options.executor is Executor.INDUCTOR
+        return compile_graph(graph, inputs, options.inductor, generate_code=generate_code, recompute=options.recompute)
+
+    return Twin.of(graph_module, compile, cuda_graphs=uses_cuda_graphs(options.inductor))
 
 
 def _execution(devices: Iterable[torch.device]) -> str:

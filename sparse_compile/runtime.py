@@ -6,6 +6,7 @@ from weakref import ref
 
 from torch import Tensor
 
+from sparse_compile.measure import Twin, capturing, measure
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.report import GraphReport
 from sparse_compile.state import WeightState, current_operands, weight_state
@@ -24,11 +25,13 @@ class Runtime:
         slots: Sequence[WeightSlot],
         fake_operands: Sequence[Tensor],
         report: GraphReport,
+        twin: Twin | None = None,
     ) -> None:
         self._compiled = compiled
         self._slots = tuple(slots)
         self._fake_operands = tuple(fake_operands)
         self._report = report
+        self._twin = twin
         # The weight each slot saw last, and its state: saves the look-up by tensor.
         self._last: list[tuple[Callable[[], Any], WeightState] | None] = [None] * len(slots)
 
@@ -41,7 +44,18 @@ class Runtime:
         for index, slot in enumerate(self._slots):
             weight = args[slot.position]
             operands += current_operands(weight, slot, self._state(index, slot, weight))
+        if self._twin is not None and not capturing():
+            self._measure(self._twin, args, operands)
         return self._compiled(*args, *operands)
+
+    def _measure(self, twin: Twin, args: tuple[Any, ...], operands: list[Tensor]) -> None:
+        """Once."""
+        self._twin = None
+        result = measure(twin, self._compiled, self._slots, args, operands)
+        if isinstance(result, str):
+            self._report.not_measured = result
+        else:
+            self._report.measured = result
 
     def _state(self, index: int, slot: WeightSlot, weight: Tensor) -> WeightState:
         last = self._last[index]

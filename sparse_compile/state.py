@@ -106,17 +106,34 @@ def current_operands(weight: Tensor, slot: WeightSlot, state: WeightState) -> tu
     with _plain_tensors():
         if not in_place:
             state.operands = slot.new_operands()
-        matrix = weight.detach().t() if slot.transposed else weight.detach()
-        if slot.projection is Projection.SSTE:
-            ops.prune_weight_(matrix, _beta(weight, matrix, slot, state), *state.operands)
-        else:
-            ops.cast_weight_(matrix, *state.operands)
+        matrix = _matrix(weight, slot)
+        beta = _beta(weight, matrix, slot, state) if slot.projection is Projection.SSTE else None
+        _fill(matrix, beta, state.operands)
         if in_place:
             # A backward that comes after the optimizer step must fail as it does for a dense weight.
             torch.autograd.graph.increment_version(state.operands)
     state.stamp = stamp
     state.refreshes += 1
     return state.operands
+
+
+def fill_operands(weight: Tensor, slot: WeightSlot, operands: tuple[Tensor, ...]) -> None:
+    """Make operands of a weight with beta = 1, to see how long that takes; the weight's state is not touched."""
+    with _plain_tensors():
+        beta = ops.unit_scale(weight.device) if slot.projection is Projection.SSTE else None
+        _fill(_matrix(weight, slot), beta, operands)
+
+
+def _matrix(weight: Tensor, slot: WeightSlot) -> Tensor:
+    """``[out_features, in_features]``"""
+    return weight.detach().t() if slot.transposed else weight.detach()
+
+
+def _fill(matrix: Tensor, beta: Tensor | None, operands: tuple[Tensor, ...]) -> None:
+    if beta is not None:
+        ops.prune_weight_(matrix, beta, *operands)
+    else:
+        ops.cast_weight_(matrix, *operands)
 
 
 def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, state: WeightState) -> Tensor:

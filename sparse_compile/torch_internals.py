@@ -66,6 +66,13 @@ def inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, Any
     return config
 
 
+def uses_cuda_graphs(patches: Mapping[str, Any]) -> bool:
+    """Whether Inductor, so configured, runs CUDA graphs."""
+    from torch._inductor import config
+
+    return bool(patches.get("triton.cudagraphs", config.triton.cudagraphs))
+
+
 def inductor_option_names() -> set[str]:
     from torch._inductor import config
 
@@ -79,21 +86,22 @@ def compile_graph(
     *,
     generate_code: bool,
     recompute: bool,
-    cacheable_function: str,
+    cacheable_function: str | None = None,
 ) -> Callable[..., Any]:
     """AOTAutograd and Inductor over a pre-grad graph.
 
     Args:
         generate_code: otherwise the traced graphs run eagerly.
         recompute: let backward compute again what it could fuse up to an operation that it cannot, as a GEMM.
-        cacheable_function: the function of ours that the graph calls.
+        cacheable_function: the function of ours that the graph calls, if it does.
     """
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     inner: Any = compile_fx_inner if generate_code else _run_eagerly
     # AOTAutograd caches graphs that call a python function only if told what stands for the function's code.
-    cacheable = {"unsafe_marked_cacheable_functions": {cacheable_function: _sources_hash()}}
+    marked = {} if cacheable_function is None else {cacheable_function: _sources_hash()}
+    cacheable = {"unsafe_marked_cacheable_functions": marked} if marked else {}
     partition = {"ban_recompute_materialized_backward": False} if recompute else {}
     with config.patch(partition):
         return cast(
@@ -147,6 +155,13 @@ def clone_graph_module(graph_module: GraphModule) -> GraphModule:
         if new.op == "get_attr" and isinstance(getattr(clone, new.target, None), GraphModule):
             setattr(clone, new.target, clone_graph_module(getattr(clone, new.target)))
     return clone
+
+
+def forget_examples(graph_module: GraphModule) -> GraphModule:
+    """The graph without the real tensors that dynamo traced it with, which it would keep alive."""
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        node.meta.pop("grapharg", None)
+    return graph_module
 
 
 def several_processes() -> bool:

@@ -102,7 +102,7 @@ def test_nothing_comes_from_outside(report, tmp_path):
 
 def test_what_the_user_wrote_is_text(tmp_path):
     texts = {"module": HOSTILE, "role": HOSTILE, "shape": HOSTILE, "reason": HOSTILE, "advice": HOSTILE}
-    hostile = row("x", **texts, code=HOSTILE, source=HOSTILE, fprop=HOSTILE)
+    hostile = replace(row("x"), **texts, code=HOSTILE, source=HOSTILE, fprop=HOSTILE)
     graph = GraphReport(
         rows=(hostile,),
         execution=HOSTILE,
