@@ -1,7 +1,9 @@
 """The backend: a traced graph goes in; its linears are found, decided on and rewritten; Inductor compiles the rest."""
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -91,6 +93,7 @@ def sste(
     description = origin(graph_module, [row.module for row in rows])
     graph_report = GraphReport(rows=rows, execution=_execution(devices), **description)
     record(graph_report)
+    trace_artifact("sparse_compile_report", lambda: json.dumps(asdict(graph_report), indent=1))
     if chosen.report is not None:
         write_to(chosen.report)
     logger.info("rewrote %d of %d linears", len(plans), len(rows))
