@@ -22,7 +22,7 @@ STEP = (
 @pytest.fixture
 def terminal(monkeypatch, capsys):
     """The captured stderr is one, and patience is short."""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)
     monkeypatch.setattr(progress, "_PATIENCE", 0.02)
 
 
