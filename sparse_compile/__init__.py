@@ -5,8 +5,8 @@
 
 from sparse_compile.report import Report, report
 from sparse_compile.torch_internals import register_entry_point
-from sparse_compile.weights import beta, invalidate
+from sparse_compile.weights import beta, health, invalidate, on_health
 
-__all__ = ["Report", "beta", "invalidate", "report"]
+__all__ = ["Report", "beta", "health", "invalidate", "on_health", "report"]
 
 register_entry_point("sste", "sparse_compile.backend:sste")

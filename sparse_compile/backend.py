@@ -33,6 +33,7 @@ from sparse_compile.torch_internals import (
     trace_artifact,
     uses_cuda_graphs,
 )
+from sparse_compile.weight_health import sample_every
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,8 @@ def sste(
     trace_artifact("sparse_compile_report", lambda: json.dumps(asdict(graph_report), indent=1))
     if chosen.report is not None:
         write_to(chosen.report)
+    if chosen.health:
+        sample_every(chosen.health)
     logger.info("rewrote %d of %d linears", len(plans), len(rows))
     twin = _dense_twin(graph_module, chosen) if chosen.report_measure else None
     return Runtime(compiled, slots, fake_operands, graph_report, twin)

@@ -16,7 +16,7 @@ from sparse_compile.torch_internals import inductor_option_names, inductor_patch
 _INDUCTOR_DEFAULTS = {"triton.multi_kernel": 1}
 _NAMES = (
     "sste.recipe", "sste.targets", "sste.head", "sste.when", "sste.memory", "sste.executor", "sste.tune",
-    "sste.report", "sste.report_measure",
+    "sste.report", "sste.report_measure", "sste.health",
 )  # fmt: skip
 
 
@@ -41,6 +41,7 @@ class Options:
         tune: whether the 2:4 GEMMs are timed, those that no earlier run has timed, while the graph is compiled.
         report: the file that the report is written to when the process ends.
         report_measure: whether each graph and its dense twin are timed at its first call.
+        health: optimizer steps between two samples of the pruned weights' health; 0 takes none.
         inductor: configuration handed on to Inductor, from ``mode`` and the options without our prefix.
     """
 
@@ -53,6 +54,7 @@ class Options:
     tune: bool
     report: Path | None
     report_measure: bool
+    health: int
     inductor: Mapping[str, Any]
 
 
@@ -86,6 +88,7 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
         tune=_switch(ours, "sste.tune"),
         report=_report_file(ours),
         report_measure=_switch(ours, "sste.report_measure"),
+        health=_steps(ours, "sste.health"),
         inductor={**_INDUCTOR_DEFAULTS, **inductor_patches(mode, inductors)},
     )
 
@@ -101,6 +104,13 @@ def _switch(options: Mapping[str, Any], name: str) -> bool:
     value = options.get(name, False)
     if not isinstance(value, bool):
         raise ValueError(f"option {name!r} is {value!r}; allowed are True and False")
+    return value
+
+
+def _steps(options: Mapping[str, Any], name: str) -> int:
+    value = options.get(name, 0)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"option {name!r} is {value!r}; allowed is a number of optimizer steps, 0 for none")
     return value
 
 

@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import re
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ import torch
 VERSION = 1
 FORMATS = (".txt", ".json", ".html")
 DENSE = "dense"
+_MAX_SAMPLES = 512  # of a weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +121,43 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Health:
+    """A pruned weight at one optimizer step; see ``sparse_compile.health``.
+
+    Attributes:
+        flips: share of the bits of its mask that changed since the sample before; None at the first.
+        zeros: share of zeros in the pruned weight; a half, and what ties and underflow add.
+        underflow: share of the elements kept by the mask that are zero in FP8.
+        saturated: share of the kept elements that have the largest magnitude of FP8.
+    """
+
+    step: int
+    flips: float | None
+    zeros: float
+    underflow: float
+    saturated: float
+
+
+# What is plotted, a share above which one should look closer, by rule of thumb, and what it says.
+HEALTH_LIMITS = {
+    "flips": (
+        0.05,
+        "Mask bits that changed since the sample before. Masks move while the learning rate is high and settle as it "
+        "falls; a rate that stays high says that weights are pruned and brought back all the time.",
+    ),
+    "underflow": (
+        0.01,
+        "Kept elements that are zero in FP8: too small beside the largest of their weight, or tied with the elements "
+        "that are pruned. A weight with few very large elements loses many.",
+    ),
+    "saturated": (
+        0.001,
+        "Kept elements at FP8's largest magnitude. The scale follows the largest element, so they are few.",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Gain:
     """Linears that could gain more, which differ in nothing but the numbers of their names.
 
@@ -180,9 +219,10 @@ class GraphReport:
 
 @dataclass(slots=True)
 class Report:
-    """All graphs compiled so far in this process."""
+    """All graphs compiled so far in this process, and the samples of its pruned weights' health, by their names."""
 
     graphs: list[GraphReport] = field(default_factory=list)
+    health: dict[str, list[Health]] = field(default_factory=dict)
     torch: str = torch.__version__
     device: str = ""
 
@@ -220,15 +260,26 @@ class Report:
         gains.sort(key=lambda entry: (entry[1] or 0.0) if timed else entry[0], reverse=True)
         return [gain for *_, gain in gains]
 
+    def health_over_time(self, quantity: str) -> list[tuple[int, float, float]]:
+        """``(step, median, largest)`` over the weights, of a quantity of ``Health``."""
+        values: dict[int, list[float]] = {}
+        for samples in self.health.values():
+            for sample in samples:
+                value = getattr(sample, quantity)
+                if value is not None:
+                    values.setdefault(sample.step, []).append(value)
+        return [(step, statistics.median(found), max(found)) for step, found in sorted(values.items())]
+
     def _weight(self, graph: GraphReport) -> int:
         return graph.calls if any(other.calls for other in self.graphs) else 1
 
     def to_dict(self) -> dict[str, Any]:
         gains = [asdict(gain) for gain in self.gains()]
         graphs = [asdict(graph) for graph in self.graphs]
+        health = {name: [asdict(sample) for sample in samples] for name, samples in self.health.items()}
         return {
             "version": VERSION, "torch": self.torch, "device": self.device,
-            "coverage": self.coverage(), "gains": gains, "graphs": graphs,
+            "coverage": self.coverage(), "gains": gains, "graphs": graphs, "health": health,
         }  # fmt: skip
 
     def to_json(self) -> str:
@@ -249,7 +300,9 @@ class Report:
         if version != VERSION:
             raise ValueError(f"the report is of version {version}; this sparse_compile reads version {VERSION}")
         try:
-            return cls([_graph(graph) for graph in read["graphs"]], torch=read["torch"], device=read["device"])
+            health = {name: [Health(**sample) for sample in samples] for name, samples in read["health"].items()}
+            graphs = [_graph(graph) for graph in read["graphs"]]
+            return cls(graphs, health, torch=read["torch"], device=read["device"])
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"the report is damaged: {error!r}") from error
 
@@ -348,6 +401,14 @@ def record(graph: GraphReport) -> None:
     if torch.cuda.is_initialized():
         _report.device = torch.cuda.get_device_name()
     _report.graphs.append(graph)
+
+
+def record_health(name: str, sample: Health) -> None:
+    """Add a sample of a weight; of many, every other of the older ones is forgotten."""
+    samples = _report.health.setdefault(name, [])
+    samples.append(sample)
+    if len(samples) > _MAX_SAMPLES:
+        del samples[1:-1:2]
 
 
 def write_to(path: Path | None) -> None:

@@ -3,10 +3,21 @@
 Text is escaped wherever it comes from: only what ``_tag`` made passes as it is.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from sparse_compile.report import GraphReport, Measurement, Report, Row, Spread, fold, longest_first, per_cent, shares
+from sparse_compile.report import (
+    HEALTH_LIMITS,
+    GraphReport,
+    Measurement,
+    Report,
+    Row,
+    Spread,
+    fold,
+    longest_first,
+    per_cent,
+    shares,
+)
 from sparse_compile.report_text import about, short
 
 _STYLE = """
@@ -61,6 +72,7 @@ def as_html(report: Report) -> str:
         body.append(_tag("p", "No graph was compiled with backend 'sste'."))
     body += [*_overview(report), *_gains(report)]
     body += [_graph(number, graph) for number, graph in enumerate(report.graphs)]
+    body += _health(report)
     head = _tag(
         "head",
         _tag("meta", charset="utf-8"),
@@ -226,6 +238,48 @@ def _names(name: str, members: Iterable[Row]) -> Markup:
         called = [_tag("code", f"{short(row.source)}: {row.code}", title=row.source)] if row.source else []
         items.append(_tag("li", row.module, " ", *called))
     return _tag("details", _tag("summary", name), _tag("ul", *items))
+
+
+def _health(report: Report) -> Iterable[Markup]:
+    if not report.health:
+        return
+    yield _tag("h2", f"Health of {len(report.health)} pruned weights")
+    for quantity, (limit, meaning) in HEALTH_LIMITS.items():
+        over_time = report.health_over_time(quantity)
+        if not over_time:
+            continue
+        latest = {name: getattr(samples[-1], quantity) for name, samples in report.health.items()}
+        worst = max(latest, key=lambda name: latest[name] or 0.0)
+        step, median, largest = over_time[-1]
+        said = f"{quantity} at step {step}: median {median:.2%}, largest {largest:.2%} in {worst}"
+        limited = f"Dashed: {limit:.1%}, above which one should look closer, by rule of thumb."
+        caption = _tag("figcaption", _tag("strong", said), _tag("p", f"{meaning} {limited}", class_="faint"))
+        yield _tag("figure", caption, _plot(over_time, limit, said))
+
+
+def _plot(over_time: Sequence[tuple[int, float, float]], limit: float, title: str) -> Markup:
+    """Median and largest over steps, and the limit, dashed; the vertical axis begins at zero."""
+    first, last = over_time[0][0], over_time[-1][0]
+    top = 1.1 * max(limit, *(largest for _, _, largest in over_time))
+
+    def line(points: Iterable[tuple[float, float]], **attributes: str) -> Markup:
+        drawn = " ".join(
+            f"{1000 * (x - first) / max(1, last - first):.1f},{100 * (1 - y / top):.2f}" for x, y in points
+        )
+        return _tag("polyline", points=drawn, fill="none", vector_effect="non-scaling-stroke", **attributes)
+
+    lines = [
+        line([(first, limit), (last, limit)], stroke="var(--faint)", stroke_dasharray="6 4"),
+        line([(x, largest) for x, _, largest in over_time], stroke="var(--dense)", stroke_width="2"),
+        line([(x, median) for x, median, _ in over_time], stroke="var(--sparse)", stroke_width="2"),
+    ]
+    plot = _tag("svg", _tag("title", title), *lines, viewBox="0 0 1000 100", preserveAspectRatio="none", role="img")
+    axis = _tag("p", f"steps {first} to {last}, 0 to {top:.2%}", class_="faint")
+    keys = [
+        _tag("li", _tag("span", class_=f"key {colour}"), text)
+        for colour, text in (("sparse", "median of the weights"), ("dense", "largest"))
+    ]
+    return _tag("div", plot, axis, _tag("ul", *keys, class_="keys"))
 
 
 def _rows(headers: Iterable[str], lines: Iterable[Iterable[str]]) -> Markup:

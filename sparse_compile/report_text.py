@@ -1,10 +1,21 @@
 """The report in a terminal."""
 
 import os
+from collections.abc import Iterable
 
 from tabulate import tabulate
 
-from sparse_compile.report import GraphReport, Measurement, Passes, Report, Spread, fold, per_cent, shares
+from sparse_compile.report import (
+    HEALTH_LIMITS,
+    GraphReport,
+    Measurement,
+    Passes,
+    Report,
+    Spread,
+    fold,
+    per_cent,
+    shares,
+)
 
 
 def as_text(report: Report) -> str:
@@ -102,4 +113,16 @@ def _summary(report: Report) -> list[str]:
             lines.append(f"{number:3}. {gain.modules}" + (f" ({', '.join(size)})" if size else ""))
             lines += [f"     {text}" for text in (gain.reason, gain.advice) if text]
         parts.append("\n".join(lines))
+    if report.health:
+        parts.append("\n".join(_health(report)))
     return parts
+
+
+def _health(report: Report) -> Iterable[str]:
+    yield f"health of {len(report.health)} pruned weights at the last sample, median and largest:"
+    for quantity, (limit, _) in HEALTH_LIMITS.items():
+        over_time = report.health_over_time(quantity)
+        if over_time:
+            step, median, largest = over_time[-1]
+            look = f", above {limit:.1%}: look at the HTML report" if largest > limit else ""
+            yield f"  {quantity} at step {step}: {median:.2%}, {largest:.2%}{look}"

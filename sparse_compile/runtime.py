@@ -8,9 +8,11 @@ from torch import Tensor
 
 from sparse_compile.measure import Twin, capturing, measure
 from sparse_compile.passes.rewrite import WeightSlot
+from sparse_compile.recipe import Projection
 from sparse_compile.report import GraphReport
 from sparse_compile.state import WeightState, current_operands, weight_state
 from sparse_compile.torch_internals import FakeTensor
+from sparse_compile.weight_health import watch
 
 
 class Runtime:
@@ -63,4 +65,6 @@ class Runtime:
             return last[1]
         state = weight_state(weight, slot)
         self._last[index] = (ref(weight), state)
+        if slot.projection is Projection.SSTE:
+            watch(slot, state)
         return state

@@ -30,7 +30,7 @@ _NEVER = (-1, -1, -1)  # a stamp that no weight has
 class WeightState:
     """The operands of one weight for one projection and orientation."""
 
-    __slots__ = ("beta", "beta_tensor", "operands", "refreshes", "stamp")
+    __slots__ = ("__weakref__", "beta", "beta_tensor", "operands", "refreshes", "stamp")
 
     def __init__(self) -> None:
         self.beta: float | None = None
@@ -65,6 +65,11 @@ class _OptimizerSteps:
 _steps = _OptimizerSteps()
 _saved_betas = SavedBetas()
 _states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def optimizer_steps() -> int:
+    """Steps of all optimizers in this process so far."""
+    return _steps.count
 
 
 def _states_of(weight: Tensor) -> Iterable[WeightState]:

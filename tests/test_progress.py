@@ -40,10 +40,11 @@ def test_lines_where_tqdm_is_missing(terminal, monkeypatch, capsys):
 
 def test_tqdm_where_it_is_installed(terminal, capsys):
     pytest.importorskip("tqdm", reason="tqdm is not installed")
-    assert list(slowly(progress.tracked([1, 2, 3], "counting"))) == [1, 2, 3]
+    items = list(range(10))  # tqdm shows itself ten times a second at most
+    assert list(slowly(progress.tracked(items, "counting"))) == items
     shown = capsys.readouterr().err
     assert "sparse_compile: counting" in shown
-    assert "/3" in shown
+    assert "/10" in shown
 
 
 def test_what_is_quick_shows_nothing(terminal, monkeypatch, capsys):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparse_compile
-from sparse_compile.report import GraphReport, Measurement, Passes, Report, Row, Spread
+from sparse_compile.report import GraphReport, Health, Measurement, Passes, Report, Row, Spread
 from sparse_compile.view import view
 
 EAGER = {"sste.executor": "eager"}
@@ -56,7 +56,8 @@ def test_json_is_read_again():
     graph = GraphReport(
         rows=rows, execution="kernels", id="0/0", dynamic=("x.size(0) = s0",), calls=3, measured=measurement()
     )
-    report = Report([graph], device="a GPU")
+    health = {"up": [Health(step=2, flips=None, zeros=0.5, underflow=0.0, saturated=0.25)]}
+    report = Report([graph], health, device="a GPU")
     text = report.to_json()
     again = Report.from_json(text)
     assert again == report

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from sparse_compile.report import GraphReport, Measurement, Passes, Report, Row, Spread
+from sparse_compile.report import GraphReport, Health, Measurement, Passes, Report, Row, Spread
 
 HOSTILE = "<script>alert('1')</script> & \"quoted\" </style>"
 
@@ -130,6 +130,27 @@ def test_measured_times(tmp_path):
         assert text in shown.text
     widths = [value for name, value in shown.attributes if name == "style"]
     assert widths == [f"width:{width}%" for width in ("25.00", "75.00", "0.00", "25.00", "18.75", "6.25")]
+
+
+def test_health_as_plots(tmp_path):
+    def samples(*flips):
+        return [
+            Health(step=10 * number, flips=share, zeros=0.5, underflow=0.02, saturated=0.0)
+            for number, share in enumerate(flips)
+        ]
+
+    report = Report(health={"a": samples(None, 0.1, 0.2), "b": samples(None, 0.3, 0.05)})
+    assert report.health_over_time("flips") == [(10, 0.2, 0.3), (20, 0.125, 0.2)]
+    shown = page(report, tmp_path / "report.html")
+    assert "flips at step 20: median 12.50%, largest 20.00% in a" in shown.text
+    assert "Dashed: 5.0%" in shown.text
+    lines = [value for name, value in shown.attributes if name == "points"]
+    assert len(lines) == 9  # three plots with the limit, the largest, the median
+    assert lines[1] == "0.0,9.09 1000.0,39.39"  # 0.3 and 0.2 of 1.1 * 0.3
+    assert lines[2] == "0.0,39.39 1000.0,62.12"
+    text = str(Report([GraphReport(rows=(), execution="kernels")], report.health))
+    assert "underflow at step 20: 2.00%, 2.00%, above 1.0%" in text
+    assert "saturated at step 20: 0.00%, 0.00%" in text
 
 
 def test_empty_report(tmp_path):
