@@ -59,8 +59,6 @@ def listen(listener: Listener) -> None:
 def sample_every(steps: int) -> None:
     """Take a sample each so many optimizer steps; of several graphs' wishes, the most frequent."""
     global _every
-    if not _every:
-        _hook()
     _every = min(_every or steps, steps)
 
 
@@ -126,11 +124,11 @@ def _health(watched: _Watched, counts: list[int]) -> Health:
     )
 
 
-def _hook() -> None:
-    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        del optimizer, args, kwargs
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if optimizer_steps() % _every == 0 and not capturing:
-            sample()
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    del optimizer, args, kwargs
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if _every and optimizer_steps() % _every == 0 and not capturing:
+        sample()
 
-    register_optimizer_step_post_hook(torch.compiler.disable(after_step))
+
+register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
