@@ -85,7 +85,7 @@ def measure(
     logger.info("measuring a graph and its dense twin")
     start = perf_counter()
     try:
-        with _generators_kept(device):
+        with _generators_kept(arguments):
             with announced("compiling the dense twin of a graph, to measure it"):
                 dense = twin.compile(twin.graph, arguments)
             runs = {
@@ -142,10 +142,12 @@ def _copy(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
+def _generators_kept(arguments: Sequence[Any]) -> Iterator[None]:
+    """Random numbers go on as if none had been drawn: PyTorch's, on all devices of the inputs, and Python's."""
+    devices = {value.device for value in arguments if isinstance(value, Tensor) and value.is_cuda}
     python = random.getstate()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
         random.setstate(python)
