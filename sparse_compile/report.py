@@ -438,8 +438,8 @@ def _write_to_stderr() -> None:
 
 
 def per_cent(share: float) -> str:
-    """``44 %``; never 0 % of something."""
-    return f"{share:.0%}".replace("%", " %") if share >= 0.005 else "< 1 %"
+    """``44 %``; 0 % of nothing alone."""
+    return "< 1 %" if 0 < share < 0.005 else f"{share:.0%}".replace("%", " %")
 
 
 def longest_first(rows: Iterable[Row]) -> list[Row]:

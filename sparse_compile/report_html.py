@@ -211,19 +211,27 @@ def _predicted(graph: GraphReport) -> Iterable[Markup]:
 
 
 def _times(milliseconds: float | None) -> str:
-    return "" if milliseconds is None else f"{milliseconds:.3g} ms"
+    return "" if milliseconds is None else f"{_number(milliseconds)} ms"
+
+
+def _number(value: float) -> str:
+    """Three digits, and all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _spread(spread: Spread | None) -> str:
-    return "" if spread is None else f"{spread.median:.3g} ms ({spread.low:.3g} to {spread.high:.3g})"
+    return "" if spread is None else f"{_number(spread.median)} ms ({_number(spread.low)} to {_number(spread.high)})"
 
 
 def _table(rows: Iterable[Row]) -> Markup:
-    headers = ("linear", "role", "M × K → N", "fprop", "dgrad", "wgrad", "dense µs", "now µs", "why, and what to do")
+    rows = list(rows)
+    timed = any(row.dense_us is not None for row in rows)
+    columns = ("dense µs", "now µs") if timed else ()
+    headers = ("linear", "role", "M × K → N", "fprop", "dgrad", "wgrad", *columns, "why, and what to do")
     lines = []
     for name, members in fold(longest_first(rows)):
         row = members[0]
-        times = ["" if time is None else f"{time:.0f}" for time in (row.dense_us, row.rewritten_us)]
+        times = ["" if time is None else f"{time:.0f}" for time in (row.dense_us, row.rewritten_us) if timed]
         texts = [_tag("p", text) for text in (row.reason, row.advice) if text]
         why = _tag("div", *texts) if texts else ""
         shape = row.shape.replace(" x ", " × ").replace("->", "→")
