@@ -31,13 +31,14 @@ from sparse_compile.kernels.ops import emulation_reason
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """Shape of a GPT."""
+    """Shape of a GPT, and whether its vocabulary head is tied to the embedding."""
 
     layers: int
     heads: int
     width: int
     context: int
     vocabulary: int = 256
+    tied: bool = True
 
 
 class Attention(nn.Module):
@@ -88,7 +89,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT with learned positions and a vocabulary head tied to the embedding.  Returns the mean cross entropy."""
+    """A GPT with learned positions.  Returns the mean cross entropy."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -107,7 +108,8 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("attention.out.weight", "ffn.down.weight")):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.layers))
-        self.head.weight = self.embedding.weight
+        if config.tied:
+            self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.embedding(tokens) + self.position[: tokens.shape[1]]
@@ -132,7 +134,11 @@ def corpus() -> tuple[Tensor, Tensor]:
 def batches(
     data: Tensor, *, batch: int, context: int, steps: int, seed: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """``steps`` pairs of tokens and next tokens, int64 ``[batch, context]``: windows of ``data`` at random offsets."""
+    """``steps`` pairs of tokens and next tokens, int64 ``[batch, context]``: windows of ``data`` at random offsets.
+
+    Args:
+        data: tokens of any integer dtype.
+    """
     generator = torch.Generator().manual_seed(seed)
     window = torch.arange(context + 1)
     for _ in range(steps):

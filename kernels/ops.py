@@ -240,6 +240,20 @@ cast_mvue = _op(
 )
 
 
+def _materialize(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+# The same tensor in memory of its own: being opaque, it keeps the compiler from computing x again where it is read.
+materialize = _op(
+    "materialize(Tensor x) -> Tensor",
+    _materialize,
+    lambda: _materialize,
+    lambda x: _empty(x, tuple(x.shape), x.dtype),
+    any_strides=True,
+)
+
+
 def _sparse_mm_fake(
     values: Tensor,
     metadata: Tensor,

@@ -1,17 +1,19 @@
 """DECIDE: which linears are rewritten, in which recipe, and why the others are not."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
+from torch.nn import Parameter
 
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.find import LinearSite, Reason, Rejection
 from sparse_compile.passes.roles import Role
 from sparse_compile.recipe import FP8, Gemm, Projection, Recipe
 from sparse_compile.report import Row
-from sparse_compile.torch_internals import example_value, real_parameter
+from sparse_compile.torch_internals import example_value, is_fake, real_parameter
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # fp8 GEMMs need every dimension of both operands in whole 16-byte rows.
@@ -56,6 +58,7 @@ def decide(
     owners: ParameterOwners,
     *,
     head: bool = False,
+    is_pruned: Callable[[Parameter], bool] = lambda _: False,
 ) -> tuple[list[Plan], list[Rejection]]:
     """A plan or a rejection for each site.
 
@@ -64,6 +67,7 @@ def decide(
         targets: ``"ffn"``, ``"all"``, or a glob of module names.
         owners: what modules hold, to tell shared weights and the head.
         head: whether the vocabulary head gets dense FP8, too.
+        is_pruned: whether a weight has been pruned in training: then it goes on, frozen or not.
 
     Raises:
         ValueError: a linear that the glob names can't be rewritten.
@@ -72,7 +76,7 @@ def decide(
     rejections: list[Rejection] = []
     for site in sites:
         named = targets not in ("ffn", "all") and fnmatchcase(site.name, targets)
-        refusal = _cannot(site, owners) or (None if named else _should_not(site, owners, head))
+        refusal = _cannot(site, owners, is_pruned) or (None if named else _should_not(site, owners, head))
         if refusal is None:
             everywhere = targets == "all" and not _is_head(site, owners)
             targeted = named or everywhere or (targets == "ffn" and site.role is Role.FFN)
@@ -95,9 +99,12 @@ def _names(targets: str) -> str:
     return "name it in 'sste.targets'" if targets == "all" else "say 'sste.targets': 'all', or name it there"
 
 
-def _cannot(site: LinearSite, owners: ParameterOwners) -> Rejection | None:
+def _cannot(site: LinearSite, owners: ParameterOwners, is_pruned: Callable[[Parameter], bool]) -> Rejection | None:
     """What rules a rewrite out, whoever asks for it."""
     weight, x = example_value(site.weight), example_value(site.input)
+    for name, value in (("weight", weight), ("input", x)):
+        if not is_fake(value):
+            return site.reject(Reason.NOT_PLAIN, f"{name} is {_describe(value)}", _make_plain(value))
     if weight.ndim != 2:
         detail = f"it has shape {tuple(weight.shape)}; only [N, K] is a linear's"
         return site.reject(Reason.NOT_2D, detail, "call F.linear with a parameter [N, K] for each matrix")
@@ -113,16 +120,31 @@ def _cannot(site: LinearSite, owners: ParameterOwners) -> Rejection | None:
         padded = {name: -(-size // FEATURES_MULTIPLE) * FEATURES_MULTIPLE for name, size in odd.items()}
         advice = "pad " + " and ".join(f"{name} to {size}" for name, size in padded.items())
         return site.reject(Reason.SHAPE, detail, advice)
-    if not weight.requires_grad:
-        return site.reject(Reason.FROZEN, "requires_grad is False", "nothing, unless it shall be trained")
+    parameter = real_parameter(site.weight)
+    if not (weight.requires_grad or (parameter is not None and is_pruned(parameter))):
+        detail = "requires_grad is False, and it was never trained pruned"
+        return site.reject(Reason.FROZEN, detail, "set requires_grad if it shall be trained")
     untie = "give each use a parameter of its own, if the model allows"
     if site.weight_uses > 1:
         return site.reject(Reason.TIED, f"{site.weight_uses} operations of this graph read it", untie)
-    parameter = real_parameter(site.weight)
     holders = owners.holders(parameter) if parameter is not None else ()
     if len(holders) > 1:
         return site.reject(Reason.TIED, f"held by {', '.join(holders)}", untie)
     return None
+
+
+def _describe(value: Any) -> str:
+    """What an example value is that stands for no ordinary tensor."""
+    if type(value) is torch.Tensor:
+        return "inside a transform of torch.func, such as vmap or grad"
+    return f"a {type(value).__name__}"
+
+
+def _make_plain(value: Any) -> str:
+    """What the user can do about it."""
+    if type(value) is torch.Tensor:
+        return "call the linear outside of the transform"
+    return f"keep the linear free of {type(value).__name__}, for instance by leaving it out of tensor parallelism"
 
 
 def _should_not(site: LinearSite, owners: ParameterOwners, head: bool) -> Rejection | None:

@@ -17,6 +17,7 @@ from sparse_compile.torch_internals import (
     example_value,
     hint,
     is_checkpoint,
+    module_name,
     parameter_name,
     user_frames,
 )
@@ -27,6 +28,7 @@ class Reason(Enum):
 
     UNSUPPORTED_FORM = "form not rewritten"
     NOT_A_PARAMETER = "weight is not a parameter"
+    NOT_PLAIN = "not a plain tensor"
     NOT_2D = "weight is not a matrix"
     DTYPE = "dtype"
     SHAPE = "shape"
@@ -251,8 +253,8 @@ def _near_miss(node: Node, spelling: Spelling | None, region: Region) -> list[Re
         name, reason = parameter_name(region.sources[spelling.input]), Reason.UNSUPPORTED_FORM
         detail, advice = f"the weight is the left operand of {target_name(node)}", "write it as F.linear"
     elif target_name(node) == "linear":
-        name, reason = node.name, Reason.NOT_A_PARAMETER
-        detail = "the weight is computed in the graph, or is a buffer or an input"
+        name, reason = module_name(node), Reason.NOT_A_PARAMETER
+        detail = "it is computed in the graph, for instance by a parametrization, or is a buffer or an input"
         advice = "give the linear a parameter itself: a weight that changes in a step cannot be pruned once per step"
     else:
         return []

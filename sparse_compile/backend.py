@@ -18,12 +18,14 @@ from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import choose
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import find
+from sparse_compile.passes.materialize import materialize
 from sparse_compile.passes.recompute import recompute
 from sparse_compile.passes.rewrite import rewrite
 from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
 from sparse_compile.report import GraphReport, record, write_to
 from sparse_compile.runtime import Runtime
+from sparse_compile.state import beta_of
 from sparse_compile.torch_internals import (
     backend_fake_mode,
     clone_graph_module,
@@ -60,7 +62,10 @@ def sste(
     graph = clone_graph_module(graph_module)
 
     sites, near_misses = find(graph)
-    plans, rejections = decide(sites, chosen.recipe, chosen.targets, ParameterOwners(), head=chosen.head)
+    owners = ParameterOwners()
+    plans, rejections = decide(
+        sites, chosen.recipe, chosen.targets, owners, head=chosen.head, is_pruned=lambda w: beta_of(w) is not None
+    )
     if chosen.tune:
         tune(plans)
     if chosen.measure and several_processes():
@@ -69,6 +74,7 @@ def sste(
         plans, slower = choose(plans)
         rejections += slower
     recompute(plans)
+    materialize(graph)
     slots = rewrite(graph, plans)
     verify(graph, plans)
     trace_artifact("sparse_compile_graph", lambda: graph.print_readable(print_output=False))

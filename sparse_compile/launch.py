@@ -2,29 +2,31 @@
 
 import runpy
 import sys
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sparse_compile.report import write_to
-
-# What a script says that asks for no particular backend.
-_DEFAULTS = (None, "inductor")
+from sparse_compile.route import route
 
 
-def run(script: str, arguments: Sequence[str], *, module: bool = False, report_file: Path | None = None) -> None:
+def run(
+    script: str,
+    arguments: Sequence[str],
+    *,
+    module: bool = False,
+    auto: bool = False,
+    options: Mapping[str, Any] | None = None,
+    report_file: Path | None = None,
+) -> None:
     """Run a script as ``python script arguments...`` would, or a module as ``python -m``, through this backend.
 
     Args:
+        auto: whether models that the script does not compile are compiled as well.
+        options: for every compilation; those that the script itself gives come first.
         report_file: where the report is written when the process ends; of several processes that torchrun started, by
             the first.
     """
-    torch.compile = _routed(torch.compile)
-    if report_file is not None:
-        write_to(report_file)
+    route(auto=auto, options=options, report_file=report_file, launched=True)
     sys.argv = [script, *arguments]
     if module:
         # As with python -m, the current folder comes first among the paths already.
@@ -32,15 +34,3 @@ def run(script: str, arguments: Sequence[str], *, module: bool = False, report_f
     else:
         sys.path[0] = str(Path(script).resolve().parent)
         runpy.run_path(script, run_name="__main__")
-
-
-def _routed(compile: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile with backend "sste" where its caller names none, or "inductor"; other names stay."""
-
-    @wraps(compile)
-    def routed(model: Any = None, **named: Any) -> Any:
-        if named.get("backend") in _DEFAULTS:
-            named["backend"] = "sste"
-        return compile(model, **named)
-
-    return routed

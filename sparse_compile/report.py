@@ -7,12 +7,10 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 # Of the JSON; a file of another version is not read.
 VERSION = 1
@@ -223,7 +221,7 @@ class Report:
 
     graphs: list[GraphReport] = field(default_factory=list)
     health: dict[str, list[Health]] = field(default_factory=dict)
-    torch: str = torch.__version__
+    torch: str = ""
     device: str = ""
 
     @property
@@ -384,7 +382,7 @@ def _passes(read: dict[str, Any]) -> Passes:
 
 
 _report = Report()
-_files: list[Path] = []
+_files: dict[Path, Callable[[], bool]] = {}  # and whether there is something to say
 _destined = False  # to a file, or to nowhere
 
 
@@ -396,11 +394,19 @@ def report() -> Report:
 
 def record(graph: GraphReport) -> None:
     """Add a graph; from the first one on, the report is written when the process ends, to stderr if not to a file."""
+    import torch  # here, because this module is imported with torch itself
+
     if not (_report.graphs or _destined):
         atexit.register(_write_to_stderr)
+    _report.torch = torch.__version__
     if torch.cuda.is_initialized():
         _report.device = torch.cuda.get_device_name()
     _report.graphs.append(graph)
+
+
+def recorded() -> int:
+    """How many graphs were compiled so far."""
+    return len(_report.graphs)
 
 
 def record_health(name: str, sample: Health) -> None:
@@ -411,26 +417,28 @@ def record_health(name: str, sample: Health) -> None:
         del samples[1:-1:2]
 
 
-def write_to(path: Path | None) -> None:
+def write_to(path: Path | None, when: Callable[[], bool] = lambda: True) -> None:
     """Write the report to a file when the process ends, see ``Report.write``; instead of to stderr.
 
     Of several processes that torchrun started, the first writes.
 
     Args:
         path: None to write it nowhere.
+        when: asked at the end whether there is something to say.
     """
     global _destined
     _destined = True
     atexit.unregister(_write_to_stderr)
-    if path is not None and path.absolute() not in _files and os.environ.get("RANK", "0") == "0":
+    if path is not None and os.environ.get("RANK", "0") == "0":
         if not _files:
             atexit.register(_write_to_files)
-        _files.append(path.absolute())
+        _files.setdefault(path.absolute(), when)  # the script may go to another folder
 
 
 def _write_to_files() -> None:
-    for path in _files:
-        _report.write(path)
+    for path, when in _files.items():
+        if when():
+            _report.write(path)
 
 
 def _write_to_stderr() -> None:

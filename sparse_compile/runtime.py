@@ -34,18 +34,18 @@ class Runtime:
         self._fake_operands = tuple(fake_operands)
         self._report = report
         self._twin = twin
-        # The weight each slot saw last, and its state: saves the look-up by tensor.
-        self._last: list[tuple[Callable[[], Any], WeightState] | None] = [None] * len(slots)
+        # The weight each slot saw last, and its state: saves the look-up by tensor.  Weak: compiled graphs may outlive
+        # the models that they were compiled for.
+        self._last: list[tuple[ref[Tensor], ref[WeightState]] | None] = [None] * len(slots)
 
     def __call__(self, *args: Any) -> Any:
         # DDP's bucketing calls each part once to learn its outputs' shapes: with fake activations, but real parameters.
         if any(isinstance(argument, FakeTensor) for argument in args):
             return self._compiled(*args, *self._fake_operands)
         self._report.calls += 1
-        operands: list[Tensor] = []
-        for index, slot in enumerate(self._slots):
-            weight = args[slot.position]
-            operands += current_operands(weight, slot, self._state(index, slot, weight))
+        weights = [args[slot.position] for slot in self._slots]
+        states = [self._state(index, weight) for index, weight in enumerate(weights)]
+        operands = current_operands(weights, self._slots, states)
         if self._twin is not None and not capturing():
             self._measure(self._twin, args, operands)
         return self._compiled(*args, *operands)
@@ -59,12 +59,15 @@ class Runtime:
         else:
             self._report.measured = result
 
-    def _state(self, index: int, slot: WeightSlot, weight: Tensor) -> WeightState:
+    def _state(self, index: int, weight: Tensor) -> WeightState:
         last = self._last[index]
         if last is not None and last[0]() is weight:
-            return last[1]
+            state = last[1]()
+            if state is not None:
+                return state
+        slot = self._slots[index]
         state = weight_state(weight, slot)
-        self._last[index] = (ref(weight), state)
+        self._last[index] = (ref(weight), ref(state))
         if slot.projection is Projection.SSTE:
-            watch(slot, state)
+            watch(slot, weight, state)
         return state

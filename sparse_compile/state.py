@@ -1,70 +1,80 @@
-"""What is derived from each weight: beta, frozen at first use, and the operands that the GEMMs read.
+"""What is derived from each weight: beta, frozen at first use in training, and the operands that the GEMMs read.
 
 The operands of a weight are made once per optimizer step and reused by microbatches, recomputation and evaluation.
 Tensor versions alone cannot tell when a weight changed: fused optimizers do not bump them.  So operands are reused
-only if the weight's version, its address and the count of optimizer steps are unchanged, and an optimizer that has
-stepped owns the weight; a weight that no such optimizer owns is pruned at every call.
+only if the weight's version, its address and the last step of the optimizer that owns it are unchanged; a weight that
+no optimizer owns that has stepped is pruned at every call.  What all these do not show, edits through ``.data``, is
+looked for in samples (``edits``).
 """
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
-from weakref import WeakKeyDictionary
+from threading import RLock
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sparse_compile.betas import SavedBetas, save_with
+from sparse_compile.betas import SavedBetas, keep_with
+from sparse_compile.edits import find_edited, take_samples
 from sparse_compile.kernels import ops, reference
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.recipe import Projection
-from sparse_compile.torch_internals import WeakTensorKeyDictionary
+from sparse_compile.steps import OptimizerSteps
+from sparse_compile.torch_internals import WeakTensorKeyDictionary, is_held
 
-_NEVER = (-1, -1, -1)  # a stamp that no weight has
+# The last step of the optimizer that owns a weight, the weight's version and its address.
+_Stamp = tuple[int | None, int, int]
+_NEVER: _Stamp = (-1, -1, -1)  # a stamp that no weight has
+
+
+class Beta:
+    """The S-STE scale of one weight."""
+
+    __slots__ = ("_tensors", "frozen", "value")
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+        self.frozen = False  # until a weight is trained, a checkpoint that is loaded may still bring its beta
+        self._tensors: dict[torch.device, Tensor] = {}
+
+    def set(self, value: float, *, frozen: bool) -> None:
+        if value != self.value:
+            self._tensors.clear()
+        self.value, self.frozen = value, frozen
+
+    def on(self, device: torch.device) -> Tensor:
+        """fp32 ``[1]``."""
+        if device not in self._tensors:
+            self._tensors[device] = torch.tensor([self.value], dtype=torch.float32, device=device)
+        return self._tensors[device]
 
 
 class WeightState:
-    """The operands of one weight for one projection and orientation."""
+    """The operands of one weight for one projection, orientation and device."""
 
-    __slots__ = ("__weakref__", "beta", "beta_tensor", "operands", "refreshes", "stamp")
+    __slots__ = ("__weakref__", "beta", "operands", "refreshes", "reuses", "sample", "stamp")
 
-    def __init__(self) -> None:
-        self.beta: float | None = None
-        self.beta_tensor: Tensor | None = None
+    def __init__(self, beta: Beta) -> None:
+        self.beta = beta
         self.operands: tuple[Tensor, ...] = ()
-        self.stamp: tuple[int, int, int] | None = None  # optimizer steps, version, address
+        self.stamp: _Stamp | None = None
+        self.sample: Tensor | None = None  # of the weight that the operands were made from
         self.refreshes = 0  # how often the operands were made
+        self.reuses = 0  # how often calls that record gradients used them again, since an edit or an evaluation
 
 
-class _OptimizerSteps:
-    """Counts optimizer steps and knows which parameters an optimizer that has stepped owns."""
+class _Derived:
+    """All that is derived from one weight."""
+
+    __slots__ = ("beta", "states")
 
     def __init__(self) -> None:
-        self.count = 0
-        self._owned: WeakKeyDictionary[Optimizer, tuple[int, frozenset[int]]] = WeakKeyDictionary()
-        register_optimizer_step_post_hook(self._on_step)
-
-    def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        del args, kwargs
-        self.count += 1
-        if optimizer not in self._owned:
-            save_with(optimizer, beta_of)
-        size = sum(len(group["params"]) for group in optimizer.param_groups)
-        if self._owned.get(optimizer, (-1, None))[0] != size:
-            ids = frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
-            self._owned[optimizer] = (size, ids)
-
-    def owns(self, weight: Tensor) -> bool:
-        return any(id(weight) in ids for _, ids in self._owned.values())
-
-
-_steps = _OptimizerSteps()
-_saved_betas = SavedBetas()
-_states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.beta = Beta()
+        self.states: dict[tuple[Projection, bool, torch.device], WeightState] = {}
 
 
 def optimizer_steps() -> int:
@@ -72,54 +82,117 @@ def optimizer_steps() -> int:
     return _steps.count
 
 
-def _states_of(weight: Tensor) -> Iterable[WeightState]:
-    states: dict[object, WeightState] = _states.get(weight, {})
-    return states.values()
-
-
 def beta_of(weight: Tensor) -> float | None:
     """The S-STE scale of a weight; None where it has none."""
-    return next((state.beta for state in _states_of(weight) if state.beta is not None), None)
+    derived = _derived.get(weight)
+    return None if derived is None else derived.beta.value
+
+
+def give_beta(weight: Tensor, value: float) -> None:
+    """Set the S-STE scale of a weight, from now on."""
+    derived = _derived_from(weight)
+    if derived.beta.value != value:
+        forget(weight)
+    derived.beta.set(value, frozen=True)
 
 
 def forget(weight: Tensor) -> None:
     """Let the next call make the weight's operands again; beta stays."""
-    for state in _states_of(weight):
+    for state in _derived_from(weight).states.values():
         if state.stamp is not None:
             state.stamp = _NEVER
 
 
+def _take_beta(weight: Tensor, value: float) -> None:
+    """Replace the scale of a weight that has one: a checkpoint is loaded after the first call."""
+    if beta_of(weight) is not None:
+        give_beta(weight, value)
+
+
+def _watch(optimizer: Optimizer) -> None:
+    if optimizer not in _watched:
+        _watched.add(optimizer)
+        keep_with(optimizer, beta_of, _take_beta)
+
+
+_lock = RLock()
+_watched: WeakSet[Optimizer] = WeakSet()
+_steps = OptimizerSteps(on_first=_watch)
+_saved_betas = SavedBetas(found=_watch)
+_derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _derived_from(weight: Tensor) -> _Derived:
+    derived: _Derived | None = _derived.get(weight)
+    if derived is None:
+        derived = _derived[weight] = _Derived()
+    return derived
+
+
 def weight_state(weight: Tensor, slot: WeightSlot) -> WeightState:
     """The state of a weight for a slot's projection and orientation, made at first use."""
-    states = _states.get(weight)
-    if states is None:
-        states = _states[weight] = {}
-    key = (slot.projection, slot.transposed)
-    state: WeightState | None = states.get(key)
-    if state is None:
-        state = states[key] = WeightState()
-    return state
+    derived = _derived_from(weight)
+    return derived.states.setdefault((slot.projection, slot.transposed, slot.device), WeightState(derived.beta))
 
 
-def current_operands(weight: Tensor, slot: WeightSlot, state: WeightState) -> tuple[Tensor, ...]:
-    """The operands of ``weight`` as it is now."""
-    stamp = (_steps.count, weight._version, weight.data_ptr())
-    if stamp == state.stamp and _steps.owns(weight) and not _capturing(weight):
-        return state.operands
-    # Within one optimizer step an earlier call's backward may still need the old operands; after it, addresses stay.
-    in_place = state.stamp is not None and state.stamp[0] != stamp[0]
-    with _plain_tensors():
-        if not in_place:
-            state.operands = slot.new_operands()
-        matrix = _matrix(weight, slot)
-        beta = _beta(weight, matrix, slot, state) if slot.projection is Projection.SSTE else None
-        _fill(matrix, beta, state.operands)
-        if in_place:
-            # A backward that comes after the optimizer step must fail as it does for a dense weight.
-            torch.autograd.graph.increment_version(state.operands)
+def current_operands(
+    weights: Sequence[Tensor], slots: Sequence[WeightSlot], states: Sequence[WeightState]
+) -> list[Tensor]:
+    """The operands of the weights as they are now: all of the first weight, then of the next."""
+    training = torch.is_grad_enabled()
+    with _lock, _plain_tensors():
+        stamps = [_stamp(weight) for weight in weights]
+        stale = _find_stale(weights, states, stamps, training)
+        for index in stale:
+            _refresh(weights[index], slots[index], states[index], stamps[index], training)
+        _keep_samples([weights[index] for index in stale], [states[index] for index in stale])
+        return [operand for state in states for operand in state.operands]
+
+
+def _stamp(weight: Tensor) -> _Stamp:
+    # Tensors made under inference_mode have no version.
+    return _steps.last_of(weight), -1 if weight.is_inference() else weight._version, weight.data_ptr()
+
+
+def _find_stale(
+    weights: Sequence[Tensor], states: Sequence[WeightState], stamps: Sequence[_Stamp], training: bool
+) -> list[int]:
+    """The indices of the weights whose operands must be made again."""
+    stale, doubtful = [], []
+    for index, (weight, state, stamp) in enumerate(zip(weights, states, stamps, strict=True)):
+        # A weight that cannot be trained needs no owner.
+        watched = stamp[0] is not None or not weight.requires_grad
+        if stamp != state.stamp or state.sample is None or not watched or _capturing(weight):
+            stale.append(index)
+            continue
+        # Evaluation is where averaged weights are swapped in.  In training a look is rare, as it waits for the device:
+        # at the first, second, fourth, eighth ... reuse of all, and the count starts again at each edit.
+        state.reuses = state.reuses + 1 if training else 0
+        if state.reuses & (state.reuses - 1) == 0 or not training:
+            doubtful.append(index)
+    if doubtful:
+        samples = [sample for index in doubtful if (sample := states[index].sample) is not None]
+        for position in find_edited([weights[index] for index in doubtful], samples):
+            states[doubtful[position]].reuses = 0
+            stale.append(doubtful[position])
+    return stale
+
+
+def _refresh(weight: Tensor, slot: WeightSlot, state: WeightState, stamp: _Stamp, training: bool) -> None:
+    stepped = state.stamp is not None and stamp[0] not in (None, state.stamp[0])
+    # Within one optimizer step an earlier call's backward may still need the old operands; otherwise addresses stay,
+    # as CUDA graphs need them.
+    in_place = bool(state.operands) and (stepped or not any(is_held(operand) for operand in state.operands))
+    if not in_place:
+        state.operands = slot.new_operands()
+    matrix = _matrix(weight, slot)
+    beta = _beta(weight, matrix, slot, state.beta, training) if slot.projection is Projection.SSTE else None
+    _fill(matrix, beta, state.operands)
+    if in_place:
+        # A backward that comes after the optimizer step must fail as it does for a dense weight.
+        torch.autograd.graph.increment_version(state.operands)
     state.stamp = stamp
     state.refreshes += 1
-    return state.operands
 
 
 def fill_operands(weight: Tensor, slot: WeightSlot, operands: tuple[Tensor, ...]) -> None:
@@ -141,29 +214,42 @@ def _fill(matrix: Tensor, beta: Tensor | None, operands: tuple[Tensor, ...]) -> 
         ops.cast_weight_(matrix, *operands)
 
 
-def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, state: WeightState) -> Tensor:
-    """beta as fp32 ``[1]``: a saved one, or from the first matrix that is not projected to zero; then frozen."""
-    if state.beta_tensor is None:
-        beta, missing = _saved_betas.find(weight, _steps.count)
+def _keep_samples(weights: Sequence[Tensor], states: Sequence[WeightState]) -> None:
+    if any(_capturing(weight) for weight in weights):
+        # Memory of the graph: the next call outside it prunes anew.
+        for state in states:
+            state.sample = None
+        return
+    for state, sample in zip(states, take_samples(weights), strict=True):
+        state.sample = sample
+
+
+def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, beta: Beta, training: bool) -> Tensor:
+    """beta as fp32 ``[1]``: a saved one, or from a matrix that is not projected to zero; frozen when training begins.
+
+    Evaluation before training keeps the one that it found, because an optimizer's checkpoint may be loaded after it.
+    """
+    if beta.value is None or (training and not beta.frozen):
+        computed = reference.sste_beta(matrix)
+        if computed is None:
+            return ops.unit_scale(weight.device)
+        saved, missing = _saved_betas.find(weight, (_steps.count, training))
         if missing:
             warnings.warn(
                 f"an optimizer has trained {slot.name!r} before, and has no S-STE scale beta of it, which is therefore "
                 "computed from the weight as it is now. If this resumes a run with backend 'sste', its linears go on "
-                "with another scale; load the optimizer's state_dict of that run before the first step.",
+                "with another scale; load the optimizer's state_dict of that run before the first step. "
+                "torch.distributed.checkpoint loads beta if the model is called once before get_state_dict.",
                 stacklevel=2,
             )
-        if beta is None:
-            beta = reference.sste_beta(matrix)
-        if beta is None:
-            return ops.unit_scale(weight.device)
-        if not math.isfinite(beta):
+        value = computed if saved is None else saved
+        if not math.isfinite(value):
             raise ValueError(
                 f"the weight of {slot.name!r} holds NaN or infinite values at its first use, so its S-STE scale beta "
-                f"is {beta}; initialise or load it before the first step"
+                f"is {value}; initialise or load it before the first step"
             )
-        state.beta = beta
-        state.beta_tensor = torch.tensor([beta], dtype=torch.float32, device=weight.device)
-    return state.beta_tensor
+        beta.set(value, frozen=training)
+    return beta.on(weight.device)
 
 
 def _capturing(weight: Tensor) -> bool:

@@ -1,4 +1,7 @@
-"""Every private name of PyTorch that we lean on, in one place.  ``self_test`` says which are missing."""
+"""Every private name of PyTorch that we lean on, in one place.  ``self_test`` says which are missing.
+
+Importing this module imports no ``torch._dynamo``, because ``autoload`` does so while PyTorch is being imported.
+"""
 
 import copy
 import os
@@ -11,15 +14,20 @@ from importlib import import_module
 from importlib.metadata import EntryPoint
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch._dynamo import OptimizedModule
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
+from torch.nn import Module, Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
+if TYPE_CHECKING:
+    from torch._dynamo import OptimizedModule
+    from torch._subclasses.fake_tensor import FakeTensor
+
 __all__ = ["FakeTensor", "OptimizedModule", "WeakTensorKeyDictionary"]
+
+_LATE = {"FakeTensor": "torch._subclasses.fake_tensor", "OptimizedModule": "torch._dynamo"}
 
 # In the metadata of a checkpointed body: the user's function that makes the contexts of forward and recomputation.
 CHECKPOINT_CONTEXTS = "_checkpoint_context_fn"
@@ -27,11 +35,23 @@ _FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in ([^\n]+)\n([^\n]*)')
 _GRAPH_MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason")
 
 
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        return getattr(import_module(_LATE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def self_test() -> list[str]:
     """The private names that this PyTorch lacks; empty on every supported version."""
     missing = []
     for module, name in (
+        ("torch", "Tensor._use_count"),
         ("torch", "_TorchCompileInductorWrapper"),
+        ("torch._C", "_current_graph_task_id"),
+        ("torch._C", "_is_tracing"),
+        ("torch._C._dynamo.eval_frame", "get_eval_frame_callback"),
+        ("torch._C._functorch", "peek_interpreter_stack"),
+        ("torch._dynamo.external_utils", "wrap_inline"),
         ("torch._dynamo.backends.registry", "_BACKENDS"),
         ("torch._functorch.config", "ban_recompute_materialized_backward"),
         ("torch._functorch.aot_autograd", "boxed_nop_preserve_node_meta"),
@@ -41,7 +61,10 @@ def self_test() -> list[str]:
         ("torch._inductor.cudagraph_trees", "reset_cudagraph_trees"),
         ("torch._logging._internal", "trace_structured"),
         ("torch._subclasses.fake_tensor", "FakeTensor"),
+        ("torch.fx._symbolic_trace", "_is_fx_tracing_flag"),
         ("torch.fx.experimental.sym_node", "SymNode.hint"),
+        ("torch.nn", "Module._compiled_call_impl"),
+        ("torch.utils._python_dispatch", "is_in_torch_dispatch_mode"),
     ):
         try:
             attrgetter(name)(import_module(module))
@@ -58,6 +81,65 @@ def register_entry_point(name: str, value: str) -> None:
     from torch._dynamo.backends import registry
 
     registry._BACKENDS.setdefault(name, EntryPoint(name=name, value=value, group="torch_dynamo_backends"))
+
+
+def intercept_module_calls(instead: Callable[[Module], Callable[..., Any] | None]) -> None:
+    """Let every call of a module that is not compiled first ask what to call instead; None for the module itself."""
+
+    class AskedAtEachCall:
+        def __get__(self, module: Module | None, owner: type) -> Callable[..., Any] | None:
+            # The first question is for dynamo, which may trace this and knows the answer; the last one is whether this
+            # call comes between the graphs of something compiled.
+            if torch.compiler.is_compiling() or module is None or eval_frame.get_eval_frame_callback() is not None:
+                return None
+            return instead(module)
+
+    eval_frame = torch._C._dynamo.eval_frame
+    Module._compiled_call_impl = AskedAtEachCall()  # type: ignore[assignment]
+
+
+def call_instead(module: Module, call: Callable[..., Any]) -> None:
+    """Let calls of the module go to ``call``, as Module.compile does: copies and pickles of the module lose it."""
+    module._compiled_call_impl = call
+
+
+def with_frame_of_its_own(module: Module) -> Callable[..., Any]:
+    """The call of a module, hooks included, as Module.compile compiles it.
+
+    Dynamo does not trace the forward of PyTorch's own containers if it is the outermost: there one is put around it.
+    """
+    call: Callable[..., Any] = module._call_impl
+    if type(module).forward.__module__.startswith("torch.nn.modules."):
+        return import_module("torch._dynamo.external_utils").wrap_inline(call)  # type: ignore[no-any-return]
+    return call
+
+
+def called_plainly() -> bool:
+    """Whether this is not a call within a trace, a transform or a backward."""
+    from torch.fx import _symbolic_trace
+    from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+    return not (
+        torch._C._current_graph_task_id() != -1  # checkpointed regions run again in backward
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._is_tracing()
+        or _symbolic_trace._is_fx_tracing_flag
+        or is_in_torch_dispatch_mode()
+    )
+
+
+def is_lazy(parameter: Parameter) -> bool:
+    """Whether its shape is not known before the first call."""
+    return torch.nn.parameter.is_lazy(parameter)
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """The options that a mode of torch.compile stands for."""
+    if mode in (None, "default"):
+        return {}
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode))
 
 
 def inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -185,6 +267,21 @@ def example_value(node: Any) -> Any:
     return node.meta.get("example_value") if isinstance(node, Node) else None
 
 
+def is_held(tensor: torch.Tensor) -> bool:
+    """Whether something besides Python holds the tensor, such as a backward that is still to come."""
+    return bool(tensor._use_count() > 1)  # type: ignore[attr-defined]
+
+
+def is_fake(value: Any) -> bool:
+    """Whether an example value stands for an ordinary tensor.
+
+    Tensors of other classes, such as DTensor, hold fake tensors; so do those that torch.func's transforms wrap.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
 def hint(size: int | torch.SymInt) -> int | None:
     """The size that a symbolic one had when dynamo traced, without a guard on it; None if it depends on data."""
     if isinstance(size, torch.SymInt):
@@ -207,7 +304,8 @@ def parameter_name(node: Node) -> str:
     if not isinstance(text, str):
         return node.name
     parts = re.findall(r"\['([^']+)'\]", text)
-    parts = parts[1:] if text.startswith("L['self']") else parts
+    # The module is a local: of its forward, of a decorated forward as Accelerate's, or of dynamo's frame around a call.
+    parts = parts[1:] if text.startswith(("L['self']", "L['args']", "L['fn']")) else parts
     return ".".join(parts).removesuffix(".weight") or text
 
 
@@ -255,6 +353,15 @@ def trace_artifact(name: str, content: Callable[[], str]) -> None:
         payload_fn=content,
         expect_trace_id=False,
     )
+
+
+def module_name(node: Node) -> str:
+    """Dotted name of the module whose forward called the node; the node's own name outside of modules."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    if not stack:
+        return node.name
+    parts = [part for part in re.findall(r"\w+", str(stack[-1][0])) if part not in ("L", "self", "_modules")]
+    return ".".join(parts) or node.name
 
 
 def add_static_input(graph: Graph, name: str, fake: torch.Tensor) -> Node:

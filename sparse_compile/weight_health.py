@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -27,14 +27,21 @@ _LARGEST = 0x7E  # 448
 
 
 class _Watched:
-    """A weight, and the metadata of its last sample."""
+    """A weight on one device, and the metadata of its last sample there."""
 
-    __slots__ = ("in_features", "last", "name", "out_features")
+    __slots__ = ("device", "in_features", "last", "name", "out_features", "weight")
 
-    def __init__(self, name: str, slot: WeightSlot) -> None:
+    def __init__(self, name: str, slot: WeightSlot, weight: Tensor) -> None:
         self.name = name
+        self.weight = ref(weight)
+        self.device = slot.device
         self.out_features, self.in_features = slot.out_features, slot.in_features
         self.last: Tensor | None = None
+
+    def is_there(self) -> bool:
+        """Whether the weight lives, and was not moved to another device, where it has another state."""
+        weight = self.weight()
+        return weight is not None and weight.device == self.device
 
 
 _watched: WeakKeyDictionary[WeightState, _Watched] = WeakKeyDictionary()
@@ -42,12 +49,13 @@ _listeners: list[Listener] = []
 _every = 0  # optimizer steps
 
 
-def watch(slot: WeightSlot, state: WeightState) -> None:
+def watch(slot: WeightSlot, weight: Tensor, state: WeightState) -> None:
     """Let samples include a weight."""
     if state not in _watched:
-        taken = {watched.name for watched in _watched.values()}
+        # A weight that was moved keeps its name.
+        taken = {watched.name for watched in _watched.values() if watched.is_there() or watched.weight() is not weight}
         names = (slot.name if number == 1 else f"{slot.name} ({number})" for number in range(1, len(taken) + 2))
-        _watched[state] = _Watched(next(name for name in names if name not in taken), slot)
+        _watched[state] = _Watched(next(name for name in names if name not in taken), slot, weight)
 
 
 def listen(listener: Listener) -> None:
@@ -67,7 +75,7 @@ def sample() -> dict[str, Health]:
     counts = {}
     with torch.no_grad():
         for state, watched in list(_watched.items()):
-            if state.operands:
+            if state.operands and watched.is_there():
                 values, metadata, *_ = state.operands
                 counts[watched] = _counts(values, metadata, watched.last)
                 watched.last = metadata.clone()

@@ -1,6 +1,8 @@
 """What is derived from the weights of a model: to look at, and to make anew."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from math import isfinite
 
 from torch.nn import Module
 
@@ -21,12 +23,41 @@ def beta(model: Module) -> dict[str, float]:
     return {name: value for name, value in betas.items() if value is not None}
 
 
+def set_beta(model: Module, betas: Mapping[str, float]) -> None:
+    """Give weights the S-STE scales that ``beta`` returned for another model, before or after the first step.
+
+    A parameter keeps its scale, and an optimizer's ``state_dict`` brings it back.  In a copy of a trained model, or in
+    one from a checkpoint without its optimizer, it would be computed from the trained weights, and the linears would
+    not compute what they were trained to::
+
+        sparse_compile.set_beta(average, sparse_compile.beta(model))
+
+    Args:
+        betas: scales by the parameters' names, with or without the ``module.`` that wrappers put in front.
+
+    Raises:
+        ValueError: a name that no parameter has, or a scale that is not a positive, finite number.
+    """
+    from sparse_compile.state import give_beta
+
+    parameters = {_plain(name): parameter for name, parameter in _original(model).named_parameters()}
+    for name, value in betas.items():
+        if _plain(name) not in parameters:
+            nearest = get_close_matches(_plain(name), parameters, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"no parameter of the model is named {name!r}{hint}")
+        if not (isfinite(value) and value > 0):
+            raise ValueError(f"the scale of {name!r} is {value}; it must be a positive, finite number")
+    for name, value in betas.items():
+        give_beta(parameters[_plain(name)], float(value))
+
+
 def invalidate(model: Module) -> None:
     """Prune and cast the model's weights again in the next call.
 
-    Needed after a change that cannot be seen: through ``.data`` or from another library, between two steps of an
-    optimizer that owns the weight.  Between a forward and its backward it makes that backward fail, as the change of a
-    dense weight would.
+    Needed after a change of a few elements that cannot be seen: through ``.data`` or from another library, between two
+    steps of an optimizer that owns the weight.  Between a forward and its backward it makes that backward fail, as the
+    change of a dense weight would.
     """
     from sparse_compile.state import forget
 
@@ -59,3 +90,8 @@ def _original(model: Module) -> Module:
     """The module that torch.compile wrapped."""
     original = getattr(model, "_orig_mod", model)
     return original if isinstance(original, Module) else model
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what wrappers (torch.compile, AveragedModel, DistributedDataParallel) add."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")

@@ -258,7 +258,7 @@ def test_microbatches_share_one_prune(small_gpt, batch):
             compiled(*batch).backward()
         optimizer.step()
         optimizer.zero_grad()
-        (weight_state,) = state._states[weight].values()
+        (weight_state,) = state._derived[weight].states.values()
         counts.append(weight_state.refreshes)
     assert counts == [4, 5, 6]
 

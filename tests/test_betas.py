@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sparse_compile
 from sparse_compile import betas, state
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.recipe import Projection
@@ -66,6 +67,34 @@ def test_a_resumed_run_is_the_continued_one(small_gpt, batch, make) -> None:
         assert train(compiled(resumed), optimizer, batch) == continued
 
 
+@pytest.mark.parametrize("when", ["after an evaluation", "after a forward in training", "in the middle"])
+def test_a_checkpoint_that_is_loaded_late_brings_its_beta(small_gpt, batch, when) -> None:
+    """Evaluation needs a beta before there is an optimizer: it is not frozen by that."""
+    model = small_gpt(depth=1)
+    optimizer, step = torch.optim.AdamW(model.parameters(), lr=1e-2), compiled(model)
+    train(step, optimizer, batch)
+    expected = sparse_compile.beta(model)
+    checkpoint = saved(model, optimizer)
+    continued = train(step, optimizer, batch)
+
+    resumed = small_gpt(depth=1)
+    step = compiled(resumed)
+    if when != "in the middle":
+        resumed.load_state_dict(checkpoint[0])
+    with torch.set_grad_enabled(when != "after an evaluation"):
+        step(*batch)
+    assert sparse_compile.beta(resumed) != expected
+    optimizer = torch.optim.AdamW(resumed.parameters(), lr=1e-2)
+    if when == "in the middle":
+        train(step, optimizer, batch)
+        resumed.load_state_dict(checkpoint[0])
+    optimizer.load_state_dict(checkpoint[1])
+    losses = train(step, optimizer, batch)
+    assert sparse_compile.beta(resumed) == expected
+    # What the forward in training froze is replaced when the optimizer first steps.
+    assert (losses == continued) == (when != "after a forward in training")
+
+
 def test_without_it_a_resumed_run_differs_and_warns(small_gpt, batch) -> None:
     model = small_gpt()
     optimizer, step = torch.optim.AdamW(model.parameters(), lr=1e-2), compiled(model)
@@ -82,6 +111,68 @@ def test_without_it_a_resumed_run_differs_and_warns(small_gpt, batch) -> None:
     with pytest.warns(UserWarning, match=r"trained 'blocks.0.up' before, and has no S-STE scale beta of it"):
         losses = train(compiled(resumed), optimizer, batch)
     assert losses != continued
+
+
+def test_a_checkpoint_may_be_loaded_after_the_first_call(small_gpt, batch) -> None:
+    """Its beta replaces the one computed from the weights that were there before."""
+    model = small_gpt()
+    optimizer, step = torch.optim.AdamW(model.parameters(), lr=1e-2), compiled(model)
+    train(step, optimizer, batch)
+    checkpoint = saved(model, optimizer)
+    continued = train(step, optimizer, batch)
+
+    resumed = small_gpt()
+    optimizer, step = torch.optim.AdamW(resumed.parameters(), lr=1e-2), compiled(resumed)
+    step(*batch)
+    resumed.load_state_dict(checkpoint[0])
+    optimizer.load_state_dict(checkpoint[1])
+    assert train(step, optimizer, batch) == continued
+
+
+def test_wrappers_of_optimizers_do_no_harm(small_gpt, batch) -> None:
+    """Accelerate's derives from Optimizer and initialises nothing of it."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        state = property(lambda self: self.optimizer.state)
+        param_groups = property(lambda self: self.optimizer.param_groups)
+
+    model = small_gpt(depth=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    wrapper = Wrapper(optimizer)
+    train(compiled(model), optimizer, batch)
+    assert sum(betas.KEY in entry for entry in optimizer.state_dict()["state"].values()) == 2
+    assert wrapper.state is optimizer.state
+
+
+@pytest.mark.parametrize("called", [True, False], ids=["called first", "not called"])
+def test_distributed_checkpoints(small_gpt, batch, tmp_path, called) -> None:
+    """A fresh optimizer asks a distributed checkpoint for beta only if the model has been called; else it is said."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model = small_gpt()
+    optimizer, step = torch.optim.AdamW(model.parameters(), lr=1e-2), compiled(model)
+    train(step, optimizer, batch)
+    dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)), checkpoint_id=tmp_path)
+    continued = train(step, optimizer, batch)
+
+    resumed = small_gpt()
+    optimizer, step = torch.optim.AdamW(resumed.parameters(), lr=1e-2), compiled(resumed)
+    if called:
+        step(*batch)
+    state = dict(zip(("model", "optimizer"), get_state_dict(resumed, optimizer), strict=True))
+    dcp.load(state, checkpoint_id=tmp_path)
+    set_state_dict(
+        resumed, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )  # fmt: skip
+    if called:
+        assert train(step, optimizer, batch) == continued
+    else:
+        with pytest.warns(UserWarning, match=r"loads beta if the model is called once before get_state_dict"):
+            assert train(step, optimizer, batch) != continued
 
 
 def test_only_pruned_weights_have_one_and_the_model_has_none(small_gpt, batch) -> None:
@@ -117,7 +208,7 @@ def test_a_weight_without_gradient_so_far_can_get_one_later() -> None:
         device=torch.device("cpu"),
     )  # fmt: skip
     for weight in weights:
-        state.current_operands(weight, slot, state.weight_state(weight, slot))
+        state.current_operands([weight], [slot], [state.weight_state(weight, slot)])
     optimizer = torch.optim.AdamW(weights)
     weights[0].grad = torch.randn(32, 64)
     optimizer.step()

@@ -109,6 +109,20 @@ def test_weights_of_one_name_are_told_apart():
     assert len(set(names)) == 4
 
 
+@pytest.mark.gpu
+def test_a_weight_that_moves_keeps_its_name():
+    model = ffn(64)
+    compiled = torch.compile(model.forward, backend="sste", options=EAGER)
+    names = []
+    for device in ("cpu", "cuda", "cpu"):
+        model.to(device)
+        compiled(torch.randn(8, 64, device=device))
+        samples = sparse_compile.health()
+        names.append(list(samples))
+    assert names[0] == names[1] == names[2]
+    assert {sample.flips for sample in samples.values()} == {0.0}
+
+
 def test_many_samples_are_thinned():
     for step in range(2000):
         record_health("up", Health(step=step, flips=None, zeros=0.5, underflow=0.0, saturated=0.0))

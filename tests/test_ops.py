@@ -39,6 +39,7 @@ def cases():
     for transpose in (False, True):
         yield "sparse_mm", (values, metadata, fp8(20, 80), scale_inv, tokens, torch.bfloat16, transpose, True)
         yield "sparse_mm", (values, metadata, fp8(20, 80), scale_inv, None, torch.float32, transpose, False)
+    yield "materialize", (torch.randn(20, 80).t(),)
     yield "scaled_mm", (fp8(20, 80), fp8(48, 80), scale_inv, torch.bfloat16)
 
 

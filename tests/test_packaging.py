@@ -27,10 +27,30 @@ FIND_BACKEND = """
 import sys
 import torch._dynamo
 assert "sste" in torch._dynamo.list_backends()
-assert "sparse_compile" not in sys.modules, "listing the backends imported the package"
+assert "sparse_compile.backend" not in sys.modules, "listing the backends imported one"
 from torch._dynamo.backends.registry import lookup_backend
 from sparse_compile.backend import sste
 assert lookup_backend("sste") is sste
+"""
+
+# A script that compiles nothing; operations run one by one, so that no C++ is compiled.
+TRAIN = """
+import sys
+import torch
+from torch import nn
+assert "torch._dynamo" not in sys.modules, "importing torch imported dynamo"
+if {unasked}:
+    assert not {{"sparse_compile.route", "tabulate"}} & set(sys.modules), "more than the entry point was imported"
+    assert not hasattr(torch.compile, "__wrapped__"), "torch was touched"
+    sys.exit()
+from sparse_compile import backend
+compile_graph = backend.compile_graph
+backend.compile_graph = lambda *args, **named: compile_graph(*args, **{{**named, "generate_code": False}})
+model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+step = {step}
+step(torch.ones(8, 64)).sum().backward()
+optimizer.step()
 """
 
 
@@ -116,7 +136,30 @@ def test_wheel_installs_into_a_fresh_environment(built: Path, environment: Envir
     environment.install(next(built.glob(wheel)))
     for path in environment.execute(IMPORT_ALL).splitlines():
         assert Path(path).is_relative_to(environment.python.parent.parent)
+    environment.execute("import sys, sparse_compile; assert 'torch' not in sys.modules, 'the package imported torch'")
     environment.execute(FIND_BACKEND)
+
+
+def test_environment_variables(built: Path, environment: Environment) -> None:
+    """SPARSE_COMPILE does what the launcher does, under torchrun too; and nothing where it is not set."""
+    environment.install(next(built.glob("*.whl")))
+    train, report = environment.elsewhere / "train.py", environment.elsewhere / "report.json"
+    train.write_text(TRAIN.format(unasked=False, step="torch.compile(model)"))
+    execute = f"import runpy; runpy.run_path({str(train)!r}, run_name='__main__')"
+    environment.execute(execute, SPARSE_COMPILE="1", SPARSE_COMPILE_REPORT=str(report))
+    assert "2:4" in report.read_text()
+    report.unlink()
+
+    train.write_text(TRAIN.format(unasked=False, step="model"))
+    torchrun = f"import sys, runpy; sys.argv[1:] = ['--standalone', {str(train)!r}]\n"
+    torchrun += "runpy.run_module('torch.distributed.run', run_name='__main__')"
+    environment.execute(torchrun, SPARSE_COMPILE="auto", SPARSE_COMPILE_REPORT=str(report))
+    assert "2:4" in report.read_text(), "torchrun's own process wrote over it"
+    report.unlink()
+
+    train.write_text(TRAIN.format(unasked=True, step="model"))
+    environment.execute(execute)
+    environment.execute(execute, SPARSE_COMPILE="1", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
 
 
 def test_editable_install(tmp_path: Path, environment: Environment) -> None:
@@ -125,6 +168,7 @@ def test_editable_install(tmp_path: Path, environment: Environment) -> None:
     for path in environment.execute(IMPORT_ALL).splitlines():
         assert Path(path).is_relative_to(source)
     environment.execute(FIND_BACKEND)
+    environment.execute("import torch; assert torch.compile.__wrapped__", SPARSE_COMPILE="1")
 
 
 def test_checkout_on_pythonpath(environment: Environment) -> None:

@@ -1,6 +1,9 @@
 """The state of weights: beta frozen at first use, one prune per optimizer step, whatever the optimizer hides."""
 
+import dataclasses
+import gc
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from sparse_compile import state
 from sparse_compile.kernels import reference
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.recipe import Projection
+from sparse_compile.testing import assert_same_bits
 
 SLOT = WeightSlot(
     name="w",
@@ -25,7 +29,7 @@ SLOT = WeightSlot(
 def refreshed(weight, slot=SLOT):
     """The operands now, and how often they were made."""
     weight_state = state.weight_state(weight, slot)
-    return state.current_operands(weight, slot, weight_state), weight_state.refreshes
+    return state.current_operands([weight], [slot], [weight_state]), weight_state.refreshes
 
 
 OPTIMIZERS = {
@@ -44,7 +48,7 @@ def test_one_prune_per_optimizer_step(make):
     for _ in range(4):
         for _ in range(3):  # microbatches
             operands, count = refreshed(weight)
-        beta = torch.tensor([state.weight_state(weight, SLOT).beta])
+        beta = torch.tensor([state.beta_of(weight)])
         for actual, expected in zip(operands, reference.prune_weight(weight.detach(), beta), strict=True):
             assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
         counts.append(count)
@@ -84,17 +88,17 @@ def test_beta_is_frozen_at_first_use():
     refreshed(weight)
     weight.data.uniform_()
     refreshed(weight)
-    assert state.weight_state(weight, SLOT).beta == first != reference.sste_beta(weight)
+    assert state.beta_of(weight) == first != reference.sste_beta(weight)
 
 
 def test_a_zero_weight_gets_its_beta_when_it_has_values():
     weight = nn.Parameter(torch.zeros(32, 64))
     operands, _ = refreshed(weight)
-    assert state.weight_state(weight, SLOT).beta is None
+    assert state.beta_of(weight) is None
     assert not reference.decompress24(*operands[:2]).float().any()
     weight.data.normal_()
     refreshed(weight)
-    assert state.weight_state(weight, SLOT).beta == reference.sste_beta(weight)
+    assert state.beta_of(weight) == reference.sste_beta(weight)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -118,15 +122,30 @@ def test_addresses_stay_across_optimizer_steps():
 
 
 def test_calls_within_a_step_do_not_overwrite_each_other():
-    """A backward that is still to come needs the operands of its own forward."""
-    weight = nn.Parameter(torch.randn(32, 64))
-    first, _ = refreshed(weight)
-    kept = [operand.clone() for operand in first]
-    weight.data.normal_()
-    second, _ = refreshed(weight)
-    assert not torch.equal(first[0].view(torch.uint8), second[0].view(torch.uint8))
-    for operand, copy in zip(first, kept, strict=True):
-        assert torch.equal(operand.view(torch.uint8), copy.view(torch.uint8))
+    """A backward that is still to come needs the operands of its own forward; without one, addresses stay."""
+    ffn = nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU(), nn.Linear(64, 64, bias=False))
+    compiled = torch.compile(lambda x: ffn(x), backend="sste", options={"sste.executor": "eager"})
+    x = torch.randn(8, 64)
+
+    def input_grad(edit):
+        tokens = x.clone().requires_grad_()
+        loss = compiled(tokens).sum()
+        edit()
+        loss.backward()
+        return tokens.grad
+
+    def edit():
+        for parameter in ffn.parameters():
+            parameter.data.neg_()
+        compiled(x)
+
+    weight_state = state.weight_state(ffn[2].weight, dataclasses.replace(SLOT, out_features=64))
+    expected = input_grad(lambda: None)
+    addresses = [operand.data_ptr() for operand in weight_state.operands]
+    assert torch.equal(input_grad(lambda: None), expected)
+    assert [operand.data_ptr() for operand in weight_state.operands] == addresses
+    assert torch.equal(input_grad(edit), expected)
+    assert [operand.data_ptr() for operand in weight_state.operands] != addresses
 
 
 def test_a_backward_after_the_optimizer_step_is_an_error():
@@ -165,9 +184,164 @@ def test_orientations_have_states_of_their_own():
 
 
 def test_state_dies_with_its_weight():
-    before = len(state._states)
+    before = len(state._derived)
     weight = nn.Parameter(torch.randn(32, 64))
     refreshed(weight)
-    assert len(state._states) == before + 1
+    assert len(state._derived) == before + 1
     del weight
-    assert len(state._states) == before
+    assert len(state._derived) == before
+
+
+def sgd_by_hand(weight):
+    """``.data`` alone: no optimizer, no version."""
+
+    def update():
+        weight.data.sub_(weight.grad, alpha=0.1)
+
+    return update
+
+
+def stepping(*optimizers):
+    def update():
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return update
+
+
+class Int8SGD(torch.optim.Optimizer):
+    """Momentum in int8, updates of ``.data``."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self, closure=None):
+        for weight in (weight for group in self.param_groups for weight in group["params"]):
+            kept = self.state[weight]
+            momentum = kept["momentum"].float() * kept["scale"] if kept else 0.0
+            momentum = 0.9 * momentum + weight.grad
+            kept["scale"] = momentum.abs().max() / 127
+            kept["momentum"] = (momentum / kept["scale"]).round().to(torch.int8)
+            weight.data.sub_(momentum, alpha=0.1)
+
+
+class Unhooked(torch.optim.Optimizer):
+    """What calls no initialiser has no hooks."""
+
+    def __init__(self, params):
+        self.params = list(params)
+
+    def step(self, closure=None):
+        for weight in self.params:
+            weight.data.sub_(weight.grad, alpha=0.1)
+
+
+def unhooked_after_hooked(weight):
+    """The optimizer that owns the weight is alive and steps no more."""
+    owner = torch.optim.SGD([weight], lr=0.1)
+    weight.grad = torch.zeros_like(weight)
+    owner.step()
+    by_hand = sgd_by_hand(weight)
+    return lambda: (by_hand(), owner)
+
+
+def in_backward(weight):
+    """The optimizer steps in a hook of backward."""
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    return lambda: (weight * torch.randn_like(weight)).sum().backward()
+
+
+def sharpness_aware(weight):
+    """SAM: a step up along the gradient and back through ``.data``, then a step."""
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    calls = iter(range(100))
+
+    def update():
+        if next(calls) % 2 == 0:
+            weight.data.add_(weight.grad, alpha=0.05)
+        else:
+            weight.data.sub_(weight.grad, alpha=0.05)
+            optimizer.step()
+
+    return update
+
+
+UPDATES = {
+    "by hand": sgd_by_hand,
+    "two optimizers": lambda w: stepping(torch.optim.SGD([w], lr=0.1), torch.optim.AdamW([w], lr=0.1, fused=True)),
+    "two groups": lambda w: stepping(torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))]}, {"params": [w]}])),
+    "compiled": lambda w: torch.compile(torch.optim.AdamW([w], lr=0.1).step, backend="eager"),
+    "int8": lambda w: stepping(Int8SGD([w])),
+    "unhooked": lambda w: stepping(Unhooked([w])),
+    "unhooked after hooked": unhooked_after_hooked,
+    "in backward": in_backward,
+    "sharpness-aware": sharpness_aware,
+    "data replaced": lambda w: lambda: setattr(w, "data", w.data - 0.1 * w.grad),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", UPDATES.values(), ids=UPDATES.keys())
+def test_every_kind_of_update_is_seen(make):
+    weight = nn.Parameter(torch.randn(32, 64))
+    update = make(weight)
+    for _ in range(5):
+        for _ in range(2):  # microbatches
+            operands, _ = refreshed(weight)
+            expected = reference.prune_weight(weight.detach(), torch.tensor([state.beta_of(weight)]))
+            for actual, wanted in zip(operands, expected, strict=True):
+                assert_same_bits(actual, wanted)
+        weight.grad = torch.randn_like(weight)
+        update()
+
+
+def test_a_step_of_another_optimizer_changes_nothing():
+    """Two models that train in turns, such as a generator and its critic."""
+    weights = [nn.Parameter(torch.randn(32, 64)) for _ in range(2)]
+    optimizers = [torch.optim.SGD([weight], lr=0.1) for weight in weights]
+    for weight, optimizer in zip(weights, optimizers, strict=True):
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+    _, count = refreshed(weights[0])
+    optimizers[1].step()
+    assert refreshed(weights[0])[1] == count
+    optimizers[0].step()
+    assert refreshed(weights[0])[1] == count + 1
+
+
+def test_an_owner_that_is_gone_owns_nothing():
+    """Its id may soon be another's."""
+    weight = nn.Parameter(torch.randn(32, 64))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    assert state._steps.last_of(weight) == state._steps.count
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(1))]
+    optimizer.step()
+    assert state._steps.last_of(weight) is None
+    optimizer.param_groups[0]["params"] = [weight]
+    optimizer.step()
+    assert state._steps.last_of(weight) == state._steps.count
+    del optimizer
+    gc.collect()
+    assert state._steps.last_of(weight) is None
+
+
+def test_edits_are_looked_for_less_and_less_often():
+    """A look waits for the device: at the first, second, fourth and eighth reuse in training, always in evaluation."""
+    weight = nn.Parameter(torch.randn(32, 64))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    with mock.patch.object(state, "find_edited", return_value=[]) as look:
+        looks = []
+        for _ in range(10):
+            refreshed(weight)
+            looks.append(look.call_count)
+        assert looks == [0, 1, 2, 2, 3, 3, 3, 3, 4, 4]
+        with torch.no_grad():
+            for _ in range(3):
+                refreshed(weight)
+        assert look.call_count == 4 + 3
+        refreshed(weight)
+        assert look.call_count == 4 + 3 + 1

@@ -1,5 +1,7 @@
 """beta and invalidate: what is derived from the weights of a model."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -36,16 +38,47 @@ def test_betas_are_those_of_the_first_weights(small_gpt, batch) -> None:
     assert sparse_compile.beta(model) == sparse_compile.beta(compiled) == expected
 
 
+def test_betas_can_be_given_before_the_first_step_and_later(small_gpt, batch) -> None:
+    model = torch.compile(small_gpt(depth=1), backend="sste", options=OPTIONS)
+    given = {"module.blocks.0.up.weight": 1.25, "blocks.0.down.weight": 1.5}
+    sparse_compile.set_beta(model, given)
+    first = model(*batch).item()
+    assert sparse_compile.beta(model) == {"blocks.0.up.weight": 1.25, "blocks.0.down.weight": 1.5}
+    sparse_compile.set_beta(model, {"blocks.0.up.weight": 2.5})
+    assert model(*batch).item() != first
+    sparse_compile.set_beta(model, {"blocks.0.up.weight": 1.25})
+    assert model(*batch).item() == first
+
+
+@pytest.mark.parametrize(
+    ("betas", "message"),
+    [
+        (
+            {"blocks.0.upp.weight": 1.0},
+            r"no parameter .* named 'blocks.0.upp.weight'; did you mean 'blocks.0.up.weight'",
+        ),
+        ({"blocks.0.up.weight": math.nan}, r"the scale of 'blocks.0.up.weight' is nan; it must be a positive"),
+        ({"blocks.0.up.weight": -1.0}, r"is -1.0; it must be a positive, finite number"),
+    ],
+)
+def test_bad_betas_are_an_error_and_none_is_taken(small_gpt, betas, message) -> None:
+    model = small_gpt(depth=1)
+    with pytest.raises(ValueError, match=message):
+        sparse_compile.set_beta(model, {"blocks.0.down.weight": 1.0} | betas)
+    assert sparse_compile.beta(model) == {}
+
+
 def test_an_edit_that_cannot_be_seen_is_seen_after_invalidate(trained) -> None:
     model, _, loss = trained
     before, betas = loss().item(), sparse_compile.beta(model)
     weight = model._orig_mod.blocks[0].up.weight
-    weight.data.mul_(1.5)
+    # A row that no sample holds.
+    weight.data[1].mul_(1.5)
     assert loss().item() == before, "the optimizer owns it and has not stepped"
     sparse_compile.invalidate(model)
     assert loss().item() != before
     assert sparse_compile.beta(model) == betas, "beta is frozen"
-    weight.data.div_(1.5)
+    weight.data[1].div_(1.5)
     sparse_compile.invalidate(model)
     assert loss().item() == before
 
@@ -56,7 +89,7 @@ def test_operands_keep_their_addresses(trained) -> None:
     model, _, loss = trained
     loss()
     weight = model._orig_mod.blocks[0].up.weight
-    (kept,) = state._states_of(weight)
+    (kept,) = state._derived[weight].states.values()
     addresses = [operand.data_ptr() for operand in kept.operands]
     refreshes = kept.refreshes
     sparse_compile.invalidate(model)

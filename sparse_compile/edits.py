@@ -1,0 +1,50 @@
+"""Edits of weights that neither version counters nor optimizer steps show, such as ``weight.data.copy_(average)``.
+
+A sample of each weight is compared with what it was.  One comparison serves all weights of a graph; its result is
+waited for.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+# Rows, and columns of each, that a sample takes at most.
+_SAMPLED = 32
+
+
+def take_samples(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Some elements of each weight ``[N, K]``, copied, ``[n, k]`` with n and k up to 32."""
+    samples: dict[int, Tensor] = {}
+    for indices in _alike(weights):
+        views = [_view(weights[index]) for index in indices]
+        parts = torch.cat(views).split([len(view) for view in views])
+        samples.update(zip(indices, parts, strict=True))
+    return [samples[index] for index in range(len(weights))]
+
+
+def find_edited(weights: Sequence[Tensor], samples: Sequence[Tensor]) -> list[int]:
+    """The indices of the weights whose sampled elements have changed since ``take_samples``."""
+    edited = []
+    for indices in _alike(weights):
+        before = [samples[index] for index in indices]
+        now = take_samples([weights[index] for index in indices])
+        if not torch.equal(torch.cat(before), torch.cat(now)):
+            edited += [index for index, old, new in zip(indices, before, now, strict=True) if not torch.equal(old, new)]
+    return edited
+
+
+def _view(weight: Tensor) -> Tensor:
+    # One operation, where slices would be three.
+    (rows, columns), (row, column) = weight.shape, weight.stride()
+    down, across = -(-rows // _SAMPLED), -(-columns // _SAMPLED)
+    return weight.as_strided((-(-rows // down), -(-columns // across)), (row * down, column * across))
+
+
+def _alike(weights: Sequence[Tensor]) -> Iterable[list[int]]:
+    """Indices of the weights that one kernel can read together."""
+    groups = defaultdict(list)
+    for index, weight in enumerate(weights):
+        groups[weight.device, weight.dtype, weight.shape[1]].append(index)
+    return groups.values()

@@ -1,0 +1,97 @@
+"""A run that is killed at any moment and started again is the run that was not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+STEPS = 24
+# Saves everything after every step, in one file that is replaced at once, and goes on from it when started again.
+TRAIN = """
+import json, os, sys
+from pathlib import Path
+import torch
+import sparse_compile
+from torch import nn
+
+class FFN(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 256), nn.Linear(256, 64)
+    def forward(self, x):
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+file, steps = Path(sys.argv[1]), int(sys.argv[2])
+torch.manual_seed(0)
+model = FFN()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+step = torch.compile(model, backend="sste", options={"sste.executor": "eager"})
+losses = []
+if file.exists():
+    saved = torch.load(file)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["generator"])
+    losses = saved["losses"]
+while len(losses) < steps:
+    loss = (step(torch.randn(32, 64)) - 1).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": torch.get_rng_state(),
+         "losses": losses},
+        file.with_suffix(".new"),
+    )
+    os.replace(file.with_suffix(".new"), file)
+    print(len(losses), flush=True)
+print(json.dumps(losses))
+"""
+
+
+def start(folder: Path, file: str) -> subprocess.Popen[str]:
+    (folder / "train.py").write_text(TRAIN)
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "train.py", file, str(STEPS)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
+
+
+def finish(run: subprocess.Popen[str]) -> tuple[int, list[float]]:
+    """The first step of the run, and all losses."""
+    output, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    assert "2 of 2 linears rewritten" in errors
+    assert "beta" not in errors, "a warning that it is missing"
+    first, *_, losses = output.splitlines()
+    return int(first), json.loads(losses)
+
+
+def test_killed_and_resumed_is_uninterrupted(tmp_path: Path) -> None:
+    whole = start(tmp_path, "whole.pt")
+    killed = start(tmp_path, "killed.pt")
+    seed = random.randrange(2**32)
+    chance = random.Random(seed)
+    last = chance.randrange(1, STEPS - 2)
+    assert killed.stdout is not None
+    for line in killed.stdout:
+        if int(line) == last:
+            break
+    time.sleep(chance.random() * 0.02)  # anywhere in a step, or in saving
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, f"seed {seed}"
+    first, losses = finish(whole)
+    assert first == 1
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0]
+    first, resumed = finish(start(tmp_path, "killed.pt"))
+    assert first > last
+    assert resumed == losses, f"seed {seed}"

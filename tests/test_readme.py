@@ -1,0 +1,99 @@
+"""The snippets of README.md's ways in run as they stand there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sparse_compile
+from sparse_compile import backend
+
+ROOT = Path(__file__).parents[1]
+WAYS = (ROOT / "README.md").read_text().partition("## Ways in")[2].partition("\n## ")[0]
+SNIPPETS = {
+    next(name for name in ("transformers", "accelerate", "lightning") if name in snippet): snippet
+    for snippet in re.findall(r"```python\n(.*?)```", WAYS, re.DOTALL)
+}
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", WAYS, re.DOTALL) for line in block.splitlines()]
+SCRIPT = """
+import torch
+from torch import nn
+from sparse_compile import backend
+compile_graph = backend.compile_graph
+backend.compile_graph = lambda *args, **named: compile_graph(*args, **{**named, "generate_code": False})
+model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+step = torch.compile(model) if {compiles} else model
+step(torch.ones(8, 64)).sum().backward()
+"""
+
+
+def test_all_are_found() -> None:
+    assert list(SNIPPETS) == ["transformers", "accelerate", "lightning"]
+    assert len(COMMANDS) == 5
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "-m sparse_compile" in command])
+def test_commands(tmp_path: Path, command: str) -> None:
+    """Those with SPARSE_COMPILE need an installation: ``test_packaging.py``."""
+    (tmp_path / "package").mkdir()
+    for script in ("train.py", "package/train.py"):
+        (tmp_path / script).write_text(SCRIPT.replace("{compiles}", str("--auto" not in command)))
+    python, *arguments = shlex.split(command)
+    assert python == "python"
+    done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    if "--report" in command:
+        assert "2 of 2 linears rewritten" in (tmp_path / "report.html").read_text()
+    else:
+        assert "s-ste" in done.stderr
+
+
+@pytest.mark.parametrize("library", SNIPPETS)
+def test_snippets(small_gpt: type[nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    module = pytest.importorskip(library)
+    monkeypatch.setattr(torch, "compile", torch.compile)  # Lightning wraps it
+    compile_graph = backend.compile_graph
+    monkeypatch.setattr(
+        backend, "compile_graph", lambda *args, **named: compile_graph(*args, **{**named, "generate_code": False})
+    )
+    monkeypatch.chdir(tmp_path)
+
+    class ForTrainer(small_gpt):  # type: ignore[valid-type, misc]
+        def forward(self, ids: torch.Tensor, targets: torch.Tensor) -> Any:
+            return {"loss": super().forward(ids, targets)}
+
+    model: Any = (ForTrainer if library == "transformers" else small_gpt)(depth=1)
+    ids = torch.randint(0, 128, (4, 32))
+    names: dict[str, Any] = {library: module, "model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+    if library == "transformers":
+        names["examples"] = [{"ids": line, "targets": line} for line in ids]
+        names["arguments"] = module.TrainingArguments(
+            output_dir="out", max_steps=1, use_cpu=True, report_to=[], save_strategy="no", remove_unused_columns=False
+        )
+    elif library == "accelerate":
+        module.state.AcceleratorState._reset_state(True)
+    else:
+
+        class Module(module.LightningModule):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
+            def training_step(self, batch: torch.Tensor, number: int) -> torch.Tensor:
+                return self.model(batch, batch)
+
+            def configure_optimizers(self) -> torch.optim.Optimizer:
+                return torch.optim.AdamW(self.parameters())
+
+        names |= {"module": Module(), "batches": torch.utils.data.DataLoader(list(ids), batch_size=4)}
+    exec(SNIPPETS[library], names)
+    if library == "accelerate":
+        names["accelerator"].backward(names["model"](ids, ids))
+    rewritten = {row.module for row in sparse_compile.report().rows if row.decision != "dense"}
+    assert rewritten == {f"blocks.0.{name}" for name in ("qkv", "proj", "up", "down")}
