@@ -6,7 +6,7 @@ and not differentiable: ``linear.py`` composes them into differentiable linears.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib import import_module
 from typing import Any, ParamSpec, TypeVar, cast
@@ -22,6 +22,8 @@ R = TypeVar("R")
 
 _LIBRARY = torch.library.Library("sparse_compile", "DEF")
 _reference_forced = False
+# What surrounds the call of each op, by its name, while someone observes.
+_around: Callable[[str], AbstractContextManager[None]] | None = None
 
 
 def emulation_reason(device: torch.device) -> str | None:
@@ -56,6 +58,17 @@ def force_reference() -> Iterator[None]:
         _reference_forced = before
 
 
+@contextmanager
+def observed(around: Callable[[str], AbstractContextManager[None]]) -> Iterator[None]:
+    """Call every op inside of ``around(its name)``; ops of a CUDA graph that is replayed are not seen."""
+    global _around
+    before, _around = _around, around
+    try:
+        yield
+    finally:
+        _around = before
+
+
 def _op(
     schema: str,
     eager: Callable[..., R],
@@ -82,9 +95,18 @@ def _op(
             return emulate(*arguments)
         return load()(*arguments)
 
+    def observable(call: Callable[..., R]) -> Callable[..., R]:
+        def observe(*arguments: Any) -> R:
+            if _around is None:
+                return call(*arguments)
+            with _around(name):
+                return call(*arguments)
+
+        return observe
+
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    _LIBRARY.impl(name, emulate, "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, run, "CUDA")
+    _LIBRARY.impl(name, observable(emulate), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, observable(run), "CUDA")
     torch.library.register_fake(f"sparse_compile::{name}", fake, lib=_LIBRARY)
     return cast(Callable[P, R], getattr(torch.ops.sparse_compile, name).default)
 

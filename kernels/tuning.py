@@ -17,6 +17,7 @@ from sparse_compile.kernels.configs import Config, configs
 from sparse_compile.kernels.measured import keep, kept, median_microseconds, path_of, round_up
 from sparse_compile.kernels.problem import Problem
 from sparse_compile.kernels.selfcheck import ELEMENTS, check_variant, random_operands, undisturbed
+from sparse_compile.progress import tracked
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def tune(problem: Problem, device: torch.device) -> Config:
     path.parent.mkdir(parents=True, exist_ok=True)  # before the time is spent
     start = perf_counter()
     candidates = list(configs())
-    for config in candidates:
+    for config in tracked(candidates, f"compiling the 2:4 GEMM for {problem}"):
         check_variant(config, problem, device)
     times = measure(problem, candidates, device)
     best = min(times, key=times.__getitem__)

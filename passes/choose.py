@@ -15,6 +15,7 @@ from sparse_compile.kernels import ops
 from sparse_compile.kernels.costs import LinearShape, piece_times
 from sparse_compile.passes.decide import Plan, Price
 from sparse_compile.passes.find import LinearSite, Reason, Rejection
+from sparse_compile.progress import tracked
 from sparse_compile.recipe import Gemm, Projection, Recipe
 from sparse_compile.torch_internals import example_value, hint
 
@@ -43,7 +44,7 @@ def choose(plans: Sequence[Plan], clock: Clock = piece_times) -> tuple[list[Plan
     inputs = Counter(plan.site.input for plan in plans)
     chosen: list[Plan] = []
     rejections: list[Rejection] = []
-    for plan in plans:
+    for plan in tracked(plans, "measuring linears"):
         site, device = plan.site, example_value(plan.site.weight).device
         shape = _shape(site)
         if shape is None or ops.emulation_reason(device) is not None:
@@ -60,7 +61,8 @@ def choose(plans: Sequence[Plan], clock: Clock = piece_times) -> tuple[list[Plan
             chosen.append(replace(plan, recipe=fastest, price=price))
         else:
             detail = f"a step would take {prices[fastest]:.0f} us in {fastest.short_str()}, {dense:.0f} us dense"
-            rejections.append(site.reject(Reason.SLOWER, detail))
+            advice = "more tokens in a call may change that; 'sste.when': 'always' rewrites it all the same"
+            rejections.append(replace(site.reject(Reason.SLOWER, detail, advice), dense_us=dense))
     return chosen, rejections
 
 
@@ -93,7 +95,7 @@ def _pieces(recipe: Recipe) -> list[str]:
 
 
 def _dense_microseconds(site: LinearSite, times: dict[str, float]) -> float:
-    return times["hp fprop"] * _forwards(site) + times["hp dgrad"] * _needs_dgrad(site) + times["hp wgrad"]
+    return times["hp fprop"] * site.forwards + times["hp dgrad"] * _needs_dgrad(site) + times["hp wgrad"]
 
 
 def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: dict[str, float], sharing: int) -> float:
@@ -107,7 +109,7 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
     forward = times[f"{recipe.fprop.value} fprop"] + inputs * _INPUT_BYTES * byte / sharing
     if recipe.fprop is Gemm.FP8:
         forward += outputs * _PRODUCT_BYTES * byte
-    total = forward * _forwards(site) + sum(time for piece, time in times.items() if piece in _OPS)
+    total = forward * site.forwards + sum(time for piece, time in times.items() if piece in _OPS)
     total += times[f"{recipe.wgrad.value} wgrad"] + times.get("transpose_tokens", 0.0) / sharing
     if _needs_dgrad(site):
         total += times[f"{recipe.dgrad.value} dgrad"]
@@ -118,11 +120,6 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
     if recipe.dgrad is Gemm.FP8 and recipe.wgrad is Gemm.HP:
         total += outputs * _INPUT_BYTES * byte  # the cast, which is no op then
     return total
-
-
-def _forwards(site: LinearSite) -> int:
-    """How often forward runs: once more in backward where activations are checkpointed."""
-    return 2 if site.region.calls else 1
 
 
 def _needs_dgrad(site: LinearSite) -> bool:

@@ -1,7 +1,7 @@
 """DECIDE: which linears are rewritten, in which recipe, and why the others are not."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.find import LinearSite, Reason, Rejection
 from sparse_compile.passes.roles import Role
-from sparse_compile.recipe import FP8, Recipe
+from sparse_compile.recipe import FP8, Gemm, Projection, Recipe
 from sparse_compile.report import Row
 from sparse_compile.torch_internals import example_value, is_fake, real_parameter
 
@@ -38,18 +38,17 @@ class Plan:
     recipe: Recipe
     named: bool = False
     price: Price | None = None  # where it was measured
+    advice: str = ""  # how it could gain more
 
     def row(self) -> Row:
-        site = self.site
-        return Row(
-            module=site.name,
-            role=site.role.value,
-            shape=site.shape,
-            decision=self.recipe.short_str(),
-            reason="",
-            dense_us=self.price.dense if self.price else None,
-            rewritten_us=self.price.rewritten if self.price else None,
-        )
+        gemms = {"fprop": self.recipe.fprop, "dgrad": self.recipe.dgrad, "wgrad": self.recipe.wgrad}
+        precisions = {
+            name: self.site.dtype_name if gemms[name] is Gemm.HP else gemms[name].value for name in self.site.products
+        }
+        row = self.site.row(self.recipe.short_str(), precisions, advice=self.advice)
+        if self.price is None:
+            return row
+        return replace(row, dense_us=self.price.dense, rewritten_us=self.price.rewritten)
 
 
 def decide(
@@ -81,15 +80,23 @@ def decide(
         if refusal is None:
             everywhere = targets == "all" and not _is_head(site, owners)
             targeted = named or everywhere or (targets == "ffn" and site.role is Role.FFN)
-            plans.append(Plan(site=site, recipe=recipe if targeted else FP8, named=named))
+            chosen = recipe if targeted else FP8
+            could_be_sparse = recipe.projection is not Projection.NONE and not targeted
+            advice = f"dense FP8; for 2:4, which costs loss, {_names(targets)}" if could_be_sparse else ""
+            plans.append(Plan(site=site, recipe=chosen, named=named, advice=advice))
         elif named:
             raise ValueError(
                 f"options={{'sste.targets': {targets!r}}} names {site.name!r}, which can't be rewritten: "
-                f"{refusal.reason.value}: {refusal.detail}. Choose a pattern that leaves it out."
+                f"{refusal.reason.value}: {refusal.detail}. Choose a pattern that leaves it out, or {refusal.advice}."
             )
         else:
             rejections.append(refusal)
     return plans, rejections
+
+
+def _names(targets: str) -> str:
+    """What to say for more linears to be targeted."""
+    return "name it in 'sste.targets'" if targets == "all" else "say 'sste.targets': 'all', or name it there"
 
 
 def _cannot(site: LinearSite, owners: ParameterOwners, is_pruned: Callable[[Parameter], bool]) -> Rejection | None:
@@ -97,27 +104,32 @@ def _cannot(site: LinearSite, owners: ParameterOwners, is_pruned: Callable[[Para
     weight, x = example_value(site.weight), example_value(site.input)
     for name, value in (("weight", weight), ("input", x)):
         if not is_fake(value):
-            return site.reject(Reason.NOT_PLAIN, f"{name} is {_describe(value)}")
+            return site.reject(Reason.NOT_PLAIN, f"{name} is {_describe(value)}", _make_plain(value))
     if weight.ndim != 2:
-        return site.reject(Reason.NOT_2D, f"it has shape {tuple(weight.shape)}; only [N, K] is a linear's")
+        detail = f"it has shape {tuple(weight.shape)}; only [N, K] is a linear's"
+        return site.reject(Reason.NOT_2D, detail, "call F.linear with a parameter [N, K] for each matrix")
     for name, value in (("weight", weight), ("input", x)):
         if value.dtype not in DTYPES:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            return site.reject(Reason.DTYPE, f"{name} is {value.dtype}; allowed are {allowed}".replace("torch.", ""))
-    if site.out_features % FEATURES_MULTIPLE or site.in_features % FEATURES_MULTIPLE:
-        return site.reject(
-            Reason.SHAPE,
-            f"in_features {site.in_features} and out_features {site.out_features} must be multiples of "
-            f"{FEATURES_MULTIPLE}",
-        )
+            allowed = ", ".join(str(dtype) for dtype in DTYPES).replace("torch.", "")
+            detail = f"{name} is {value.dtype}; allowed are {allowed}".replace("torch.", "")
+            return site.reject(Reason.DTYPE, detail, "cast it, or run the model under torch.autocast with bfloat16")
+    sizes = {"in_features": site.in_features, "out_features": site.out_features}
+    odd = {name: size for name, size in sizes.items() if size % FEATURES_MULTIPLE}
+    if odd:
+        detail = " and ".join(f"{name} = {size} is not a multiple of {FEATURES_MULTIPLE}" for name, size in odd.items())
+        padded = {name: -(-size // FEATURES_MULTIPLE) * FEATURES_MULTIPLE for name, size in odd.items()}
+        advice = "pad " + " and ".join(f"{name} to {size}" for name, size in padded.items())
+        return site.reject(Reason.SHAPE, detail, advice)
     parameter = real_parameter(site.weight)
     if not (weight.requires_grad or (parameter is not None and is_pruned(parameter))):
-        return site.reject(Reason.FROZEN, "requires_grad is False, and it was never trained pruned")
+        detail = "requires_grad is False, and it was never trained pruned"
+        return site.reject(Reason.FROZEN, detail, "set requires_grad if it shall be trained")
+    untie = "give each use a parameter of its own, if the model allows"
     if site.weight_uses > 1:
-        return site.reject(Reason.TIED, f"{site.weight_uses} operations of this graph read it")
+        return site.reject(Reason.TIED, f"{site.weight_uses} operations of this graph read it", untie)
     holders = owners.holders(parameter) if parameter is not None else ()
     if len(holders) > 1:
-        return site.reject(Reason.TIED, f"held by {', '.join(holders)}")
+        return site.reject(Reason.TIED, f"held by {', '.join(holders)}", untie)
     return None
 
 
@@ -128,15 +140,22 @@ def _describe(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+def _make_plain(value: Any) -> str:
+    """What the user can do about it."""
+    if type(value) is torch.Tensor:
+        return "call the linear outside of the transform"
+    return f"keep the linear free of {type(value).__name__}, for instance by leaving it out of tensor parallelism"
+
+
 def _should_not(site: LinearSite, owners: ParameterOwners, head: bool) -> Rejection | None:
     """What is left dense unless the user names it."""
     if not head and _is_head(site, owners):
         why = "its output goes to the loss"
         if site.role is Role.LAST:
             why = "its output leaves the graph and it has an embedding's shape"
-        return site.reject(Reason.HEAD, f"{why}; 'sste.head' or its name in 'sste.targets' rewrites it")
+        return site.reject(Reason.HEAD, why, "say 'sste.head': 'fp8'; what that costs in loss was not measured")
     if min(site.in_features, site.out_features) < MIN_FEATURES:
-        return site.reject(Reason.TOO_SMALL, f"fewer than {MIN_FEATURES} features; name it to rewrite it")
+        return site.reject(Reason.TOO_SMALL, f"fewer than {MIN_FEATURES} features", "name it in 'sste.targets'")
     return None
 
 

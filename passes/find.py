@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from math import prod
 
@@ -11,8 +11,16 @@ from torch.nn import Parameter
 
 from sparse_compile.passes.roles import Role, assign_roles
 from sparse_compile.passes.spelling import Spelling, is_unsupported_contraction, read_linear, target_name
-from sparse_compile.report import Row
-from sparse_compile.torch_internals import checkpoint_body, example_value, is_checkpoint, module_name, parameter_name
+from sparse_compile.report import DENSE, Row
+from sparse_compile.torch_internals import (
+    checkpoint_body,
+    example_value,
+    hint,
+    is_checkpoint,
+    module_name,
+    parameter_name,
+    user_frames,
+)
 
 
 class Reason(Enum):
@@ -40,10 +48,29 @@ class Rejection:
     shape: str
     reason: Reason
     detail: str
+    advice: str  # what the user can do about it
+    node: Node
+    site: "LinearSite | None" = None
+    # Predicted microseconds of its products in a step, where they were measured.
+    dense_us: float | None = None
 
     def row(self) -> Row:
         reason = f"{self.reason.value}: {self.detail}"
-        return Row(module=self.name, role=self.role.value, shape=self.shape, decision="dense", reason=reason)
+        if self.site is not None:
+            precisions = dict.fromkeys(self.site.products, self.site.dtype_name)
+            row = self.site.row(decision=DENSE, precisions=precisions, reason=reason, advice=self.advice)
+            return replace(row, dense_us=self.dense_us, rewritten_us=self.dense_us)
+        source, code = _written_at(self.node)
+        return Row(
+            module=self.name,
+            role=self.role.value,
+            shape=self.shape,
+            decision=DENSE,
+            reason=reason,
+            advice=self.advice,
+            source=source,
+            code=code,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -86,8 +113,63 @@ class LinearSite:
         tokens = prod(example_value(self.input).shape[:-1])
         return f"{tokens if isinstance(tokens, int) else '?'} x {self.in_features} -> {self.out_features}"
 
-    def reject(self, reason: Reason, detail: str) -> Rejection:
-        return Rejection(name=self.name, role=self.role, shape=self.shape, reason=reason, detail=detail)
+    @property
+    def products(self) -> tuple[str, ...]:
+        """The products that a step has: no wgrad of a frozen weight, no dgrad where the input needs none."""
+        wanted = {"fprop": True, "dgrad": False, "wgrad": False}
+        if example_value(self.node).requires_grad:
+            wanted["dgrad"] = example_value(self.input).requires_grad
+            wanted["wgrad"] = example_value(self.weight).requires_grad
+        return tuple(name for name, is_wanted in wanted.items() if is_wanted)
+
+    @property
+    def forwards(self) -> int:
+        """How often fprop runs in a step: once more in backward where activations are checkpointed."""
+        return 2 if self.region.calls else 1
+
+    @property
+    def dtype_name(self) -> str:
+        """``bf16``: what its products run in where they are dense."""
+        name = str(example_value(self.node).dtype).removeprefix("torch.")
+        return name.replace("bfloat", "bf").replace("float", "fp")
+
+    def row(self, decision: str, precisions: Mapping[str, str], *, reason: str = "", advice: str = "") -> Row:
+        """The report's row.
+
+        Args:
+            precisions: how each of ``products`` runs.
+        """
+        source, code = _written_at(self.node)
+        is_matrix = example_value(self.weight).ndim == 2
+        return Row(
+            module=self.name,
+            role=self.role.value,
+            shape=self.shape,
+            tokens=hint(prod(example_value(self.input).shape[:-1])) if is_matrix else None,
+            in_features=self.in_features if is_matrix else None,
+            out_features=self.out_features if is_matrix else None,
+            forwards=self.forwards,
+            decision=decision,
+            reason=reason,
+            advice=advice,
+            source=source,
+            code=code,
+            fprop=precisions.get("fprop", ""),
+            dgrad=precisions.get("dgrad", ""),
+            wgrad=precisions.get("wgrad", ""),
+        )
+
+    def reject(self, reason: Reason, detail: str, advice: str) -> Rejection:
+        return Rejection(
+            name=self.name,
+            role=self.role,
+            shape=self.shape,
+            reason=reason,
+            detail=detail,
+            advice=advice,
+            node=self.node,
+            site=self,
+        )
 
 
 def find(graph_module: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
@@ -128,7 +210,8 @@ def find(graph_module: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
         if spelling.refusal is None:
             sites.append(site)
         else:
-            rejections.append(site.reject(Reason.UNSUPPORTED_FORM, spelling.refusal))
+            advice = "write it as F.linear, and what it does besides as operations of their own"
+            rejections.append(site.reject(Reason.UNSUPPORTED_FORM, spelling.refusal, advice))
     return sites, rejections
 
 
@@ -165,13 +248,23 @@ def _near_miss(node: Node, spelling: Spelling | None, region: Region) -> list[Re
         if not (is_unsupported_contraction(node) and weights):
             return []
         name, reason = parameter_name(weights[0]), Reason.UNSUPPORTED_FORM
-        detail = f"{target_name(node)} is not rewritten yet; write it as F.linear"
+        detail, advice = f"{target_name(node)} is not rewritten yet", "write it as F.linear"
     elif spelling.input in region.sources and _is_weight(region, spelling.input):
         name, reason = parameter_name(region.sources[spelling.input]), Reason.UNSUPPORTED_FORM
-        detail = f"the weight is the left operand of {target_name(node)}; write it as F.linear"
+        detail, advice = f"the weight is the left operand of {target_name(node)}", "write it as F.linear"
     elif target_name(node) == "linear":
         name, reason = module_name(node), Reason.NOT_A_PARAMETER
         detail = "it is computed in the graph, for instance by a parametrization, or is a buffer or an input"
+        advice = "give the linear a parameter itself: a weight that changes in a step cannot be pruned once per step"
     else:
         return []
-    return [Rejection(name=name, role=Role.OTHER, shape="", reason=reason, detail=detail)]
+    return [Rejection(name=name, role=Role.OTHER, shape="", reason=reason, detail=detail, advice=advice, node=node)]
+
+
+def _written_at(node: Node) -> tuple[str, str]:
+    """``file:line`` of the user's code that calls it, and that line."""
+    frames = user_frames(node)
+    if not frames:
+        return "", ""
+    file, line, _, code = frames[-1]
+    return f"{file}:{line}", code

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from sparse_compile.report import Report, report
 
 if TYPE_CHECKING:
-    from sparse_compile.weights import beta, invalidate, set_beta
+    from sparse_compile.weights import beta, health, invalidate, on_health, set_beta
 
-__all__ = ["Report", "beta", "invalidate", "report", "set_beta"]
+__all__ = ["Report", "beta", "health", "invalidate", "on_health", "report", "set_beta"]
 
 
 def __getattr__(name: str) -> Any:
     """Import at first use: PyTorch loads ``sparse_compile.autoload`` while it is being imported itself."""
-    if name in ("beta", "invalidate", "set_beta"):
+    if name in ("beta", "health", "invalidate", "on_health", "set_beta"):
         return getattr(import_module("sparse_compile.weights"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

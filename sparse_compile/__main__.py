@@ -1,15 +1,21 @@
-"""``python -m sparse_compile train.py ...``: see ``launch``."""
+"""``python -m sparse_compile train.py ...``: see ``launch``; ``python -m sparse_compile report FILE``: see ``view``."""
 
 import argparse
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 from sparse_compile.autoload import VARIABLE
+from sparse_compile.report import check_format
+from sparse_compile.view import view
 
 _DESCRIPTION = 'Run a script whose torch.compile calls, where they name no backend or "inductor", use "sste".'
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["report"]:
+        return view(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m sparse_compile", description=_DESCRIPTION)
     parser.add_argument("--auto", action="store_true", help="compile the models of a script that compiles none itself")
     parser.add_argument(
@@ -21,18 +27,23 @@ def main() -> None:
         metavar="NAME=VALUE",
         help="an option of the backend for every compilation, as sste.recipe=fp8; may be repeated",
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report there: FILE.json, or a table")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report there: FILE.txt, .json or .html")
     parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is a module, as for python -m")
     parser.add_argument("script", metavar="SCRIPT")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="of the script")
     args = parser.parse_args()
     if not args.module and not Path(args.script).is_file():
         parser.error(f"there is no file {args.script!r}; for a module, say -m {args.script}")
-    if args.report is not None and not args.report.parent.is_dir():
-        parser.error(f"there is no folder {str(args.report.parent)!r} for the report")
+    if args.report is not None:
+        if not args.report.parent.is_dir():
+            parser.error(f"there is no folder {str(args.report.parent)!r} for the report")
+        try:
+            check_format(args.report)
+        except ValueError as error:
+            parser.error(str(error))
     if VARIABLE in os.environ:
         parser.error(f"{VARIABLE} is set, which does without this launcher; unset it, or run the script by itself")
-    options = dict(args.options)
+    options: dict[str, Any] = dict(args.options)
     if options:
         from sparse_compile.options import read_options
 
@@ -40,10 +51,12 @@ def main() -> None:
             read_options(None, options)
         except ValueError as error:
             parser.error(str(error))
+    if "sste.report" in options:
+        options["sste.report"] = Path(options["sste.report"]).absolute()  # the script may go to another folder
 
     from sparse_compile.launch import run
 
-    run(
+    return run(
         args.script, args.arguments, module=args.module, auto=args.auto, options=options, report_file=args.report
     )  # fmt: skip
 
@@ -52,6 +65,8 @@ def _option(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals or not name.startswith("sste."):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form sste.NAME=VALUE")
+    if value.isdecimal():
+        return name, int(value)
     return name, {"True": True, "False": False}.get(value, value)
 
 

@@ -7,6 +7,8 @@ PyTorch is not quite imported yet, so nothing here may import ``torch._dynamo``.
 import os
 from pathlib import Path
 
+from sparse_compile.report import check_format
+
 VARIABLE = "SPARSE_COMPILE"
 REPORT_VARIABLE = "SPARSE_COMPILE_REPORT"
 
@@ -27,8 +29,13 @@ def autoload() -> None:
             f"{VARIABLE} is {asked!r}; allowed are 1, by which torch.compile uses backend 'sste', and auto, by which "
             "models that are not compiled are compiled as well; unset it to run without"
         )
-    if report is not None and not Path(report).absolute().parent.is_dir():
-        raise ValueError(f"{REPORT_VARIABLE} is {report!r}, and there is no folder {str(Path(report).parent)!r}")
+    if report is not None:
+        if not Path(report).absolute().parent.is_dir():
+            raise ValueError(f"{REPORT_VARIABLE} is {report!r}, and there is no folder {str(Path(report).parent)!r}")
+        try:
+            check_format(Path(report))
+        except ValueError as error:
+            raise ValueError(f"{REPORT_VARIABLE}: {error}") from error
 
     from sparse_compile.route import route
 

@@ -1,7 +1,9 @@
 """The backend: a traced graph goes in; its linears are found, decided on and rewritten; Inductor compiles the rest."""
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -9,7 +11,9 @@ from torch.fx import GraphModule
 
 from sparse_compile.kernels import ops
 from sparse_compile.linear import linear
-from sparse_compile.options import Executor, read_options
+from sparse_compile.measure import Twin
+from sparse_compile.options import Executor, Options, read_options
+from sparse_compile.origin import origin
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import choose
 from sparse_compile.passes.decide import decide
@@ -19,7 +23,7 @@ from sparse_compile.passes.recompute import recompute
 from sparse_compile.passes.rewrite import rewrite
 from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
-from sparse_compile.report import GraphReport, record
+from sparse_compile.report import GraphReport, record, write_to
 from sparse_compile.runtime import Runtime
 from sparse_compile.state import beta_of
 from sparse_compile.torch_internals import (
@@ -28,7 +32,10 @@ from sparse_compile.torch_internals import (
     compile_graph,
     reset_cuda_graphs,
     several_processes,
+    trace_artifact,
+    uses_cuda_graphs,
 )
+from sparse_compile.weight_health import sample_every
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +77,7 @@ def sste(
     materialize(graph)
     slots = rewrite(graph, plans)
     verify(graph, plans)
+    trace_artifact("sparse_compile_graph", lambda: graph.print_readable(print_output=False))
 
     devices = {slot.device for slot in slots}
     for device in devices:
@@ -89,9 +97,27 @@ def sste(
     for rejection in refused:
         logger.debug("left %s dense: %s: %s", rejection.name, rejection.reason.value, rejection.detail)
     rows = (*(plan.row() for plan in plans), *(rejection.row() for rejection in refused))
-    record(GraphReport(rows=rows, execution=_execution(devices)))
+    description = origin(graph_module, [row.module for row in rows])
+    graph_report = GraphReport(rows=rows, execution=_execution(devices), **description)
+    record(graph_report)
+    trace_artifact("sparse_compile_report", lambda: json.dumps(asdict(graph_report), indent=1))
+    if chosen.report is not None:
+        write_to(chosen.report)
+    if chosen.health:
+        sample_every(chosen.health)
     logger.info("rewrote %d of %d linears", len(plans), len(rows))
-    return Runtime(compiled, slots, fake_operands)
+    twin = _dense_twin(graph_module, chosen) if chosen.report_measure else None
+    return Runtime(compiled, slots, fake_operands, graph_report, twin)
+
+
+def _dense_twin(graph_module: GraphModule, options: Options) -> Twin:
+    """The graph as it was traced, to be compiled and measured at the first call."""
+
+    def compile(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        generate_code = options.executor is Executor.INDUCTOR
+        return compile_graph(graph, inputs, options.inductor, generate_code=generate_code, recompute=options.recompute)
+
+    return Twin.of(graph_module, compile, cuda_graphs=uses_cuda_graphs(options.inductor))
 
 
 def _execution(devices: Iterable[torch.device]) -> str:

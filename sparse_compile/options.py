@@ -4,14 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from sparse_compile.recipe import RECIPES, SSTE, Recipe
+from sparse_compile.report import check_format
 from sparse_compile.torch_internals import inductor_option_names, inductor_patches
 
 # A row of activations is cast in one reading where its registers allow it: Inductor tries, and takes the faster way.
 _INDUCTOR_DEFAULTS = {"triton.multi_kernel": 1}
-_NAMES = ("sste.recipe", "sste.targets", "sste.head", "sste.when", "sste.memory", "sste.executor", "sste.tune")
+_NAMES = (
+    "sste.recipe", "sste.targets", "sste.head", "sste.when", "sste.memory", "sste.executor", "sste.tune",
+    "sste.report", "sste.report_measure", "sste.health",
+)  # fmt: skip
 
 
 class Executor(Enum):
@@ -33,6 +39,9 @@ class Options:
         recompute: whether backward makes FP8 copies of activations again, where forward could keep them.
         executor: what runs the rewritten graph.
         tune: whether the 2:4 GEMMs are timed, those that no earlier run has timed, while the graph is compiled.
+        report: the file that the report is written to when the process ends.
+        report_measure: whether each graph and its dense twin are timed at its first call.
+        health: optimizer steps between two samples of the pruned weights' health; 0 takes none.
         inductor: configuration handed on to Inductor, from ``mode`` and the options without our prefix.
     """
 
@@ -43,6 +52,9 @@ class Options:
     recompute: bool
     executor: Executor
     tune: bool
+    report: Path | None
+    report_measure: bool
+    health: int
     inductor: Mapping[str, Any]
 
 
@@ -66,9 +78,6 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
     targets = ours.get("sste.targets", "ffn")
     if not isinstance(targets, str) or not targets:
         raise ValueError(f"option 'sste.targets' is {targets!r}; allowed are 'ffn', 'all' or a glob of module names")
-    tune = ours.get("sste.tune", False)
-    if not isinstance(tune, bool):
-        raise ValueError(f"option 'sste.tune' is {tune!r}; allowed are True and False")
     return Options(
         recipe=RECIPES[_choice(ours, "sste.recipe", SSTE.name, list(RECIPES))],
         targets=targets,
@@ -76,7 +85,10 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
         measure=_choice(ours, "sste.when", "faster", ["faster", "always"]) == "faster",
         recompute=_choice(ours, "sste.memory", "fast", ["fast", "small"]) == "small",
         executor=Executor(_choice(ours, "sste.executor", "inductor", [executor.value for executor in Executor])),
-        tune=tune,
+        tune=_switch(ours, "sste.tune"),
+        report=_report_file(ours),
+        report_measure=_switch(ours, "sste.report_measure"),
+        health=_steps(ours, "sste.health"),
         inductor={**_INDUCTOR_DEFAULTS, **inductor_patches(mode, inductors)},
     )
 
@@ -86,6 +98,33 @@ def _choice(options: Mapping[str, Any], name: str, default: str, allowed: Sequen
     if value not in allowed:
         raise ValueError(f"option {name!r} is {value!r}; {_nearest(str(value), allowed)}allowed are {_listed(allowed)}")
     return str(value)
+
+
+def _switch(options: Mapping[str, Any], name: str) -> bool:
+    value = options.get(name, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"option {name!r} is {value!r}; allowed are True and False")
+    return value
+
+
+def _steps(options: Mapping[str, Any], name: str) -> int:
+    value = options.get(name, 0)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"option {name!r} is {value!r}; allowed is a number of optimizer steps, 0 for none")
+    return value
+
+
+def _report_file(options: Mapping[str, Any]) -> Path | None:
+    given = options.get("sste.report")
+    if given is None:
+        return None
+    if not isinstance(given, (str, PathLike)):
+        raise ValueError(f"option 'sste.report' is {given!r}; allowed is the path of a file")
+    path = Path(given)
+    check_format(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"option 'sste.report' is {str(path)!r}, but there is no folder {str(path.parent)!r}")
+    return path
 
 
 def _nearest(given: str, names: Sequence[str]) -> str:

@@ -1,13 +1,22 @@
-"""What was rewritten, what was not, and why: one row per linear of every compiled graph."""
+"""What was done to each linear of every compiled graph, what it gained, and what stands in the way of more."""
 
 import atexit
 import json
+import os
 import re
+import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+# Of the JSON; a file of another version is not read.
+VERSION = 1
+FORMATS = (".txt", ".json", ".html")
+DENSE = "dense"
+_MAX_SAMPLES = 512  # of a weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +29,13 @@ class Row:
         shape: ``tokens x in_features -> out_features``.
         decision: the recipe and its three GEMMs, or ``dense``.
         reason: why it stays dense; empty for a rewritten linear.
-        dense_us, rewritten_us: predicted microseconds in a step, without and with the rewrite; None if not measured.
+        advice: what the user can do about it, or to gain more.
+        source, code: ``file:line`` of the user's code that calls it, and that line.
+        tokens, in_features, out_features: M, K, N; None where the graph does not tell.
+        fprop, dgrad, wgrad: how each product runs: ``2:4 fp8``, ``fp8``, or a dtype such as ``bf16``; empty where the
+            graph has no such product.
+        forwards: how often fprop runs in a step: twice in an activation-checkpointed region.
+        dense_us, rewritten_us: predicted microseconds in a step, dense and as it is now; None if not measured.
     """
 
     module: str
@@ -28,51 +43,346 @@ class Row:
     shape: str
     decision: str
     reason: str
+    advice: str = ""
+    source: str = ""
+    code: str = ""
+    tokens: int | None = None
+    in_features: int | None = None
+    out_features: int | None = None
+    fprop: str = ""
+    dgrad: str = ""
+    wgrad: str = ""
+    forwards: int = 1
     dense_us: float | None = None
     rewritten_us: float | None = None
 
+    def flops(self) -> Counter[str]:
+        """FLOPs of a step by how they run, dense-equivalent: 2 M N K a product; empty where a size is unknown."""
+        counted: Counter[str] = Counter()
+        if self.tokens and self.in_features and self.out_features:
+            product = 2 * self.tokens * self.in_features * self.out_features
+            for precision, times in ((self.fprop, self.forwards), (self.dgrad, 1), (self.wgrad, 1)):
+                if precision:
+                    counted[precision] += product * times
+        return counted
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """Of a time measured several times, in milliseconds."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passes:
+    """One way of running a graph, measured.
+
+    Attributes:
+        forward, backward: their times; no backward where the graph ran without gradients.
+        peak_bytes: allocated by a forward and its backward beyond what was there; None on a CPU.
+    """
+
+    forward: Spread
+    backward: Spread | None
+    peak_bytes: int | None
+
+    @property
+    def total(self) -> float:
+        """Milliseconds of both, by their medians."""
+        return self.forward.median + (self.backward.median if self.backward else 0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """A graph and its dense twin, run in turns on the inputs of its first call.
+
+    Attributes:
+        weights_ms: once per optimizer step: pruning, casting and compressing all weights of the graph.
+        casts_ms, mvue_ms: of one forward and backward: ops that cast and transpose, and MVUE sampling; without what
+            the compiler fuses into other operations.  None where that can't be told.
+    """
+
+    dense: Passes
+    rewritten: Passes
+    rounds: int
+    weights_ms: float
+    casts_ms: float | None
+    mvue_ms: float | None
+
+    @property
+    def speedup(self) -> float:
+        """Dense time over the time now, with the weights made anew each time: one optimizer step for each call."""
+        return self.dense.total / (self.rewritten.total + self.weights_ms)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Health:
+    """A pruned weight at one optimizer step; see ``sparse_compile.health``.
+
+    Attributes:
+        flips: share of the bits of its mask that changed since the sample before; None at the first.
+        zeros: share of zeros in the pruned weight; a half, and what ties and underflow add.
+        underflow: share of the elements kept by the mask that are zero in FP8.
+        saturated: share of the kept elements that have the largest magnitude of FP8.
+    """
+
+    step: int
+    flips: float | None
+    zeros: float
+    underflow: float
+    saturated: float
+
+
+# What is plotted, a share above which one should look closer, by rule of thumb, and what it says.
+HEALTH_LIMITS = {
+    "flips": (
+        0.05,
+        "Mask bits that changed since the sample before. Masks move while the learning rate is high and settle as it "
+        "falls; a rate that stays high says that weights are pruned and brought back all the time.",
+    ),
+    "underflow": (
+        0.01,
+        "Kept elements that are zero in FP8: too small beside the largest of their weight, or tied with the elements "
+        "that are pruned. A weight with few very large elements loses many.",
+    ),
+    "saturated": (
+        0.001,
+        "Kept elements at FP8's largest magnitude. The scale follows the largest element, so they are few.",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gain:
+    """Linears that could gain more, which differ in nothing but the numbers of their names.
+
+    Attributes:
+        share: of the FLOPs of the model's linears; None where a size is unknown.
+        microseconds: that they take now in a call and its backward, by prediction; None if not measured.
+    """
+
+    modules: str
+    reason: str
+    advice: str
+    share: float | None
+    microseconds: float | None
+
+
+@dataclass(kw_only=True, slots=True)
 class GraphReport:
     """The linears of one compiled graph.
 
     Attributes:
         execution: ``kernels``; ``emulated: <why>`` where the eager reference runs; ``dense`` if nothing is rewritten.
+        id: dynamo's, as in its own logs: ``1/0``.
+        origin, origin_at: the user's function that was traced, and ``file:line`` of the first operation.
+        modules: the module that holds all of its linears, if not the root.
+        ends, ends_at, hint: why the graph ends, where, and dynamo's advice, if that is a graph break.
+        dynamic: ``ids.size(0) = s77 (2 when traced)`` for each dimension that may change.
+        calls: how often the graph ran.
+        measured: see ``sste.report_measure``.
+        not_measured: why it was asked for and not done.
     """
 
     rows: tuple[Row, ...]
     execution: str
+    id: str = ""
+    origin: str = ""
+    origin_at: str = ""
+    modules: str = ""
+    ends: str = ""
+    ends_at: str = ""
+    hint: str = ""
+    dynamic: tuple[str, ...] = ()
+    calls: int = 0
+    measured: Measurement | None = None
+    not_measured: str = ""
 
     @property
     def rewritten(self) -> int:
-        return sum(row.decision != "dense" for row in self.rows)
+        return sum(row.decision != DENSE for row in self.rows)
 
     @property
     def predicted_gain_ms(self) -> float:
         """Milliseconds that a step is predicted to save; of linears that were measured."""
         return sum(row.dense_us - row.rewritten_us for row in self.rows if row.dense_us and row.rewritten_us) / 1e3
 
+    def flops(self) -> Counter[str]:
+        """Of one call and its backward, by how they run."""
+        return sum((row.flops() for row in self.rows), Counter())
+
 
 @dataclass(slots=True)
 class Report:
-    """All graphs compiled so far in this process."""
+    """All graphs compiled so far in this process, and the samples of its pruned weights' health, by their names."""
 
     graphs: list[GraphReport] = field(default_factory=list)
+    health: dict[str, list[Health]] = field(default_factory=dict)
+    torch: str = ""
+    device: str = ""
 
     @property
     def rows(self) -> list[Row]:
         return [row for graph in self.graphs for row in graph.rows]
 
+    def coverage(self) -> dict[str, float]:
+        """Share of the linears' FLOPs by how they run, the largest first; each graph as often as it was called."""
+        return shares(sum((_times(graph.flops(), self._weight(graph)) for graph in self.graphs), Counter()))
+
+    def gains(self) -> list[Gain]:
+        """What could gain more, what takes longest first; by FLOPs if a time is missing."""
+        total = sum(self._weight(graph) * graph.flops().total() for graph in self.graphs)
+        alike: dict[tuple[str, str, str], list[tuple[GraphReport, Row]]] = {}
+        for graph in self.graphs:
+            for row in graph.rows:
+                if row.reason or row.advice:
+                    alike.setdefault((_pattern(row.module), row.reason, row.advice), []).append((graph, row))
+        gains: list[tuple[float, float | None, Gain]] = []
+        for (pattern, reason, advice), members in alike.items():
+            flops = sum(self._weight(graph) * row.flops().total() for graph, row in members)
+            times = [self._weight(graph) * row.rewritten_us for graph, row in members if row.rewritten_us is not None]
+            time = sum(times) if len(times) == len(members) else None
+            calls = sum({id(graph): self._weight(graph) for graph, _ in members}.values())
+            gain = Gain(
+                modules=_folded_name(pattern, {row.module for _, row in members}),
+                reason=reason,
+                advice=advice,
+                share=flops / total if flops else None,
+                microseconds=None if time is None else time / max(1, calls),
+            )
+            gains.append((flops, time, gain))
+        timed = all(time is not None for _, time, _ in gains)
+        gains.sort(key=lambda entry: (entry[1] or 0.0) if timed else entry[0], reverse=True)
+        return [gain for *_, gain in gains]
+
+    def health_over_time(self, quantity: str) -> list[tuple[int, float, float]]:
+        """``(step, median, largest)`` over the weights, of a quantity of ``Health``."""
+        values: dict[int, list[float]] = {}
+        for samples in self.health.values():
+            for sample in samples:
+                value = getattr(sample, quantity)
+                if value is not None:
+                    values.setdefault(sample.step, []).append(value)
+        return [(step, statistics.median(found), max(found)) for step, found in sorted(values.items())]
+
+    def _weight(self, graph: GraphReport) -> int:
+        return graph.calls if any(other.calls for other in self.graphs) else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        gains = [asdict(gain) for gain in self.gains()]
+        graphs = [asdict(graph) for graph in self.graphs]
+        health = {name: [asdict(sample) for sample in samples] for name, samples in self.health.items()}
+        return {
+            "version": VERSION, "torch": self.torch, "device": self.device,
+            "coverage": self.coverage(), "gains": gains, "graphs": graphs, "health": health,
+        }  # fmt: skip
+
     def to_json(self) -> str:
-        return json.dumps([asdict(graph) for graph in self.graphs], indent=1)
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """The report that ``to_json`` wrote.
+
+        Raises:
+            ValueError: it is none, or of another version.
+        """
+        try:
+            read = json.loads(text)
+            version = read["version"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"this is no report of sparse_compile: {error!r}") from error
+        if version != VERSION:
+            raise ValueError(f"the report is of version {version}; this sparse_compile reads version {VERSION}")
+        try:
+            health = {name: [Health(**sample) for sample in samples] for name, samples in read["health"].items()}
+            graphs = [_graph(graph) for graph in read["graphs"]]
+            return cls(graphs, health, torch=read["torch"], device=read["device"])
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"the report is damaged: {error!r}") from error
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one self-contained HTML file."""
+        from sparse_compile.report_html import as_html
+
+        Path(path).write_text(as_html(self), encoding="utf-8")
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the report in the format that the file's name ends in.
+
+        Raises:
+            ValueError: it ends in no format.
+        """
+        path = Path(path)
+        check_format(path)
+        if path.suffix == ".html":
+            self.to_html(path)
+        else:
+            path.write_text(self.to_json() if path.suffix == ".json" else f"{self}\n", encoding="utf-8")
 
     def __str__(self) -> str:
-        if not self.graphs:
-            return "sparse_compile: no graph was compiled with backend 'sste'"
-        return "\n\n".join(_table(number, graph) for number, graph in enumerate(self.graphs))
+        from sparse_compile.report_text import as_text
+
+        return as_text(self)
+
+
+def check_format(path: Path) -> None:
+    """Raise ValueError where the file's name ends in no format."""
+    if path.suffix not in FORMATS:
+        raise ValueError(f"the report's file {str(path)!r} must end in one of {', '.join(FORMATS)}")
+
+
+def shares(flops: Counter[str]) -> dict[str, float]:
+    """Of the total, the largest first."""
+    return {precision: count / flops.total() for precision, count in flops.most_common() if count}
+
+
+def fold(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows that differ only in the numbers of their names, and in where they stand, together: ``blocks.*.fc (12)``."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        alike = asdict(replace(row, module=_pattern(row.module), source="", code=""))
+        groups.setdefault(tuple(alike.values()), []).append(row)
+    return [
+        (_folded_name(pattern, {row.module for row in members}), members) for (pattern, *_), members in groups.items()
+    ]
+
+
+def _pattern(module: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", module)
+
+
+def _folded_name(pattern: str, modules: set[str]) -> str:
+    return next(iter(modules)) if len(modules) == 1 else f"{pattern} ({len(modules)})"
+
+
+def _times(flops: Counter[str], count: int) -> Counter[str]:
+    return Counter({precision: value * count for precision, value in flops.items()})
+
+
+def _graph(read: dict[str, Any]) -> GraphReport:
+    rows = tuple(Row(**row) for row in read["rows"])
+    measured = read["measured"]
+    if measured is not None:
+        passes = {name: _passes(measured[name]) for name in ("dense", "rewritten")}
+        measured = Measurement(**(measured | passes))
+    return GraphReport(**(read | {"rows": rows, "measured": measured, "dynamic": tuple(read["dynamic"])}))
+
+
+def _passes(read: dict[str, Any]) -> Passes:
+    backward = read["backward"]
+    return Passes(
+        forward=Spread(**read["forward"]),
+        backward=Spread(**backward) if backward else None,
+        peak_bytes=read["peak_bytes"],
+    )
 
 
 _report = Report()
+_files: dict[Path, Callable[[], bool]] = {}  # and whether there is something to say
 _destined = False  # to a file, or to nowhere
 
 
@@ -84,8 +394,13 @@ def report() -> Report:
 
 def record(graph: GraphReport) -> None:
     """Add a graph; from the first one on, the report is written when the process ends, to stderr if not to a file."""
+    import torch  # here, because this module is imported with torch itself
+
     if not (_report.graphs or _destined):
         atexit.register(_write_to_stderr)
+    _report.torch = torch.__version__
+    if torch.cuda.is_initialized():
+        _report.device = torch.cuda.get_device_name()
     _report.graphs.append(graph)
 
 
@@ -94,8 +409,18 @@ def recorded() -> int:
     return len(_report.graphs)
 
 
+def record_health(name: str, sample: Health) -> None:
+    """Add a sample of a weight; of many, every other of the older ones is forgotten."""
+    samples = _report.health.setdefault(name, [])
+    samples.append(sample)
+    if len(samples) > _MAX_SAMPLES:
+        del samples[1:-1:2]
+
+
 def write_to(path: Path | None, when: Callable[[], bool] = lambda: True) -> None:
-    """Write the report to a file when the process ends: JSON if its name ends in .json, a table otherwise.
+    """Write the report to a file when the process ends, see ``Report.write``; instead of to stderr.
+
+    Of several processes that torchrun started, the first writes.
 
     Args:
         path: None to write it nowhere.
@@ -103,40 +428,30 @@ def write_to(path: Path | None, when: Callable[[], bool] = lambda: True) -> None
     """
     global _destined
     _destined = True
-    if path is not None:
-        atexit.register(_write_to_file, path.absolute(), when)  # the script may go to another folder
+    atexit.unregister(_write_to_stderr)
+    if path is not None and os.environ.get("RANK", "0") == "0":
+        if not _files:
+            atexit.register(_write_to_files)
+        _files.setdefault(path.absolute(), when)  # the script may go to another folder
 
 
-def _write_to_file(path: Path, when: Callable[[], bool]) -> None:
-    if when():
-        path.write_text(_report.to_json() if path.suffix == ".json" else f"{_report}\n")
+def _write_to_files() -> None:
+    for path, when in _files.items():
+        if when():
+            _report.write(path)
 
 
 def _write_to_stderr() -> None:
     sys.stderr.write(f"\n{_report}\n")
 
 
-def _table(number: int, graph: GraphReport) -> str:
-    from tabulate import tabulate  # here, because this module is imported with torch itself
-
-    title = f"graph {number}: {graph.rewritten} of {len(graph.rows)} linears rewritten, {graph.execution}"
-    if not graph.rows:
-        return title
-    if any(row.dense_us for row in graph.rows):
-        title += f", {graph.predicted_gain_ms:.1f} ms less a step predicted"
-    lines = [(r.module, r.role, r.shape, r.decision, r.reason, r.dense_us, r.rewritten_us) for r in _fold(graph.rows)]
-    headers = ("module", "role", "shape", "decision", "reason", "dense us", "us")
-    return f"{title}\n{tabulate(lines, headers=headers, floatfmt='.0f')}"
+def per_cent(share: float) -> str:
+    """``44 %``; 0 % of nothing alone."""
+    return "< 1 %" if 0 < share < 0.005 else f"{share:.0%}".replace("%", " %")
 
 
-def _fold(rows: Iterable[Row]) -> list[Row]:
-    """Rows that differ only in the numbers of their module names, as one row: ``blocks.*.fc (12)``."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.module)
-        groups.setdefault((pattern, *list(asdict(row).values())[1:]), []).append(row)
-    folded = []
-    for (pattern, *_), members in groups.items():
-        name = members[0].module if len(members) == 1 else f"{pattern} ({len(members)})"
-        folded.append(Row(**(asdict(members[0]) | {"module": name})))
-    return folded
+def longest_first(rows: Iterable[Row]) -> list[Row]:
+    """By predicted time; by FLOPs if one is missing."""
+    rows = list(rows)
+    timed = all(row.rewritten_us is not None for row in rows)
+    return sorted(rows, key=lambda row: -((row.rewritten_us if timed else row.flops().total()) or 0.0))

@@ -4,7 +4,6 @@ Imports no ``torch._dynamo``: ``autoload`` comes here while PyTorch is being imp
 """
 
 import atexit
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -61,7 +60,7 @@ def route(
     # Handlers run in reverse: the warning comes after the report.
     atexit.register(_warn_if_nothing, seen, automatic)
     if report_file is not None:
-        write_to(report_file if os.environ.get("RANK", "0") == "0" else None, when=seen.trains)
+        write_to(report_file, when=seen.trains)
 
 
 def _routed(

@@ -6,9 +6,13 @@ from weakref import ref
 
 from torch import Tensor
 
+from sparse_compile.measure import Twin, capturing, measure
 from sparse_compile.passes.rewrite import WeightSlot
+from sparse_compile.recipe import Projection
+from sparse_compile.report import GraphReport
 from sparse_compile.state import WeightState, current_operands, weight_state
 from sparse_compile.torch_internals import FakeTensor
+from sparse_compile.weight_health import watch
 
 
 class Runtime:
@@ -18,11 +22,18 @@ class Runtime:
     """
 
     def __init__(
-        self, compiled: Callable[..., Any], slots: Sequence[WeightSlot], fake_operands: Sequence[Tensor]
+        self,
+        compiled: Callable[..., Any],
+        slots: Sequence[WeightSlot],
+        fake_operands: Sequence[Tensor],
+        report: GraphReport,
+        twin: Twin | None = None,
     ) -> None:
         self._compiled = compiled
         self._slots = tuple(slots)
         self._fake_operands = tuple(fake_operands)
+        self._report = report
+        self._twin = twin
         # The weight each slot saw last, and its state: saves the look-up by tensor.  Weak: compiled graphs may outlive
         # the models that they were compiled for.
         self._last: list[tuple[ref[Tensor], ref[WeightState]] | None] = [None] * len(slots)
@@ -31,9 +42,22 @@ class Runtime:
         # DDP's bucketing calls each part once to learn its outputs' shapes: with fake activations, but real parameters.
         if any(isinstance(argument, FakeTensor) for argument in args):
             return self._compiled(*args, *self._fake_operands)
+        self._report.calls += 1
         weights = [args[slot.position] for slot in self._slots]
         states = [self._state(index, weight) for index, weight in enumerate(weights)]
-        return self._compiled(*args, *current_operands(weights, self._slots, states))
+        operands = current_operands(weights, self._slots, states)
+        if self._twin is not None and not capturing():
+            self._measure(self._twin, args, operands)
+        return self._compiled(*args, *operands)
+
+    def _measure(self, twin: Twin, args: tuple[Any, ...], operands: list[Tensor]) -> None:
+        """Once."""
+        self._twin = None
+        result = measure(twin, self._compiled, self._slots, args, operands)
+        if isinstance(result, str):
+            self._report.not_measured = result
+        else:
+            self._report.measured = result
 
     def _state(self, index: int, weight: Tensor) -> WeightState:
         last = self._last[index]
@@ -41,6 +65,9 @@ class Runtime:
             state = last[1]()
             if state is not None:
                 return state
-        state = weight_state(weight, self._slots[index])
+        slot = self._slots[index]
+        state = weight_state(weight, slot)
         self._last[index] = (ref(weight), ref(state))
+        if slot.projection is Projection.SSTE:
+            watch(slot, weight, state)
         return state

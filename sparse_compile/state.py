@@ -77,6 +77,11 @@ class _Derived:
         self.states: dict[tuple[Projection, bool, torch.device], WeightState] = {}
 
 
+def optimizer_steps() -> int:
+    """Steps of all optimizers in this process so far."""
+    return _steps.count
+
+
 def beta_of(weight: Tensor) -> float | None:
     """The S-STE scale of a weight; None where it has none."""
     derived = _derived.get(weight)
@@ -180,16 +185,33 @@ def _refresh(weight: Tensor, slot: WeightSlot, state: WeightState, stamp: _Stamp
     in_place = bool(state.operands) and (stepped or not any(is_held(operand) for operand in state.operands))
     if not in_place:
         state.operands = slot.new_operands()
-    matrix = weight.detach().t() if slot.transposed else weight.detach()
-    if slot.projection is Projection.SSTE:
-        ops.prune_weight_(matrix, _beta(weight, matrix, slot, state.beta, training), *state.operands)
-    else:
-        ops.cast_weight_(matrix, *state.operands)
+    matrix = _matrix(weight, slot)
+    beta = _beta(weight, matrix, slot, state.beta, training) if slot.projection is Projection.SSTE else None
+    _fill(matrix, beta, state.operands)
     if in_place:
         # A backward that comes after the optimizer step must fail as it does for a dense weight.
         torch.autograd.graph.increment_version(state.operands)
     state.stamp = stamp
     state.refreshes += 1
+
+
+def fill_operands(weight: Tensor, slot: WeightSlot, operands: tuple[Tensor, ...]) -> None:
+    """Make operands of a weight with beta = 1, to see how long that takes; the weight's state is not touched."""
+    with _plain_tensors():
+        beta = ops.unit_scale(weight.device) if slot.projection is Projection.SSTE else None
+        _fill(_matrix(weight, slot), beta, operands)
+
+
+def _matrix(weight: Tensor, slot: WeightSlot) -> Tensor:
+    """``[out_features, in_features]``"""
+    return weight.detach().t() if slot.transposed else weight.detach()
+
+
+def _fill(matrix: Tensor, beta: Tensor | None, operands: tuple[Tensor, ...]) -> None:
+    if beta is not None:
+        ops.prune_weight_(matrix, beta, *operands)
+    else:
+        ops.cast_weight_(matrix, *operands)
 
 
 def _keep_samples(weights: Sequence[Tensor], states: Sequence[WeightState]) -> None:

@@ -31,6 +31,7 @@ _LATE = {"FakeTensor": "torch._subclasses.fake_tensor", "OptimizedModule": "torc
 
 # In the metadata of a checkpointed body: the user's function that makes the contexts of forward and recomputation.
 CHECKPOINT_CONTEXTS = "_checkpoint_context_fn"
+_FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in ([^\n]+)\n([^\n]*)')
 _GRAPH_MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason")
 
 
@@ -54,9 +55,11 @@ def self_test() -> list[str]:
         ("torch._dynamo.backends.registry", "_BACKENDS"),
         ("torch._functorch.config", "ban_recompute_materialized_backward"),
         ("torch._functorch.aot_autograd", "boxed_nop_preserve_node_meta"),
+        ("torch._guards", "CompileContext.current_compile_id"),
         ("torch._guards", "detect_fake_mode"),
         ("torch._inductor.compile_fx", "compile_fx"),
         ("torch._inductor.cudagraph_trees", "reset_cudagraph_trees"),
+        ("torch._logging._internal", "trace_structured"),
         ("torch._subclasses.fake_tensor", "FakeTensor"),
         ("torch.fx._symbolic_trace", "_is_fx_tracing_flag"),
         ("torch.fx.experimental.sym_node", "SymNode.hint"),
@@ -145,6 +148,13 @@ def inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, Any
     return config
 
 
+def uses_cuda_graphs(patches: Mapping[str, Any]) -> bool:
+    """Whether Inductor, so configured, runs CUDA graphs."""
+    from torch._inductor import config
+
+    return bool(patches.get("triton.cudagraphs", config.triton.cudagraphs))
+
+
 def inductor_option_names() -> set[str]:
     from torch._inductor import config
 
@@ -158,14 +168,14 @@ def compile_graph(
     *,
     generate_code: bool,
     recompute: bool,
-    cacheable_function: str,
+    cacheable_function: str | None = None,
 ) -> Callable[..., Any]:
     """AOTAutograd and Inductor over a pre-grad graph.
 
     Args:
         generate_code: otherwise the traced graphs run eagerly.
         recompute: let backward compute again what it could fuse up to an operation that it cannot, as a GEMM.
-        cacheable_function: the function of ours that the graph calls.
+        cacheable_function: the function of ours that the graph calls, if it does.
     """
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -175,7 +185,8 @@ def compile_graph(
     os.environ.setdefault("TORCHINDUCTOR_DISABLE_MULTI_KERNEL_CACHE", "1")
     inner: Any = compile_fx_inner if generate_code else _run_eagerly
     # AOTAutograd caches graphs that call a python function only if told what stands for the function's code.
-    cacheable = {"unsafe_marked_cacheable_functions": {cacheable_function: _sources_hash()}}
+    marked = {} if cacheable_function is None else {cacheable_function: _sources_hash()}
+    cacheable = {"unsafe_marked_cacheable_functions": marked} if marked else {}
     partition = {"ban_recompute_materialized_backward": False} if recompute else {}
     with config.patch(partition):
         return cast(
@@ -229,6 +240,13 @@ def clone_graph_module(graph_module: GraphModule) -> GraphModule:
         if new.op == "get_attr" and isinstance(getattr(clone, new.target, None), GraphModule):
             setattr(clone, new.target, clone_graph_module(getattr(clone, new.target)))
     return clone
+
+
+def forget_examples(graph_module: GraphModule) -> GraphModule:
+    """The graph without the real tensors that dynamo traced it with, which it would keep alive."""
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        node.meta.pop("grapharg", None)
+    return graph_module
 
 
 def several_processes() -> bool:
@@ -292,6 +310,52 @@ def parameter_name(node: Node) -> str:
     # The module is a local: of its forward, of a decorated forward as Accelerate's, or of dynamo's frame around a call.
     parts = parts[1:] if text.startswith(("L['self']", "L['args']", "L['fn']")) else parts
     return ".".join(parts).removesuffix(".weight") or text
+
+
+def user_frames(node: Node) -> list[tuple[str, int, str, str]]:
+    """``(file, line, function, code)`` of the user's code that a node was traced from, the outermost first."""
+    found = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return [(file, int(line), function, code.strip()) for file, line, function, code in found]
+
+
+def compile_id(graph_module: GraphModule) -> str:
+    """Dynamo's name of the compilation, ``1/0``: frame and recompilation; empty outside of one."""
+    from torch._guards import CompileContext
+
+    found = graph_module.meta.get("dynamo_compile_id") or CompileContext.current_compile_id()
+    return "" if found is None else str(found)
+
+
+def graph_end(graph_module: GraphModule) -> tuple[str, str, str]:
+    """Why dynamo ended the graph; ``file:line`` of the user's code there; dynamo's hints, if it is a graph break."""
+    end = getattr(graph_module, "compile_subgraph_reason", None)
+    if end is None:
+        return "dynamo does not say; the buckets of DDP end without a reason", "", ""
+    stack = list(end.user_stack or ())
+    where = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else ""
+    if not end.graph_break:
+        return "the function returns" if end.reason == "return_value" else str(end.reason), where, ""
+    reason, _, rest = str(end.reason).partition("\n")
+    hints = re.findall(r"^ *Hint: (.*)$", rest, re.MULTILINE)
+    return f"graph break: {reason}", where, " ".join(hints)
+
+
+def mutated(node: Node) -> bool:
+    """Whether dynamo, when it traced the graph, saw the tensor of a placeholder change."""
+    value = example_value(node)
+    return isinstance(value, torch.Tensor) and value._version > 0
+
+
+def trace_artifact(name: str, content: Callable[[], str]) -> None:
+    """An artifact of the compilation in the structured trace (``TORCH_TRACE``, tlparse), if there is one."""
+    from torch._logging._internal import trace_structured
+
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=content,
+        expect_trace_id=False,
+    )
 
 
 def module_name(node: Node) -> str:

@@ -1,10 +1,12 @@
 """What is derived from the weights of a model: to look at, and to make anew."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from math import isfinite
 
 from torch.nn import Module
+
+from sparse_compile.report import Health
 
 # The functions import ``state`` when they are called: importing it begins to watch optimizers.
 
@@ -61,6 +63,27 @@ def invalidate(model: Module) -> None:
 
     for parameter in _original(model).parameters():
         forget(parameter)
+
+
+def health() -> dict[str, Health]:
+    """A sample of every pruned weight that is alive, by the name of its module: see ``Health``.
+
+    The first call, or the first sample of option ``sste.health``, begins: flips are counted from one to the next.
+    Waits for the GPU.  A graph that several blocks share names their weights ``up``, ``up (2)``, ...
+    """
+    from sparse_compile.weight_health import sample
+
+    return sample()
+
+
+def on_health(listener: Callable[[str, float, int], object]) -> None:
+    """Hand every sample on: ``listener(tag, value, step)``, as TensorBoard's ``SummaryWriter.add_scalar`` takes it.
+
+    Tags are ``sste/flips/<module>`` and alike, for each quantity of ``Health``.
+    """
+    from sparse_compile.weight_health import listen
+
+    listen(listener)
 
 
 def _original(model: Module) -> Module:

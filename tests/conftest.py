@@ -23,6 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def clean_slate() -> Iterator[None]:
     torch._dynamo.reset()
     sparse_compile.report().graphs.clear()
+    sparse_compile.report().health.clear()
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()

@@ -34,7 +34,7 @@ def test_train_gpt(tmp_path: Path) -> None:
         assert run["validation_loss"] < run["losses"][0] - 1.0
     assert result["runs"]["sste"]["losses"] != result["runs"]["dense"]["losses"]
 
-    rows = [row for graph in result["report"] for row in graph["rows"]]
+    rows = [row for graph in result["report"]["graphs"] for row in graph["rows"]]
     sparse = {row["module"] for row in rows if "2:4" in row["decision"]}
     assert sparse == {f"blocks.{block}.ffn.{linear}" for block in range(4) for linear in ("up", "down")}
     assert "blocks.*.ffn.up (4)" in done.stdout, "the table is missing"

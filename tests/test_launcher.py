@@ -65,7 +65,7 @@ def test_torch_compile_means_this_backend(tmp_path: Path, compile: str) -> None:
     done = launch(tmp_path, compile, "--report", "report.json", "scripts/train.py", "--lr", "1", "-m")
     assert done.returncode == 3, done.stderr
     assert done.stdout.splitlines() == ["arguments ['--lr', '1', '-m'] helper", "gradients True"]
-    (graph,) = json.loads((tmp_path / "report.json").read_text())
+    (graph,) = json.loads((tmp_path / "report.json").read_text())["graphs"]
     assert [row["decision"].split()[0] for row in graph["rows"]] == ["s-ste", "s-ste"]
     assert "linears rewritten" not in done.stderr, "the report is in its file"
 
@@ -81,11 +81,13 @@ def test_a_module_and_a_report_as_a_table(tmp_path: Path) -> None:
 def test_auto_compiles_a_model_that_the_script_does_not(tmp_path: Path) -> None:
     """With the options of the command line; and the report finds its file though the script changes the folder."""
     options = ["--auto", "--option", "sste.executor=eager", "--option", "sste.recipe=fp8", "--report", "report.json"]
+    options += ["--option", "sste.health=1", "--option", "sste.report=report.html"]
     done = launch(tmp_path, "lambda model: (__import__('os').chdir('/'), model)[1]", *options, "scripts/train.py")
     assert done.returncode == 3, done.stderr
     assert done.stderr == "sparse_compile: compiles Net (33,088 parameters) with backend 'sste'\n"
-    (graph,) = json.loads((tmp_path / "report.json").read_text())
+    (graph,) = json.loads((tmp_path / "report.json").read_text())["graphs"]
     assert [row["decision"].split()[0] for row in graph["rows"]] == ["fp8", "fp8"]
+    assert "2 of 2 linears rewritten" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -125,11 +127,14 @@ def test_of_several_processes_the_first_writes(tmp_path: Path) -> None:
     [
         (("nothing.py",), "there is no file 'nothing.py'; for a module, say -m nothing.py"),
         (("--report", "no/folder/r.txt", "scripts/train.py"), "there is no folder 'no/folder' for the report"),
+        (("--report", "r.xml", "scripts/train.py"), "'r.xml' must end in one of .txt, .json, .html"),
         ((), "the following arguments are required: SCRIPT"),
         (("--option", "recipe=fp8", "scripts/train.py"), "'recipe=fp8' is not of the form sste.NAME=VALUE"),
         (("--option", "sste.recipe=fp9", "scripts/train.py"), "option 'sste.recipe' is 'fp9'; did you mean 'fp8'?"),
+        (("--option", "sste.health=-1", "scripts/train.py"), "option 'sste.health' is '-1'; allowed is a number"),
+        (("--option", "sste.report=r.xml", "scripts/train.py"), "'r.xml' must end in one of .txt, .json, .html"),
     ],
-    ids=["script", "report", "none", "form", "option"],
+    ids=["script", "folder", "format", "none", "form", "option", "number", "report option"],
 )
 def test_wrong_arguments_are_explained(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     done = launch(tmp_path, "torch.compile", *arguments)

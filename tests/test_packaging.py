@@ -136,6 +136,7 @@ def test_wheel_installs_into_a_fresh_environment(built: Path, environment: Envir
     environment.install(next(built.glob(wheel)))
     for path in environment.execute(IMPORT_ALL).splitlines():
         assert Path(path).is_relative_to(environment.python.parent.parent)
+    environment.execute("import sys, sparse_compile; assert 'torch' not in sys.modules, 'the package imported torch'")
     environment.execute(FIND_BACKEND)
 
 

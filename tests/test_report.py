@@ -1,52 +1,202 @@
-"""The report: one row per linear, folded where only layer numbers differ."""
+"""The report: a row for each linear, what stands in the way of more, as text, as JSON, and read again."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import sparse_compile
-from sparse_compile.report import GraphReport, Report, Row
+from sparse_compile.report import GraphReport, Health, Measurement, Passes, Report, Row, Spread
+from sparse_compile.view import view
+
+EAGER = {"sste.executor": "eager"}
 
 
-def row(module, decision="s-ste", reason=""):
-    return Row(module=module, role="ffn", shape="64 x 64 -> 256", decision=decision, reason=reason)
+def row(module, decision="s-ste", reason="", **more):
+    return Row(module=module, role="ffn", shape="64 x 64 -> 256", decision=decision, reason=reason, **more)
+
+
+def sized(module, precision, **more):
+    """16 tokens, 32 -> 64 features, all products alike."""
+    sizes = {"tokens": 16, "in_features": 32, "out_features": 64}
+    return row(module, **sizes, fprop=precision, dgrad=precision, wgrad=precision, **more)
 
 
 def test_rows_that_differ_in_layer_numbers_are_folded():
     rows = (row("blocks.0.up"), row("blocks.1.up"), row("blocks.1.fc2"), row("head", "dense", "because"))
     text = str(Report([GraphReport(rows=rows, execution="kernels")]))
     assert text.splitlines()[0] == "graph 0: 3 of 4 linears rewritten, kernels"
-    modules = [line.split()[0] for line in text.splitlines()[3:]]
+    modules = [line.split()[0] for line in text.splitlines()[4:7]]
     assert modules == ["blocks.*.up", "blocks.1.fc2", "head"]
     assert "blocks.*.up (2)" in text
     assert "because" in text
 
 
-def test_json_holds_every_row():
-    report = Report([GraphReport(rows=(row("blocks.0.up"), row("blocks.1.up")), execution="kernels")])
-    (graph,) = json.loads(report.to_json())
-    assert [r["module"] for r in graph["rows"]] == ["blocks.0.up", "blocks.1.up"]
-    assert graph["execution"] == "kernels"
+def measurement():
+    passes = {"forward": Spread(median=2.0, low=1.9, high=2.5), "backward": Spread(median=4.0, low=3.9, high=4.5)}
+    dense = Passes(**passes, peak_bytes=3 * 2**20)
+    now = Passes(forward=Spread(median=1.5, low=1.0, high=2.0), backward=None, peak_bytes=None)
+    return Measurement(dense=dense, rewritten=now, rounds=5, weights_ms=0.5, casts_ms=0.15, mvue_ms=None)
+
+
+def test_measured_times_in_the_text():
+    text = str(Report([GraphReport(rows=(), execution="kernels", measured=measurement())]))
+    assert "measured: 3.00x, medians of 5 runs of each" in text
+    assert "dense forward 2.000 ms (1.900 to 2.500), backward 4.000 ms (3.900 to 4.500), peak 3 MiB" in text
+    assert "weights 0.500 ms once per optimizer step; casts 0.150 ms (10 % of now)" in text
+
+
+def test_json_is_read_again():
+    rows = (sized("blocks.0.up", "fp8"), row("blocks.1.up", reason="because", advice="do", dense_us=3.0))
+    graph = GraphReport(
+        rows=rows, execution="kernels", id="0/0", dynamic=("x.size(0) = s0",), calls=3, measured=measurement()
+    )
+    health = {"up": [Health(step=2, flips=None, zeros=0.5, underflow=0.0, saturated=0.25)]}
+    report = Report([graph], health, device="a GPU")
+    text = report.to_json()
+    again = Report.from_json(text)
+    assert again == report
+    assert again.to_json() == text
+    assert [r["module"] for r in json.loads(text)["graphs"][0]["rows"]] == ["blocks.0.up", "blocks.1.up"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "this is no report of sparse_compile"),
+        ("[]", "this is no report of sparse_compile"),
+        ('{"version": 99}', "the report is of version 99; this sparse_compile reads version 1"),
+        ('{"version": 1, "graphs": [{"rows": []}]}', "the report is damaged"),
+    ],
+)
+def test_what_is_no_report_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        Report.from_json(text)
 
 
 def test_empty_report_says_so():
     assert "no graph was compiled" in str(Report())
 
 
+def test_coverage_counts_flops_and_calls():
+    first = GraphReport(rows=(sized("a", "2:4 fp8"), sized("b", "fp8", forwards=2)), execution="kernels")
+    assert first.flops() == {"2:4 fp8": 6 * 16 * 32 * 64, "fp8": 8 * 16 * 32 * 64}
+    second = GraphReport(rows=(sized("c", "bf16"),), execution="dense", calls=7)
+    assert Report([first, second]).coverage() == {"bf16": 1.0}  # the first never ran
+    first.calls = 3
+    assert Report([first, second]).coverage() == {"bf16": 0.5, "fp8": 24 / 84, "2:4 fp8": 18 / 84}
+
+
+def test_gains_are_ordered_by_time_where_all_have_one_and_by_flops_else():
+    small, large = sized("small", "bf16", reason="s", rewritten_us=9.0), sized("l.0", "bf16", reason="l", forwards=5)
+    rewritten = sized("rewritten", "2:4 fp8")
+    report = Report([GraphReport(rows=(small, large, rewritten), execution="kernels")])
+    assert [gain.modules for gain in report.gains()] == ["l.0", "small"]
+    assert [gain.share for gain in report.gains()] == [7 / 13, 3 / 13]
+    timed = Row(**{name: getattr(large, name) for name in Row.__slots__} | {"rewritten_us": 2.0})
+    report = Report([GraphReport(rows=(small, timed, rewritten), execution="kernels", calls=2)])
+    assert [(gain.modules, gain.microseconds) for gain in report.gains()] == [("small", 9.0), ("l.0", 2.0)]
+
+
+def test_the_same_gain_in_two_graphs_is_one():
+    graphs = [GraphReport(rows=(sized(f"b.{n}.up", "bf16", reason="r"),), execution="dense") for n in (0, 1, 1)]
+    (gain,) = Report(graphs).gains()
+    assert (gain.modules, gain.share) == ("b.*.up (2)", 1.0)
+
+
 def test_one_graph_one_table(small_gpt, batch):
-    model = torch.compile(small_gpt(), backend="sste", options={"sste.executor": "eager"})
-    model(*batch)
+    model = torch.compile(small_gpt(), backend="sste", options=EAGER)
+    for _ in range(2):
+        model(*batch)
     (graph,) = sparse_compile.report().graphs
     assert graph.rewritten == 8
     assert len(graph.rows) == 9
     assert graph.execution == "emulated: no kernels for cpu"
+    assert (graph.id, graph.calls, graph.origin, graph.ends) == ("0/0", 2, "SmallGPT.forward", "the function returns")
     by_module = {r.module: r for r in graph.rows}
-    assert by_module["blocks.1.down"].decision == "s-ste (2:4 fp8, fp8, 2:4 fp8)"
-    assert by_module["blocks.1.down"].shape == "64 x 256 -> 64"
-    assert by_module["head"].decision == "dense"
-    assert by_module["head"].reason.startswith("vocabulary head: ")
+    down = by_module["blocks.1.down"]
+    assert down.decision == "s-ste (2:4 fp8, fp8, 2:4 fp8)"
+    assert down.shape == "64 x 256 -> 64"
+    assert (down.tokens, down.in_features, down.out_features) == (64, 256, 64)
+    assert (down.fprop, down.dgrad, down.wgrad) == ("2:4 fp8", "fp8", "2:4 fp8")
+    assert down.code == "return x + self.down(hidden)"
+    file, line = down.source.rsplit(":", 1)
+    assert Path(file).read_text().splitlines()[int(line) - 1].strip() == down.code
+    head = by_module["head"]
+    assert (head.decision, head.fprop, head.wgrad) == ("dense", "fp32", "fp32")
+    assert head.reason.startswith("vocabulary head: ")
+    assert "'sste.head': 'fp8'" in head.advice
+    flops = {"qkv": 192, "proj": 64, "up": 256, "down": 256}
+    total = 2 * sum(flops.values()) + 128
+    coverage = sparse_compile.report().coverage()
+    assert coverage["2:4 fp8"] == pytest.approx(2 * (256 + 256) * 2 / 3 / total)
+    assert coverage["fp32"] == pytest.approx(128 / total)
+
+
+def test_without_gradients_there_is_one_product(small_gpt, batch):
+    with torch.no_grad():
+        torch.compile(small_gpt(depth=1), backend="sste", options=EAGER)(*batch)
+    rows = sparse_compile.report().rows
+    assert {(row.fprop != "", row.dgrad, row.wgrad) for row in rows} == {(True, "", "")}
+
+
+def test_checkpointed_forwards_run_twice(small_gpt, batch):
+    torch.compile(small_gpt(depth=1, checkpoint=True), backend="sste", options=EAGER)(*batch)
+    assert {row.module: row.forwards for row in sparse_compile.report().rows} == {
+        "blocks.0.qkv": 2, "blocks.0.proj": 2, "blocks.0.up": 2, "blocks.0.down": 2, "head": 1
+    }  # fmt: skip
+
+
+class Cut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 70))
+
+    def forward(self, x):
+        y = self.inner(x)
+        torch._dynamo.graph_break()
+        return torch.einsum("bi,io->bo", y, self.inner[2].weight)
+
+
+def test_where_a_graph_comes_from_and_why_it_ends():
+    model = torch.compile(Cut(), backend="sste", options=EAGER)
+    for tokens in (8, 12):
+        model(torch.randn(tokens, 64))
+    first, rest, *_ = sparse_compile.report().graphs
+    here = Path(__file__).read_text().splitlines()
+    for graph, break_line in ((first, "torch._dynamo.graph_break()"), (rest, 'return torch.einsum("bi,io->bo"')):
+        assert graph.origin == "Cut.forward"
+        file, line = graph.ends_at.rsplit(":", 1)
+        assert Path(file).name == Path(__file__).name
+        assert here[int(line) - 1].strip().startswith(break_line)
+    assert first.ends == "graph break: Call to `torch._dynamo.graph_break()`"
+    assert "Remove the `torch._dynamo.graph_break()` call" in first.hint
+    assert first.modules == "inner"
+    assert (rest.ends, rest.hint) == ("the function returns", "")
+    odd = next(row for row in first.rows if row.module == "inner.2")
+    assert odd.reason == "shape: out_features = 70 is not a multiple of 16"
+    assert odd.advice == "pad out_features to 80"
+    (einsum,) = rest.rows
+    assert (einsum.advice, einsum.tokens) == ("write it as F.linear", None)
+    assert einsum.code.startswith("return torch.einsum(")
+    dynamic = [graph for graph in sparse_compile.report().graphs if graph.dynamic]
+    assert dynamic[0].dynamic[0].startswith("x.size(0) = s")
+    assert dynamic[0].dynamic[0].endswith("(12 when traced)")
+    assert dynamic[0].rows[0].tokens == 12
+
+
+def test_attention_could_be_sparse_unless_all_are_dense(small_gpt, batch):
+    torch.compile(small_gpt(depth=1), backend="sste", options=EAGER)(*batch)
+    torch.compile(small_gpt(depth=1), backend="sste", options=EAGER | {"sste.recipe": "fp8"})(*batch)
+    default, dense = sparse_compile.report().graphs
+    advised = {row.module for row in default.rows if "'sste.targets': 'all'" in row.advice}
+    assert advised == {"blocks.0.qkv", "blocks.0.proj"}
+    assert {row.module for row in dense.rows if row.advice} == {"head"}
 
 
 def test_written_to_stderr_when_the_process_ends():
@@ -59,3 +209,48 @@ def test_written_to_stderr_when_the_process_ends():
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "graph 0: 2 of 2 linears rewritten, emulated: no kernels for cpu" in result.stderr
     assert result.stdout == ""
+
+
+def test_option_writes_files_which_are_viewed_again(tmp_path, capsys):
+    code = (
+        "import sys, torch; from torch import nn; import sparse_compile\n"
+        "ffn = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))\n"
+        "for file in sys.argv[1:]:\n"
+        "    options = {'sste.executor': 'eager', 'sste.report': file}\n"
+        "    torch.compile(lambda x: ffn(x), backend='sste', options=options)(torch.randn(8, 64))"
+    )
+    files = [str(tmp_path / f"report.{suffix}") for suffix in ("txt", "json", "html")]
+    result = subprocess.run([sys.executable, "-c", code, *files], check=True, capture_output=True, text=True)
+    assert "linears rewritten" not in result.stderr
+    text = Path(files[0]).read_text()
+    assert "graph 2: 2 of 2 linears rewritten" in text
+    view([files[1]])
+    assert capsys.readouterr().out == text
+    again = tmp_path / "again.html"
+    view([files[1], "--html", str(again)])
+    assert again.read_text() == Path(files[2]).read_text()
+
+
+def test_view_explains_wrong_arguments(tmp_path, capsys):
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text("text")
+    for arguments, message in (
+        ([wrong], "this is no report of sparse_compile"),
+        ([tmp_path / "none.json"], "No such file"),
+    ):
+        with pytest.raises(SystemExit):
+            view([str(argument) for argument in arguments])
+        assert message in capsys.readouterr().err
+    wrong.write_text(Report().to_json())
+    with pytest.raises(SystemExit):
+        view([str(wrong), "--html", str(tmp_path / "no/report.html")])
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_near_misses_say_where(trace):
+    weight = nn.Parameter(torch.randn(64, 64))
+    compiled = torch.compile(lambda x: F.linear(x, weight * 2).sum(), backend="sste", options=EAGER)
+    compiled(torch.randn(8, 64))
+    (only,) = sparse_compile.report().rows
+    assert only.reason.startswith("weight is not a parameter")
+    assert "F.linear(x, weight * 2)" in only.code

@@ -134,6 +134,7 @@ def test_dense_with_its_reason(x, make, why, one_process):
     rows = sparse_compile.report().rows
     assert len(rows) == len(why)
     assert all({"up", "down"} & set(row.module.split(".")) for row in rows)
+    assert all(row.advice for row in rows)
     reasons = sorted(row.reason for row in rows)
     assert all(actual.startswith(wanted) for actual, wanted in zip(reasons, sorted(why), strict=True))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)

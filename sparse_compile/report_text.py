@@ -1,0 +1,128 @@
+"""The report in a terminal."""
+
+import os
+from collections.abc import Iterable
+
+from tabulate import tabulate
+
+from sparse_compile.report import (
+    HEALTH_LIMITS,
+    GraphReport,
+    Measurement,
+    Passes,
+    Report,
+    Spread,
+    fold,
+    per_cent,
+    shares,
+)
+
+
+def as_text(report: Report) -> str:
+    if not report.graphs:
+        return "sparse_compile: no graph was compiled with backend 'sste'"
+    parts = [_graph(number, graph) for number, graph in enumerate(report.graphs)]
+    return "\n\n".join([*parts, *_summary(report)])
+
+
+def _graph(number: int, graph: GraphReport) -> str:
+    lines = [f"graph {number}: {graph.rewritten} of {len(graph.rows)} linears rewritten, {graph.execution}"]
+    if any(row.dense_us for row in graph.rows):
+        lines[0] += f", {graph.predicted_gain_ms:.1f} ms less a step predicted"
+    lines += [f"  {line}" for line in about(graph)]
+    if graph.measured is not None:
+        lines += [f"  measured: {line}" for line in measured(graph.measured)]
+    if graph.rows:
+        lines += ["", _table(graph)]
+    return "\n".join(lines)
+
+
+def about(graph: GraphReport) -> list[str]:
+    """Where the graph comes from, why it ends, what changes."""
+    lines = []
+    if graph.origin:
+        inside = f", all of its linears in {graph.modules}" if graph.modules else ""
+        calls = "1 call" if graph.calls == 1 else f"{graph.calls} calls"
+        lines.append(f"[{graph.id}] from {graph.origin} ({short(graph.origin_at)}){inside}; {calls}")
+    if graph.ends:
+        lines.append(f"ends: {graph.ends}" + (f" ({short(graph.ends_at)})" if graph.ends_at else ""))
+    if graph.hint:
+        lines.append(f"dynamo's hint: {graph.hint}")
+    if graph.dynamic:
+        lines.append(f"dynamic: {', '.join(graph.dynamic)}")
+    if flops := graph.flops():
+        lines.append(f"FLOPs of its linears: {covered(shares(flops))}")
+    if graph.not_measured:
+        lines.append(f"not measured: {graph.not_measured}")
+    return lines
+
+
+def measured(measurement: Measurement) -> list[str]:
+    dense, now = measurement.dense, measurement.rewritten
+    lines = [f"{measurement.speedup:.2f}x, medians of {measurement.rounds} runs of each, in turns"]
+    lines += [f"{name} {_passes(passes)}" for name, passes in (("dense", dense), ("now  ", now))]
+    own = [f"weights {measurement.weights_ms:.3f} ms once per optimizer step"]
+    for name, time in (("casts", measurement.casts_ms), ("MVUE", measurement.mvue_ms)):
+        if time is not None:
+            own.append(f"{name} {time:.3f} ms ({per_cent(time / now.total)} of now)")
+    return [*lines, "; ".join(own)]
+
+
+def covered(coverage: dict[str, float]) -> str:
+    """``2:4 fp8 44 %, fp8 50 %``."""
+    return ", ".join(f"{precision} {per_cent(share)}" for precision, share in coverage.items())
+
+
+def short(location: str) -> str:
+    """``file.py:12`` of a path."""
+    return os.path.basename(location)
+
+
+def _passes(passes: Passes) -> str:
+    parts = [f"forward {_spread(passes.forward)}"]
+    if passes.backward is not None:
+        parts.append(f"backward {_spread(passes.backward)}")
+    if passes.peak_bytes is not None:
+        parts.append(f"peak {passes.peak_bytes / 2**20:.0f} MiB")
+    return ", ".join(parts)
+
+
+def _spread(spread: Spread) -> str:
+    return f"{spread.median:.3f} ms ({spread.low:.3f} to {spread.high:.3f})"
+
+
+def _table(graph: GraphReport) -> str:
+    lines = []
+    for name, rows in fold(graph.rows):
+        row = rows[0]
+        lines.append((name, row.role, row.shape, row.decision, row.dense_us, row.rewritten_us))
+    headers = ("module", "role", "shape", "decision", "dense us", "now us")
+    return tabulate(lines, headers=headers, floatfmt=".0f", disable_numparse=[0, 1, 2, 3])
+
+
+def _summary(report: Report) -> list[str]:
+    """Of all graphs: the coverage, then what could gain more."""
+    parts = []
+    if coverage := report.coverage():
+        parts.append(f"of all linears' FLOPs: {covered(coverage)}")
+    if gains := report.gains():
+        lines = ["to gain more, the largest first:"]
+        for number, gain in enumerate(gains, 1):
+            size = [per_cent(gain.share)] if gain.share is not None else []
+            size += [f"{gain.microseconds:.0f} us a call"] if gain.microseconds is not None else []
+            lines.append(f"{number:3}. {gain.modules}" + (f" ({', '.join(size)})" if size else ""))
+            lines += [f"     {text}" for text in (gain.reason, gain.advice) if text]
+        parts.append("\n".join(lines))
+    if report.health:
+        parts.append("\n".join(_health(report)))
+    return parts
+
+
+def _health(report: Report) -> Iterable[str]:
+    yield f"health of {len(report.health)} pruned weights at the last sample, median and largest:"
+    for quantity, (limit, _) in HEALTH_LIMITS.items():
+        over_time = report.health_over_time(quantity)
+        if over_time:
+            step, median, largest = over_time[-1]
+            look = f", above {limit:.1%}: look at the HTML report" if largest > limit else ""
+            yield f"  {quantity} at step {step}: {median:.2%}, {largest:.2%}{look}"

@@ -1,0 +1,163 @@
+"""The HTML report: well-formed, with nothing from outside, every row and number in it, and text as text."""
+
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from sparse_compile.report import GraphReport, Health, Measurement, Passes, Report, Row, Spread
+
+HOSTILE = "<script>alert('1')</script> & \"quoted\" </style>"
+
+
+class Page(HTMLParser):
+    """Checks that elements are closed in order; collects text and attributes."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def row(module, **more):
+    row = Row(
+        module=module,
+        role="ffn",
+        shape="16 x 32 -> 64",
+        decision="dense",
+        reason="too small: because",
+        advice="make it larger",
+        source=f"/path/model.py:{len(module)}",
+        code=f"self.{module}(x)",
+        tokens=16,
+        in_features=32,
+        out_features=64,
+        fprop="bf16",
+        dense_us=1234.4,
+        rewritten_us=1234.4,
+    )
+    return replace(row, **more)
+
+
+def page(report, path):
+    report.to_html(path)
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def report():
+    rows = [row(f"blocks.{n}.up") for n in range(12)]
+    rows += [row("down", fprop="2:4 fp8", dgrad="fp8", wgrad="2:4 fp8", decision="s-ste", reason="", rewritten_us=99.0)]
+    return Report([GraphReport(rows=tuple(rows), execution="kernels", origin="GPT.forward", calls=3)], device="a GPU")
+
+
+def test_each_row_is_there(report, tmp_path):
+    shown = page(report, tmp_path / "report.html")
+    for linear in report.rows:
+        assert linear.module in shown.text
+        assert f"{linear.source.rsplit('/')[-1]}: {linear.code}" in shown.text
+    assert "blocks.*.up (12)" in shown.text
+    for text in ("1234", "99", "too small: because", "make it larger", "GPT.forward", "3 calls", "a GPU"):
+        assert text in shown.text
+    assert "2:4 fp8 13 %" in shown.text  # 2 of 15 products
+    assert "1 of 13 linears rewritten, in 1 graph." in shown.text
+    widths = [value for name, value in shown.attributes if name == "style"]
+    assert "width:80.00%" in widths  # 12 products in bf16
+    assert "width:92.92%" in widths  # predicted: (12 * 1234.4 + 99) / (13 * 1234.4)
+
+
+def test_nothing_comes_from_outside(report, tmp_path):
+    shown = page(report, tmp_path / "report.html")
+    assert not {"script", "link", "img", "iframe", "object", "base", "a", "form"} & set(shown.tags)
+    assert not {"src", "href", "action", "onload", "onclick"} & {name for name, _ in shown.attributes}
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "://" not in text
+    assert "url(" not in text
+    assert "@import" not in text
+    policy = dict(shown.attributes)["content"]
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in shown.attributes, policy
+
+
+def test_what_the_user_wrote_is_text(tmp_path):
+    texts = {"module": HOSTILE, "role": HOSTILE, "shape": HOSTILE, "reason": HOSTILE, "advice": HOSTILE}
+    hostile = replace(row("x"), **texts, code=HOSTILE, source=HOSTILE, fprop=HOSTILE)
+    graph = GraphReport(
+        rows=(hostile,),
+        execution=HOSTILE,
+        id=HOSTILE,
+        origin=HOSTILE,
+        modules=HOSTILE,
+        ends=HOSTILE,
+        hint=HOSTILE,
+        dynamic=(HOSTILE,),
+        not_measured=HOSTILE,
+    )
+    shown = page(Report([graph], device=HOSTILE), tmp_path / "report.html")
+    assert "script" not in shown.tags
+    assert shown.text.count("alert('1')") > 12
+    assert ("title", HOSTILE) in shown.attributes
+
+
+def test_measured_times(tmp_path):
+    forward, backward = Spread(median=2.0, low=1.9, high=2.1), Spread(median=6.0, low=5.9, high=6.1)
+    dense = Passes(forward=forward, backward=backward, peak_bytes=2**20)
+    now = Passes(forward=forward, backward=Spread(median=1.5, low=1.4, high=1.6), peak_bytes=2**21)
+    measured = Measurement(dense=dense, rewritten=now, rounds=7, weights_ms=0.5, casts_ms=0.25, mvue_ms=None)
+    shown = page(Report([GraphReport(rows=(), execution="kernels", measured=measured)]), tmp_path / "report.html")
+    for text in ("Measured: 2.00x", "8 ms, peak 1 MiB", "4 ms, peak 2 MiB", "6 ms (5.9 to 6.1)", "0.25 ms", "7 runs"):
+        assert text in shown.text
+    widths = [value for name, value in shown.attributes if name == "style"]
+    assert widths == [f"width:{width}%" for width in ("25.00", "75.00", "0.00", "25.00", "18.75", "6.25")]
+
+
+def test_health_as_plots(tmp_path):
+    def samples(*flips):
+        return [
+            Health(step=10 * number, flips=share, zeros=0.5, underflow=0.02, saturated=0.0)
+            for number, share in enumerate(flips)
+        ]
+
+    report = Report(health={"a": samples(None, 0.1, 0.2), "b": samples(None, 0.3, 0.05)})
+    assert report.health_over_time("flips") == [(10, 0.2, 0.3), (20, 0.125, 0.2)]
+    shown = page(report, tmp_path / "report.html")
+    assert "flips at step 20: median 12.50%, largest 20.00% in a" in shown.text
+    assert "Dashed: 5.0%" in shown.text
+    lines = [value for name, value in shown.attributes if name == "points"]
+    assert len(lines) == 9  # three plots with the limit, the largest, the median
+    assert lines[1] == "0.0,9.09 1000.0,39.39"  # 0.3 and 0.2 of 1.1 * 0.3
+    assert lines[2] == "0.0,39.39 1000.0,62.12"
+    text = str(Report([GraphReport(rows=(), execution="kernels")], report.health))
+    assert "underflow at step 20: 2.00%, 2.00%, above 1.0%" in text
+    assert "saturated at step 20: 0.00%, 0.00%" in text
+
+
+def test_empty_report(tmp_path):
+    assert "No graph was compiled with backend 'sste'." in page(Report(), tmp_path / "report.html").text
+
+
+@pytest.mark.parametrize("name", ["report.pdf", "report"])
+def test_other_formats_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"must end in one of \.txt, \.json, \.html"):
+        Report().write(tmp_path / name)
