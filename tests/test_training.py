@@ -1,5 +1,6 @@
 """Training: the recipes learn nearly as well as dense, and the kernels as their eager definitions."""
 
+import json
 import os
 import subprocess
 import sys
@@ -99,12 +100,11 @@ print(losses(SmallGPT(width=256).bfloat16(), "cuda", 5, backend="sste", options=
 
 @pytest.mark.gpu
 def test_a_second_process_finds_what_the_first_compiled(tmp_path):
-    """And trains to the same last bit."""
+    """And trains alike: each process finds out anew which of two kernels is faster, and their sums round apart."""
     tests = Path(__file__).parent
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", SECOND_PROCESS, str(tests.parent), str(tests)]
     runs = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2)]
     assert [run.returncode for run in runs] == [0, 0], runs[-1].stderr[-3000:]
-    first, second = (run.stdout.splitlines()[0] for run in runs)
-    assert first == second
-    assert "nan" not in first
+    first, second = (json.loads(run.stdout.splitlines()[0]) for run in runs)
+    assert second == pytest.approx(first, abs=0.01)
