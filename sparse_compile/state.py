@@ -24,7 +24,7 @@ from sparse_compile.kernels import ops, reference
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.recipe import Projection
 from sparse_compile.steps import OptimizerSteps
-from sparse_compile.torch_internals import WeakTensorKeyDictionary, is_held
+from sparse_compile.torch_internals import WeakTensorKeyDictionary, is_held, sharded_parameter
 
 # The last step of the optimizer that owns a weight, the weight's version and its address.
 _Stamp = tuple[int | None, int, int]
@@ -68,7 +68,7 @@ class WeightState:
 
 
 class _Derived:
-    """All that is derived from one weight."""
+    """All that is derived from one weight, in shards and gathered."""
 
     __slots__ = ("beta", "states")
 
@@ -125,7 +125,8 @@ _derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def _derived_from(weight: Tensor) -> _Derived:
     derived: _Derived | None = _derived.get(weight)
     if derived is None:
-        derived = _derived[weight] = _Derived()
+        sharded = sharded_parameter(weight)
+        derived = _derived[weight] = _Derived() if sharded is None else _derived_from(sharded)
     return derived
 
 
@@ -233,7 +234,7 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, beta: Beta, training
         computed = reference.sste_beta(matrix)
         if computed is None:
             return ops.unit_scale(weight.device)
-        saved, missing = _saved_betas.find(weight, (_steps.count, training))
+        saved, missing = _saved_betas.find(_owned(weight), (_steps.count, training))
         if missing:
             warnings.warn(
                 f"an optimizer has trained {slot.name!r} before, and has no S-STE scale beta of it, which is therefore "
@@ -250,6 +251,12 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, beta: Beta, training
             )
         beta.set(value, frozen=training)
     return beta.on(weight.device)
+
+
+def _owned(weight: Tensor) -> Tensor:
+    """What an optimizer holds of the weight: its shards, where FSDP2 gathers it."""
+    sharded = sharded_parameter(weight)
+    return weight if sharded is None else sharded
 
 
 def _capturing(weight: Tensor) -> bool:

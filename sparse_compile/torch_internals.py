@@ -4,6 +4,7 @@ Importing this module imports no ``torch._dynamo``, because ``autoload`` does so
 """
 
 import copy
+import gc
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from importlib.metadata import EntryPoint
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -61,6 +63,7 @@ def self_test() -> list[str]:
         ("torch._inductor.cudagraph_trees", "reset_cudagraph_trees"),
         ("torch._logging._internal", "trace_structured"),
         ("torch._subclasses.fake_tensor", "FakeTensor"),
+        ("torch.distributed.fsdp._fully_shard._fsdp_param", "FSDPParam"),
         ("torch.fx._symbolic_trace", "_is_fx_tracing_flag"),
         ("torch.fx.experimental.sym_node", "SymNode.hint"),
         ("torch.nn", "Module._compiled_call_impl"),
@@ -273,6 +276,31 @@ def example_value(node: Any) -> Any:
 def is_held(tensor: torch.Tensor) -> bool:
     """Whether something besides Python holds the tensor, such as a backward that is still to come."""
     return bool(tensor._use_count() > 1)  # type: ignore[attr-defined]
+
+
+_sharded_parameters: "WeakSet[Any]" = WeakSet()
+
+
+def sharded_parameter(weight: torch.Tensor) -> torch.Tensor | None:
+    """The parameter that FSDP2 keeps in shards, and of which ``weight`` is the gathered form; None if it is none's.
+
+    The gathered form knows nothing of it, so those who manage both are searched for: a walk over the heap where
+    ``weight`` is not among the known ones.
+    """
+    module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
+    if module is None:
+        return None
+
+    def search() -> torch.Tensor | None:
+        found = (p for p in _sharded_parameters if getattr(p, "_unsharded_param", None) is weight)
+        manager = next(found, None)
+        return None if manager is None else cast(torch.Tensor, manager.sharded_param)
+
+    sharded = search()
+    if sharded is None:
+        _sharded_parameters.update(found for found in gc.get_objects() if type(found) is module.FSDPParam)
+        sharded = search()
+    return sharded
 
 
 def is_fake(value: Any) -> bool:

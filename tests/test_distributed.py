@@ -1,8 +1,11 @@
-"""DistributedDataParallel on two processes: the backend sees a graph for each bucket, with fake tensors first."""
+"""Two processes: DistributedDataParallel, where the backend sees a graph for each bucket, and FSDP2."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 SCRIPT = """
 import pathlib, torch, torch.distributed as dist, torch.nn.functional as F
@@ -43,11 +46,79 @@ dist.destroy_process_group()
 """
 
 
+# On one process or several, each with its part of the same batches.
+SHARDED = """
+import json, pathlib, sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+import sparse_compile
+from conftest import SmallGPT
+
+whole = sys.argv[1] == "whole"
+dist.init_process_group("gloo")
+rank, size = dist.get_rank(), dist.get_world_size()
+mesh = dist.init_device_mesh("cpu", (size,))
+torch.manual_seed(0)
+model = SmallGPT()
+names = [name for name, _ in model.named_parameters()]
+options = {"sste.executor": "eager"}
+for block in model.blocks:
+    if not whole:
+        block.compile(backend="sste", options=options)
+    if size > 1:
+        fully_shard(block, mesh=mesh)
+if size > 1:
+    fully_shard(model, mesh=mesh)
+if whole:
+    model.compile(backend="sste", options=options)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+generator = torch.Generator().manual_seed(1)
+losses = []
+for _ in range(4):
+    ids = torch.randint(0, 128, (4, 33), generator=generator).chunk(size)[rank]
+    loss = model(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    losses.append(total.item() / size)
+saved = {names[i]: kept["sste_beta"] for i, kept in optimizer.state_dict()["state"].items() if "sste_beta" in kept}
+result = {"losses": losses, "betas": sparse_compile.beta(model), "saved": saved}
+pathlib.Path(f"rank{rank}").write_text(json.dumps(result))
+assert all(graph.rewritten for graph in sparse_compile.report().graphs), str(sparse_compile.report())
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def run(tmp_path, processes, script, *arguments):
+    (tmp_path / "train.py").write_text(script)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    paths = f"{Path(__file__).parents[1]}:{Path(__file__).parent}"
+    environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, *launch, "train.py", *arguments]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+
 def test_two_processes_stay_equal(tmp_path):
-    (tmp_path / "train.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-    root = Path(__file__).parents[1]
-    environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    result = run(tmp_path, 2, SCRIPT)
     # Not the exit status: the process group's threads may abort while they are torn down, when all is done.
     assert sorted(path.name for path in tmp_path.glob("rank*")) == ["rank0", "rank1"], result.stderr[-4000:]
+
+
+@pytest.mark.parametrize("compiled", ["blocks", "whole"])
+def test_fsdp2_trains_as_one_process(tmp_path, compiled):
+    """Losses but for the samples of gradients; the same beta on every rank, by the names of the shards, and saved."""
+    results = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        done = run(folder, processes, SHARDED, compiled)
+        files = [folder / f"rank{rank}" for rank in range(processes)]
+        assert all(file.exists() for file in files), done.stderr[-4000:]
+        results[processes] = [json.loads(file.read_text()) for file in files]
+    (one,), two = results[1], results[2]
+    assert len(one["betas"]) == 4
+    for result in two:
+        assert result["betas"] == result["saved"] == one["betas"]
+        assert result["losses"] == pytest.approx(one["losses"], abs=0.02)
