@@ -4,9 +4,12 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 use_environment dev
+WORKERS=()
 if [ "${NO_VENV:-0}" = 1 ]; then
   echo "NO_VENV=1: tests only; ruff, mypy and codespell run where .venv is set up"
 else
   pre-commit run --all-files --show-diff-on-failure
+  # Two tests at a time: many wait for processes that they start.
+  WORKERS=(-n 2)
 fi
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest "${WORKERS[@]}" "$@"
