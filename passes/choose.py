@@ -7,6 +7,7 @@ how much of it remains cannot be measured on its own.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from math import prod
 
 import torch
@@ -42,6 +43,8 @@ def choose(plans: Sequence[Plan], clock: Clock = piece_times) -> tuple[list[Plan
     data.  A linear that the user named is priced, and rewritten whatever it costs.
     """
     inputs = Counter(plan.site.input for plan in plans)
+    # Layers are alike, and each question to the clock may read a file.
+    timed = cache(lambda *question: clock(*question))
     chosen: list[Plan] = []
     rejections: list[Rejection] = []
     for plan in tracked(plans, "measuring linears"):
@@ -50,10 +53,10 @@ def choose(plans: Sequence[Plan], clock: Clock = piece_times) -> tuple[list[Plan
         if shape is None or ops.emulation_reason(device) is not None:
             chosen.append(plan)
             continue
-        dense = _dense_microseconds(site, clock(shape, device, _DENSE_PIECES))
+        dense = _dense_microseconds(site, timed(shape, device, _DENSE_PIECES))
         prices = {}
         for recipe in plan.recipe.variants():
-            times = clock(shape, device, _pieces(recipe))
+            times = timed(shape, device, tuple(_pieces(recipe)))
             prices[recipe] = _microseconds(site, shape, recipe, times, inputs[site.input])
         fastest = min(prices, key=prices.__getitem__)
         if plan.named or prices[fastest] <= dense * (1 - _MARGIN):

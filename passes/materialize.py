@@ -13,24 +13,24 @@ from torch.fx import GraphModule, Node
 
 from sparse_compile.kernels import ops
 from sparse_compile.passes.spelling import target_name
-from sparse_compile.torch_internals import checkpoint_body, example_value, hint, is_checkpoint
+from sparse_compile.torch_internals import example_value, hint, is_checkpoint, with_checkpoint_bodies
 
 _TRIGONOMETRIC = ("sin", "cos")
 
 
 def materialize(graph_module: GraphModule) -> None:
     """Give each table that is broadcast memory of its own, checkpointed regions included; values stay the same."""
-    edited = False
-    for node in list(graph_module.graph.nodes):
-        if is_checkpoint(node):
-            materialize(checkpoint_body(graph_module, node))
-        elif target_name(node) in _TRIGONOMETRIC and node.op in ("call_function", "call_method"):
-            table = _end_of_chain(node)
-            if _can_be_kept(table) and _is_broadcast(table):
-                _keep(table)
-                edited = True
-    if edited:
-        graph_module.recompile()
+    for module in with_checkpoint_bodies(graph_module):
+        ends = (_end_of_chain(node) for node in module.graph.nodes if _is_trigonometric(node))
+        tables = [table for table in dict.fromkeys(ends) if _can_be_kept(table) and _is_broadcast(table)]
+        for table in tables:
+            _keep(table)
+        if tables:
+            module.recompile()
+
+
+def _is_trigonometric(node: Node) -> bool:
+    return node.op in ("call_function", "call_method") and target_name(node) in _TRIGONOMETRIC
 
 
 def _end_of_chain(node: Node) -> Node:

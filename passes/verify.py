@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node, map_arg
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.linear import linear
 from sparse_compile.passes.decide import Plan
-from sparse_compile.torch_internals import checkpoint_body, example_value, is_checkpoint
+from sparse_compile.torch_internals import example_value, with_checkpoint_bodies
 
 
 def verify(graph_module: GraphModule, plans: Sequence[Plan]) -> None:
@@ -31,13 +31,10 @@ def verify(graph_module: GraphModule, plans: Sequence[Plan]) -> None:
 
 
 def _linear_nodes(graph_module: GraphModule) -> list[Node]:
-    graph_module.graph.lint()
-    nodes = []
-    for node in graph_module.graph.nodes:
-        if is_checkpoint(node):
-            nodes += _linear_nodes(checkpoint_body(graph_module, node))
-        elif node.op == "call_function" and node.target is linear:
-            nodes.append(node)
+    nodes: list[Node] = []
+    for module in with_checkpoint_bodies(graph_module):
+        module.graph.lint()
+        nodes += module.graph.find_nodes(op="call_function", target=linear)
     return nodes
 
 

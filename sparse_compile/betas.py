@@ -3,13 +3,14 @@
 The model's ``state_dict`` stays as it is, and optimizers carry what they do not know through saving and loading.
 """
 
-import gc
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 from weakref import WeakSet
 
 from torch import Tensor
 from torch.optim import SGD, Optimizer
+
+from sparse_compile.torch_internals import instances_of
 
 KEY = "sste_beta"
 
@@ -67,8 +68,7 @@ class SavedBetas:
             moment: optimizers are searched for once in each: that walks over the heap, about 0.2 s for a large model.
         """
         if self._searched_at != moment:
-            # type(), because isinstance() would wake lazy proxies that pretend to be optimizers.
-            self._optimizers = WeakSet(found for found in gc.get_objects() if issubclass(type(found), Optimizer))
+            self._optimizers = WeakSet(instances_of(Optimizer))
             self._searched_at = moment
             for optimizer in self._optimizers:
                 # Wrappers, as Accelerate's, are optimizers by name, and neither hold parameters nor take hooks.

@@ -1,11 +1,10 @@
 """What the live modules hold, beyond what one graph shows: who shares a weight, and the shapes of embeddings."""
 
-import gc
 from functools import cached_property
 
 from torch.nn import Embedding, Module, Parameter
 
-from sparse_compile.torch_internals import OptimizedModule
+from sparse_compile.torch_internals import OptimizedModule, instances_of
 
 
 class ParameterOwners:
@@ -22,9 +21,8 @@ class ParameterOwners:
     @cached_property
     def _holders(self) -> dict[int, list[tuple[Module, str]]]:
         holders: dict[int, list[tuple[Module, str]]] = {}
-        for candidate in gc.get_objects():
-            # type(), because isinstance() would wake lazy proxies that pretend to be modules.
-            if not issubclass(type(candidate), Module) or issubclass(type(candidate), OptimizedModule):
+        for candidate in instances_of(Module):
+            if issubclass(type(candidate), OptimizedModule):
                 continue
             for name, parameter in candidate.__dict__.get("_parameters", {}).items():
                 if parameter is not None:

@@ -98,7 +98,8 @@ def give_beta(weight: Tensor, value: float) -> None:
 
 def forget(weight: Tensor) -> None:
     """Let the next call make the weight's operands again; beta stays."""
-    for state in _derived_from(weight).states.values():
+    derived: _Derived | None = _derived.get(weight)
+    for state in derived.states.values() if derived is not None else ():
         if state.stamp is not None:
             state.stamp = _NEVER
 
@@ -125,8 +126,7 @@ _derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def _derived_from(weight: Tensor) -> _Derived:
     derived: _Derived | None = _derived.get(weight)
     if derived is None:
-        sharded = sharded_parameter(weight)
-        derived = _derived[weight] = _Derived() if sharded is None else _derived_from(sharded)
+        derived = _derived[weight] = _derived.setdefault(_owned(weight), _Derived())
     return derived
 
 

@@ -8,7 +8,7 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
@@ -268,6 +268,14 @@ def checkpoint_body(caller: GraphModule, call: Node) -> GraphModule:
     return cast(GraphModule, getattr(caller, str(cast(Node, call.args[0]).target)))
 
 
+def with_checkpoint_bodies(graph_module: GraphModule) -> Iterator[GraphModule]:
+    """The graph, and those of the checkpointed regions in it."""
+    yield graph_module
+    for node in graph_module.graph.nodes:
+        if is_checkpoint(node):
+            yield from with_checkpoint_bodies(checkpoint_body(graph_module, node))
+
+
 def example_value(node: Any) -> Any:
     """The fake value that dynamo recorded for a node; None for what is not a node or has none."""
     return node.meta.get("example_value") if isinstance(node, Node) else None
@@ -278,29 +286,36 @@ def is_held(tensor: torch.Tensor) -> bool:
     return bool(tensor._use_count() > 1)  # type: ignore[attr-defined]
 
 
-_sharded_parameters: "WeakSet[Any]" = WeakSet()
+def instances_of(kind: type) -> Iterator[Any]:
+    """All that are alive, by a walk over the heap."""
+    # type(), because isinstance() would wake lazy proxies that pretend to be of the kind.
+    return (found for found in gc.get_objects() if issubclass(type(found), kind))
+
+
+_sharders: "WeakSet[Any]" = WeakSet()
 
 
 def sharded_parameter(weight: torch.Tensor) -> torch.Tensor | None:
-    """The parameter that FSDP2 keeps in shards, and of which ``weight`` is the gathered form; None if it is none's.
+    """The parameter that FSDP2 keeps in shards: of its gathered form, or that itself; None if FSDP2 manages neither.
 
     The gathered form knows nothing of it, so those who manage both are searched for: a walk over the heap where
-    ``weight`` is not among the known ones.
+    ``weight`` is not among what the known ones manage.
     """
     module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
     if module is None:
         return None
-
-    def search() -> torch.Tensor | None:
-        found = (p for p in _sharded_parameters if getattr(p, "_unsharded_param", None) is weight)
-        manager = next(found, None)
-        return None if manager is None else cast(torch.Tensor, manager.sharded_param)
-
-    sharded = search()
+    sharded = _sharded_by(_sharders, weight)
     if sharded is None:
-        _sharded_parameters.update(found for found in gc.get_objects() if type(found) is module.FSDPParam)
-        sharded = search()
+        _sharders.update(instances_of(module.FSDPParam))
+        sharded = _sharded_by(_sharders, weight)
     return sharded
+
+
+def _sharded_by(sharders: Iterable[Any], weight: torch.Tensor) -> torch.Tensor | None:
+    for sharder in sharders:
+        if weight is sharder.sharded_param or weight is getattr(sharder, "_unsharded_param", None):
+            return cast(torch.Tensor, sharder.sharded_param)
+    return None
 
 
 def is_fake(value: Any) -> bool:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparse_compile.kernels.formats import padded
+from sparse_compile.measure import capturing
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.report import Health, record_health
 from sparse_compile.state import WeightState, optimizer_steps
@@ -134,8 +135,7 @@ def _health(watched: _Watched, counts: list[int]) -> Health:
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     del optimizer, args, kwargs
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    if _every and optimizer_steps() % _every == 0 and not capturing:
+    if _every and optimizer_steps() % _every == 0 and not capturing():
         sample()
 
 

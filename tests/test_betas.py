@@ -50,13 +50,18 @@ def saved(*parts: Any) -> list[Any]:
     return torch.load(file, weights_only=True)
 
 
+def interrupted(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> tuple[list[Any], list[float]]:
+    """A checkpoint of model and optimizer after some steps, and the losses with which the run went on."""
+    step = compiled(model)
+    train(step, optimizer, batch)
+    checkpoint = saved(model, optimizer)
+    return checkpoint, train(step, optimizer, batch)
+
+
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_a_resumed_run_is_the_continued_one(small_gpt, batch, make) -> None:
     model = small_gpt()
-    optimizer, step = make(model.parameters()), compiled(model)
-    train(step, optimizer, batch)
-    checkpoint = saved(model, optimizer)
-    continued = train(step, optimizer, batch)
+    checkpoint, continued = interrupted(model, make(model.parameters()), batch)
 
     resumed = small_gpt()
     optimizer = make(resumed.parameters())
@@ -71,11 +76,8 @@ def test_a_resumed_run_is_the_continued_one(small_gpt, batch, make) -> None:
 def test_a_checkpoint_that_is_loaded_late_brings_its_beta(small_gpt, batch, when) -> None:
     """Evaluation needs a beta before there is an optimizer: it is not frozen by that."""
     model = small_gpt(depth=1)
-    optimizer, step = torch.optim.AdamW(model.parameters(), lr=1e-2), compiled(model)
-    train(step, optimizer, batch)
+    checkpoint, continued = interrupted(model, torch.optim.AdamW(model.parameters(), lr=1e-2), batch)
     expected = sparse_compile.beta(model)
-    checkpoint = saved(model, optimizer)
-    continued = train(step, optimizer, batch)
 
     resumed = small_gpt(depth=1)
     step = compiled(resumed)
@@ -97,10 +99,7 @@ def test_a_checkpoint_that_is_loaded_late_brings_its_beta(small_gpt, batch, when
 
 def test_without_it_a_resumed_run_differs_and_warns(small_gpt, batch) -> None:
     model = small_gpt()
-    optimizer, step = torch.optim.AdamW(model.parameters(), lr=1e-2), compiled(model)
-    train(step, optimizer, batch)
-    checkpoint = saved(model, optimizer)
-    continued = train(step, optimizer, batch)
+    checkpoint, continued = interrupted(model, torch.optim.AdamW(model.parameters(), lr=1e-2), batch)
 
     resumed = small_gpt()
     optimizer = torch.optim.AdamW(resumed.parameters(), lr=1e-2)
@@ -116,10 +115,7 @@ def test_without_it_a_resumed_run_differs_and_warns(small_gpt, batch) -> None:
 def test_a_checkpoint_may_be_loaded_after_the_first_call(small_gpt, batch) -> None:
     """Its beta replaces the one computed from the weights that were there before."""
     model = small_gpt()
-    optimizer, step = torch.optim.AdamW(model.parameters(), lr=1e-2), compiled(model)
-    train(step, optimizer, batch)
-    checkpoint = saved(model, optimizer)
-    continued = train(step, optimizer, batch)
+    checkpoint, continued = interrupted(model, torch.optim.AdamW(model.parameters(), lr=1e-2), batch)
 
     resumed = small_gpt()
     optimizer, step = torch.optim.AdamW(resumed.parameters(), lr=1e-2), compiled(resumed)

@@ -89,6 +89,14 @@ def train(step, optimizer, x, steps=2):
         optimizer.zero_grad()
 
 
+def after_two_steps(x):
+    """A model after two steps, its compiled call, and its optimizer."""
+    model = FFN()
+    step, optimizer = compiled(model), adamw(model)
+    train(step, optimizer, x)
+    return model, step, optimizer
+
+
 # Precision.
 
 
@@ -248,10 +256,7 @@ def test_blocks_that_share_a_graph_train_as_one_model(x):
 
 @pytest.mark.parametrize("how", ["data", "copy_", "load_state_dict", "assign"])
 def test_averages_are_swapped_in_for_evaluation_and_out(x, how):
-    model = FFN()
-    step = compiled(model)
-    optimizer = adamw(model)
-    train(step, optimizer, x)
+    model, step, _optimizer = after_two_steps(x)
     with torch.no_grad():
         trained = step(x)
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -285,10 +290,7 @@ def test_averages_are_swapped_in_for_evaluation_and_out(x, how):
 
 
 def test_evaluation_between_forward_and_backward_disturbs_nothing(x):
-    model = FFN()
-    step = compiled(model)
-    optimizer = adamw(model)
-    train(step, optimizer, x)
+    model, step, _optimizer = after_two_steps(x)
     results = []
     for evaluate in (False, True):
         model.zero_grad()
@@ -406,10 +408,7 @@ def test_nothing_outlives_a_model(x, what):
 
 
 def test_a_replaced_parameter(x):
-    model = FFN()
-    step = compiled(model)
-    optimizer = adamw(model)
-    train(step, optimizer, x)
+    model, step, optimizer = after_two_steps(x)
     old = weakref.ref(model.up.weight)
     model.up.weight = nn.Parameter(torch.randn(64, 64) / 8)
     step(x).square().mean().backward()
@@ -422,10 +421,7 @@ def test_a_replaced_parameter(x):
 
 
 def test_a_model_cast_after_compilation(x):
-    model = FFN()
-    step = compiled(model)
-    optimizer = adamw(model)
-    train(step, optimizer, x)
+    model, step, _optimizer = after_two_steps(x)
     betas = sparse_compile.beta(model)
     model.to(torch.bfloat16)
     y = step(x.bfloat16())
@@ -438,10 +434,7 @@ def test_a_model_cast_after_compilation(x):
 
 def test_a_frozen_weight_goes_on_as_it_was_trained(x):
     """Progressive freezing must not change what a linear computes."""
-    model = FFN()
-    step = compiled(model)
-    optimizer = adamw(model)
-    train(step, optimizer, x)
+    model, step, optimizer = after_two_steps(x)
     torch.manual_seed(1)
     before = step(x)
     before.square().mean().backward()
@@ -485,10 +478,7 @@ def test_a_compiled_model_called_with_other_weights(x, inside):
 
 
 def test_a_model_called_from_several_threads(x):
-    model = FFN()
-    step = compiled(model)
-    optimizer = adamw(model)
-    train(step, optimizer, x)
+    model, step, _optimizer = after_two_steps(x)
     model.up.weight.data.mul_(0.5)
     results, start = {}, threading.Barrier(4)
 
