@@ -573,7 +573,8 @@ def test_cuda_graphs_see_every_update(how, monkeypatch):
             kept.append(addresses(model))
         assert all(later == kept[0] for later in kept), "a graph would be recorded anew"
         curves.append(curve)
-    assert all(abs(a - b) <= 2e-3 * abs(a) for a, b in zip(*curves, strict=True)), curves
+    # Losses a step apart differ by a fifth; the two modes, whose fused kernels round differently, by far less.
+    assert all(abs(a - b) <= 1e-2 * abs(a) for a, b in zip(*curves, strict=True)), curves
     assert curves[0][-1] < 0.9 * curves[0][0]
     assert {graph.execution for graph in sparse_compile.report().graphs} == {"kernels"}
 
