@@ -5,11 +5,14 @@ A piece is one product or op.  Each is timed on its own, on random operands, the
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, metadata_shape, padded, values_shape
 from sparse_compile.kernels.measured import keep, kept, median_microseconds, path_of, round_up
 from sparse_compile.kernels.selfcheck import undisturbed
+from sparse_compile.progress import tracked
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +31,8 @@ _TARGET_MICROSECONDS = 3000.0  # of a graph: its launch is nothing against that
 _MAX_LAUNCHES = 50
 # Long enough that the median is at the clock that the power limit allows, as in a step, and not at the highest one.
 _ROUNDS = 20
+# Kernels that compile side by side; their operands lie in memory for so long.
+_MAX_WORKERS = 8
 # Of a 2:4 operand: eight legal pairs of positions.
 _METADATA_WORD = 0x4C9E8D44
 
@@ -54,35 +60,92 @@ class LinearShape:
         return text.replace("torch.", "")
 
 
-def piece_times(shape: LinearShape, device: torch.device, pieces: Iterable[str]) -> dict[str, float]:
-    """Microseconds of each piece, measured where that was not done before.
+# A shape and the GPU that it runs on, which has kernels.
+Question = tuple[LinearShape, torch.device]
+
+
+def piece_times(questions: Mapping[Question, Iterable[str]]) -> dict[Question, dict[str, float]]:
+    """Microseconds of each piece of each linear, measured where that was not done before.
 
     Args:
-        device: a GPU with kernels.
-        pieces: names among ``PIECES``.
+        questions: names among ``PIECES``, for each shape.
 
     Raises:
         ValueError: what is kept on disk is something else.
         OSError: what was measured can't be kept.
         RuntimeError: a CUDA graph is being captured.
     """
-    measured_shape = replace(shape, tokens=min(round_up(shape.tokens), _MAX_TOKENS))
-    path = path_of("linear", measured_shape, device)
-    times = _read(kept(path), path)
-    missing = [piece for piece in dict.fromkeys(pieces) if piece not in times]
-    if missing:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"a linear {shape} is compiled while a CUDA graph is captured, and its products must be timed before "
-                'that: run one step with the same shapes before the capture, or compile with "sste.when": "always"'
-            )
-        start = perf_counter()
-        with undisturbed(device), torch.cuda.device(device):
-            times |= {piece: _measure(PIECES[piece](measured_shape, _Operands(device))) for piece in missing}
-        logger.info("measured %s of a linear %s in %.1f s", missing, measured_shape, perf_counter() - start)
-        keep(path, times)
-    growth = shape.tokens / measured_shape.tokens
-    return {piece: times[piece] * (1.0 if piece in _OF_THE_WEIGHT else growth) for piece in pieces}
+    measured = {question: _measured(*question) for question in questions}
+    paths = {question: path_of("linear", *measured[question]) for question in questions}
+    times = {path: _read(kept(path), path) for path in paths.values()}
+    missing: dict[Path, list[_Piece]] = {}
+    for question, pieces in questions.items():
+        path = paths[question]
+        asked = missing.setdefault(path, [])
+        asked += [
+            piece
+            for name in dict.fromkeys(pieces)
+            if name not in times[path] and (piece := _Piece(name, *measured[question])) not in asked
+        ]
+    _measure_all(missing, times)
+    return {
+        question: {
+            name: times[paths[question]][name] * _growth(name, question[0], measured[question][0]) for name in pieces
+        }
+        for question, pieces in questions.items()
+    }
+
+
+def _measured(shape: LinearShape, device: torch.device) -> Question:
+    """What is measured in place of a shape."""
+    return replace(shape, tokens=min(round_up(shape.tokens), _MAX_TOKENS)), device
+
+
+def _growth(name: str, shape: LinearShape, measured: LinearShape) -> float:
+    return 1.0 if name in _OF_THE_WEIGHT else shape.tokens / measured.tokens
+
+
+class _Piece(NamedTuple):
+    name: str
+    shape: LinearShape
+    device: torch.device
+
+    def call(self) -> Callable[[], Any]:
+        return PIECES[self.name](self.shape, _Operands(self.device))
+
+    def compile(self) -> None:
+        with undisturbed(self.device), torch.cuda.device(self.device):
+            self.call()()
+
+    def measure(self) -> float:
+        with undisturbed(self.device), torch.cuda.device(self.device):
+            return _measure(self.call())
+
+
+def _measure_all(missing: Mapping[Path, Sequence[_Piece]], times: Mapping[Path, dict[str, float]]) -> None:
+    """Add the times of the missing pieces, one by one, to what each file holds; their kernels compile side by side."""
+    pieces = [piece for asked in missing.values() for piece in asked]
+    if not pieces:
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"a linear {pieces[0].shape} is compiled while a CUDA graph is captured, and its products must be timed "
+            'before that: run one step with the same shapes before the capture, or compile with "sste.when": "always"'
+        )
+    start = perf_counter()
+    ours = [piece for piece in pieces if piece.name in _KERNELS]
+    with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as pool:
+        for compilation in tracked([pool.submit(piece.compile) for piece in ours], "compiling kernels"):
+            compilation.result()
+    compiled = perf_counter()
+    progress = iter(tracked(pieces, "measuring linears"))
+    for path, asked in missing.items():
+        times[path].update({piece.name: next(progress).measure() for piece in asked})
+        keep(path, times[path])
+    logger.info(
+        "compiled %d kernels in %.1f s, measured %d pieces of %d linears in %.1f s",
+        len(ours), compiled - start, len(pieces), len(missing), perf_counter() - compiled,
+    )  # fmt: skip
 
 
 def _read(text: bytes | None, path: object) -> dict[str, float]:
@@ -96,7 +159,7 @@ def _read(text: bytes | None, path: object) -> dict[str, float]:
 
 def _measure(call: Callable[[], object]) -> float:
     """Median microseconds of a call, on the current device."""
-    call()  # compiles
+    call()  # loads what a library needs
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -218,13 +281,16 @@ def _copy(s: LinearShape, make: _Operands) -> Callable[[], object]:
     return partial(torch.empty_like(source).copy_, source)
 
 
-PIECES: dict[str, Callable[[LinearShape, _Operands], Callable[[], Any]]] = {
+_LIBRARY: dict[str, Callable[[LinearShape, _Operands], Callable[[], Any]]] = {
     "hp fprop": _hp_fprop,
     "hp dgrad": _hp_dgrad,
     "hp wgrad": _hp_wgrad,
     "fp8 fprop": _fp8_fprop,
     "fp8 dgrad": _fp8_dgrad,
     "fp8 wgrad": _fp8_wgrad,
+    "copy": _copy,  # of grad_output: reads it and writes as much
+}
+_KERNELS: dict[str, Callable[[LinearShape, _Operands], Callable[[], Any]]] = {
     "2:4 fp8 fprop": _sparse_fprop,
     "2:4 fp8 wgrad": _sparse_wgrad,
     "transpose_tokens": _transpose_tokens,
@@ -233,6 +299,6 @@ PIECES: dict[str, Callable[[LinearShape, _Operands], Callable[[], Any]]] = {
     "cast_mvue, approximate mvue": partial(_cast_mvue, approximate=True),
     "prune_weight_": _prune,
     "cast_weight_": _cast_weight,
-    "copy": _copy,  # of grad_output: reads it and writes as much
 }
+PIECES = _LIBRARY | _KERNELS
 _OF_THE_WEIGHT = ("prune_weight_", "cast_weight_")

@@ -4,6 +4,7 @@ It multiplies small integers, with scales of few bits: no product and no sum nee
 of FP8 tensor cores.  So the result must be right to the last bit, and one wrong row, column, scale or stage shows.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,7 +31,7 @@ ELEMENTS = 2**19 - 1
 _WORDS = 2**17 - 1
 
 _checked: set[tuple[Config, Problem, torch.device]] = set()
-_lock = Lock()
+_locks: defaultdict[object, Lock] = defaultdict(Lock)
 
 
 def check_variant(config: Config, problem: Problem, device: torch.device) -> None:
@@ -45,7 +46,7 @@ def check_variant(config: Config, problem: Problem, device: torch.device) -> Non
     most = max(config.stages, CARRY_STAGES if problem.accurate else 0)
     examples = [_example(config, problem, num_k, device) for num_k in (most + 1, most + 2)]
     variant = (config, examples[0], device)
-    with _lock:
+    with _locks[variant]:  # variants that threads compile side by side do not wait for each other
         if variant in _checked:
             return
         if torch.cuda.is_current_stream_capturing():

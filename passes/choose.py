@@ -5,23 +5,19 @@ how much of it remains cannot be measured on its own.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from math import prod
 
-import torch
-
 from sparse_compile.kernels import ops
-from sparse_compile.kernels.costs import LinearShape, piece_times
+from sparse_compile.kernels.costs import LinearShape, Question, piece_times
 from sparse_compile.passes.decide import Plan, Price
 from sparse_compile.passes.find import LinearSite, Reason, Rejection
-from sparse_compile.progress import tracked
 from sparse_compile.recipe import Gemm, Projection, Recipe
 from sparse_compile.torch_internals import example_value, hint
 
-# Times of pieces by name, for one shape on one device.
-Clock = Callable[[LinearShape, torch.device, Sequence[str]], dict[str, float]]
+# Microseconds of pieces by name, for each linear that it is asked about.
+Clock = Callable[[Mapping[Question, Collection[str]]], Mapping[Question, Mapping[str, float]]]
 
 _DENSE_PIECES = ("hp fprop", "hp dgrad", "hp wgrad")
 # Ops whose times count once, whatever linears share.
@@ -43,21 +39,28 @@ def choose(plans: Sequence[Plan], clock: Clock = piece_times) -> tuple[list[Plan
     data.  A linear that the user named is priced, and rewritten whatever it costs.
     """
     inputs = Counter(plan.site.input for plan in plans)
-    # Layers are alike, and each question to the clock may read a file.
-    timed = cache(lambda *question: clock(*question))
+    asked = [_question(plan.site) for plan in plans]
+    pieces: dict[Question, dict[str, None]] = {}  # a set that keeps its order
+    for plan, question in zip(plans, asked, strict=True):
+        if question is not None:
+            wanted = pieces.setdefault(question, {})
+            wanted.update(dict.fromkeys(_DENSE_PIECES))
+            for recipe in plan.recipe.variants():
+                wanted.update(dict.fromkeys(_pieces(recipe)))
+    answers = clock(pieces) if pieces else {}
+
     chosen: list[Plan] = []
     rejections: list[Rejection] = []
-    for plan in tracked(plans, "measuring linears"):
-        site, device = plan.site, example_value(plan.site.weight).device
-        shape = _shape(site)
-        if shape is None or ops.emulation_reason(device) is not None:
+    for plan, question in zip(plans, asked, strict=True):
+        if question is None:
             chosen.append(plan)
             continue
-        dense = _dense_microseconds(site, timed(shape, device, _DENSE_PIECES))
+        site, (shape, _), times = plan.site, question, answers[question]
+        dense = _dense_microseconds(site, times)
         prices = {}
         for recipe in plan.recipe.variants():
-            times = timed(shape, device, tuple(_pieces(recipe)))
-            prices[recipe] = _microseconds(site, shape, recipe, times, inputs[site.input])
+            needed = {piece: times[piece] for piece in _pieces(recipe)}
+            prices[recipe] = _microseconds(site, shape, recipe, needed, inputs[site.input])
         fastest = min(prices, key=prices.__getitem__)
         if plan.named or prices[fastest] <= dense * (1 - _MARGIN):
             price = Price(dense=dense, rewritten=prices[fastest])
@@ -69,12 +72,12 @@ def choose(plans: Sequence[Plan], clock: Clock = piece_times) -> tuple[list[Plan
     return chosen, rejections
 
 
-def _shape(site: LinearSite) -> LinearShape | None:
-    """None without tokens, or if their number depends on data."""
-    tokens = hint(prod(example_value(site.input).shape[:-1]))
-    if not tokens:
+def _question(site: LinearSite) -> Question | None:
+    """None where nothing can be measured."""
+    tokens, device = hint(prod(example_value(site.input).shape[:-1])), example_value(site.weight).device
+    if not tokens or ops.emulation_reason(device) is not None:
         return None
-    return LinearShape(
+    shape = LinearShape(
         tokens=tokens,
         in_features=site.in_features,
         out_features=site.out_features,
@@ -82,6 +85,7 @@ def _shape(site: LinearSite) -> LinearShape | None:
         weight_dtype=example_value(site.weight).dtype,
         transposed=site.transposed,
     )
+    return shape, device
 
 
 def _pieces(recipe: Recipe) -> list[str]:
@@ -97,7 +101,7 @@ def _pieces(recipe: Recipe) -> list[str]:
     return pieces
 
 
-def _dense_microseconds(site: LinearSite, times: dict[str, float]) -> float:
+def _dense_microseconds(site: LinearSite, times: Mapping[str, float]) -> float:
     return times["hp fprop"] * site.forwards + times["hp dgrad"] * _needs_dgrad(site) + times["hp wgrad"]
 
 

@@ -1,15 +1,17 @@
 """What a linear costs: each piece is the op that runs, on operands of the linear's sizes, and is kept on disk."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
 import torch
 
+from sparse_compile.errors import SparseCompileError
 from sparse_compile.kernels import costs, measured, ops
 from sparse_compile.kernels.costs import PIECES, LinearShape, piece_times
 from sparse_compile.kernels.formats import padded
@@ -37,17 +39,23 @@ def timed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
     """Names of the pieces that were timed; each takes as many microseconds as its name has letters."""
     names: list[str] = []
 
-    def fake(name: str) -> Callable[..., str]:
-        return lambda shape, make: f"{name} {shape.tokens}"
+    def fake(name: str) -> Callable[..., Callable[[], str]]:
+        return lambda shape, make: lambda: f"{name} {shape.tokens}"
 
-    def measure(call: str) -> float:
-        names.append(call)
-        return float(len(call.rsplit(" ", 1)[0]))
+    def measure(call: Callable[[], str]) -> float:
+        names.append(call())
+        return float(len(names[-1].rsplit(" ", 1)[0]))
 
     monkeypatch.setattr(costs, "_Operands", lambda device: None)
     monkeypatch.setattr(costs, "PIECES", {name: fake(name) for name in PIECES})
     monkeypatch.setattr(costs, "_measure", measure)
     return names
+
+
+def times_of(shape: LinearShape, device: torch.device, pieces: Iterable[str]) -> dict[str, float]:
+    """Of one linear."""
+    (times,) = piece_times({(shape, device): pieces}).values()
+    return times
 
 
 class TestPieces:
@@ -92,21 +100,21 @@ class TestPieces:
 
 class TestDisk:
     def test_each_piece_is_measured_once(self, timed: list[str]) -> None:
-        assert piece_times(SHAPE, DEVICE, ["hp fprop", "copy"]) == {
+        assert times_of(SHAPE, DEVICE, ["hp fprop", "copy"]) == {
             "hp fprop": pytest.approx(8 * 100 / 104), "copy": pytest.approx(4 * 100 / 104)
         }  # fmt: skip
-        piece_times(SHAPE, DEVICE, ["copy", "fp8 dgrad", "copy"])
+        times_of(SHAPE, DEVICE, ["copy", "fp8 dgrad", "copy"])
         assert timed == ["hp fprop 104", "copy 104", "fp8 dgrad 104"]
 
     def test_tokens_of_a_bucket_share_a_measurement(self, timed: list[str]) -> None:
-        first = piece_times(SHAPE, DEVICE, ["copy", "prune_weight_"])
-        second = piece_times(replace(SHAPE, tokens=104), DEVICE, ["copy", "prune_weight_"])
+        first = times_of(SHAPE, DEVICE, ["copy", "prune_weight_"])
+        second = times_of(replace(SHAPE, tokens=104), DEVICE, ["copy", "prune_weight_"])
         assert len(timed) == 2
         assert second["copy"] == pytest.approx(first["copy"] * 1.04)
         assert second["prune_weight_"] == first["prune_weight_"], "it does not depend on tokens"
 
     def test_many_tokens_cost_in_proportion(self, timed: list[str]) -> None:
-        assert piece_times(replace(SHAPE, tokens=2**20), DEVICE, ["copy"]) == {"copy": 4 * 64.0}
+        assert times_of(replace(SHAPE, tokens=2**20), DEVICE, ["copy"]) == {"copy": 4 * 64.0}
         assert timed == [f"copy {2**14}"]
 
     @pytest.mark.parametrize(
@@ -118,26 +126,66 @@ class TestDisk:
         ids=str,
     )  # fmt: skip
     def test_other_linears_are_measured_anew(self, timed: list[str], change: dict[str, Any]) -> None:
-        piece_times(SHAPE, DEVICE, ["copy"])
-        piece_times(replace(SHAPE, **change), DEVICE, ["copy"])
+        times_of(SHAPE, DEVICE, ["copy"])
+        times_of(replace(SHAPE, **change), DEVICE, ["copy"])
         assert len(timed) == 2
 
     def test_nothing_is_measured_under_capture(self, timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        piece_times(SHAPE, DEVICE, ["copy"])
+        times_of(SHAPE, DEVICE, ["copy"])
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        piece_times(SHAPE, DEVICE, ["copy"])
+        times_of(SHAPE, DEVICE, ["copy"])
         with pytest.raises(RuntimeError, match="run one step with the same shapes before the capture"):
-            piece_times(SHAPE, DEVICE, ["copy", "fp8 dgrad"])
+            times_of(SHAPE, DEVICE, ["copy", "fp8 dgrad"])
         assert timed == ["copy 104"]
+
+    def test_linears_of_one_bucket_are_measured_once(self, timed: list[str]) -> None:
+        larger = replace(SHAPE, tokens=104)
+        times = piece_times({(SHAPE, DEVICE): ["copy"], (larger, DEVICE): ["copy", "fp8 dgrad"]})
+        assert timed == ["copy 104", "fp8 dgrad 104"]
+        assert times[larger, DEVICE] == {"copy": 4.0, "fp8 dgrad": 9.0}
+        assert times[SHAPE, DEVICE] == {"copy": pytest.approx(4.0 * 100 / 104)}
+
+    def test_kernels_compile_side_by_side_before_anything_is_measured(
+        self, timed: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        together = Barrier(2, timeout=60)  # which one thread alone would not pass
+        compiled: list[str] = []
+
+        def kernel(name: str) -> Callable[..., Callable[[], str]]:
+            def call() -> str:
+                if name not in compiled:
+                    assert not timed
+                    together.wait()
+                    compiled.append(name)
+                return name + " 104"
+
+            return lambda shape, make: call
+
+        monkeypatch.setattr(costs.os, "cpu_count", lambda: 2)
+        monkeypatch.setattr(costs, "PIECES", costs.PIECES | {name: kernel(name) for name in costs._KERNELS})
+        times_of(SHAPE, DEVICE, ["copy", "cast_transpose", "prune_weight_"])
+        assert sorted(compiled) == ["cast_transpose", "prune_weight_"]
+        assert [name.split()[0] for name in timed] == ["copy", "cast_transpose", "prune_weight_"]
+
+    def test_what_does_not_compile_is_raised_and_nothing_is_kept(
+        self, timed: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(shape: LinearShape, make: object) -> Callable[[], str]:
+            raise SparseCompileError("the check of the sparse GEMM", "this variant", "a wrong product")
+
+        monkeypatch.setattr(costs, "PIECES", costs.PIECES | {"2:4 fp8 fprop": broken})
+        with pytest.raises(SparseCompileError, match="a wrong product"):
+            times_of(SHAPE, DEVICE, ["copy", "2:4 fp8 fprop"])
+        assert list(folder.glob("*/linear/*")) == []
 
     @pytest.mark.parametrize("text", ["", "[]", '{"copy": "fast"}', "{"])
     def test_a_corrupt_file_is_named(self, timed: list[str], folder: Path, text: str) -> None:
-        piece_times(SHAPE, DEVICE, ["copy"])
+        times_of(SHAPE, DEVICE, ["copy"])
         (file,) = folder.glob("*/linear/*")
         assert json.loads(file.read_text()) == {"copy": 4.0}
         file.write_text(text)
         with pytest.raises(ValueError, match=r"holds no times of a linear .*; remove it"):
-            piece_times(SHAPE, DEVICE, ["copy"])
+            times_of(SHAPE, DEVICE, ["copy"])
 
 
 @pytest.mark.gpu
@@ -148,11 +196,11 @@ def test_times_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     shape = replace(SHAPE, tokens=4096, in_features=1024, out_features=2048, weight_dtype=torch.bfloat16)
     device = torch.device("cuda", torch.cuda.current_device())
     assert ops.emulation_reason(device) is None
-    times = piece_times(shape, device, PIECES)
+    times = times_of(shape, device, PIECES)
     assert times.keys() == PIECES.keys()
     for piece, time in times.items():
         assert 1.0 < time < 1000.0, (piece, time)
     assert times["fp8 fprop"] < times["hp fprop"]
     assert times["2:4 fp8 fprop"] < times["hp fprop"]
-    assert times == piece_times(shape, device, PIECES), "read from disk"
+    assert times == times_of(shape, device, PIECES), "read from disk"
     measured.folder.cache_clear()
