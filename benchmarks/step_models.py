@@ -12,12 +12,14 @@ import sparse_compile  # noqa: F401 - registers the backend where it is not inst
 # How a step is compiled, besides "torchao <recipe>".
 BF16 = "bf16"
 BF16_TUNED = "bf16 max-autotune"
+BF16_GRAPHS = "bf16 reduce-overhead"
 SSTE = "sste"
 SSTE_HEAD = "sste, head in fp8"
 SSTE_SMALL = "sste, small memory"
 SSTE_GRAPHS = "sste reduce-overhead"
 _COMPILE: Mapping[str, dict[str, Any]] = {
     BF16_TUNED: {"mode": "max-autotune-no-cudagraphs"},
+    BF16_GRAPHS: {"mode": "reduce-overhead"},
     SSTE: {"backend": "sste"},
     SSTE_HEAD: {"backend": "sste", "options": {"sste.head": "fp8"}},
     SSTE_SMALL: {"backend": "sste", "options": {"sste.memory": "small"}},

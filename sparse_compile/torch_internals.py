@@ -302,7 +302,8 @@ def sharded_parameter(weight: torch.Tensor) -> torch.Tensor | None:
     ``weight`` is not among what the known ones manage.
     """
     module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
-    if module is None:
+    # Libraries import FSDP without using it; its use makes a class for each class of modules.
+    if module is None or not torch.distributed.fsdp.FSDPModule.__subclasses__():
         return None
     sharded = _sharded_by(_sharders, weight)
     if sharded is None:
