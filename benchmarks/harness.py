@@ -161,7 +161,7 @@ def provenance() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         # A copy of the sources without their history is told its commit.
-        "commit": _printed_by("git", "describe", "--always", "--dirty") or os.environ.get("GIT_COMMIT", "unknown"),
+        "commit": os.environ.get("GIT_COMMIT") or _printed_by("git", "describe", "--always", "--dirty") or "unknown",
         "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
