@@ -1,12 +1,17 @@
-"""Losses of training runs of a GPT-2-small shape on the standard library's sources.
+"""Losses of training runs of a GPT-2-small shape on Python sources.
 
-python benchmarks/bench_quality.py loss     do the kernels train as their eager definitions do?  300 steps, byte by byte
-python benchmarks/bench_quality.py head     what does a vocabulary head in FP8 cost?  65,536 tokens, three seeds
+    python benchmarks/bench_quality.py loss       do the kernels train as their definitions do?  300 steps, byte by byte
+    python benchmarks/bench_quality.py head       what does a vocabulary head in FP8 cost?  65,536 tokens, three seeds
+    python benchmarks/bench_quality.py recipes    each recipe against dense training, by tokens of a byte-pair encoding
+
+``recipes`` trains what ``--arms``, ``--seeds`` and ``--tokens`` say, and adds it to the runs that the results hold.
 """
 
+import argparse
+import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,8 +26,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import recipe_runs
 import train_gpt
-from harness import Report, run_parts
+from harness import RESULTS, Report, keep_parts
 
 import sparse_compile
 from sparse_compile.kernels import ops
@@ -120,5 +126,32 @@ def _step(name: str, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     return torch.compile(model, backend="sste", options=options)
 
 
+def recipes_part(arms: Sequence[str], seeds: Sequence[int], at_least: int, folder: Path) -> Report:
+    """Runs of each arm and seed, beside those that the results hold already."""
+    path = folder / "bench_quality.json"
+    old = json.loads(path.read_text()).get("recipes", {}).get("runs", []) if path.exists() else []
+    runs = recipe_runs.merged(old, recipe_runs.train_arms(arms, seeds, at_least, DEVICE))
+    # NaN must fail, too.
+    failed = [
+        f"{run['arm']}, {run['seed']}" for run in runs if not run["validation_loss"] < math.log(run["vocabulary"])
+    ]
+    return {"runs": runs, "failed": failed}, recipe_runs.table(runs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=["loss", "head", "recipes"])
+    every = [recipe_runs.DENSE, recipe_runs.TORCHAO, *recipe_runs.ARMS]
+    parser.add_argument("--arms", nargs="+", choices=every, default=every)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tokens", type=int, default=50_000_000, help="that each run reads (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    args = parser.parse_args()
+    recipes = partial(recipes_part, args.arms, args.seeds, args.tokens, args.out)
+    keep_parts("bench_quality", {part: PARTS.get(part, recipes) for part in args.parts}, args.out)
+
+
+PARTS = {"loss": loss_part, "head": head_part}
+
 if __name__ == "__main__":
-    run_parts("bench_quality", __doc__, {"loss": loss_part, "head": head_part})
+    main()

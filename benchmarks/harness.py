@@ -198,16 +198,25 @@ def run_parts(name: str, description: str | None, parts: Mapping[str, Callable[[
     parser.add_argument("parts", nargs="+", choices=parts)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
+    keep_parts(name, {part: parts[part] for part in args.parts}, args.out)
+
+
+def keep_parts(name: str, parts: Mapping[str, Callable[[], Report]], folder: Path) -> None:
+    """Run the parts, and keep what each gave.
+
+    Raises:
+        SystemExit: something is in the ``failed`` of a part.
+    """
     print(", ".join(f"{key} {value}" for key, value in provenance().items()), flush=True)
     torch.set_float32_matmul_precision("highest")  # what is checked against is not in TF32
     torch.manual_seed(0)
     failed = []
     # The default stream cannot be captured.
     with torch.cuda.stream(torch.cuda.Stream()):
-        for part in args.parts:
-            results, table = parts[part]()
+        for part, run in parts.items():
+            results, table = run()
             print(table, flush=True)
-            write(name, part, results, table, args.out)
+            write(name, part, results, table, folder)
             failed += results["failed"]
     if failed:
         raise SystemExit("FAILED:\n" + "\n".join(failed))

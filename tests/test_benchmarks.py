@@ -19,6 +19,7 @@ import bench_kernels
 import bench_step
 import gemm_libraries
 import harness
+import recipe_runs
 
 from sparse_compile.kernels.formats import E4M3
 
@@ -326,3 +327,38 @@ class TestSteps:
             monkeypatch.setattr(torch.cuda, name, lambda: 0)
         with pytest.raises(SystemExit, match=r"FAILED: the first loss of gpt2-small is 10.0 in bf16, nan in sste"):
             bench_step.candidates("gpt2-small", ["bf16", "sste"])
+
+
+class TestRecipeRuns:
+    @staticmethod
+    def run(arm: str, losses: list[float], *, seed: int = 0, speed: float = 16384.0) -> dict[str, Any]:
+        training = {"batch": 16}
+        return {
+            "arm": arm, "seed": seed, "steps": len(losses), "losses": losses, "validation_loss": losses[-1],
+            "tokens_per_second": speed, "training": training,
+        }  # fmt: skip
+
+    def test_a_run_takes_the_place_of_an_older_one(self) -> None:
+        old = [self.run("s-ste", [3.0]), self.run("bf16", [2.0]), self.run("s-ste", [9.0, 9.0])]
+        runs = recipe_runs.merged(old, [self.run("s-ste", [4.0]), self.run("s-ste", [5.0], seed=1)])
+        assert [(run["arm"], run["seed"], run["validation_loss"]) for run in runs] == [
+            ("bf16", 0, 2.0), ("s-ste", 0, 4.0), ("s-ste", 1, 5.0), ("s-ste", 0, 9.0)
+        ]  # fmt: skip
+
+    def test_seconds_until_the_mean_loss_is_reached(self) -> None:
+        losses = [4.0] * 150 + [2.0] * 150
+        assert recipe_runs.seconds_to(self.run("bf16", losses), 3.0) == 200.0, "half of the last hundred"
+        assert recipe_runs.seconds_to(self.run("bf16", losses, speed=32768.0), 3.0) == 100.0
+        assert recipe_runs.seconds_to(self.run("bf16", losses), 1.9) is None
+
+    def test_the_gap_is_to_the_dense_run_of_the_same_seed(self) -> None:
+        runs = [
+            self.run("bf16", [2.0]),
+            self.run("bf16", [4.0], seed=1),
+            self.run("ste", [3.0]),
+            self.run("ste", [4.1], seed=1),
+        ]
+        text = recipe_runs.table(runs)
+        assert "+1.0000" in text
+        assert "+50.00" in text
+        assert "+0.1000" in text

@@ -1,0 +1,60 @@
+"""Source files that the Python installation holds, as tokens of a byte-pair encoding that is trained on them."""
+
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_HELD_OUT = 50  # one file of so many is held out
+_TRAINED_ON = 30_000_000  # characters, for the encoding
+_BATCH = 256  # files that are encoded together
+
+
+def tokens(vocabulary: int, at_least: int) -> tuple[Tensor, Tensor]:
+    """Training and held-out tokens, int32, of files in an order that is shuffled once and for all.
+
+    Files are taken until there are tokens enough.
+
+    Raises:
+        SystemExit: the installation holds less text.
+    """
+    from tokenizers import ByteLevelBPETokenizer
+
+    texts = _texts()
+    encoding = ByteLevelBPETokenizer()
+    encoding.train_from_iterator(_first(texts, _TRAINED_ON), vocab_size=vocabulary, show_progress=False)
+    parts: dict[bool, list[np.ndarray]] = {True: [], False: []}
+    count = 0
+    for start in range(0, len(texts), _BATCH):
+        for offset, encoded in enumerate(encoding.encode_batch(texts[start : start + _BATCH])):
+            held_out = (start + offset) % _HELD_OUT == 0
+            parts[held_out].append(np.array(encoded.ids, dtype=np.int32))
+            count += 0 if held_out else len(encoded.ids)
+        if count >= at_least:
+            train, validation = (torch.from_numpy(np.concatenate(parts[held_out])) for held_out in (False, True))
+            return train, validation
+    raise SystemExit(f"the Python sources installed here have {count:,} tokens; asked for were {at_least:,}")
+
+
+def _texts() -> list[str]:
+    """Files of the standard library and of the installed packages, without duplicates."""
+    names = sysconfig.get_paths()
+    files = sorted(
+        {path.resolve() for key in ("stdlib", "purelib", "platlib") for path in Path(names[key]).rglob("*.py")}
+    )
+    unique = dict.fromkeys(text for file in files if (text := file.read_text(errors="replace")).strip())
+    texts = list(unique)
+    order = np.random.default_rng(0).permutation(len(texts))
+    return [texts[index] for index in order]
+
+
+def _first(texts: list[str], characters: int) -> Iterator[str]:
+    """Whole files, up to so many characters."""
+    for text in texts:
+        if characters <= 0:
+            return
+        characters -= len(text)
+        yield text
