@@ -3,6 +3,7 @@
     python benchmarks/bench_quality.py loss       do the kernels train as their definitions do?  300 steps, byte by byte
     python benchmarks/bench_quality.py head       what does a vocabulary head in FP8 cost?  65,536 tokens, three seeds
     python benchmarks/bench_quality.py recipes    each recipe against dense training, by tokens of a byte-pair encoding
+    python benchmarks/bench_quality.py tasks      each recipe on handwritten digits, and on naming the package of source
 
 ``recipes`` trains what ``--arms``, ``--seeds`` and ``--tokens`` say, and adds it to the runs that the results hold.
 """
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import recipe_runs
+import task_runs
 import train_gpt
 from harness import RESULTS, Report, keep_parts
 
@@ -138,20 +140,31 @@ def recipes_part(arms: Sequence[str], seeds: Sequence[int], at_least: int, folde
     return {"runs": runs, "failed": failed}, recipe_runs.table(runs)
 
 
+def tasks_part(arms: Sequence[str], seeds: Sequence[int]) -> Report:
+    """Test losses and accuracies of small classifications."""
+    runs = task_runs.train_tasks([arm for arm in arms if arm != recipe_runs.TORCHAO], seeds, DEVICE)
+    # Who only guesses knows one of ten.
+    failed = [f"{run['task']}, {run['arm']}" for run in runs if not run["accuracy"] > 0.2]
+    return {"runs": runs, "failed": failed}, task_runs.table(runs)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["loss", "head", "recipes"])
+    parser.add_argument("parts", nargs="+", choices=["loss", "head", "recipes", "tasks"])
     every = [recipe_runs.DENSE, recipe_runs.TORCHAO, *recipe_runs.ARMS]
     parser.add_argument("--arms", nargs="+", choices=every, default=every)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=50_000_000, help="that each run reads (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
-    recipes = partial(recipes_part, args.arms, args.seeds, args.tokens, args.out)
-    keep_parts("bench_quality", {part: PARTS.get(part, recipes) for part in args.parts}, args.out)
+    parts = {
+        "loss": loss_part,
+        "head": head_part,
+        "recipes": partial(recipes_part, args.arms, args.seeds, args.tokens, args.out),
+        "tasks": partial(tasks_part, args.arms, args.seeds),
+    }
+    keep_parts("bench_quality", {part: parts[part] for part in args.parts}, args.out)
 
-
-PARTS = {"loss": loss_part, "head": head_part}
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,7 @@
 """Source files that the Python installation holds, as tokens of a byte-pair encoding that is trained on them."""
 
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +17,19 @@ _BATCH = 256  # files that are encoded together
 def tokens(vocabulary: int, at_least: int) -> tuple[Tensor, Tensor]:
     """Training and held-out tokens, int32, of files in an order that is shuffled once and for all.
 
-    Files are taken until there are tokens enough.
+    Files are taken until there are tokens enough.  The tokens are kept in the folder of temporary files.
 
     Raises:
         SystemExit: the installation holds less text.
     """
+    kept = Path(tempfile.gettempdir()) / f"python-source-{vocabulary}-{at_least}.pt"
+    if not kept.exists():
+        torch.save(_encoded(vocabulary, at_least), kept)
+    train, validation = torch.load(kept)
+    return train, validation
+
+
+def _encoded(vocabulary: int, at_least: int) -> tuple[Tensor, Tensor]:
     from tokenizers import ByteLevelBPETokenizer
 
     texts = _texts()
