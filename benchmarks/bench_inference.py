@@ -5,26 +5,26 @@
 Every product is ``out = x @ weight.T`` of x ``[tokens, K]`` and the weight ``[N, K]``, bf16 out, row-major: ours with a
 2:4 weight in fp8 and in bf16 (``ops.sparse_mm``), ``ops.scaled_mm`` with a dense weight in fp8, ``torch.mm`` with one
 in bf16.  Without the cast of x to fp8, which the compiler fuses into what makes x.  GPU time by CUDA graphs, no input
-in L2.  The crossover is where 2:4 begins, or ceases, to be the faster: the ranges of tokens, of those measured, in which
-its median is lower.
+in L2.  The crossover is where 2:4 becomes, or ceases to be, the faster: the ranges of measured tokens in which its
+median is lower.
 """
 
 import gc
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_gemm import compare, errors, failures
-from gemm_libraries import BF16, CUBLAS, OURS, Calls, Gemm, Inputs, fprop, ours
-from harness import Report, brief, run_parts
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dataclasses import replace
+from bench_gemm import compare, errors, failures
+from gemm_libraries import BF16, CUBLAS, Calls, Gemm, Inputs, fprop, ours
+from harness import Report, run_parts
 
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3
@@ -35,7 +35,7 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 
 
 def scaled_mm(sets: Sequence[Inputs], transpose: bool) -> Calls:
-    """The dense fp8 product of this package's linears, without its scale."""
+    """The dense fp8 product as linears of this package run it, with a scale of 1."""
     assert transpose
     one = ops.unit_scale(sets[0].b.device)
     return [partial(ops.scaled_mm, x.b, x.dense, one, BF16) for x in sets]
