@@ -36,11 +36,16 @@ _GRADIENT_BYTES = 1.0  # the maximum of each token is found on the way, or in an
 _PRODUCT_BYTES = 2.0  # the scale of each token is applied by the reader, or in another pass
 
 
-def choose(plans: Sequence[Plan], clock: Clock = piece_times) -> tuple[list[Plan], list[Rejection]]:
+def choose(
+    plans: Sequence[Plan], clock: Clock = piece_times, *, training: bool = True
+) -> tuple[list[Plan], list[Rejection]]:
     """The fastest variant of each plan, with its price; a rejection where dense products are faster.
 
     Plans stay as they are where nothing can be measured: without kernels, or where the number of tokens depends on
-    data.  A linear that the user named is priced, and rewritten whatever it costs.
+    data.  A linear that the user named, or whose weight was trained pruned, is priced, and rewritten whatever it costs.
+
+    Args:
+        training: price forward, backward and the casts of the weight; otherwise forward alone.
     """
     inputs = Counter(plan.site.input for plan in plans)
     # Layers are alike, and each question to the clock may read a file.
@@ -53,17 +58,24 @@ def choose(plans: Sequence[Plan], clock: Clock = piece_times) -> tuple[list[Plan
         if shape is None or ops.emulation_reason(device) is not None:
             chosen.append(plan)
             continue
-        dense = _dense_microseconds(site, timed(shape, device, _DENSE_PIECES))
-        prices = {}
-        for recipe in plan.recipe.variants():
-            times = timed(shape, device, tuple(_pieces(recipe)))
-            prices[recipe] = _microseconds(site, shape, recipe, times, inputs[site.input])
+        sharing = inputs[site.input]
+        if training:
+            dense = _dense_microseconds(site, timed(shape, device, _DENSE_PIECES))
+            prices = {}
+            for recipe in plan.recipe.variants():
+                times = timed(shape, device, tuple(_pieces(recipe)))
+                prices[recipe] = _microseconds(site, shape, recipe, times, sharing)
+        else:
+            # Variants differ in backward alone.
+            times = timed(shape, device, ("hp fprop", f"{plan.recipe.fprop.value} fprop", "copy"))
+            dense, prices = times["hp fprop"], {plan.recipe: _forward(shape, plan.recipe, times, sharing)}
         fastest = min(prices, key=prices.__getitem__)
-        if plan.named or prices[fastest] <= dense * (1 - _MARGIN):
+        if plan.named or plan.pruned or prices[fastest] <= dense * (1 - _MARGIN):
             price = Price(dense=dense, rewritten=prices[fastest])
             chosen.append(replace(plan, recipe=fastest, price=price))
         else:
-            detail = f"a step would take {prices[fastest]:.0f} us in {fastest.short_str()}, {dense:.0f} us dense"
+            call = "a step" if training else "a call"
+            detail = f"{call} would take {prices[fastest]:.0f} us in {fastest.short_str()}, {dense:.0f} us dense"
             advice = "more tokens in a call may change that; 'sste.when': 'always' rewrites it all the same"
             rejections.append(replace(site.reject(Reason.SLOWER, detail, advice), dense_us=dense))
     return chosen, rejections
@@ -108,11 +120,9 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
         sharing: linears that read the same input, whose cast they share.
     """
     inputs, outputs = shape.tokens * shape.in_features, shape.tokens * shape.out_features
-    byte = times["copy"] / (2 * outputs * shape.dtype.itemsize)
-    forward = times[f"{recipe.fprop.value} fprop"] + inputs * _INPUT_BYTES * byte / sharing
-    if recipe.fprop is Gemm.FP8:
-        forward += outputs * _PRODUCT_BYTES * byte
-    total = forward * site.forwards + sum(time for piece, time in times.items() if piece in _OPS)
+    byte = _byte(shape, times)
+    total = _forward(shape, recipe, times, sharing) * site.forwards
+    total += sum(time for piece, time in times.items() if piece in _OPS)
     total += times[f"{recipe.wgrad.value} wgrad"] + times.get("transpose_tokens", 0.0) / sharing
     if _needs_dgrad(site):
         total += times[f"{recipe.dgrad.value} dgrad"]
@@ -123,6 +133,19 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
     if recipe.dgrad is Gemm.FP8 and recipe.wgrad is Gemm.HP:
         total += outputs * _INPUT_BYTES * byte  # the cast, which is no op then
     return total
+
+
+def _forward(shape: LinearShape, recipe: Recipe, times: dict[str, float], sharing: int) -> float:
+    byte = _byte(shape, times)
+    time = times[f"{recipe.fprop.value} fprop"] + shape.tokens * shape.in_features * _INPUT_BYTES * byte / sharing
+    if recipe.fprop is Gemm.FP8:
+        time += shape.tokens * shape.out_features * _PRODUCT_BYTES * byte
+    return time
+
+
+def _byte(shape: LinearShape, times: dict[str, float]) -> float:
+    """Of memory traffic, by a copy of the output."""
+    return times["copy"] / (2 * shape.tokens * shape.out_features * shape.dtype.itemsize)
 
 
 def _needs_dgrad(site: LinearSite) -> bool:
