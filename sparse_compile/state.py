@@ -278,6 +278,12 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, beta: Beta, training
                 "torch.distributed.checkpoint loads beta if the model is called once before get_state_dict.",
                 stacklevel=2,
             )
+        if saved is not None and saved != 1.0 and computed == 1.0:
+            raise ValueError(
+                f"the weight of {slot.name!r} is 2:4 already, so its S-STE scale beta is 1, but its optimizer's "
+                f"state_dict holds {saved}: the weight was saved after finalize, the optimizer before. Load those that "
+                "were saved together, or begin with a new optimizer"
+            )
         value = computed if saved is None else saved
         if not math.isfinite(value):
             raise ValueError(

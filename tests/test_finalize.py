@@ -217,6 +217,24 @@ def test_a_copy_with_its_scales_and_a_model_with_its_optimizer(trained, small_gp
         assert torch.equal(average.module.get_parameter(name), weight)
 
 
+def test_an_optimizer_from_before_beside_weights_from_after_is_an_error(trained, small_gpt, batch) -> None:
+    model, _, optimizer = trained
+    before = copy.deepcopy(optimizer.state_dict())
+    sparse_compile.finalize(model)
+    for saved, fits in ((before, False), (optimizer.state_dict(), True)):
+        torch._dynamo.reset()
+        resumed = small_gpt(depth=1)
+        resumed.load_state_dict(model.state_dict())
+        again = optimizer_of(resumed)
+        again.load_state_dict(saved)
+        if fits:
+            compiled(resumed)(*batch)
+            assert sparse_compile.beta(resumed) == dict.fromkeys(PRUNED, 1.0)
+        else:
+            with pytest.raises(ValueError, match=r"'blocks.0.up' is 2:4 already, .* the weight was saved after finali"):
+                compiled(resumed)(*batch)
+
+
 def test_a_copy_whose_layout_nothing_tells(small_gpt, conv1d, batch) -> None:
     model = small_gpt(conv1d, depth=1)
     train(compiled(model), optimizer_of(model), batch, steps=1)
