@@ -18,8 +18,9 @@ from sparse_compile.kernels.reference import compress24, decompress24, saturatin
 
 BF16 = torch.bfloat16
 TOKENS = 16384
-# About what a graph computes, 3 ms at 1700 TFLOP/s: its launch is nothing against that.
+# About what a graph computes, 3 ms at 1700 TFLOP/s, or moves, 3 ms at 3.3 TB/s: its launch is nothing against that.
 _GRAPH_FLOP = 5e12
+_GRAPH_BYTES = 1e10
 # One call for each set of inputs.
 Calls = list[Callable[[], Tensor]]
 
@@ -38,14 +39,20 @@ class Problem:
         return 2 * self.rows * self.columns * self.contraction
 
     @property
+    def input_bytes(self) -> int:
+        """In fp8, A compressed, less its metadata."""
+        return (self.rows // 2 + self.columns) * self.contraction
+
+    @property
     def sets(self) -> int:
         """Sets of inputs that take turns."""
-        return set_count((self.rows // 2 + self.columns) * self.contraction)
+        return set_count(self.input_bytes)
 
     @property
     def calls(self) -> int:
         """Calls in a graph, as many of each set."""
-        return self.sets * max(1, round(_GRAPH_FLOP / self.flop / self.sets))
+        calls = min(_GRAPH_FLOP / self.flop, _GRAPH_BYTES / (self.input_bytes + 2 * self.rows * self.columns))
+        return self.sets * max(1, round(calls / self.sets))
 
 
 def fprop(n: int, k: int, tokens: int = TOKENS) -> Problem:

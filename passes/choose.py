@@ -32,21 +32,23 @@ _GRADIENT_BYTES = 1.0  # the maximum of each token is found on the way, or in an
 _PRODUCT_BYTES = 2.0  # the scale of each token is applied by the reader, or in another pass
 
 
-def choose(plans: Sequence[Plan], clock: Clock = piece_times) -> tuple[list[Plan], list[Rejection]]:
+def choose(
+    plans: Sequence[Plan], clock: Clock = piece_times, *, training: bool = True
+) -> tuple[list[Plan], list[Rejection]]:
     """The fastest variant of each plan, with its price; a rejection where dense products are faster.
 
     Plans stay as they are where nothing can be measured: without kernels, or where the number of tokens depends on
-    data.  A linear that the user named is priced, and rewritten whatever it costs.
+    data.  A linear that the user named, or whose weight was trained pruned, is priced, and rewritten whatever it costs.
+
+    Args:
+        training: price forward, backward and the casts of the weight; otherwise forward alone.
     """
     inputs = Counter(plan.site.input for plan in plans)
     asked = [_question(plan.site) for plan in plans]
     pieces: dict[Question, dict[str, None]] = {}  # a set that keeps its order
     for plan, question in zip(plans, asked, strict=True):
         if question is not None:
-            wanted = pieces.setdefault(question, {})
-            wanted.update(dict.fromkeys(_DENSE_PIECES))
-            for recipe in plan.recipe.variants():
-                wanted.update(dict.fromkeys(_pieces(recipe)))
+            pieces.setdefault(question, {}).update(dict.fromkeys(_needed(plan.recipe, training)))
     answers = clock(pieces) if pieces else {}
 
     chosen: list[Plan] = []
@@ -55,18 +57,23 @@ def choose(plans: Sequence[Plan], clock: Clock = piece_times) -> tuple[list[Plan
         if question is None:
             chosen.append(plan)
             continue
-        site, (shape, _), times = plan.site, question, answers[question]
-        dense = _dense_microseconds(site, times)
+        site, (shape, _), times, sharing = plan.site, question, answers[question], inputs[plan.site.input]
         prices = {}
-        for recipe in plan.recipe.variants():
-            needed = {piece: times[piece] for piece in _pieces(recipe)}
-            prices[recipe] = _microseconds(site, shape, recipe, needed, inputs[site.input])
+        if training:
+            dense = _dense_microseconds(site, times)
+            for recipe in plan.recipe.variants():
+                needed = {piece: times[piece] for piece in _pieces(recipe)}
+                prices[recipe] = _microseconds(site, shape, recipe, needed, sharing)
+        else:
+            # Variants differ in backward alone.
+            dense, prices[plan.recipe] = times["hp fprop"], _forward(shape, plan.recipe, times, sharing)
         fastest = min(prices, key=prices.__getitem__)
-        if plan.named or prices[fastest] <= dense * (1 - _MARGIN):
+        if plan.named or plan.pruned or prices[fastest] <= dense * (1 - _MARGIN):
             price = Price(dense=dense, rewritten=prices[fastest])
             chosen.append(replace(plan, recipe=fastest, price=price))
         else:
-            detail = f"a step would take {prices[fastest]:.0f} us in {fastest.short_str()}, {dense:.0f} us dense"
+            call = "a step" if training else "a call"
+            detail = f"{call} would take {prices[fastest]:.0f} us in {fastest.short_str()}, {dense:.0f} us dense"
             advice = "more tokens in a call may change that; 'sste.when': 'always' rewrites it all the same"
             rejections.append(replace(site.reject(Reason.SLOWER, detail, advice), dense_us=dense))
     return chosen, rejections
@@ -86,6 +93,13 @@ def _question(site: LinearSite) -> Question | None:
         transposed=site.transposed,
     )
     return shape, device
+
+
+def _needed(recipe: Recipe, training: bool) -> list[str]:
+    """The pieces that price a recipe's variants and dense products."""
+    if not training:
+        return ["hp fprop", f"{recipe.fprop.value} fprop", "copy"]
+    return [*_DENSE_PIECES, *(piece for variant in recipe.variants() for piece in _pieces(variant))]
 
 
 def _pieces(recipe: Recipe) -> list[str]:
@@ -112,11 +126,9 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
         sharing: linears that read the same input, whose cast they share.
     """
     inputs, outputs = shape.tokens * shape.in_features, shape.tokens * shape.out_features
-    byte = times["copy"] / (2 * outputs * shape.dtype.itemsize)
-    forward = times[f"{recipe.fprop.value} fprop"] + inputs * _INPUT_BYTES * byte / sharing
-    if recipe.fprop is Gemm.FP8:
-        forward += outputs * _PRODUCT_BYTES * byte
-    total = forward * site.forwards + sum(time for piece, time in times.items() if piece in _OPS)
+    byte = _byte(shape, times)
+    total = _forward(shape, recipe, times, sharing) * site.forwards
+    total += sum(time for piece, time in times.items() if piece in _OPS)
     total += times[f"{recipe.wgrad.value} wgrad"] + times.get("transpose_tokens", 0.0) / sharing
     if _needs_dgrad(site):
         total += times[f"{recipe.dgrad.value} dgrad"]
@@ -127,6 +139,19 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
     if recipe.dgrad is Gemm.FP8 and recipe.wgrad is Gemm.HP:
         total += outputs * _INPUT_BYTES * byte  # the cast, which is no op then
     return total
+
+
+def _forward(shape: LinearShape, recipe: Recipe, times: Mapping[str, float], sharing: int) -> float:
+    byte = _byte(shape, times)
+    time = times[f"{recipe.fprop.value} fprop"] + shape.tokens * shape.in_features * _INPUT_BYTES * byte / sharing
+    if recipe.fprop is Gemm.FP8:
+        time += shape.tokens * shape.out_features * _PRODUCT_BYTES * byte
+    return time
+
+
+def _byte(shape: LinearShape, times: Mapping[str, float]) -> float:
+    """Of memory traffic, by a copy of the output."""
+    return times["copy"] / (2 * shape.tokens * shape.out_features * shape.dtype.itemsize)
 
 
 def _needs_dgrad(site: LinearSite) -> bool:

@@ -32,11 +32,12 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A linear that will be rewritten, the arithmetic it gets, and whether the user named it."""
+    """A linear that will be rewritten, and the arithmetic it gets."""
 
     site: LinearSite
     recipe: Recipe
-    named: bool = False
+    named: bool = False  # by the user
+    pruned: bool = False  # whether its weight was trained pruned: dense products would compute another function
     price: Price | None = None  # where it was measured
     advice: str = ""  # how it could gain more
 
@@ -59,6 +60,7 @@ def decide(
     *,
     head: bool = False,
     is_pruned: Callable[[Parameter], bool] = lambda _: False,
+    is_24: Callable[[Parameter, int], bool] = lambda *_: False,
 ) -> tuple[list[Plan], list[Rejection]]:
     """A plan or a rejection for each site.
 
@@ -68,6 +70,8 @@ def decide(
         owners: what modules hold, to tell shared weights and the head.
         head: whether the vocabulary head gets dense FP8, too.
         is_pruned: whether a weight has been pruned in training: then it goes on, frozen or not.
+        is_24: whether a frozen weight that was not is 2:4 along a dimension, that of in_features: then pruning changes
+            nothing, and it is treated as if it were trained.
 
     Raises:
         ValueError: a linear that the glob names can't be rewritten.
@@ -76,14 +80,16 @@ def decide(
     rejections: list[Rejection] = []
     for site in sites:
         named = targets not in ("ffn", "all") and fnmatchcase(site.name, targets)
-        refusal = _cannot(site, owners, is_pruned) or (None if named else _should_not(site, owners, head))
+        pruned = (parameter := real_parameter(site.weight)) is not None and is_pruned(parameter)
+        refusal = _cannot(site, owners, pruned, is_24) or (None if named else _should_not(site, owners, head))
         if refusal is None:
             everywhere = targets == "all" and not _is_head(site, owners)
             targeted = named or everywhere or (targets == "ffn" and site.role is Role.FFN)
             chosen = recipe if targeted else FP8
             could_be_sparse = recipe.projection is not Projection.NONE and not targeted
             advice = f"dense FP8; for 2:4, which costs loss, {_names(targets)}" if could_be_sparse else ""
-            plans.append(Plan(site=site, recipe=chosen, named=named, advice=advice))
+            stays_pruned = pruned and chosen.projection is not Projection.NONE
+            plans.append(Plan(site=site, recipe=chosen, named=named, pruned=stays_pruned, advice=advice))
         elif named:
             raise ValueError(
                 f"options={{'sste.targets': {targets!r}}} names {site.name!r}, which can't be rewritten: "
@@ -99,7 +105,9 @@ def _names(targets: str) -> str:
     return "name it in 'sste.targets'" if targets == "all" else "say 'sste.targets': 'all', or name it there"
 
 
-def _cannot(site: LinearSite, owners: ParameterOwners, is_pruned: Callable[[Parameter], bool]) -> Rejection | None:
+def _cannot(
+    site: LinearSite, owners: ParameterOwners, pruned: bool, is_24: Callable[[Parameter, int], bool]
+) -> Rejection | None:
     """What rules a rewrite out, whoever asks for it."""
     weight, x = example_value(site.weight), example_value(site.input)
     for name, value in (("weight", weight), ("input", x)):
@@ -121,9 +129,11 @@ def _cannot(site: LinearSite, owners: ParameterOwners, is_pruned: Callable[[Para
         advice = "pad " + " and ".join(f"{name} to {size}" for name, size in padded.items())
         return site.reject(Reason.SHAPE, detail, advice)
     parameter = real_parameter(site.weight)
-    if not (weight.requires_grad or (parameter is not None and is_pruned(parameter))):
+    in_features_dim = 0 if site.transposed else 1
+    if not (weight.requires_grad or pruned or (parameter is not None and is_24(parameter, in_features_dim))):
         detail = "requires_grad is False, and it was never trained pruned"
-        return site.reject(Reason.FROZEN, detail, "set requires_grad if it shall be trained")
+        advice = "set requires_grad if it shall be trained; 'sste.frozen': 'sparse' if it was finalized"
+        return site.reject(Reason.FROZEN, detail, advice)
     untie = "give each use a parameter of its own, if the model allows"
     if site.weight_uses > 1:
         return site.reject(Reason.TIED, f"{site.weight_uses} operations of this graph read it", untie)

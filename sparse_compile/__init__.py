@@ -10,15 +10,28 @@ from typing import TYPE_CHECKING, Any
 from sparse_compile.report import Report, report
 
 if TYPE_CHECKING:
+    from sparse_compile.compress import to_sparse
+    from sparse_compile.finish import finalize
     from sparse_compile.weights import beta, health, invalidate, on_health, set_beta
 
-__all__ = ["Report", "beta", "health", "invalidate", "on_health", "report", "set_beta"]
+__all__ = ["Report", "beta", "finalize", "health", "invalidate", "on_health", "report", "set_beta", "to_sparse"]
+
+_WEIGHTS = "sparse_compile.weights"
+_MODULES = {
+    "beta": _WEIGHTS,
+    "finalize": "sparse_compile.finish",
+    "health": _WEIGHTS,
+    "invalidate": _WEIGHTS,
+    "on_health": _WEIGHTS,
+    "set_beta": _WEIGHTS,
+    "to_sparse": "sparse_compile.compress",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import at first use: PyTorch loads ``sparse_compile.autoload`` while it is being imported itself."""
-    if name in ("beta", "health", "invalidate", "on_health", "set_beta"):
-        return getattr(import_module("sparse_compile.weights"), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""``python -m sparse_compile train.py ...``: see ``launch``; ``python -m sparse_compile report FILE``: see ``view``."""
+"""``python -m sparse_compile``: ``train.py ...`` (``launch``), ``report FILE`` (``view``) and ``check PATH``."""
 
 import argparse
 import os
@@ -16,6 +16,10 @@ _DESCRIPTION = 'Run a script whose torch.compile calls, where they name no backe
 def main() -> None:
     if sys.argv[1:2] == ["report"]:
         return view(sys.argv[2:])
+    if sys.argv[1:2] == ["check"]:
+        from sparse_compile.check import check
+
+        return check(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m sparse_compile", description=_DESCRIPTION)
     parser.add_argument("--auto", action="store_true", help="compile the models of a script that compiles none itself")
     parser.add_argument(

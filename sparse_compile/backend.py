@@ -23,6 +23,7 @@ from sparse_compile.passes.recompute import recompute
 from sparse_compile.passes.rewrite import rewrite
 from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
+from sparse_compile.pattern import is_24
 from sparse_compile.report import GraphReport, record, write_to
 from sparse_compile.runtime import Runtime
 from sparse_compile.state import beta_of
@@ -64,14 +65,20 @@ def sste(
     sites, near_misses = find(graph)
     owners = ParameterOwners()
     plans, rejections = decide(
-        sites, chosen.recipe, chosen.targets, owners, head=chosen.head, is_pruned=lambda w: beta_of(w) is not None
+        sites,
+        chosen.recipe,
+        chosen.targets,
+        owners,
+        head=chosen.head,
+        is_pruned=lambda weight: beta_of(weight) is not None,
+        is_24=lambda weight, dim: chosen.frozen and is_24(weight, dim) and bool(weight.any()),
     )
     if chosen.tune:
         tune(plans)
     if chosen.measure and several_processes():
         logger.info("several processes must choose the same, so nothing is measured and every linear gets its recipe")
     elif chosen.measure:
-        plans, slower = choose(plans)
+        plans, slower = choose(plans, training=torch.is_grad_enabled())
         rejections += slower
     recompute(plans)
     materialize(graph)

@@ -15,7 +15,7 @@ from sparse_compile.torch_internals import inductor_option_names, inductor_patch
 # A row of activations is cast in one reading where its registers allow it: Inductor tries, and takes the faster way.
 _INDUCTOR_DEFAULTS = {"triton.multi_kernel": 1}
 _NAMES = (
-    "sste.recipe", "sste.targets", "sste.head", "sste.when", "sste.memory", "sste.executor", "sste.tune",
+    "sste.recipe", "sste.targets", "sste.head", "sste.frozen", "sste.when", "sste.memory", "sste.executor", "sste.tune",
     "sste.report", "sste.report_measure", "sste.health",
 )  # fmt: skip
 
@@ -35,6 +35,7 @@ class Options:
         recipe: arithmetic of the targeted linears; the others get dense FP8.
         targets: ``"ffn"``, ``"all"``, or a glob of module names such as ``"*.mlp.*"``.
         head: whether the vocabulary head gets dense FP8.
+        frozen: whether frozen weights that are 2:4 are treated as if they were trained.
         measure: whether only what measured times predict to be faster is rewritten.
         recompute: whether backward makes FP8 copies of activations again, where forward could keep them.
         executor: what runs the rewritten graph.
@@ -48,6 +49,7 @@ class Options:
     recipe: Recipe
     targets: str
     head: bool
+    frozen: bool
     measure: bool
     recompute: bool
     executor: Executor
@@ -82,6 +84,7 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
         recipe=RECIPES[_choice(ours, "sste.recipe", SSTE.name, list(RECIPES))],
         targets=targets,
         head=_choice(ours, "sste.head", "dense", ["dense", "fp8"]) == "fp8",
+        frozen=_choice(ours, "sste.frozen", "dense", ["dense", "sparse"]) == "sparse",
         measure=_choice(ours, "sste.when", "faster", ["faster", "always"]) == "faster",
         recompute=_choice(ours, "sste.memory", "fast", ["fast", "small"]) == "small",
         executor=Executor(_choice(ours, "sste.executor", "inductor", [executor.value for executor in Executor])),

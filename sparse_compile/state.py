@@ -9,8 +9,9 @@ looked for in samples (``edits``).
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from threading import RLock
 from weakref import WeakSet
 
@@ -22,6 +23,7 @@ from sparse_compile.betas import SavedBetas, keep_with
 from sparse_compile.edits import find_edited, take_samples
 from sparse_compile.kernels import ops, reference
 from sparse_compile.passes.rewrite import WeightSlot
+from sparse_compile.pruning import Pruning
 from sparse_compile.recipe import Projection
 from sparse_compile.steps import OptimizerSteps
 from sparse_compile.torch_internals import WeakTensorKeyDictionary, is_held, sharded_parameter
@@ -56,7 +58,7 @@ class Beta:
 class WeightState:
     """The operands of one weight for one projection, orientation and device."""
 
-    __slots__ = ("__weakref__", "beta", "operands", "refreshes", "reuses", "sample", "stamp")
+    __slots__ = ("__weakref__", "beta", "operands", "refreshes", "reuses", "sample", "stamp", "trained")
 
     def __init__(self, beta: Beta) -> None:
         self.beta = beta
@@ -65,16 +67,18 @@ class WeightState:
         self.sample: Tensor | None = None  # of the weight that the operands were made from
         self.refreshes = 0  # how often the operands were made
         self.reuses = 0  # how often calls that record gradients used them again, since an edit or an evaluation
+        self.trained = 0  # when a call that records gradients made them last, by ``_clock``; 0 if none did
 
 
 class _Derived:
     """All that is derived from one weight, in shards and gathered."""
 
-    __slots__ = ("beta", "states")
+    __slots__ = ("beta", "finalized", "states")
 
     def __init__(self) -> None:
         self.beta = Beta()
         self.states: dict[tuple[Projection, bool, torch.device], WeightState] = {}
+        self.finalized: int | None = None  # when the weight was made its own projection, by ``_clock``
 
 
 def optimizer_steps() -> int:
@@ -94,6 +98,34 @@ def give_beta(weight: Tensor, value: float) -> None:
     if derived.beta.value != value:
         forget(weight)
     derived.beta.set(value, frozen=True)
+    derived.finalized = None
+
+
+def pruning_of(weight: Tensor, moment: Hashable) -> Pruning | None:
+    """How the weight is pruned, in training if it was trained; None if it never was.
+
+    Args:
+        moment: optimizers are searched for a saved beta once in each (``SavedBetas.find``).
+    """
+    derived: _Derived = _derived.get(weight) or _Derived()
+    pruned = {key: state for key, state in derived.states.items() if key[0] is not Projection.NONE}
+    beta = derived.beta.value
+    if beta is None:
+        beta, _ = _saved_betas.find(_owned(weight), moment)
+    if beta is None and not pruned:
+        return None
+    projection, transposed, _ = max(pruned, key=lambda key: pruned[key].trained, default=(Projection.SSTE, None, None))
+    trained = max((state.trained for state in pruned.values()), default=0)
+    finalized = derived.finalized is not None and trained <= derived.finalized
+    return Pruning(projection=projection, beta=beta, transposed=transposed, finalized=finalized)
+
+
+def mark_finalized(weight: Tensor, pruning: Pruning) -> None:
+    """The weight holds its own projection now: S(W) = W, so its scale is 1 from now on."""
+    if pruning.beta is not None:
+        give_beta(weight, 1.0)
+    forget(weight)
+    _derived_from(weight).finalized = next(_clock)
 
 
 def forget(weight: Tensor) -> None:
@@ -121,6 +153,7 @@ _watched: WeakSet[Optimizer] = WeakSet()
 _steps = OptimizerSteps(on_first=_watch)
 _saved_betas = SavedBetas(found=_watch)
 _derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_clock = count(1)
 
 
 def _derived_from(weight: Tensor) -> _Derived:
@@ -194,6 +227,8 @@ def _refresh(weight: Tensor, slot: WeightSlot, state: WeightState, stamp: _Stamp
         torch.autograd.graph.increment_version(state.operands)
     state.stamp = stamp
     state.refreshes += 1
+    if training:
+        state.trained = next(_clock)
 
 
 def fill_operands(weight: Tensor, slot: WeightSlot, operands: tuple[Tensor, ...]) -> None:
@@ -242,6 +277,12 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, beta: Beta, training
                 "with another scale; load the optimizer's state_dict of that run before the first step. "
                 "torch.distributed.checkpoint loads beta if the model is called once before get_state_dict.",
                 stacklevel=2,
+            )
+        if saved is not None and saved != 1.0 and computed == 1.0:
+            raise ValueError(
+                f"the weight of {slot.name!r} is 2:4 already, so its S-STE scale beta is 1, but its optimizer's "
+                f"state_dict holds {saved}: the weight was saved after finalize, the optimizer before. Load those that "
+                "were saved together, or begin with a new optimizer"
             )
         value = computed if saved is None else saved
         if not math.isfinite(value):

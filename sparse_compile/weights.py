@@ -19,7 +19,7 @@ def beta(model: Module) -> dict[str, float]:
     """
     from sparse_compile.state import beta_of
 
-    betas = {name: beta_of(parameter) for name, parameter in _original(model).named_parameters()}
+    betas = {name: beta_of(parameter) for name, parameter in original(model).named_parameters()}
     return {name: value for name, value in betas.items() if value is not None}
 
 
@@ -40,16 +40,16 @@ def set_beta(model: Module, betas: Mapping[str, float]) -> None:
     """
     from sparse_compile.state import give_beta
 
-    parameters = {_plain(name): parameter for name, parameter in _original(model).named_parameters()}
+    parameters = {plain_name(name): parameter for name, parameter in original(model).named_parameters()}
     for name, value in betas.items():
-        if _plain(name) not in parameters:
-            nearest = get_close_matches(_plain(name), parameters, n=1)
+        if plain_name(name) not in parameters:
+            nearest = get_close_matches(plain_name(name), parameters, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"no parameter of the model is named {name!r}{hint}")
         if not (isfinite(value) and value > 0):
             raise ValueError(f"the scale of {name!r} is {value}; it must be a positive, finite number")
     for name, value in betas.items():
-        give_beta(parameters[_plain(name)], float(value))
+        give_beta(parameters[plain_name(name)], float(value))
 
 
 def invalidate(model: Module) -> None:
@@ -61,7 +61,7 @@ def invalidate(model: Module) -> None:
     """
     from sparse_compile.state import forget
 
-    for parameter in _original(model).parameters():
+    for parameter in original(model).parameters():
         forget(parameter)
 
 
@@ -86,12 +86,12 @@ def on_health(listener: Callable[[str, float, int], object]) -> None:
     listen(listener)
 
 
-def _original(model: Module) -> Module:
+def original(model: Module) -> Module:
     """The module that torch.compile wrapped."""
     original = getattr(model, "_orig_mod", model)
     return original if isinstance(original, Module) else model
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A parameter's name without what wrappers (torch.compile, AveragedModel, DistributedDataParallel) add."""
     return name.replace("_orig_mod.", "").removeprefix("module.")

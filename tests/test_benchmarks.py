@@ -15,6 +15,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_gemm
+import bench_inference
 import bench_kernels
 import bench_step
 import gemm_libraries
@@ -212,6 +213,59 @@ def test_summary() -> None:
     assert (wgrad_fast["shapes"], wgrad_fast["minimum"]) == (1, 8.0)
     assert both["geometric_mean"] == pytest.approx(4.0 ** (1 / 3))
     assert both_fast["geometric_mean"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("tokens", bench_inference.TOKENS)
+@pytest.mark.parametrize(("n", "k"), bench_inference.SHAPES)
+def test_graphs_of_few_tokens_are_bounded_by_what_they_move(n: int, k: int, tokens: int) -> None:
+    problem = gemm_libraries.fprop(n, k, tokens=tokens)
+    assert problem.calls % problem.sets == 0
+    moved = problem.calls * (problem.input_bytes + 2 * n * tokens)
+    assert moved < 1.5e10
+    assert problem.calls * problem.flop < 8e12
+    assert moved > 0.5e10 or problem.calls * problem.flop > 2e12
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_inference_of_a_shape() -> None:
+    results, table = bench_inference.measure_shapes([(256, 96)], [1, 24], CPU)
+    assert results["failed"] == []
+    assert [row["errors"] for row in results["rows"]] == [[]] * 8
+    assert {row["layout"] for row in results["rows"]} == {"[D, R]"}
+    # Made-up times: dense bf16 1 ms, dense fp8 2 ms, 2:4 bf16 3 ms, 2:4 fp8 4 ms.
+    assert all(not pair["faster"] for pair in results["crossovers"])
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert ["256", "96", "1", "1000.0", "2000.0", "3000.0", "4000.0", "0.50", "0.33", "0.25"] in cells
+    assert ["256", "96", "24", "1000.0", "2000.0", "3000.0", "4000.0", "0.50", "0.33", "0.25"] in cells
+    assert [row[-1] for row in cells if row].count("none") == 3
+
+
+def test_crossover_of_made_up_times() -> None:
+    def rows(tokens: int, *milliseconds: float | None) -> list[dict[str, Any]]:
+        problem = {"name": "fprop", "rows": 8, "columns": tokens, "contraction": 4}
+        return [
+            {
+                "name": gemm.name, "problem": problem, "layout": "[D, R]", "errors": [] if time else ["[D, R] failed"],
+                "ms": {"[D, R]": {"median": time, "low": time, "high": time}} if time else {},
+            }
+            for gemm, time in zip(bench_inference.GEMMS, milliseconds, strict=True)
+        ]  # fmt: skip
+
+    # dense bf16, dense fp8, 2:4 bf16, 2:4 fp8
+    measured = [
+        *rows(1, 4.0, 2.0, 5.0, 1.0), *rows(16, 4.0, 2.0, 4.0, 1.9), *rows(64, 4.0, 2.0, 3.0, 2.1),
+        *rows(256, 4.0, 2.0, 3.0, 1.0), *rows(1024, 4.0, None, 3.0, 1.0),
+    ]  # fmt: skip
+    crossovers = bench_inference.crossover(measured)
+    assert [(pair["sparse"], pair["dense"], pair["faster"]) for pair in crossovers] == [
+        ("2:4 fp8", "dense fp8", [[1, 16], [256, 256]]),
+        ("2:4 bf16", "dense bf16", [[64, 1024]]),
+        ("2:4 fp8", "dense bf16", [[1, 1024]]),
+    ]
+    table = bench_inference.table(measured, crossovers)
+    ends = [line.split("|")[-2].strip() for line in table.splitlines() if "|" in line]
+    assert {"1 to 16, 256", "64 to 1024", "all, 1 to 1024"} <= set(ends)
+    assert "Did not run:\n\n- fprop 8 x 1024 x 4, dense fp8: [D, R] failed" in table
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.5])

@@ -1,5 +1,7 @@
 """CHOOSE: the fastest variant of each linear by the times of a made-up clock; dense where that is faster."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -116,6 +118,35 @@ def test_what_the_user_named_is_rewritten_whatever_it_costs(kernels, plans):
     kept, rejections = choose(plans("*up"), clock(hp_fprop=1.0, hp_dgrad=1.0, hp_wgrad=1.0))
     assert [plan.site.name for plan in kept] == ["blocks.0.up"]
     assert len(rejections) == 3
+
+
+def test_what_was_trained_pruned_is_rewritten_whatever_it_costs(kernels, plans):
+    """Dense products would compute another function: in an evaluation of a few tokens, say."""
+    planned = [dataclasses.replace(plan, pruned=plan.recipe is SSTE) for plan in plans()]
+    kept, rejections = choose(planned, clock(hp_fprop=1.0, hp_dgrad=1.0, hp_wgrad=1.0))
+    assert [plan.site.name for plan in kept] == ["blocks.0.up", "blocks.0.down"]
+    assert len(rejections) == 2
+
+
+def test_inference_is_forward_alone(kernels, plans):
+    """A linear whose backward and casts of the weight would be slow is as good as its forward."""
+    asked = set()
+
+    def read(questions):
+        asked.update(*questions.values())
+        return clock(prune_weight_=1000.0, copy=1.0)(questions)
+
+    planned = plans()
+    kept, _ = choose(planned, read, training=False)
+    assert [plan.recipe for plan in kept] == [plan.recipe for plan in planned] == [FP8, FP8, SSTE, SSTE]
+    assert asked == {"hp fprop", "fp8 fprop", "2:4 fp8 fprop", "copy"}
+    for plan in kept:
+        assert plan.price.dense == 100.0
+    up, byte = kept[2].site, 1.0 / (2 * 4 * 64 * 256)
+    assert kept[2].price.rewritten == pytest.approx(40.0 + 64 * up.in_features * byte)
+    kept, rejections = choose(planned, clock(hp_fprop=50.0), training=False)
+    assert [plan.recipe for plan in kept] == [SSTE, SSTE]
+    assert "a call would take 60 us in fp8 (fp8, fp8, fp8), 50 us dense" in rejections[0].detail
 
 
 def test_without_kernels_nothing_is_measured(plans):

@@ -51,6 +51,43 @@ def test_glob_names_the_targets_the_head_too(trace, small_gpt, batch):
     assert rejections == {}
 
 
+def decide_while_tracing(model, batch, recipe, **questions):
+    """Dynamo lets go of the real parameters when its backend returns."""
+    decided = []
+
+    def backend(graph, inputs):
+        decided.append(decide(find(graph)[0], recipe, "ffn", ParameterOwners(), **questions))
+        return graph.forward
+
+    torch.compile(model, backend=backend)(*batch)
+    return decided[0]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_frozen_weights_that_are_24(small_gpt, conv1d, batch, transposed):
+    """Along the dimension that is in_features."""
+    model = small_gpt(conv1d if transposed else torch.nn.Linear, depth=1).requires_grad_(False)
+    wanted = model.blocks[0].up.weight
+    asked = []
+
+    def is_24(weight, dim):
+        asked.append(dim)
+        return weight is wanted
+
+    plans, rejections = decide_while_tracing(model, batch, SSTE, is_24=is_24)
+    assert [(plan.site.name, plan.recipe, plan.pruned) for plan in plans] == [("blocks.0.up", SSTE, False)]
+    assert {rejection.reason for rejection in rejections} == {Reason.FROZEN}
+    assert asked == [0 if transposed else 1] * 4 + [1]
+
+
+@pytest.mark.parametrize(("recipe", "pruned"), [(SSTE, True), (FP8, False)])
+def test_plans_of_weights_that_were_trained_pruned(small_gpt, batch, recipe, pruned):
+    model = small_gpt(depth=1)
+    wanted = {model.blocks[0].up.weight}
+    plans, _ = decide_while_tracing(model, batch, recipe, is_pruned=lambda weight: weight in wanted)
+    assert {plan.site.name for plan in plans if plan.pruned} == ({"blocks.0.up"} if pruned else set())
+
+
 def test_named_linear_that_cannot_be_rewritten_is_an_error(trace, small_gpt, batch):
     model = small_gpt(depth=1)
     model.blocks[0].up.weight.requires_grad_(False)

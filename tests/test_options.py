@@ -41,6 +41,7 @@ def test_modes_are_inductors():
         ({"sste.targets": 3}, r"option 'sste.targets' is 3; allowed are 'ffn', 'all' or a glob"),
         ({"sste.targets": ""}, r"option 'sste.targets' is ''; allowed are"),
         ({"sste.tune": "yes"}, r"option 'sste.tune' is 'yes'; allowed are True and False"),
+        ({"sste.frozen": "2:4"}, r"option 'sste.frozen' is '2:4'; allowed are 'dense', 'sparse'"),
         ({"sste.tune": 1}, r"option 'sste.tune' is 1; allowed are True and False"),
         ({"epilog_fusion": True}, r"unknown option 'epilog_fusion': .*did you mean 'epilogue_fusion'\?"),
     ],

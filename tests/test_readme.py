@@ -1,4 +1,4 @@
-"""The snippets of README.md's ways in run as they stand there."""
+"""The snippets of README.md's ways in, and of its way out, run as they stand there."""
 
 import re
 import shlex
@@ -16,6 +16,7 @@ from sparse_compile import backend
 
 ROOT = Path(__file__).parents[1]
 WAYS = (ROOT / "README.md").read_text().partition("## Ways in")[2].partition("\n## ")[0]
+OUT = (ROOT / "README.md").read_text().partition("## The way out")[2].partition("\n## ")[0]
 SNIPPETS = {
     next(name for name in ("transformers", "accelerate", "lightning") if name in snippet): snippet
     for snippet in re.findall(r"```python\n(.*?)```", WAYS, re.DOTALL)
@@ -97,3 +98,43 @@ def test_snippets(small_gpt: type[nn.Module], tmp_path: Path, monkeypatch: pytes
         names["accelerator"].backward(names["model"](ids, ids))
     rewritten = {row.module for row in sparse_compile.report().rows if row.decision != "dense"}
     assert rewritten == {f"blocks.0.{name}" for name in ("qkv", "proj", "up", "down")}
+
+
+def test_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the part that needs a GPU: ``test_compress.py``."""
+    transformers = pytest.importorskip("transformers")
+    save, compress, infer = re.findall(r"```python\n(.*?)```", OUT, re.DOTALL)
+    assert "to_sparse" in compress
+    (command,) = re.findall(r"```sh\n(.*?)```", OUT, re.DOTALL)
+    compile_graph = backend.compile_graph
+    monkeypatch.setattr(
+        backend, "compile_graph", lambda *args, **named: compile_graph(*args, **{**named, "generate_code": False})
+    )
+    monkeypatch.chdir(tmp_path)
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    model.compile(backend="sste")
+    ids = torch.randint(0, 128, (4, 32))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    names: dict[str, Any] = {
+        "model": model, "ids": ids, "sparse_compile": sparse_compile, "transformers": transformers, "torch": torch
+    }  # fmt: skip
+    exec(save, names)
+    assert len(names["names"]) == 3
+    python, *arguments = shlex.split(command)
+    assert python == "python"
+    done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "of 3 weights: 3 2:4" in done.stdout
+    sparse_compile.report().graphs.clear()
+    exec(infer, names)
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert (names["logits"] - expected).norm() < 0.05 * expected.norm()
+    rewritten = {row.module for row in sparse_compile.report().graphs[0].rows if row.decision != "dense"}
+    assert {name.rpartition(".")[2] for name in rewritten} == {"gate_proj", "up_proj", "down_proj"}

@@ -1,0 +1,388 @@
+"""finalize: weights become their own projections; what holds exactly, what to rounding, and what is refused."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sparse_compile
+from sparse_compile import state
+from sparse_compile.kernels import reference
+from sparse_compile.kernels.formats import E4M3_MAX
+from sparse_compile.pattern import is_24, share_of_groups
+
+OPTIONS = {"sste.executor": "eager"}
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer, batch: Any, steps: int = 3) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss = model(*batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    return torch.compile(model, backend="sste", options=OPTIONS | options)
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture
+def trained(small_gpt, batch):
+    """A model, its compiled form and its optimizer after three steps."""
+    model = small_gpt(depth=1)
+    optimizer = optimizer_of(model)
+    call = compiled(model)
+    train(call, optimizer, batch)
+    return model, call, optimizer
+
+
+PRUNED = ["blocks.0.up.weight", "blocks.0.down.weight"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "tied"),
+    [(torch.float32, "linear", False), (torch.bfloat16, "linear", True), (torch.float32, "conv1d", True)],
+)
+def test_the_weights_are_those_that_training_used(small_gpt, conv1d, batch, dtype, stored, tied) -> None:
+    """To the bit: beta * S(W), in the weight's dtype.  To e4m3's rounding: what the GEMMs of training read."""
+    model = small_gpt(conv1d if stored == "conv1d" else nn.Linear, depth=1, tied=tied).to(dtype)
+    call = compiled(model)
+    train(call, optimizer_of(model), batch)
+    with torch.no_grad():
+        call(*batch)
+    before, betas = weights_of(model), sparse_compile.beta(model)
+    operands = {name: states(model.get_parameter(name)) for name in betas}
+    assert sparse_compile.finalize(call) == list(betas) == PRUNED
+    after = weights_of(model)
+    for name, weight in after.items():
+        if name not in betas:
+            assert torch.equal(weight, before[name]), name
+            continue
+        flip = (lambda w: w.t()) if stored == "conv1d" else (lambda w: w)
+        expected = reference.soft_threshold24(flip(before[name]).float()) * betas[name]
+        assert torch.equal(weight, flip(expected).to(dtype))
+        assert is_24(weight, 0 if stored == "conv1d" else 1)
+        assert share_of_groups(weight, 1 if stored == "conv1d" else 0) < 0.9, "not both ways by chance"
+        values, metadata, _, scale_inv = operands[name]
+        used = reference.decompress24(values, metadata)[:, : expected.shape[1]].float() * scale_inv
+        # Half a unit in the last place of e4m3: 2**-4 of the value, or 2**-10 below its normal range.
+        allowed = expected.abs() * 2**-4 + float(scale_inv) * 2**-10
+        assert bool(((used - expected).abs() <= allowed * (1 + 2**-20)).all())
+        assert not used[expected == 0].any()
+
+
+def states(weight: nn.Parameter) -> list[torch.Tensor]:
+    (only,) = state._derived[weight].states.values()
+    return [operand.clone() for operand in only.operands]
+
+
+def test_the_plain_model_computes_what_training_computed(trained, batch) -> None:
+    """To FP8's rounding of activations and weights, where the trained weights as they are would not."""
+    model, call, _ = trained
+    with torch.no_grad():
+        expected = call(batch[0])
+        dense = model(batch[0])
+        sparse_compile.finalize(model)
+        plain = model(batch[0])
+        again = call(batch[0])
+
+    def error(actual: torch.Tensor) -> float:
+        return float((actual - expected).norm() / expected.norm())
+
+    assert error(plain) < 0.03
+    assert error(dense) > 10 * error(plain)
+    assert error(again) < 0.03, "beta * S(W) is not what is computed with the backend now"
+
+
+def test_s_of_a_24_weight_is_the_weight_and_beta_is_one() -> None:
+    weight = reference.soft_threshold24(torch.randn(32, 64)) * 1.7
+    weight[:, 8:12] = torch.tensor([0.0, 0.0, -3.0, 0.0])
+    assert torch.equal(reference.soft_threshold24(weight), weight)
+    assert reference.sste_beta(weight) == 1.0
+
+
+def test_a_second_call_changes_nothing(trained, batch) -> None:
+    model, call, _ = trained
+    names = sparse_compile.finalize(model)
+    assert sparse_compile.beta(model) == dict.fromkeys(names, 1.0)
+    before = weights_of(model)
+    versions = [parameter._version for parameter in model.parameters()]
+    assert sparse_compile.finalize(model) == names
+    with torch.no_grad():
+        call(*batch)
+    call(*batch)  # which records gradients, but nothing steps
+    assert sparse_compile.finalize(model) == names
+    assert [parameter._version for parameter in model.parameters()] == versions
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+
+
+def test_weights_that_changed_without_the_backend_are_refused(trained, batch) -> None:
+    model, call, _ = trained
+    sparse_compile.finalize(model)
+    train(model, optimizer_of(model), batch, steps=1)  # dense
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=r"'blocks.0.up.weight' was finalized, then changed without the backend"):
+        sparse_compile.finalize(model)
+    with torch.no_grad():
+        call(*batch)
+    with pytest.raises(ValueError, match="changed without the backend"):
+        sparse_compile.finalize(model)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+    sparse_compile.set_beta(model, dict.fromkeys(PRUNED, 1.0))
+    assert sparse_compile.finalize(model) == PRUNED, "as the error says"
+
+
+def test_weights_that_changed_and_are_24_still_are_fine(trained) -> None:
+    model, _, _ = trained
+    sparse_compile.finalize(model)
+    with torch.no_grad():
+        model.blocks[0].up.weight.mul_(2.0)
+    before = model.blocks[0].up.weight.clone()
+    assert sparse_compile.finalize(model) == PRUNED
+    assert torch.equal(model.blocks[0].up.weight, before)
+
+
+def test_training_goes_on(trained, batch) -> None:
+    """With beta = 1 from the loss where it was; off the pattern in the weights, on it in what is multiplied."""
+    model, call, optimizer = trained
+    with torch.no_grad():
+        before = float(call(*batch))
+    sparse_compile.finalize(model)
+    losses = train(call, optimizer, batch, steps=8)
+    assert losses[0] == pytest.approx(before, rel=2e-3)
+    assert losses[-1] < losses[0]
+    assert sparse_compile.beta(model) == dict.fromkeys(PRUNED, 1.0), "frozen"
+    assert optimizer.state_dict()["state"][list(dict(model.named_parameters())).index(PRUNED[0])]["sste_beta"] == 1.0
+    weight = model.blocks[0].up.weight
+    assert share_of_groups(weight, 1) < 0.1, "gradients are straight through"
+    with torch.no_grad():
+        expected = call(batch[0])
+        assert sparse_compile.finalize(model) == PRUNED
+        assert (model(batch[0]) - expected).norm() < 0.03 * expected.norm()
+    assert is_24(weight, 1)
+
+
+@pytest.mark.parametrize("finalized", [True, False], ids=["finalized", "dense"])
+def test_training_from_a_checkpoint_computes_beta_anew(trained, batch, finalized: bool) -> None:
+    """Without an optimizer's state: of a finalized model beta is 1 and the loss goes on; of a dense one it is new."""
+    model, call, _ = trained
+    if finalized:
+        sparse_compile.finalize(model)
+    with torch.no_grad():
+        before = float(call(*batch))
+    loaded = copy.deepcopy(model)
+    expected = {name: reference.sste_beta(loaded.get_parameter(name)) for name in PRUNED}
+    first, *_, last = train(compiled(loaded), optimizer_of(loaded), batch)
+    assert sparse_compile.beta(loaded) == expected
+    assert last < first
+    if finalized:
+        assert set(expected.values()) == {1.0}
+        assert first == pytest.approx(before, rel=1e-6)
+    else:
+        assert min(expected.values()) > 1.2
+
+
+def test_a_copy_with_its_scales_and_a_model_with_its_optimizer(trained, small_gpt) -> None:
+    """What was never called in this process: averages, and checkpoints of a run."""
+    model, _, optimizer = trained
+    average = torch.optim.swa_utils.AveragedModel(model)
+    sparse_compile.set_beta(average, sparse_compile.beta(model))
+    resumed = small_gpt(depth=1)
+    resumed.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="no weight of this model was trained pruned"):
+        sparse_compile.finalize(resumed)
+    again = optimizer_of(resumed)
+    again.load_state_dict(optimizer.state_dict())
+    for copied in (average, resumed, model):
+        assert sparse_compile.finalize(copied) == PRUNED
+        assert sparse_compile.finalize(copied) == PRUNED
+    for name, weight in weights_of(model).items():
+        assert torch.equal(resumed.get_parameter(name), weight)
+        assert torch.equal(average.module.get_parameter(name), weight)
+
+
+def test_an_optimizer_from_before_beside_weights_from_after_is_an_error(trained, small_gpt, batch) -> None:
+    model, _, optimizer = trained
+    before = copy.deepcopy(optimizer.state_dict())
+    sparse_compile.finalize(model)
+    for saved, fits in ((before, False), (optimizer.state_dict(), True)):
+        torch._dynamo.reset()
+        resumed = small_gpt(depth=1)
+        resumed.load_state_dict(model.state_dict())
+        again = optimizer_of(resumed)
+        again.load_state_dict(saved)
+        if fits:
+            compiled(resumed)(*batch)
+            assert sparse_compile.beta(resumed) == dict.fromkeys(PRUNED, 1.0)
+        else:
+            with pytest.raises(ValueError, match=r"'blocks.0.up' is 2:4 already, .* the weight was saved after finali"):
+                compiled(resumed)(*batch)
+
+
+def test_a_copy_whose_layout_nothing_tells(small_gpt, conv1d, batch) -> None:
+    model = small_gpt(conv1d, depth=1)
+    train(compiled(model), optimizer_of(model), batch, steps=1)
+    average = copy.deepcopy(model)
+    sparse_compile.set_beta(average, sparse_compile.beta(model))
+    with pytest.raises(ValueError, match=r"which dimension 'blocks.0.up.weight' of a Conv1D is pruned; call the comp"):
+        sparse_compile.finalize(average)
+    with torch.no_grad():
+        compiled(average)(*batch)
+    sparse_compile.finalize(average)
+    sparse_compile.finalize(model)
+    assert torch.equal(average.blocks[0].up.weight, model.blocks[0].up.weight)
+
+
+def test_a_weight_that_is_projected_to_zero_becomes_zero(small_gpt, batch) -> None:
+    model = small_gpt(depth=1)
+    with torch.no_grad():
+        model.blocks[0].down.weight.fill_(0.01)
+    with torch.no_grad():
+        compiled(model)(*batch)
+    assert sparse_compile.finalize(model) == PRUNED
+    assert not model.blocks[0].down.weight.any()
+
+
+def test_models_of_the_dense_recipe_are_refused(small_gpt, batch) -> None:
+    model = small_gpt(depth=1)
+    train(compiled(model, **{"sste.recipe": "fp8"}), optimizer_of(model), batch, steps=1)
+    with pytest.raises(ValueError, match="no weight of this model was trained pruned"):
+        sparse_compile.finalize(model)
+
+
+def test_of_several_compilations_the_latest_training_counts(small_gpt, batch) -> None:
+    model = small_gpt(depth=1)
+    train(compiled(model), optimizer_of(model), batch)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled(model, **{"sste.recipe": "fp8"})(*batch)
+    assert sparse_compile.finalize(model) == PRUNED
+
+
+def test_an_error_leaves_all_weights_as_they_were(trained) -> None:
+    model, _, _ = trained
+    model.blocks[0].down.weight.data[3, 5] = float("nan")
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=r"'blocks.0.down.weight' to torch.float32 holds NaN or infinite"):
+        sparse_compile.finalize(model)
+    assert torch.equal(model.blocks[0].up.weight, before["blocks.0.up.weight"])
+
+
+def test_a_projection_beyond_fp16_is_refused(small_gpt, batch) -> None:
+    model = small_gpt(depth=1)
+    compiled(model)(*batch)
+    model.half()
+    sparse_compile.set_beta(model, {PRUNED[0]: E4M3_MAX * 2**20})
+    with pytest.raises(ValueError, match=r"'blocks.0.up.weight' to torch.float16 holds NaN or infinite"):
+        sparse_compile.finalize(model)
+
+
+def test_weights_that_are_shared_afterwards_are_refused(trained) -> None:
+    model, _, _ = trained
+    model.other = nn.Linear(64, 256)
+    model.other.weight = model.blocks[0].up.weight
+    with pytest.raises(ValueError, match=r"'blocks.0.up.weight' was trained pruned and is now shared with 'other.weig"):
+        sparse_compile.finalize(model)
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+import sparse_compile
+from conftest import SmallGPT
+
+dist.init_process_group("gloo")
+mesh = dist.init_device_mesh("cpu", (1,))
+model = SmallGPT(depth=1)
+model.blocks[0].compile(backend="sste", options={"sste.executor": "eager"})
+fully_shard(model.blocks[0], mesh=mesh)
+fully_shard(model, mesh=mesh)
+ids = torch.randint(0, 128, (2, 33))
+model(ids[:, :-1], ids[:, 1:]).backward()
+assert sparse_compile.beta(model)
+try:
+    sparse_compile.finalize(model)
+except ValueError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "sharded.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "'blocks.0.up.weight' is a DTensor; only a weight that is whole can be finalized" in done.stdout
+
+
+def tiny(architecture: str) -> Any:
+    transformers = pytest.importorskip("transformers")
+    if architecture == "llama":
+        config = transformers.LlamaConfig(
+            vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=64,
+        )  # fmt: skip
+        return transformers.LlamaForCausalLM(config)
+    config = transformers.GPT2Config(
+        vocab_size=128, n_embd=64, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_models_of_transformers_are_saved_and_loaded(tmp_path: Path, batch, architecture: str, dtype) -> None:
+    model = tiny(architecture).to(dtype)
+    model.compile(backend="sste", options=OPTIONS)
+    optimizer = optimizer_of(model)
+    ids = batch[0]
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    names = sparse_compile.finalize(model)
+    assert len(names) == (3 if architecture == "llama" else 2)
+    assert all("mlp" in name for name in names)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=dtype)
+    assert all(torch.equal(weight, loaded.get_parameter(name)) for name, weight in weights_of(model).items())
+    for name in names:
+        assert is_24(loaded.get_parameter(name), 0 if architecture == "gpt2" else 1)
+    with torch.no_grad():
+        plain, expected = loaded(input_ids=ids).logits, model(input_ids=ids).logits
+        assert (plain - expected).norm() < 0.03 * expected.norm()
+    globs = [f"--weights={name}" for name in names]
+    done = subprocess.run(
+        [sys.executable, "-m", "sparse_compile", "check", str(tmp_path), *globs], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_safetensors_files(tmp_path: Path, trained, small_gpt, batch) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    model, _, _ = trained
+    sparse_compile.finalize(model)
+    safetensors.save_model(model, str(tmp_path / "model.safetensors"))
+    loaded = small_gpt(depth=1)
+    safetensors.load_model(loaded, str(tmp_path / "model.safetensors"))
+    with torch.no_grad():
+        assert torch.equal(loaded(*batch), model(*batch))
