@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_compile.autoload import VARIABLE
-from sparse_compile.report import check_format
+from sparse_compile.report import check_file
 from sparse_compile.view import view
 
 _DESCRIPTION = 'Run a script whose torch.compile calls, where they name no backend or "inductor", use "sste".'
@@ -35,10 +35,8 @@ def main() -> None:
     if not args.module and not Path(args.script).is_file():
         parser.error(f"there is no file {args.script!r}; for a module, say -m {args.script}")
     if args.report is not None:
-        if not args.report.parent.is_dir():
-            parser.error(f"there is no folder {str(args.report.parent)!r} for the report")
         try:
-            check_format(args.report)
+            check_file(args.report)
         except ValueError as error:
             parser.error(str(error))
     if VARIABLE in os.environ:

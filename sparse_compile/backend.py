@@ -23,7 +23,8 @@ from sparse_compile.passes.recompute import recompute
 from sparse_compile.passes.rewrite import rewrite
 from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
-from sparse_compile.report import GraphReport, record, write_to
+from sparse_compile.record import record, write_to
+from sparse_compile.report import GraphReport
 from sparse_compile.runtime import Runtime
 from sparse_compile.state import beta_of
 from sparse_compile.torch_internals import (

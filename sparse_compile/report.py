@@ -1,13 +1,11 @@
-"""What was done to each linear of every compiled graph, what it gained, and what stands in the way of more."""
+"""What a report says: what was done to each linear of every graph, what it gained, what stands in the way of more."""
 
-import atexit
 import json
 import os
 import re
 import statistics
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from typing import Any
 VERSION = 1
 FORMATS = (".txt", ".json", ".html")
 DENSE = "dense"
-_MAX_SAMPLES = 512  # of a weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,7 +214,7 @@ class GraphReport:
 
 @dataclass(slots=True)
 class Report:
-    """All graphs compiled so far in this process, and the samples of its pruned weights' health, by their names."""
+    """All graphs that a process compiled so far, and the samples of its pruned weights' health, by their names."""
 
     graphs: list[GraphReport] = field(default_factory=list)
     health: dict[str, list[Health]] = field(default_factory=dict)
@@ -314,10 +311,10 @@ class Report:
         """Write the report in the format that the file's name ends in.
 
         Raises:
-            ValueError: it ends in no format.
+            ValueError: see ``check_file``.
         """
         path = Path(path)
-        check_format(path)
+        check_file(path)
         if path.suffix == ".html":
             self.to_html(path)
         else:
@@ -329,10 +326,16 @@ class Report:
         return as_text(self)
 
 
-def check_format(path: Path) -> None:
-    """Raise ValueError where the file's name ends in no format."""
-    if path.suffix not in FORMATS:
-        raise ValueError(f"the report's file {str(path)!r} must end in one of {', '.join(FORMATS)}")
+def check_file(path: Path, formats: Sequence[str] = FORMATS) -> None:
+    """What everyone asks who is given a file to write a report to, before there is a report.
+
+    Raises:
+        ValueError: its name ends in none of the formats, or its folder is not there.
+    """
+    if path.suffix not in formats:
+        raise ValueError(f"the report's file {str(path)!r} must end in {' or '.join(formats)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {str(path.parent)!r} for the report's file {str(path)!r}; make it first")
 
 
 def shares(flops: Counter[str]) -> dict[str, float]:
@@ -379,70 +382,6 @@ def _passes(read: dict[str, Any]) -> Passes:
         backward=Spread(**backward) if backward else None,
         peak_bytes=read["peak_bytes"],
     )
-
-
-_report = Report()
-_files: dict[Path, Callable[[], bool]] = {}  # and whether there is something to say
-_destined = False  # to a file, or to nowhere
-
-
-def report() -> Report:
-    """The report of this process.  A program that asks for it is not shown it again when it ends."""
-    atexit.unregister(_write_to_stderr)
-    return _report
-
-
-def record(graph: GraphReport) -> None:
-    """Add a graph; from the first one on, the report is written when the process ends, to stderr if not to a file."""
-    import torch  # here, because this module is imported with torch itself
-
-    if not (_report.graphs or _destined):
-        atexit.register(_write_to_stderr)
-    _report.torch = torch.__version__
-    if torch.cuda.is_initialized():
-        _report.device = torch.cuda.get_device_name()
-    _report.graphs.append(graph)
-
-
-def recorded() -> int:
-    """How many graphs were compiled so far."""
-    return len(_report.graphs)
-
-
-def record_health(name: str, sample: Health) -> None:
-    """Add a sample of a weight; of many, every other of the older ones is forgotten."""
-    samples = _report.health.setdefault(name, [])
-    samples.append(sample)
-    if len(samples) > _MAX_SAMPLES:
-        del samples[1:-1:2]
-
-
-def write_to(path: Path | None, when: Callable[[], bool] = lambda: True) -> None:
-    """Write the report to a file when the process ends, see ``Report.write``; instead of to stderr.
-
-    Of several processes that torchrun started, the first writes.
-
-    Args:
-        path: None to write it nowhere.
-        when: asked at the end whether there is something to say.
-    """
-    global _destined
-    _destined = True
-    atexit.unregister(_write_to_stderr)
-    if path is not None and os.environ.get("RANK", "0") == "0":
-        if not _files:
-            atexit.register(_write_to_files)
-        _files.setdefault(path.absolute(), when)  # the script may go to another folder
-
-
-def _write_to_files() -> None:
-    for path, when in _files.items():
-        if when():
-            _report.write(path)
-
-
-def _write_to_stderr() -> None:
-    sys.stderr.write(f"\n{_report}\n")
 
 
 def per_cent(share: float) -> str:

@@ -18,7 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sparse_compile.kernels.formats import padded
 from sparse_compile.measure import capturing
 from sparse_compile.passes.rewrite import WeightSlot
-from sparse_compile.report import Health, record_health
+from sparse_compile.record import record_health
+from sparse_compile.report import Health
 from sparse_compile.state import WeightState, optimizer_steps
 
 Listener = Callable[[str, float, int], object]

@@ -8,7 +8,8 @@ import sparse_compile
 from sparse_compile import weight_health as health
 from sparse_compile.kernels import ops, reference
 from sparse_compile.options import read_options
-from sparse_compile.report import Health, record_health
+from sparse_compile.record import record_health
+from sparse_compile.report import Health
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EAGER = {"sste.executor": "eager", "sste.when": "always"}

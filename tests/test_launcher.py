@@ -126,13 +126,13 @@ def test_of_several_processes_the_first_writes(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("nothing.py",), "there is no file 'nothing.py'; for a module, say -m nothing.py"),
-        (("--report", "no/folder/r.txt", "scripts/train.py"), "there is no folder 'no/folder' for the report"),
-        (("--report", "r.xml", "scripts/train.py"), "'r.xml' must end in one of .txt, .json, .html"),
+        (("--report", "no/folder/r.txt", "scripts/train.py"), "there is no folder 'no/folder' for the report's file"),
+        (("--report", "r.xml", "scripts/train.py"), "'r.xml' must end in .txt or .json or .html"),
         ((), "the following arguments are required: SCRIPT"),
         (("--option", "recipe=fp8", "scripts/train.py"), "'recipe=fp8' is not of the form sste.NAME=VALUE"),
         (("--option", "sste.recipe=fp9", "scripts/train.py"), "option 'sste.recipe' is 'fp9'; did you mean 'fp8'?"),
         (("--option", "sste.health=-1", "scripts/train.py"), "option 'sste.health' is '-1'; allowed is a number"),
-        (("--option", "sste.report=r.xml", "scripts/train.py"), "'r.xml' must end in one of .txt, .json, .html"),
+        (("--option", "sste.report=r.xml", "scripts/train.py"), "'r.xml' must end in .txt or .json or .html"),
     ],
     ids=["script", "folder", "format", "none", "form", "option", "number", "report option"],
 )

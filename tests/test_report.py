@@ -242,9 +242,10 @@ def test_view_explains_wrong_arguments(tmp_path, capsys):
             view([str(argument) for argument in arguments])
         assert message in capsys.readouterr().err
     wrong.write_text(Report().to_json())
-    with pytest.raises(SystemExit):
-        view([str(wrong), "--html", str(tmp_path / "no/report.html")])
-    assert "there is no folder" in capsys.readouterr().err
+    for name, message in (("no/report.html", "there is no folder"), ("report.txt", "must end in .html")):
+        with pytest.raises(SystemExit):
+            view([str(wrong), "--html", str(tmp_path / name)])
+        assert message in capsys.readouterr().err
 
 
 def test_near_misses_say_where(trace):

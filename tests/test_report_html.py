@@ -159,5 +159,5 @@ def test_empty_report(tmp_path):
 
 @pytest.mark.parametrize("name", ["report.pdf", "report"])
 def test_other_formats_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=r"must end in one of \.txt, \.json, \.html"):
+    with pytest.raises(ValueError, match=r"must end in \.txt or \.json or \.html"):
         Report().write(tmp_path / name)
