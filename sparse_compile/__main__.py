@@ -25,7 +25,7 @@ def main() -> None:
         type=_option,
         default=[],
         metavar="NAME=VALUE",
-        help="an option of the backend for every compilation, as sste.recipe=fp8; may be repeated",
+        help="an option of the backend for every compilation, as sste.report_measure=true; may be repeated",
     )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the report there: FILE.txt, .json or .html")
     parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is a module, as for python -m")
@@ -65,7 +65,7 @@ def _option(text: str) -> tuple[str, object]:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form sste.NAME=VALUE")
     if value.isdecimal():
         return name, int(value)
-    return name, {"True": True, "False": False}.get(value, value)
+    return name, {"true": True, "false": False}.get(value.lower(), value)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from sparse_compile.record import record, write_to
 from sparse_compile.report import GraphReport
 from sparse_compile.runtime import Runtime
 from sparse_compile.state import beta_of
+from sparse_compile.step_times import time_steps
 from sparse_compile.torch_internals import (
     backend_fake_mode,
     clone_graph_module,
@@ -101,6 +102,7 @@ def sste(
     description = origin(graph_module, [row.module for row in rows])
     graph_report = GraphReport(rows=rows, execution=_execution(devices), **description)
     record(graph_report)
+    time_steps()
     trace_artifact("sparse_compile_report", lambda: json.dumps(asdict(graph_report), indent=1))
     if chosen.report is not None:
         write_to(chosen.report)

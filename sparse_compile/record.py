@@ -11,7 +11,8 @@ from collections.abc import Callable
 from multiprocessing.util import Finalize
 from pathlib import Path
 
-from sparse_compile.report import GraphReport, Health, Report
+from sparse_compile.report import GraphReport, Report
+from sparse_compile.report_health import Health
 
 _MAX_SAMPLES = 512  # of a weight
 
@@ -25,6 +26,11 @@ def report() -> Report:
     """The report of this process.  A program that asks for it is not shown it again when it ends."""
     global _destined
     _destined = True
+    return _report
+
+
+def report_so_far() -> Report:
+    """The same, for those who add to it."""
     return _report
 
 

@@ -9,7 +9,7 @@ from sparse_compile import weight_health as health
 from sparse_compile.kernels import ops, reference
 from sparse_compile.options import read_options
 from sparse_compile.record import record_health
-from sparse_compile.report import Health
+from sparse_compile.report_health import Health
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EAGER = {"sste.executor": "eager", "sste.when": "always"}

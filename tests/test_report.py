@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparse_compile
-from sparse_compile.report import GraphReport, Health, Measurement, Passes, Report, Row, Spread
+from sparse_compile.report import GraphReport, Measurement, Passes, Report, Row, Spread
+from sparse_compile.report_health import Health
 from sparse_compile.view import view
 
 EAGER = {"sste.executor": "eager"}

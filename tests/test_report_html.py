@@ -5,7 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from sparse_compile.report import GraphReport, Health, Measurement, Passes, Report, Row, Spread
+from sparse_compile.report import GraphReport, Measurement, Passes, Report, Row, Spread
+from sparse_compile.report_health import Health
 
 HOSTILE = "<script>alert('1')</script> & \"quoted\" </style>"
 
