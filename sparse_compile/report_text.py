@@ -147,7 +147,7 @@ def _summary(report: Report) -> list[str]:
 
 def _health(report: Report) -> Iterable[str]:
     yield f"health of {len(report.health)} pruned weights at the last sample, median and largest:"
-    for quantity, (limit, _) in HEALTH_LIMITS.items():
+    for quantity, limit in {"zeros": 1.0, **{name: limit for name, (limit, _) in HEALTH_LIMITS.items()}}.items():
         if points := over_time(report.health, quantity):
             step, median, largest = points[-1]
             look = f", above {precise(limit)}: look at the HTML report" if largest > limit else ""

@@ -81,7 +81,7 @@ def test_a_module_and_a_report_as_a_table(tmp_path: Path) -> None:
 def test_auto_compiles_a_model_that_the_script_does_not(tmp_path: Path) -> None:
     """With the options of the command line; and the report finds its file though the script changes the folder."""
     options = ["--auto", "--option", "sste.executor=eager", "--option", "sste.recipe=fp8", "--report", "report.json"]
-    options += ["--option", "sste.health=1", "--option", "sste.report=report.html"]
+    options += ["--option", "sste.health=1", "--option", "sste.tune=false", "--option", "sste.report=report.html"]
     done = launch(tmp_path, "lambda model: (__import__('os').chdir('/'), model)[1]", *options, "scripts/train.py")
     assert done.returncode == 3, done.stderr
     assert done.stderr == "sparse_compile: compiles Net (33,088 parameters) with backend 'sste'\n"
