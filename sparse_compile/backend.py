@@ -23,6 +23,7 @@ from sparse_compile.passes.recompute import recompute
 from sparse_compile.passes.rewrite import rewrite
 from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
+from sparse_compile.progress import announced
 from sparse_compile.record import record, write_to
 from sparse_compile.report import GraphReport
 from sparse_compile.runtime import Runtime
@@ -37,7 +38,7 @@ from sparse_compile.torch_internals import (
     trace_artifact,
     uses_cuda_graphs,
 )
-from sparse_compile.weight_health import sample_every
+from sparse_compile.weight_health import leave_gradients, sample_every
 
 logger = logging.getLogger(__name__)
 
@@ -86,14 +87,15 @@ def sste(
         ops.prepare(device)
     with backend_fake_mode(example_inputs):
         fake_operands = [operand for slot in slots for operand in slot.new_operands()]
-    compiled = compile_graph(
-        graph,
-        [*example_inputs, *fake_operands],
-        chosen.inductor,
-        generate_code=chosen.executor is Executor.INDUCTOR,
-        recompute=chosen.recompute,
-        cacheable_function=f"{linear.__module__}.{linear.__name__}",
-    )
+    with announced(f"compiling a graph in which {len(plans)} linears are rewritten"):
+        compiled = compile_graph(
+            graph,
+            [*example_inputs, *fake_operands],
+            chosen.inductor,
+            generate_code=chosen.executor is Executor.INDUCTOR,
+            recompute=chosen.recompute,
+            cacheable_function=f"{linear.__module__}.{linear.__name__}",
+        )
 
     refused = [*rejections, *near_misses]
     for rejection in refused:
@@ -106,6 +108,8 @@ def sste(
     trace_artifact("sparse_compile_report", lambda: json.dumps(asdict(graph_report), indent=1))
     if chosen.report is not None:
         write_to(chosen.report)
+    if uses_cuda_graphs(chosen.inductor):
+        leave_gradients()
     if chosen.health:
         sample_every(chosen.health)
     logger.info("rewrote %d of %d linears", len(plans), len(rows))

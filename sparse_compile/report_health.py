@@ -16,8 +16,8 @@ class Health:
         saturated: share of the kept elements that have the largest magnitude of FP8.
         noise: error of the weight's gradient by MVUE and FP8, over the gradient without them; root mean squares.
         grad_underflow: share of the elements of its output's gradient that are zero in FP8, and were not before.
-            Both None where no gradient was seen: at the first sample, where CUDA graphs are replayed, and where dgrad
-            does not run in FP8, by which a gradient's weight is known.
+            Both None where no gradient was seen: none came since it was asked for, CUDA graphs run in the process, or
+            dgrad does not run in FP8, by which a gradient's weight is known.
     """
 
     step: int

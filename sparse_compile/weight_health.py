@@ -53,6 +53,7 @@ _watched: WeakKeyDictionary[WeightState, _Watched] = WeakKeyDictionary()
 _listeners: list[Listener] = []
 _every = 0  # optimizer steps
 _noise = GradNoise()
+_gradients_left = False
 _noise_until = 0  # the optimizer step up to which it was asked for
 
 
@@ -75,6 +76,13 @@ def sample_every(steps: int) -> None:
     """Take a sample each so many optimizer steps; of several graphs' wishes, the most frequent."""
     global _every
     _every = min(_every or steps, steps)
+    _watch_gradients()
+
+
+def leave_gradients() -> None:
+    """Watch none from now on: what CUDA graphs allocate in a backward is theirs, and nobody may keep it."""
+    global _gradients_left
+    _gradients_left = True
     _watch_gradients()
 
 
@@ -166,7 +174,7 @@ def _watch_gradients() -> None:
     """Whether a backward that now comes belongs to a sample: each optimizer steps once after it."""
     steps, optimizers = optimizer_steps(), max(1, optimizers_stepped())
     due = bool(_every) and _every - steps % _every <= optimizers
-    _noise.watch(due or steps < _noise_until)
+    _noise.watch((due or steps < _noise_until) and not _gradients_left)
 
 
 register_optimizer_step_post_hook(torch.compiler.disable(_after_step))

@@ -23,6 +23,7 @@ def nothing_watched(monkeypatch):
     monkeypatch.setattr(health, "_every", 0)
     monkeypatch.setattr(health, "_noise_until", 0)
     monkeypatch.setattr(health, "_noise", GradNoise())
+    monkeypatch.setattr(health, "_gradients_left", False)
     monkeypatch.setattr(ops, "_observer", None)
 
 
@@ -148,6 +149,32 @@ def test_noise_is_the_error_of_the_weights_gradient(device, transposed):
 )
 def test_nothing_to_compare_with(sums, expected):
     assert noise_and_underflow(sums) == expected
+
+
+def test_where_cuda_graphs_run_gradients_are_left_alone():
+    torch.compile(ffn(64).forward, backend="sste", options=EAGER | {"sste.health": 1})(torch.randn(8, 64))
+    assert ops._observer is not None
+    options = EAGER | {"triton.cudagraphs": True}
+    torch.compile(ffn(64).forward, backend="sste", options=options)(torch.randn(8, 64))
+    assert ops._observer is None
+    sparse_compile.health()
+    assert ops._observer is None
+
+
+@pytest.mark.gpu
+def test_health_of_a_model_in_cuda_graphs():
+    model = ffn(64).cuda()
+    options = {"sste.health": 1, "sste.when": "always", "triton.cudagraphs": True}
+    compiled = torch.compile(model.forward, backend="sste", options=options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        compiled(torch.randn(128, 64, device="cuda")).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (first, *_), _ = sparse_compile.report().health.values()
+    assert (first.noise, first.grad_underflow) == (None, None)
+    assert all(len(samples) == 5 for samples in sparse_compile.report().health.values())
 
 
 def noisy(samples):
