@@ -6,7 +6,7 @@ and not differentiable: ``linear.py`` composes them into differentiable linears.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from typing import Any, ParamSpec, TypeVar, cast
@@ -22,8 +22,9 @@ R = TypeVar("R")
 
 _LIBRARY = torch.library.Library("sparse_compile", "DEF")
 _reference_forced = False
-# What surrounds the call of each op, by its name, while someone observes.
-_around: Callable[[str], AbstractContextManager[None]] | None = None
+# Called in the place of each op, with its name, what it would have called, and the arguments: it returns the result.
+Observer = Callable[[str, Callable[..., Any], tuple[Any, ...]], Any]
+_observer: Observer | None = None
 
 
 def emulation_reason(device: torch.device) -> str | None:
@@ -58,15 +59,24 @@ def force_reference() -> Iterator[None]:
         _reference_forced = before
 
 
+def observe(observer: Observer | None) -> Observer | None:
+    """Let an observer, or none, call every op from now on; returns the one before.
+
+    Ops of a CUDA graph that is replayed are not seen.
+    """
+    global _observer
+    before, _observer = _observer, observer
+    return before
+
+
 @contextmanager
-def observed(around: Callable[[str], AbstractContextManager[None]]) -> Iterator[None]:
-    """Call every op inside of ``around(its name)``; ops of a CUDA graph that is replayed are not seen."""
-    global _around
-    before, _around = _around, around
+def observed(observer: Observer | None) -> Iterator[None]:
+    """Observe for a while."""
+    before = observe(observer)
     try:
         yield
     finally:
-        _around = before
+        observe(before)
 
 
 def _op(
@@ -96,13 +106,11 @@ def _op(
         return load()(*arguments)
 
     def observable(call: Callable[..., R]) -> Callable[..., R]:
-        def observe(*arguments: Any) -> R:
-            if _around is None:
-                return call(*arguments)
-            with _around(name):
-                return call(*arguments)
+        def seen(*arguments: Any) -> R:
+            observer = _observer  # another thread may change it
+            return call(*arguments) if observer is None else cast(R, observer(name, call, arguments))
 
-        return observe
+        return seen
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     _LIBRARY.impl(name, observable(emulate), "CompositeExplicitAutograd")

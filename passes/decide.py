@@ -163,7 +163,7 @@ def _should_not(site: LinearSite, owners: ParameterOwners, head: bool) -> Reject
         why = "its output goes to the loss"
         if site.role is Role.LAST:
             why = "its output leaves the graph and it has an embedding's shape"
-        return site.reject(Reason.HEAD, why, "say 'sste.head': 'fp8'; what that costs in loss was not measured")
+        return site.reject(Reason.HEAD, why, "say 'sste.head': 'fp8', and compare losses (README.md, Limits)")
     if min(site.in_features, site.out_features) < MIN_FEATURES:
         return site.reject(Reason.TOO_SMALL, f"fewer than {MIN_FEATURES} features", "name it in 'sste.targets'")
     return None

@@ -49,6 +49,7 @@ def rewrite(graph_module: GraphModule, plans: Sequence[Plan]) -> list[WeightSlot
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     slots = []
     seeds = _draw_seed(graph, plans)
+    replaced: dict[Node, Node] = {}
     for index, plan in enumerate(plans):
         site = plan.site
         slot = _slot(plan, placeholders.index(site.weight))
@@ -58,7 +59,7 @@ def rewrite(graph_module: GraphModule, plans: Sequence[Plan]) -> list[WeightSlot
         operands = [add_static_input(graph, f"sste_{index}_{i}", fake) for i, fake in enumerate(fakes)]
         handed_seeds = _hand_in(seeds, site.region) if plan.recipe.estimator is not None else [None]
         arguments = (
-            site.input,
+            replaced.get(site.input, site.input),  # one linear may read another
             _inside(site),
             site.bias,
             *handed_seeds,
@@ -68,7 +69,7 @@ def rewrite(graph_module: GraphModule, plans: Sequence[Plan]) -> list[WeightSlot
             example_value(site.node).dtype,
             *_hand_in(operands, site.region),
         )
-        _replace(site.node, arguments)
+        replaced[site.node] = _replace(site.node, arguments)
         logger.debug("rewrote %s to %s", site.name, plan.recipe.name)
     for edited in {graph_module, *(module for plan in plans for module in _modules(plan.site.region))}:
         edited.recompile()
@@ -129,10 +130,11 @@ def _inside(site: LinearSite) -> Node:
     return next(inner for inner, outer in site.region.sources.items() if outer is site.weight)
 
 
-def _replace(node: Node, arguments: tuple[object, ...]) -> None:
+def _replace(node: Node, arguments: tuple[object, ...]) -> Node:
     graph = node.graph
     with graph.inserting_before(node):
         new = graph.call_function(linear, arguments)  # type: ignore[arg-type]
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+    return new

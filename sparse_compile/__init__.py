@@ -7,7 +7,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import TYPE_CHECKING, Any
 
-from sparse_compile.report import Report, report
+from sparse_compile.record import report
+from sparse_compile.report import Report
 
 if TYPE_CHECKING:
     from sparse_compile.compress import to_sparse

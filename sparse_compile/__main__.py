@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_compile.autoload import VARIABLE
-from sparse_compile.report import check_format
+from sparse_compile.report import check_file
 from sparse_compile.view import view
 
 _DESCRIPTION = 'Run a script whose torch.compile calls, where they name no backend or "inductor", use "sste".'
@@ -29,7 +29,7 @@ def main() -> None:
         type=_option,
         default=[],
         metavar="NAME=VALUE",
-        help="an option of the backend for every compilation, as sste.recipe=fp8; may be repeated",
+        help="an option of the backend for every compilation, as sste.report_measure=true; may be repeated",
     )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the report there: FILE.txt, .json or .html")
     parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is a module, as for python -m")
@@ -39,10 +39,8 @@ def main() -> None:
     if not args.module and not Path(args.script).is_file():
         parser.error(f"there is no file {args.script!r}; for a module, say -m {args.script}")
     if args.report is not None:
-        if not args.report.parent.is_dir():
-            parser.error(f"there is no folder {str(args.report.parent)!r} for the report")
         try:
-            check_format(args.report)
+            check_file(args.report)
         except ValueError as error:
             parser.error(str(error))
     if VARIABLE in os.environ:
@@ -71,7 +69,7 @@ def _option(text: str) -> tuple[str, object]:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form sste.NAME=VALUE")
     if value.isdecimal():
         return name, int(value)
-    return name, {"True": True, "False": False}.get(value, value)
+    return name, {"true": True, "false": False}.get(value.lower(), value)
 
 
 if __name__ == "__main__":

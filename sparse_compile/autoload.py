@@ -7,7 +7,7 @@ PyTorch is not quite imported yet, so nothing here may import ``torch._dynamo``.
 import os
 from pathlib import Path
 
-from sparse_compile.report import check_format
+from sparse_compile.report import check_file
 
 VARIABLE = "SPARSE_COMPILE"
 REPORT_VARIABLE = "SPARSE_COMPILE_REPORT"
@@ -30,10 +30,8 @@ def autoload() -> None:
             "models that are not compiled are compiled as well; unset it to run without"
         )
     if report is not None:
-        if not Path(report).absolute().parent.is_dir():
-            raise ValueError(f"{REPORT_VARIABLE} is {report!r}, and there is no folder {str(Path(report).parent)!r}")
         try:
-            check_format(Path(report))
+            check_file(Path(report))
         except ValueError as error:
             raise ValueError(f"{REPORT_VARIABLE}: {error}") from error
 

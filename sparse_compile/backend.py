@@ -24,9 +24,12 @@ from sparse_compile.passes.rewrite import rewrite
 from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
 from sparse_compile.pattern import is_24
-from sparse_compile.report import GraphReport, record, write_to
+from sparse_compile.progress import announced
+from sparse_compile.record import record, write_to
+from sparse_compile.report import GraphReport
 from sparse_compile.runtime import Runtime
 from sparse_compile.state import beta_of
+from sparse_compile.step_times import time_steps
 from sparse_compile.torch_internals import (
     backend_fake_mode,
     clone_graph_module,
@@ -36,7 +39,7 @@ from sparse_compile.torch_internals import (
     trace_artifact,
     uses_cuda_graphs,
 )
-from sparse_compile.weight_health import sample_every
+from sparse_compile.weight_health import leave_gradients, sample_every
 
 logger = logging.getLogger(__name__)
 
@@ -91,14 +94,15 @@ def sste(
         ops.prepare(device)
     with backend_fake_mode(example_inputs):
         fake_operands = [operand for slot in slots for operand in slot.new_operands()]
-    compiled = compile_graph(
-        graph,
-        [*example_inputs, *fake_operands],
-        chosen.inductor,
-        generate_code=chosen.executor is Executor.INDUCTOR,
-        recompute=chosen.recompute,
-        cacheable_function=f"{linear.__module__}.{linear.__name__}",
-    )
+    with announced(f"compiling a graph in which {len(plans)} linears are rewritten"):
+        compiled = compile_graph(
+            graph,
+            [*example_inputs, *fake_operands],
+            chosen.inductor,
+            generate_code=chosen.executor is Executor.INDUCTOR,
+            recompute=chosen.recompute,
+            cacheable_function=f"{linear.__module__}.{linear.__name__}",
+        )
 
     refused = [*rejections, *near_misses]
     for rejection in refused:
@@ -107,9 +111,12 @@ def sste(
     description = origin(graph_module, [row.module for row in rows])
     graph_report = GraphReport(rows=rows, execution=_execution(devices), **description)
     record(graph_report)
+    time_steps()
     trace_artifact("sparse_compile_report", lambda: json.dumps(asdict(graph_report), indent=1))
     if chosen.report is not None:
         write_to(chosen.report)
+    if uses_cuda_graphs(chosen.inductor):
+        leave_gradients()
     if chosen.health:
         sample_every(chosen.health)
     logger.info("rewrote %d of %d linears", len(plans), len(rows))

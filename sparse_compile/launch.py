@@ -23,8 +23,7 @@ def run(
     Args:
         auto: whether models that the script does not compile are compiled as well.
         options: for every compilation; those that the script itself gives come first.
-        report_file: where the report is written when the process ends; of several processes that torchrun started, by
-            the first.
+        report_file: where the report is written when the process ends, see ``record.write_to``.
     """
     route(auto=auto, options=options, report_file=report_file, launched=True)
     sys.argv = [script, *arguments]

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import Parameter
 
+from sparse_compile.clock import Clock
 from sparse_compile.kernels import ops
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.progress import announced, tracked
@@ -60,11 +61,6 @@ class Twin:
         return cls(graph=graph, compile=compile, mutated=changed, cuda_graphs=cuda_graphs)
 
 
-def capturing() -> bool:
-    """Whether the user captures a CUDA graph, in which nothing may be measured."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
 def measure(
     twin: Twin,
     rewritten: Callable[..., Any],
@@ -81,11 +77,12 @@ def measure(
     if refusal is not None:
         return refusal
     device = slots[0].device
-    clock = _Clock(device)
+    clock = Clock(device)
     logger.info("measuring a graph and its dense twin")
     start = perf_counter()
     try:
-        with _generators_kept(arguments):
+        # Nobody shall take what is measured for training.
+        with _generators_kept(arguments), ops.observed(None):
             with announced("compiling the dense twin of a graph, to measure it"):
                 dense = twin.compile(twin.graph, arguments)
             runs = {
@@ -153,35 +150,10 @@ def _generators_kept(arguments: Sequence[Any]) -> Iterator[None]:
         random.setstate(python)
 
 
-class _Clock:
-    """Marks on the device's time line, and the milliseconds between them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.is_cuda = device.type == "cuda"
-
-    def mark(self) -> Any:
-        if not self.is_cuda:
-            return perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def between(self, start: Any, end: Any) -> float:
-        if not self.is_cuda:
-            return float(end - start) * 1e3
-        end.synchronize()
-        return float(start.elapsed_time(end))
-
-    def wait(self) -> None:
-        if self.is_cuda:
-            torch.cuda.synchronize(self.device)
-
-
 class _Run:
     """A compiled graph with inputs of its own."""
 
-    def __init__(self, call: Callable[..., Any], inputs: list[Any], clock: _Clock) -> None:
+    def __init__(self, call: Callable[..., Any], inputs: list[Any], clock: Clock) -> None:
         self._call, self._inputs, self._clock = call, inputs, clock
         self._leaves = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
 
@@ -212,9 +184,7 @@ class _Run:
         return torch.cuda.max_memory_allocated(self._clock.device) - before
 
 
-def _measure(
-    runs: dict[str, _Run], clock: _Clock, slots: Sequence[WeightSlot], arguments: Sequence[Any]
-) -> Measurement:
+def _measure(runs: dict[str, _Run], clock: Clock, slots: Sequence[WeightSlot], arguments: Sequence[Any]) -> Measurement:
     times: dict[str, list[tuple[float, float | None]]] = {name: [] for name in runs}
     for turn in tracked(range(-_WARM_UPS, _ROUNDS), "measuring a graph and its dense twin"):
         for name, run in runs.items():
@@ -242,17 +212,17 @@ def _spread(times: list[float]) -> Spread:
     return Spread(median=statistics.median(times), low=min(times), high=max(times))
 
 
-def _op_times(run: _Run, clock: _Clock) -> dict[str, float]:
+def _op_times(run: _Run, clock: Clock) -> dict[str, float]:
     """Milliseconds in each of our ops in one forward and backward; nothing where they cannot be seen."""
     marks: list[tuple[str, Any, Any]] = []
 
-    @contextmanager
-    def around(op: str) -> Iterator[None]:
+    def timed(op: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         start = clock.mark()
-        yield
+        result = call(*arguments)
         marks.append((op, start, clock.mark()))
+        return result
 
-    with ops.observed(around):
+    with ops.observed(timed):
         run.times()
     times: dict[str, float] = defaultdict(float)
     for op, start, end in marks:
@@ -260,7 +230,7 @@ def _op_times(run: _Run, clock: _Clock) -> dict[str, float]:
     return times
 
 
-def _weights_milliseconds(slots: Sequence[WeightSlot], arguments: Sequence[Any], clock: _Clock) -> float:
+def _weights_milliseconds(slots: Sequence[WeightSlot], arguments: Sequence[Any], clock: Clock) -> float:
     """Of pruning and casting all weights, in buffers that are given back."""
     total = 0.0
     for slot in slots:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_compile.recipe import RECIPES, SSTE, Recipe
-from sparse_compile.report import check_format
+from sparse_compile.report import check_file
 from sparse_compile.torch_internals import inductor_option_names, inductor_patches
 
 # A row of activations is cast in one reading where its registers allow it: Inductor tries, and takes the faster way.
@@ -123,11 +123,8 @@ def _report_file(options: Mapping[str, Any]) -> Path | None:
         return None
     if not isinstance(given, (str, PathLike)):
         raise ValueError(f"option 'sste.report' is {given!r}; allowed is the path of a file")
-    path = Path(given)
-    check_format(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"option 'sste.report' is {str(path)!r}, but there is no folder {str(path.parent)!r}")
-    return path
+    check_file(Path(given))
+    return Path(given)
 
 
 def _nearest(given: str, names: Sequence[str]) -> str:

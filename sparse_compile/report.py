@@ -1,22 +1,21 @@
-"""What was done to each linear of every compiled graph, what it gained, and what stands in the way of more."""
+"""What a report says: what was done to each linear of every graph, what it gained, what stands in the way of more."""
 
-import atexit
 import json
 import os
 import re
 import statistics
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sparse_compile.report_health import Health
+
 # Of the JSON; a file of another version is not read.
-VERSION = 1
+VERSION = 2
 FORMATS = (".txt", ".json", ".html")
 DENSE = "dense"
-_MAX_SAMPLES = 512  # of a weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,43 +118,6 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Health:
-    """A pruned weight at one optimizer step; see ``sparse_compile.health``.
-
-    Attributes:
-        flips: share of the bits of its mask that changed since the sample before; None at the first.
-        zeros: share of zeros in the pruned weight; a half, and what ties and underflow add.
-        underflow: share of the elements kept by the mask that are zero in FP8.
-        saturated: share of the kept elements that have the largest magnitude of FP8.
-    """
-
-    step: int
-    flips: float | None
-    zeros: float
-    underflow: float
-    saturated: float
-
-
-# What is plotted, a share above which one should look closer, by rule of thumb, and what it says.
-HEALTH_LIMITS = {
-    "flips": (
-        0.05,
-        "Mask bits that changed since the sample before. Masks move while the learning rate is high and settle as it "
-        "falls; a rate that stays high says that weights are pruned and brought back all the time.",
-    ),
-    "underflow": (
-        0.01,
-        "Kept elements that are zero in FP8: too small beside the largest of their weight, or tied with the elements "
-        "that are pruned. A weight with few very large elements loses many.",
-    ),
-    "saturated": (
-        0.001,
-        "Kept elements at FP8's largest magnitude. The scale follows the largest element, so they are few.",
-    ),
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Gain:
     """Linears that could gain more, which differ in nothing but the numbers of their names.
 
@@ -183,6 +145,7 @@ class GraphReport:
         ends, ends_at, hint: why the graph ends, where, and dynamo's advice, if that is a graph break.
         dynamic: ``ids.size(0) = s77 (2 when traced)`` for each dimension that may change.
         calls: how often the graph ran.
+        calls_a_step: how often in most training steps, see ``Report.step_ms``.
         measured: see ``sste.report_measure``.
         not_measured: why it was asked for and not done.
     """
@@ -198,6 +161,7 @@ class GraphReport:
     hint: str = ""
     dynamic: tuple[str, ...] = ()
     calls: int = 0
+    calls_a_step: int = 0
     measured: Measurement | None = None
     not_measured: str = ""
 
@@ -217,10 +181,17 @@ class GraphReport:
 
 @dataclass(slots=True)
 class Report:
-    """All graphs compiled so far in this process, and the samples of its pruned weights' health, by their names."""
+    """All graphs that a process compiled so far.
+
+    Attributes:
+        health: samples of its pruned weights, by their names.
+        step_ms: milliseconds of the last training steps, from a step of an optimizer to its next; without those in
+            which a graph was compiled or measured.
+    """
 
     graphs: list[GraphReport] = field(default_factory=list)
     health: dict[str, list[Health]] = field(default_factory=dict)
+    step_ms: list[float] = field(default_factory=list)
     torch: str = ""
     device: str = ""
 
@@ -258,15 +229,27 @@ class Report:
         gains.sort(key=lambda entry: (entry[1] or 0.0) if timed else entry[0], reverse=True)
         return [gain for *_, gain in gains]
 
-    def health_over_time(self, quantity: str) -> list[tuple[int, float, float]]:
-        """``(step, median, largest)`` over the weights, of a quantity of ``Health``."""
-        values: dict[int, list[float]] = {}
-        for samples in self.health.values():
-            for sample in samples:
-                value = getattr(sample, quantity)
-                if value is not None:
-                    values.setdefault(sample.step, []).append(value)
-        return [(step, statistics.median(found), max(found)) for step, found in sorted(values.items())]
+    def step(self) -> Spread | None:
+        """Of training steps: the median, and what a tenth of them stays below and above."""
+        if not self.step_ms:
+            return None
+        times = sorted(self.step_ms)
+        tenth = len(times) // 10
+        return Spread(median=statistics.median(times), low=times[tenth], high=times[-1 - tenth])
+
+    def dense_step_ms(self) -> float | None:
+        """A training step if the graphs that were measured were dense; None if one of those that ran was not."""
+        step = self.step()
+        graphs = [graph for graph in self.graphs if graph.calls_a_step and graph.rewritten]
+        if step is None or not graphs:
+            return None
+        time = step.median
+        for graph in graphs:
+            if graph.measured is None:
+                return None
+            gained = graph.measured.dense.total - graph.measured.rewritten.total
+            time += graph.calls_a_step * gained - graph.measured.weights_ms
+        return time
 
     def _weight(self, graph: GraphReport) -> int:
         return graph.calls if any(other.calls for other in self.graphs) else 1
@@ -277,7 +260,7 @@ class Report:
         health = {name: [asdict(sample) for sample in samples] for name, samples in self.health.items()}
         return {
             "version": VERSION, "torch": self.torch, "device": self.device,
-            "coverage": self.coverage(), "gains": gains, "graphs": graphs, "health": health,
+            "coverage": self.coverage(), "gains": gains, "graphs": graphs, "health": health, "step_ms": self.step_ms,
         }  # fmt: skip
 
     def to_json(self) -> str:
@@ -300,7 +283,7 @@ class Report:
         try:
             health = {name: [Health(**sample) for sample in samples] for name, samples in read["health"].items()}
             graphs = [_graph(graph) for graph in read["graphs"]]
-            return cls(graphs, health, torch=read["torch"], device=read["device"])
+            return cls(graphs, health, read["step_ms"], torch=read["torch"], device=read["device"])
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"the report is damaged: {error!r}") from error
 
@@ -314,10 +297,10 @@ class Report:
         """Write the report in the format that the file's name ends in.
 
         Raises:
-            ValueError: it ends in no format.
+            ValueError: see ``check_file``.
         """
         path = Path(path)
-        check_format(path)
+        check_file(path)
         if path.suffix == ".html":
             self.to_html(path)
         else:
@@ -329,10 +312,16 @@ class Report:
         return as_text(self)
 
 
-def check_format(path: Path) -> None:
-    """Raise ValueError where the file's name ends in no format."""
-    if path.suffix not in FORMATS:
-        raise ValueError(f"the report's file {str(path)!r} must end in one of {', '.join(FORMATS)}")
+def check_file(path: Path, formats: Sequence[str] = FORMATS) -> None:
+    """What everyone asks who is given a file to write a report to, before there is a report.
+
+    Raises:
+        ValueError: its name ends in none of the formats, or its folder is not there.
+    """
+    if path.suffix not in formats:
+        raise ValueError(f"the report's file {str(path)!r} must end in {' or '.join(formats)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {str(path.parent)!r} for the report's file {str(path)!r}; make it first")
 
 
 def shares(flops: Counter[str]) -> dict[str, float]:
@@ -381,73 +370,14 @@ def _passes(read: dict[str, Any]) -> Passes:
     )
 
 
-_report = Report()
-_files: dict[Path, Callable[[], bool]] = {}  # and whether there is something to say
-_destined = False  # to a file, or to nowhere
-
-
-def report() -> Report:
-    """The report of this process.  A program that asks for it is not shown it again when it ends."""
-    atexit.unregister(_write_to_stderr)
-    return _report
-
-
-def record(graph: GraphReport) -> None:
-    """Add a graph; from the first one on, the report is written when the process ends, to stderr if not to a file."""
-    import torch  # here, because this module is imported with torch itself
-
-    if not (_report.graphs or _destined):
-        atexit.register(_write_to_stderr)
-    _report.torch = torch.__version__
-    if torch.cuda.is_initialized():
-        _report.device = torch.cuda.get_device_name()
-    _report.graphs.append(graph)
-
-
-def recorded() -> int:
-    """How many graphs were compiled so far."""
-    return len(_report.graphs)
-
-
-def record_health(name: str, sample: Health) -> None:
-    """Add a sample of a weight; of many, every other of the older ones is forgotten."""
-    samples = _report.health.setdefault(name, [])
-    samples.append(sample)
-    if len(samples) > _MAX_SAMPLES:
-        del samples[1:-1:2]
-
-
-def write_to(path: Path | None, when: Callable[[], bool] = lambda: True) -> None:
-    """Write the report to a file when the process ends, see ``Report.write``; instead of to stderr.
-
-    Of several processes that torchrun started, the first writes.
-
-    Args:
-        path: None to write it nowhere.
-        when: asked at the end whether there is something to say.
-    """
-    global _destined
-    _destined = True
-    atexit.unregister(_write_to_stderr)
-    if path is not None and os.environ.get("RANK", "0") == "0":
-        if not _files:
-            atexit.register(_write_to_files)
-        _files.setdefault(path.absolute(), when)  # the script may go to another folder
-
-
-def _write_to_files() -> None:
-    for path, when in _files.items():
-        if when():
-            _report.write(path)
-
-
-def _write_to_stderr() -> None:
-    sys.stderr.write(f"\n{_report}\n")
-
-
 def per_cent(share: float) -> str:
     """``44 %``; 0 % of nothing alone."""
     return "< 1 %" if 0 < share < 0.005 else f"{share:.0%}".replace("%", " %")
+
+
+def precise(share: float) -> str:
+    """``0.0312 %``: three digits."""
+    return f"{100 * share:.3g} %"
 
 
 def longest_first(rows: Iterable[Row]) -> list[Row]:

@@ -1,125 +1,88 @@
-"""The report as one HTML file that needs nothing else: no script, no network.
-
-Text is escaped wherever it comes from: only what ``_tag`` made passes as it is.
-"""
+"""The report as one HTML file."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from dataclasses import asdict
 
+from sparse_compile.html_page import Markup, page, table, tag
 from sparse_compile.report import (
-    HEALTH_LIMITS,
     GraphReport,
     Measurement,
+    Passes,
     Report,
     Row,
     Spread,
     fold,
     longest_first,
     per_cent,
+    precise,
     shares,
 )
-from sparse_compile.report_text import about, short
-
-_STYLE = """
-:root { color-scheme: light dark; --back: #fff; --text: #1d1f23; --faint: #666c76; --line: #dcdfe4; --card: #f5f6f8;
-  --sparse: #1a7f5a; --fp8: #2f6fd0; --dense: #c46a1b; }
-@media (prefers-color-scheme: dark) { :root { --back: #14161a; --text: #e6e8ec; --faint: #9aa1ac; --line: #333841;
-  --card: #1d2026; --sparse: #3fb98a; --fp8: #6ea3f0; --dense: #e39a55; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 70rem; background: var(--back); color: var(--text);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
-summary, code, strong { overflow-wrap: anywhere; } summary { cursor: pointer; }
-h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .25rem; } h3 { font-size: 1rem; }
-p { margin: .25rem 0; } .faint, small { color: var(--faint); } code { font-size: .85em; }
-.bar { display: flex; height: 1.5rem; border-radius: .25rem; overflow: hidden; background: var(--card); }
-.bar > span, .key { background: var(--dense); print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-.bar > span { display: block; height: 100%; }
-.bar > .half { opacity: .6; }
-.sparse { background: var(--sparse) !important; } .fp8 { background: var(--fp8) !important; }
-.key { display: inline-block; width: .8rem; height: .8rem; border-radius: .15rem; margin-right: .35rem; }
-.keys { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; padding: 0; list-style: none; }
-.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .4rem .75rem; align-items: center;
-  margin: .75rem 0; }
-ol { padding-left: 1.6rem; } ol > li { margin-bottom: .5rem; }
-table { width: 100%; border-collapse: collapse; font-size: .9rem; margin-top: .75rem; }
-th { white-space: nowrap; }
-th, td { text-align: left; padding: .35rem .6rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-.number { text-align: right; white-space: nowrap; }
-details ul { margin: .25rem 0; padding-left: 1rem; }
-figure { margin: 1rem 0; } svg { display: block; width: 100%; height: 8rem; background: var(--card); }
-@media (max-width: 45rem) {
-  thead { display: none; } tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--line); }
-  td { display: flex; gap: .75rem; border: 0; padding: .1rem 0; } td:empty { display: none; }
-  td::before { content: attr(data-label); flex: 0 0 6.5rem; color: var(--faint); }
-  .number { text-align: left; }
-  .bars { grid-template-columns: 1fr; gap: .1rem; } .bars > .bar { margin-bottom: .5rem; }
-}
-@media print { body { max-width: none; font-size: 11pt; } tr, li, .bars { break-inside: avoid; } }
-"""
-# No request leaves the page, whatever stands in it.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-
-
-class Markup(str):
-    """HTML, as opposed to text."""
-
-    __slots__ = ()
+from sparse_compile.report_health import HEALTH_LIMITS, over_time
+from sparse_compile.report_text import about, called_at, short, steps
 
 
 def as_html(report: Report) -> str:
-    body = [_tag("h1", "sparse_compile: what was done to this model"), _environment(report)]
+    body = [tag("h1", "sparse_compile: what was done to this model"), _environment(report)]
     if not report.graphs:
-        body.append(_tag("p", "No graph was compiled with backend 'sste'."))
-    body += [*_overview(report), *_gains(report)]
+        body.append(tag("p", "No graph was compiled with backend 'sste'."))
+    body += [*_overview(report), *_graphs_side_by_side(report), *_gains(report)]
     body += [_graph(number, graph) for number, graph in enumerate(report.graphs)]
     body += _health(report)
-    head = _tag(
-        "head",
-        _tag("meta", charset="utf-8"),
-        _tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        _tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        _tag("title", "sparse_compile report"),
-        _tag("style", Markup(_STYLE)),
-    )
-    return f"<!DOCTYPE html>\n{_tag('html', head, _tag('body', *body), lang='en')}\n"
-
-
-def _tag(element: str, *children: str, **attributes: str) -> Markup:
-    """An element; ``class_`` for class, ``data_label`` for data-label.  Children that are no Markup are escaped."""
-    given = "".join(
-        f' {attribute.rstrip("_").replace("_", "-")}="{escape(value)}"' for attribute, value in attributes.items()
-    )
-    inside = "".join(child if isinstance(child, Markup) else escape(child) for child in children)
-    if element == "meta":
-        return Markup(f"<{element}{given}>")
-    newline = "\n" if element in ("p", "li", "tr", "section", "table", "div") else ""
-    return Markup(f"<{element}{given}>{inside}</{element}>{newline}")
+    return page("sparse_compile report", *body)
 
 
 def _environment(report: Report) -> Markup:
-    return _tag("p", " · ".join(filter(None, (report.device, f"PyTorch {report.torch}"))), class_="faint")
+    return tag("p", " · ".join(filter(None, (report.device, f"PyTorch {report.torch}"))), class_="faint")
 
 
 def _overview(report: Report) -> Iterable[Markup]:
     rewritten, total = sum(graph.rewritten for graph in report.graphs), len(report.rows)
     graphs = "1 graph" if len(report.graphs) == 1 else f"{len(report.graphs)} graphs"
-    yield _tag("p", f"{rewritten} of {total} linears rewritten, in {graphs}.")
+    yield tag("p", f"{rewritten} of {total} linears rewritten, in {graphs}.")
     coverage = report.coverage()
     if coverage:
-        yield _tag("h2", "Share of the linears' FLOPs")
+        yield tag("h2", "Share of the linears' FLOPs")
         yield from _coverage(coverage)
         note = "fprop, dgrad and wgrad of each linear, 2·M·N·K each, each graph as often as it was called."
-        yield _tag("p", note, class_="faint")
+        yield tag("p", note, class_="faint")
+    if whole := steps(report):
+        yield tag("h2", "Training step")
+        yield tag("p", whole)
+        step, dense = report.step(), report.dense_step_ms()
+        if step is not None and dense is not None:
+            yield _bars([("dense", [(dense, "dense")], ""), ("now", [(step.median, "sparse")], "")])
+        note = "From a step of an optimizer to its next, without steps in which something was compiled or measured."
+        yield tag("p", note, class_="faint")
+
+
+def _graphs_side_by_side(report: Report) -> Iterable[Markup]:
+    """Where there are several, on one scale."""
+    bars: list[_Bar] = []
+    for number, graph in enumerate(report.graphs):
+        if (times := _dense_and_now(graph)) is not None:
+            dense, now, how = times
+            bars.append((f"{number} dense", [(dense, "dense")], ""))
+            bars.append((f"{number} now", [(now, "sparse")], f", {dense / now:.2f}x {how}"))
+    if len(bars) > 2:
+        yield tag("h2", "A call of each graph and its backward")
+        yield _bars(bars)
+
+
+def _dense_and_now(graph: GraphReport) -> tuple[float, float, str] | None:
+    """Milliseconds of a call and its backward, and how they are known."""
+    if graph.measured is not None:
+        return graph.measured.dense.total, graph.measured.rewritten.total + graph.measured.weights_ms, "measured"
+    timed = [row for row in graph.rows if row.dense_us is not None and row.rewritten_us is not None]
+    if not timed:
+        return None
+    dense, now = (sum(getattr(row, name) for row in timed) / 1e3 for name in ("dense_us", "rewritten_us"))
+    return dense, now, f"predicted of {len(timed)} linears"
 
 
 def _coverage(coverage: Mapping[str, float]) -> Iterable[Markup]:
     parts = [_piece(share, _colour(precision)) for precision, share in coverage.items()]
-    yield _tag("div", *parts, class_="bar", role="img", aria_label=", ".join(_said(coverage)))
-    keys = [
-        _tag("li", _tag("span", class_=f"key {_colour(precision)}"), text)
-        for precision, text in zip(coverage, _said(coverage), strict=True)
-    ]
-    yield _tag("ul", *keys, class_="keys")
+    yield tag("div", *parts, class_="bar", role="img", aria_label=", ".join(_said(coverage)))
+    yield _keys([(_colour(precision), text) for precision, text in zip(coverage, _said(coverage), strict=True)])
 
 
 def _said(coverage: Mapping[str, float]) -> list[str]:
@@ -131,64 +94,55 @@ def _colour(precision: str) -> str:
 
 
 def _piece(share: float, colour: str) -> Markup:
-    return _tag("span", class_=colour, style=f"width:{share:.2%}")
+    return tag("span", class_=colour, style=f"width:{share:.2%}")
 
 
 def _gains(report: Report) -> Iterable[Markup]:
     gains = report.gains()
     if not gains:
         return
-    yield _tag("h2", "To gain more, the largest first")
+    yield tag("h2", "To gain more, the largest first")
     items = []
     for gain in gains:
         size = [f"{per_cent(gain.share)} of the FLOPs"] if gain.share is not None else []
         size += [f"{gain.microseconds:.0f} µs a call"] if gain.microseconds is not None else []
-        lines = [_tag("strong", gain.modules), " ", _tag("small", ", ".join(size))]
-        lines += [_tag("p", text) for text in (gain.reason, gain.advice) if text]
-        items.append(_tag("li", *lines))
-    yield _tag("ol", *items)
+        lines = [tag("strong", gain.modules), " ", tag("small", ", ".join(size))]
+        lines += [tag("p", text) for text in (gain.reason, gain.advice) if text]
+        items.append(tag("li", *lines))
+    yield tag("ol", *items)
 
 
 def _graph(number: int, graph: GraphReport) -> Markup:
     execution = f"{graph.rewritten} of {len(graph.rows)} linears rewritten, {graph.execution}"
-    parts = [_tag("h2", f"Graph {number}: {graph.origin or graph.id}"), _tag("p", execution)]
-    parts += [_tag("p", line, class_="faint") for line in about(graph)]
+    parts = [tag("h2", f"Graph {number}: {graph.origin or graph.id}"), tag("p", execution)]
+    parts += [tag("p", line, class_="faint") for line in about(graph)]
     if flops := graph.flops():
         parts += _coverage(shares(flops))
     if graph.measured is not None:
         parts += _measured(graph.measured)
-    elif any(row.dense_us for row in graph.rows):
-        parts += _predicted(graph)
+    elif (times := _dense_and_now(graph)) is not None:
+        dense, now, how = times
+        parts += [
+            tag("h3", f"{dense / now:.2f}x {how}"),
+            _bars([("dense", [(dense, "dense")], ""), ("now", [(now, "sparse")], "")]),
+        ]
     if graph.rows:
         parts.append(_table(graph.rows))
-    return _tag("section", *parts)
+    return tag("section", *parts)
 
 
 def _measured(measurement: Measurement) -> Iterable[Markup]:
     dense, now, weights = measurement.dense, measurement.rewritten, measurement.weights_ms
-    yield _tag("h3", f"Measured: {measurement.speedup:.2f}x")
-    longest = max(dense.total, now.total + weights)
-    bars = []
-    for name, passes, colour, own in (("dense", dense, "dense", 0.0), ("now", now, "sparse", weights)):
-        backward = passes.backward.median if passes.backward else 0.0
-        pieces = [
-            _tag("span", class_=f"{colour}{shade}", style=f"width:{time / longest:.2%}")
-            for time, shade in ((passes.forward.median, ""), (backward, " half"), (own, ""))
-        ]
-        peak = "" if passes.peak_bytes is None else f", peak {passes.peak_bytes / 2**20:.0f} MiB"
-        bars += [
-            _tag("span", name),
-            _tag("div", *pieces, class_="bar"),
-            _tag("span", _times(passes.total + own) + peak),
-        ]
-    yield _tag("div", *bars, class_="bars")
-    headers = ("", "forward", "backward", "weights", "casts", "MVUE")
-    own_times = [_times(time) for time in (weights, measurement.casts_ms, measurement.mvue_ms)]
-    yield _rows(
-        headers,
+    yield tag("h3", f"Measured: {measurement.speedup:.2f}x")
+    yield _bars([("dense", _pieces(dense, "dense", 0.0), ""), ("now", _pieces(now, "sparse", weights), "")])
+    yield _keys([("sparse", "forward"), ("sparse half", "backward"), ("sparse faded", "weights")])
+    whole = now.total + weights
+    own = [_part(time, whole) for time in (weights, measurement.casts_ms, measurement.mvue_ms)]
+    yield _filled(
+        ("", "forward", "backward", "peak memory", "weights", "casts", "MVUE"),
         [
-            ("dense", _spread(dense.forward), _spread(dense.backward), "", "", ""),
-            ("now", _spread(now.forward), _spread(now.backward), *own_times),
+            ("dense", _spread(dense.forward), _spread(dense.backward), _mebibytes(dense), "", "", ""),
+            ("now", _spread(now.forward), _spread(now.backward), _mebibytes(now), *own),
         ],
     )
     note = (
@@ -196,18 +150,40 @@ def _measured(measurement: Measurement) -> Iterable[Markup]:
         "optimizer step, the time of which is in the bar. Casts and MVUE are parts of forward and backward, without "
         "what the compiler fuses into other operations."
     )
-    yield _tag("p", note, class_="faint")
+    yield tag("p", note, class_="faint")
 
 
-def _predicted(graph: GraphReport) -> Iterable[Markup]:
-    timed = [row for row in graph.rows if row.dense_us is not None and row.rewritten_us is not None]
-    dense, now = (sum(getattr(row, name) for row in timed) / 1e3 for name in ("dense_us", "rewritten_us"))
-    yield _tag("h3", f"Predicted for {len(timed)} linears in a step")
-    bars = []
-    for name, time, colour in (("dense", dense, "dense"), ("now", now, "sparse")):
-        bar = _tag("div", _piece(time / max(dense, now), colour), class_="bar")
-        bars += [_tag("span", name), bar, _tag("span", _times(time))]
-    yield _tag("div", *bars, class_="bars")
+# A name, the milliseconds and colours of its pieces, and what follows their sum.
+_Bar = tuple[str, list[tuple[float, str]], str]
+
+
+def _pieces(passes: Passes, colour: str, weights: float) -> list[tuple[float, str]]:
+    backward = passes.backward.median if passes.backward else 0.0
+    return [(passes.forward.median, colour), (backward, f"{colour} half"), (weights, f"{colour} faded")]
+
+
+def _bars(bars: Sequence[_Bar]) -> Markup:
+    """On one scale."""
+    totals = [sum(time for time, _ in pieces) for _, pieces, _ in bars]
+    cells = []
+    for (name, pieces, more), total in zip(bars, totals, strict=True):
+        drawn = [_piece(time / max(totals), colour) for time, colour in pieces if time]
+        cells += [tag("span", name), tag("div", *drawn, class_="bar"), tag("span", _times(total) + more)]
+    return tag("div", *cells, class_="bars")
+
+
+def _mebibytes(passes: Passes) -> str:
+    return "" if passes.peak_bytes is None else f"{passes.peak_bytes / 2**20:.0f} MiB"
+
+
+def _filled(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> Markup:
+    """A table of the columns that hold something."""
+    kept = [index for index in range(len(headers)) if index == 0 or any(line[index] for line in lines)]
+    return table([headers[index] for index in kept], [[line[index] for index in kept] for line in lines])
+
+
+def _part(time: float | None, whole: float) -> str:
+    return "" if time is None else f"{_times(time)}, {per_cent(time / whole)}"
 
 
 def _times(milliseconds: float | None) -> str:
@@ -232,37 +208,49 @@ def _table(rows: Iterable[Row]) -> Markup:
     for name, members in fold(longest_first(rows)):
         row = members[0]
         times = ["" if time is None else f"{time:.0f}" for time in (row.dense_us, row.rewritten_us) if timed]
-        texts = [_tag("p", text) for text in (row.reason, row.advice) if text]
-        why = _tag("div", *texts) if texts else ""
+        texts = [tag("p", text) for text in (row.reason, row.advice) if text]
+        why = tag("div", *texts) if texts else ""
         shape = row.shape.replace(" x ", " × ").replace("->", "→")
         lines.append((_names(name, members), row.role, shape, row.fprop, row.dgrad, row.wgrad, *times, why))
-    return _rows(headers, lines)
+    return table(headers, lines, whole=("M × K → N", "fprop", "dgrad", "wgrad"))
 
 
-def _names(name: str, members: Iterable[Row]) -> Markup:
+def _names(name: str, members: Sequence[Row]) -> Markup:
     """A name that opens to the modules it stands for, and where each is called."""
     items = []
     for row in members:
-        called = [_tag("code", f"{short(row.source)}: {row.code}", title=row.source)] if row.source else []
-        items.append(_tag("li", row.module, " ", *called))
-    return _tag("details", _tag("summary", name), _tag("ul", *items))
+        called = [tag("code", f"{short(row.source)}: {row.code}", title=row.source)] if row.source else []
+        items.append(tag("li", row.module, " ", *called))
+    return tag("details", tag("summary", name, " ", tag("small", called_at(members))), tag("ul", *items))
 
 
 def _health(report: Report) -> Iterable[Markup]:
     if not report.health:
         return
-    yield _tag("h2", f"Health of {len(report.health)} pruned weights")
+    yield tag("h2", f"Health of {len(report.health)} pruned weights")
     for quantity, (limit, meaning) in HEALTH_LIMITS.items():
-        over_time = report.health_over_time(quantity)
-        if not over_time:
+        points = over_time(report.health, quantity)
+        if not points:
             continue
-        latest = {name: getattr(samples[-1], quantity) for name, samples in report.health.items()}
-        worst = max(latest, key=lambda name: latest[name] or 0.0)
-        step, median, largest = over_time[-1]
-        said = f"{quantity} at step {step}: median {median:.2%}, largest {largest:.2%} in {worst}"
-        limited = f"Dashed: {limit:.1%}, above which one should look closer, by rule of thumb."
-        caption = _tag("figcaption", _tag("strong", said), _tag("p", f"{meaning} {limited}", class_="faint"))
-        yield _tag("figure", caption, _plot(over_time, limit, said))
+        step, median, largest = points[-1]
+        name = quantity.replace("_", " ")
+        said = f"{name} at step {step}: median {precise(median)}, largest {precise(largest)}"
+        if largest:
+            at_last = {name: getattr(samples[-1], quantity) for name, samples in report.health.items()}
+            said += f" in {max(at_last, key=lambda name: at_last[name] or 0.0)}"
+        limited = f"Dashed: {precise(limit)}, above which one should look closer, by rule of thumb."
+        caption = tag("figcaption", tag("strong", said), tag("p", f"{meaning} {limited}", class_="faint"))
+        yield tag("figure", caption, _plot(points, limit, said))
+    yield tag("details", tag("summary", "Each weight at its last sample"), _health_table(report))
+
+
+def _health_table(report: Report) -> Markup:
+    lines = []
+    for name, samples in report.health.items():
+        step, *quantities = asdict(samples[-1]).values()
+        lines.append((name, str(step), *("" if value is None else precise(value) for value in quantities)))
+    headers = ("weight", "step", "flips", "zeros", "underflow", "saturated", "noise", "grad underflow")
+    return _filled(headers, lines)
 
 
 def _plot(over_time: Sequence[tuple[int, float, float]], limit: float, title: str) -> Markup:
@@ -274,28 +262,20 @@ def _plot(over_time: Sequence[tuple[int, float, float]], limit: float, title: st
         drawn = " ".join(
             f"{1000 * (x - first) / max(1, last - first):.1f},{100 * (1 - y / top):.2f}" for x, y in points
         )
-        return _tag("polyline", points=drawn, fill="none", vector_effect="non-scaling-stroke", **attributes)
+        return tag("polyline", points=drawn, fill="none", vector_effect="non-scaling-stroke", **attributes)
 
     lines = [
         line([(first, limit), (last, limit)], stroke="var(--faint)", stroke_dasharray="6 4"),
         line([(x, largest) for x, _, largest in over_time], stroke="var(--dense)", stroke_width="2"),
         line([(x, median) for x, median, _ in over_time], stroke="var(--sparse)", stroke_width="2"),
     ]
-    plot = _tag("svg", _tag("title", title), *lines, viewBox="0 0 1000 100", preserveAspectRatio="none", role="img")
-    axis = _tag("p", f"steps {first} to {last}, 0 to {top:.2%}", class_="faint")
-    keys = [
-        _tag("li", _tag("span", class_=f"key {colour}"), text)
-        for colour, text in (("sparse", "median of the weights"), ("dense", "largest"))
-    ]
-    return _tag("div", plot, axis, _tag("ul", *keys, class_="keys"))
+    plot = tag("svg", tag("title", title), *lines, viewBox="0 0 1000 100", preserveAspectRatio="none", role="img")
+    height = tag("div", tag("span", precise(top)), class_="axis")
+    axis = tag("div", tag("span", f"0 %, step {first}"), tag("span", f"step {last}"), class_="axis")
+    keys = _keys([("sparse", "median of the weights"), ("dense", "largest")])
+    return tag("div", height, plot, axis, keys)
 
 
-def _rows(headers: Iterable[str], lines: Iterable[Iterable[str]]) -> Markup:
-    headers = list(headers)
-    kinds = {header: {"class_": "number"} if "µs" in header else {} for header in headers}
-    head = _tag("thead", _tag("tr", *(_tag("th", header, **kinds[header]) for header in headers)))
-    body = [
-        _tag("tr", *(_tag("td", cell, data_label=h, **kinds[h]) for h, cell in zip(headers, line, strict=True)))
-        for line in lines
-    ]
-    return _tag("table", head, _tag("tbody", *body))
+def _keys(keys: Iterable[tuple[str, str]]) -> Markup:
+    """What the colours mean."""
+    return tag("ul", *(tag("li", tag("span", class_=f"key {colour}"), text) for colour, text in keys), class_="keys")

@@ -6,16 +6,18 @@ from collections.abc import Iterable
 from tabulate import tabulate
 
 from sparse_compile.report import (
-    HEALTH_LIMITS,
     GraphReport,
     Measurement,
     Passes,
     Report,
+    Row,
     Spread,
     fold,
     per_cent,
+    precise,
     shares,
 )
+from sparse_compile.report_health import HEALTH_LIMITS, over_time
 
 
 def as_text(report: Report) -> str:
@@ -30,6 +32,8 @@ def _graph(number: int, graph: GraphReport) -> str:
     if any(row.dense_us for row in graph.rows):
         lines[0] += f", {graph.predicted_gain_ms:.1f} ms less a step predicted"
     lines += [f"  {line}" for line in about(graph)]
+    if flops := graph.flops():
+        lines.append(f"  FLOPs of its linears: {covered(shares(flops))}")
     if graph.measured is not None:
         lines += [f"  measured: {line}" for line in measured(graph.measured)]
     if graph.rows:
@@ -50,8 +54,6 @@ def about(graph: GraphReport) -> list[str]:
         lines.append(f"dynamo's hint: {graph.hint}")
     if graph.dynamic:
         lines.append(f"dynamic: {', '.join(graph.dynamic)}")
-    if flops := graph.flops():
-        lines.append(f"FLOPs of its linears: {covered(shares(flops))}")
     if graph.not_measured:
         lines.append(f"not measured: {graph.not_measured}")
     return lines
@@ -61,11 +63,22 @@ def measured(measurement: Measurement) -> list[str]:
     dense, now = measurement.dense, measurement.rewritten
     lines = [f"{measurement.speedup:.2f}x, medians of {measurement.rounds} runs of each, in turns"]
     lines += [f"{name} {_passes(passes)}" for name, passes in (("dense", dense), ("now  ", now))]
-    own = [f"weights {measurement.weights_ms:.3f} ms once per optimizer step"]
-    for name, time in (("casts", measurement.casts_ms), ("MVUE", measurement.mvue_ms)):
-        if time is not None:
-            own.append(f"{name} {time:.3f} ms ({per_cent(time / now.total)} of now)")
-    return [*lines, "; ".join(own)]
+    own = (("weights", measurement.weights_ms), ("casts", measurement.casts_ms), ("MVUE", measurement.mvue_ms))
+    whole = now.total + measurement.weights_ms
+    parts = [f"{name} {time:.3f} ms ({per_cent(time / whole)})" for name, time in own if time is not None]
+    return [*lines, f"of now: {', '.join(parts)}; the weights once per optimizer step"]
+
+
+def steps(report: Report) -> str:
+    """How long a training step takes, and what its graphs gain of it."""
+    step, dense = report.step(), report.dense_step_ms()
+    if step is None:
+        return ""
+    count = "1 step" if len(report.step_ms) == 1 else f"{len(report.step_ms)} steps"
+    line = f"{step.median:.1f} ms a step (8 of 10 take {step.low:.1f} to {step.high:.1f}; the last {count})"
+    if dense is None:
+        return line
+    return f"{line}; about {dense:.1f} ms if its measured graphs were dense: {dense / step.median:.2f}x"
 
 
 def covered(coverage: dict[str, float]) -> str:
@@ -92,12 +105,24 @@ def _spread(spread: Spread) -> str:
 
 
 def _table(graph: GraphReport) -> str:
-    lines = []
+    headers = ["module", "role", "called at", "M x K -> N", "decision"]
+    timed = any(row.dense_us is not None or row.rewritten_us is not None for row in graph.rows)
+    lines: list[list[str | float | None]] = []
     for name, rows in fold(graph.rows):
         row = rows[0]
-        lines.append((name, row.role, row.shape, row.decision, row.dense_us, row.rewritten_us))
-    headers = ("module", "role", "shape", "decision", "dense us", "now us")
-    return tabulate(lines, headers=headers, floatfmt=".0f", disable_numparse=[0, 1, 2, 3])
+        lines.append([name, row.role, called_at(rows), row.shape, row.decision])
+        if timed:
+            lines[-1] += [row.dense_us, row.rewritten_us]
+    texts = list(range(len(headers)))
+    headers += ["dense us", "now us"] if timed else []
+    return tabulate(lines, headers=headers, floatfmt=".0f", disable_numparse=texts)
+
+
+def called_at(rows: Iterable[Row]) -> str:
+    """``file.py:12``, of all that stand together; of several places the first, and how many more there are."""
+    places = list(dict.fromkeys(row.source for row in rows if row.source))
+    more = f" +{len(places) - 1}" if len(places) > 1 else ""
+    return short(places[0]) + more if places else ""
 
 
 def _summary(report: Report) -> list[str]:
@@ -105,6 +130,8 @@ def _summary(report: Report) -> list[str]:
     parts = []
     if coverage := report.coverage():
         parts.append(f"of all linears' FLOPs: {covered(coverage)}")
+    if whole := steps(report):
+        parts.append(f"training: {whole}")
     if gains := report.gains():
         lines = ["to gain more, the largest first:"]
         for number, gain in enumerate(gains, 1):
@@ -120,9 +147,8 @@ def _summary(report: Report) -> list[str]:
 
 def _health(report: Report) -> Iterable[str]:
     yield f"health of {len(report.health)} pruned weights at the last sample, median and largest:"
-    for quantity, (limit, _) in HEALTH_LIMITS.items():
-        over_time = report.health_over_time(quantity)
-        if over_time:
-            step, median, largest = over_time[-1]
-            look = f", above {limit:.1%}: look at the HTML report" if largest > limit else ""
-            yield f"  {quantity} at step {step}: {median:.2%}, {largest:.2%}{look}"
+    for quantity, limit in {"zeros": 1.0, **{name: limit for name, (limit, _) in HEALTH_LIMITS.items()}}.items():
+        if points := over_time(report.health, quantity):
+            step, median, largest = points[-1]
+            look = f", above {precise(limit)}: look at the HTML report" if largest > limit else ""
+            yield f"  {quantity.replace('_', ' ')} at step {step}: {precise(median)}, {precise(largest)}{look}"

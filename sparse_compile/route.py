@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparse_compile.accelerate import accept_in_accelerate
 from sparse_compile.auto import AutoCompile
-from sparse_compile.report import recorded, write_to
+from sparse_compile.record import recorded, write_to
 from sparse_compile.torch_internals import mode_options
 
 # What a script says that asks for no particular backend.

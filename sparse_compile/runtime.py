@@ -6,7 +6,8 @@ from weakref import ref
 
 from torch import Tensor
 
-from sparse_compile.measure import Twin, capturing, measure
+from sparse_compile.clock import capturing
+from sparse_compile.measure import Twin, measure
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.recipe import Projection
 from sparse_compile.report import GraphReport

@@ -86,6 +86,11 @@ def optimizer_steps() -> int:
     return _steps.count
 
 
+def optimizers_stepped() -> int:
+    """How many live optimizers have stepped."""
+    return _steps.optimizers
+
+
 def beta_of(weight: Tensor) -> float | None:
     """The S-STE scale of a weight; None where it has none."""
     derived = _derived.get(weight)

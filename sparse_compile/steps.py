@@ -24,6 +24,11 @@ class OptimizerSteps:
         self._owned: weakref.WeakKeyDictionary[Optimizer, set[int]] = weakref.WeakKeyDictionary()
         register_optimizer_step_post_hook(self._on_step)
 
+    @property
+    def optimizers(self) -> int:
+        """How many live optimizers have stepped."""
+        return len(self._owned)
+
     def last_of(self, weight: Tensor) -> int | None:
         """The last step of an optimizer that owns the weight; None if no live optimizer that has stepped does."""
         return self._last.get(id(weight))

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparse_compile.report import Report
+from sparse_compile.report import Report, check_file
 
 
 def view(arguments: Sequence[str]) -> None:
@@ -22,7 +22,9 @@ def view(arguments: Sequence[str]) -> None:
         parser.error(f"{args.file}: {error}")
     if args.html is None:
         sys.stdout.write(f"{report}\n")
-    elif not args.html.parent.is_dir():
-        parser.error(f"there is no folder {str(args.html.parent)!r} for the HTML file")
     else:
+        try:
+            check_file(args.html, [".html"])
+        except ValueError as error:
+            parser.error(str(error))
         report.to_html(args.html)

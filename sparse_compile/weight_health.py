@@ -2,6 +2,8 @@
 
 A sample reads the compressed weight alone: two bits of metadata and half a byte of values an element at most; no dense
 mask is ever stored.  Kept between samples is the metadata of the last one, an eighth of a byte an element.
+
+Gradients are watched in the step before a sample that is due, or after one that was asked for (``grad_noise``).
 """
 
 from collections.abc import Callable
@@ -15,11 +17,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sparse_compile.clock import capturing
+from sparse_compile.grad_noise import GradNoise, noise_and_underflow
 from sparse_compile.kernels.formats import padded
-from sparse_compile.measure import capturing
 from sparse_compile.passes.rewrite import WeightSlot
-from sparse_compile.report import Health, record_health
-from sparse_compile.state import WeightState, optimizer_steps
+from sparse_compile.record import record_health
+from sparse_compile.report_health import Health
+from sparse_compile.state import WeightState, optimizer_steps, optimizers_stepped
 
 Listener = Callable[[str, float, int], object]
 
@@ -48,6 +52,9 @@ class _Watched:
 _watched: WeakKeyDictionary[WeightState, _Watched] = WeakKeyDictionary()
 _listeners: list[Listener] = []
 _every = 0  # optimizer steps
+_noise = GradNoise()
+_gradients_left = False
+_noise_until = 0  # the optimizer step up to which it was asked for
 
 
 def watch(slot: WeightSlot, weight: Tensor, state: WeightState) -> None:
@@ -69,19 +76,39 @@ def sample_every(steps: int) -> None:
     """Take a sample each so many optimizer steps; of several graphs' wishes, the most frequent."""
     global _every
     _every = min(_every or steps, steps)
+    _watch_gradients()
+
+
+def leave_gradients() -> None:
+    """Watch none from now on: what CUDA graphs allocate in a backward is theirs, and nobody may keep it."""
+    global _gradients_left
+    _gradients_left = True
+    _watch_gradients()
+
+
+def sample_now() -> dict[str, Health]:
+    """A sample that was asked for; gradients are watched up to the next step of each optimizer, for the next one."""
+    global _noise_until
+    samples = sample()
+    _noise_until = optimizer_steps() + max(1, optimizers_stepped())
+    _watch_gradients()
+    return samples
 
 
 def sample() -> dict[str, Health]:
     """One of each weight that has been pruned; also kept for the report, and handed to the listeners."""
-    counts = {}
+    counts, gradients = {}, _noise.take()
     with torch.no_grad():
         for state, watched in list(_watched.items()):
             if state.operands and watched.is_there():
-                values, metadata, *_ = state.operands
-                counts[watched] = _counts(values, metadata, watched.last)
+                values, metadata, weight_t, _ = state.operands
+                counts[watched] = _counts(values, metadata, watched.last), gradients.get(weight_t.data_ptr())
                 watched.last = metadata.clone()
     # One wait for the device, when all of the work is queued.
-    samples = {watched: _health(watched, count.tolist()) for watched, count in counts.items()}
+    samples = {
+        watched: _health(watched, count.tolist(), None if sums is None else sums.tolist())
+        for watched, (count, sums) in counts.items()
+    }
     for watched, taken in samples.items():
         record_health(watched.name, taken)
         for quantity, value in asdict(taken).items():
@@ -119,10 +146,11 @@ def _counts(values: Tensor, metadata: Tensor, last: Tensor | None) -> Tensor:
     return torch.stack([flips, (magnitude == 0).sum(), (magnitude == _LARGEST).sum()])
 
 
-def _health(watched: _Watched, counts: list[int]) -> Health:
+def _health(watched: _Watched, counts: list[int], sums: list[float] | None) -> Health:
     flips, zeros, saturated = counts
     elements = watched.out_features * watched.in_features
     kept = elements // 2
+    noise, grad_underflow = (None, None) if sums is None else noise_and_underflow(sums)
     zeros -= watched.out_features * (padded(watched.in_features) - watched.in_features) // 2
     return Health(
         step=optimizer_steps(),
@@ -130,6 +158,8 @@ def _health(watched: _Watched, counts: list[int]) -> Health:
         zeros=(elements - kept + zeros) / elements,
         underflow=zeros / kept,
         saturated=saturated / kept,
+        noise=noise,
+        grad_underflow=grad_underflow,
     )
 
 
@@ -137,6 +167,14 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     del optimizer, args, kwargs
     if _every and optimizer_steps() % _every == 0 and not capturing():
         sample()
+    _watch_gradients()
+
+
+def _watch_gradients() -> None:
+    """Whether a backward that now comes belongs to a sample: each optimizer steps once after it."""
+    steps, optimizers = optimizer_steps(), max(1, optimizers_stepped())
+    due = bool(_every) and _every - steps % _every <= optimizers
+    _noise.watch((due or steps < _noise_until) and not _gradients_left)
 
 
 register_optimizer_step_post_hook(torch.compiler.disable(_after_step))

@@ -6,7 +6,7 @@ from math import isfinite
 
 from torch.nn import Module
 
-from sparse_compile.report import Health
+from sparse_compile.report_health import Health
 
 # The functions import ``state`` when they are called: importing it begins to watch optimizers.
 
@@ -68,12 +68,13 @@ def invalidate(model: Module) -> None:
 def health() -> dict[str, Health]:
     """A sample of every pruned weight that is alive, by the name of its module: see ``Health``.
 
-    The first call, or the first sample of option ``sste.health``, begins: flips are counted from one to the next.
-    Waits for the GPU.  A graph that several blocks share names their weights ``up``, ``up (2)``, ...
+    The first call, or the first sample of option ``sste.health``, begins: flips are counted from one to the next, and
+    the gradients of the optimizer step after a call are compared for the next one.  Waits for the GPU.  A graph that
+    several blocks share names their weights ``up``, ``up (2)``, ...
     """
-    from sparse_compile.weight_health import sample
+    from sparse_compile.weight_health import sample_now
 
-    return sample()
+    return sample_now()
 
 
 def on_health(listener: Callable[[str, float, int], object]) -> None:

@@ -24,6 +24,7 @@ def clean_slate() -> Iterator[None]:
     torch._dynamo.reset()
     sparse_compile.report().graphs.clear()
     sparse_compile.report().health.clear()
+    sparse_compile.report().step_ms.clear()
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()

@@ -17,10 +17,13 @@ from sparse_compile.autoload import autoload
         ),
         ({"SPARSE_COMPILE": ""}, "SPARSE_COMPILE is ''; allowed are 1"),
         ({"SPARSE_COMPILE_REPORT": "r.json"}, "SPARSE_COMPILE_REPORT is 'r.json', but SPARSE_COMPILE is not set"),
-        ({"SPARSE_COMPILE": "1", "SPARSE_COMPILE_REPORT": "no/r.json"}, "'no/r.json', and there is no folder 'no'"),
+        (
+            {"SPARSE_COMPILE": "1", "SPARSE_COMPILE_REPORT": "no/r.json"},
+            "REPORT: there is no folder 'no'",
+        ),
         (
             {"SPARSE_COMPILE": "1", "SPARSE_COMPILE_REPORT": "r.xml"},
-            "SPARSE_COMPILE_REPORT: the report's file 'r.xml' must end in one of .txt, .json, .html",
+            "SPARSE_COMPILE_REPORT: the report's file 'r.xml' must end in .txt or .json or .html",
         ),
     ],
 )

@@ -3,9 +3,12 @@
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from sparse_compile.report import Report
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -38,3 +41,24 @@ def test_train_gpt(tmp_path: Path) -> None:
     sparse = {row["module"] for row in rows if "2:4" in row["decision"]}
     assert sparse == {f"blocks.{block}.ffn.{linear}" for block in range(4) for linear in ("up", "down")}
     assert "blocks.*.ffn.up (4)" in done.stdout, "the table is missing"
+
+
+def test_the_report_of_one_run(tmp_path: Path) -> None:
+    """As CONTRIBUTING.md makes the picture in README.md, but for sizes and device."""
+    command = (REPOSITORY / "CONTRIBUTING.md").read_text().partition("python -m sparse_compile --report")[2]
+    arguments = shlex.split(command.partition("\n    python")[0].replace("\\\n", ""))
+    assert arguments[0] == "report.json"
+    assert arguments[arguments.index("--preset") + 1] == "wide"
+    report_file = tmp_path / "report.json"
+    sizes = ["--device", "cpu", "--preset", "tiny", "--steps", "12"]
+    subprocess.run(
+        [sys.executable, "-m", "sparse_compile", "--report", str(report_file), *arguments[1:], *sizes],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        check=True,
+    )
+    report = Report.from_json(report_file.read_text())
+    assert report.graphs[0].measured is not None
+    assert report.dense_step_ms() is not None
+    assert len(report.health) == 8
+    assert all(samples[-1].noise for samples in report.health.values())

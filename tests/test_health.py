@@ -6,9 +6,11 @@ from torch import nn
 
 import sparse_compile
 from sparse_compile import weight_health as health
+from sparse_compile.grad_noise import GradNoise, noise_and_underflow
 from sparse_compile.kernels import ops, reference
 from sparse_compile.options import read_options
-from sparse_compile.report import Health, record_health
+from sparse_compile.record import record_health
+from sparse_compile.report_health import Health
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
@@ -19,6 +21,10 @@ def nothing_watched(monkeypatch):
     health._watched.clear()
     monkeypatch.setattr(health, "_listeners", [])
     monkeypatch.setattr(health, "_every", 0)
+    monkeypatch.setattr(health, "_noise_until", 0)
+    monkeypatch.setattr(health, "_noise", GradNoise())
+    monkeypatch.setattr(health, "_gradients_left", False)
+    monkeypatch.setattr(ops, "_observer", None)
 
 
 def pruned(weight):
@@ -80,7 +86,7 @@ def test_samples_at_steps_go_to_listeners_and_the_report():
     model = ffn(64)
     sparse_compile.on_health(lambda *scalar: written.append(scalar))
     compiled = torch.compile(model.forward, backend="sste", options=EAGER | {"sste.health": 2})
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for _ in range(6):
         compiled(torch.randn(8, 64)).square().sum().backward()
         optimizer.step()
@@ -93,7 +99,125 @@ def test_samples_at_steps_go_to_listeners_and_the_report():
     names = list(sparse_compile.report().health)
     assert (f"sste/flips/{names[0]}", histories[0][2].flips, steps[2]) in written
     assert (f"sste/zeros/{names[1]}", histories[1][0].zeros, steps[0]) in written
-    assert len(written) == 2 * (3 * 4 - 1)  # the first sample has no flips
+    assert (f"sste/noise/{names[1]}", histories[1][0].noise, steps[0]) in written
+    # Of each weight; flips but for the first sample; and two numbers of gradients, where there is a dgrad.
+    assert len(written) == 2 * (3 * 4 - 1) + 3 * 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_noise_is_the_error_of_the_weights_gradient(device, transposed):
+    """All elements of a small gradient; the same products as in a backward, beside an exact one."""
+    tokens, out_features, in_features = 200, 144, 80
+    generator = torch.Generator().manual_seed(0)
+    grad, x = (torch.randn(tokens, n, generator=generator) for n in (out_features, in_features))
+    grad[0, 1:] *= 1e-6  # beside the largest of their token FP8 makes these zero
+    grad, x = grad.to(device), x.to(device, torch.float8_e4m3fn)
+    scale, token_scale = 448 / grad.abs().amax(dim=1), torch.rand(tokens, device=device)
+    weight_t = torch.randn(in_features, out_features, device=device).to(torch.float8_e4m3fn)
+    unit, scale_inv = torch.ones(1, device=device), torch.full((1,), 0.5, device=device)
+    noise = GradNoise()
+    noise.watch(True)
+    for seed in range(2):
+        seed = torch.tensor([seed], device=device)
+        payload, *operand = ops.cast_mvue(grad, scale, token_scale, seed, 0, False)
+        ops.scaled_mm(x, weight_t.t().contiguous(), unit, torch.float32)  # of another linear
+        ops.scaled_mm(payload, weight_t, unit, torch.float32)
+        x_t = ops.transpose_tokens(x)
+        product = ops.sparse_mm(*operand, x_t, scale_inv, None, torch.float32, transposed, False)
+    noise.watch(False)
+    ((address, sums),) = noise.take().items()
+    assert noise.take() == {}
+    assert address == weight_t.data_ptr()
+    exact = 0.5 * (grad * token_scale[:, None]).t() @ x.float()
+    error = (product.t() if transposed else product) - exact
+    assert float(sums[1]) == pytest.approx(2 * float(exact.square().sum()), rel=1e-3)
+    relative, underflow = noise_and_underflow(sums.tolist())
+    assert relative == pytest.approx(float(error.norm() / exact.norm()), rel=0.1)  # the mean of two draws
+    # Of the first token nearly all, unless they are large by chance.
+    assert underflow == pytest.approx(float((payload[0].float() == 0).sum()) / grad.numel(), rel=1e-3)
+    assert underflow > 0.9 / tokens
+
+
+@pytest.mark.parametrize(
+    ("sums", "expected"),
+    [
+        ([4, 16, 8, 2], (0.5, 0.25)),
+        ([0, 0, 0, 0], (None, None)),
+        ([float("nan"), 1, 1, 0], (None, 0.0)),
+    ],
+)
+def test_nothing_to_compare_with(sums, expected):
+    assert noise_and_underflow(sums) == expected
+
+
+def test_where_cuda_graphs_run_gradients_are_left_alone():
+    torch.compile(ffn(64).forward, backend="sste", options=EAGER | {"sste.health": 1})(torch.randn(8, 64))
+    assert ops._observer is not None
+    options = EAGER | {"triton.cudagraphs": True}
+    torch.compile(ffn(64).forward, backend="sste", options=options)(torch.randn(8, 64))
+    assert ops._observer is None
+    sparse_compile.health()
+    assert ops._observer is None
+
+
+@pytest.mark.gpu
+def test_health_of_a_model_in_cuda_graphs():
+    model = ffn(64).cuda()
+    options = {"sste.health": 1, "sste.when": "always", "triton.cudagraphs": True}
+    compiled = torch.compile(model.forward, backend="sste", options=options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        compiled(torch.randn(128, 64, device="cuda")).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (first, *_), _ = sparse_compile.report().health.values()
+    assert (first.noise, first.grad_underflow) == (None, None)
+    assert all(len(samples) == 5 for samples in sparse_compile.report().health.values())
+
+
+def noisy(samples):
+    """By the last part of the weights' names, whether there is a noise."""
+    return {name.split(".")[-1]: sample.noise is not None for name, sample in samples.items()}
+
+
+def test_gradients_are_watched_in_the_step_after_a_sample_that_was_asked_for():
+    model = nn.Sequential(nn.Linear(64, 64), *ffn(64))
+    compiled = torch.compile(model.forward, backend="sste", options=EAGER)
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (model[0], model[1], model[3])]
+
+    def step():
+        compiled(torch.randn(8, 64)).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    step()
+    assert not any(noisy(sparse_compile.health()).values())
+    assert ops._observer is not None
+    step()
+    assert noisy(sparse_compile.health()) == {"1": True, "3": True}
+    for _ in range(2):
+        step()
+    assert ops._observer is None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_samples_do_not_disturb_training(device):
+    weights = []
+    for every in (0, 1):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = ffn(64).to(device)
+        compiled = torch.compile(model.forward, backend="sste", options=EAGER | {"sste.health": every})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        for _ in range(3):
+            compiled(torch.randn(16, 64, device=device)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append([*model.parameters(), torch.rand(4, device=device)])
+    assert any(history[-1].noise for history in sparse_compile.report().health.values())
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 def test_weights_of_one_name_are_told_apart():

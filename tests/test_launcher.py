@@ -81,7 +81,7 @@ def test_a_module_and_a_report_as_a_table(tmp_path: Path) -> None:
 def test_auto_compiles_a_model_that_the_script_does_not(tmp_path: Path) -> None:
     """With the options of the command line; and the report finds its file though the script changes the folder."""
     options = ["--auto", "--option", "sste.executor=eager", "--option", "sste.recipe=fp8", "--report", "report.json"]
-    options += ["--option", "sste.health=1", "--option", "sste.report=report.html"]
+    options += ["--option", "sste.health=1", "--option", "sste.tune=false", "--option", "sste.report=report.html"]
     done = launch(tmp_path, "lambda model: (__import__('os').chdir('/'), model)[1]", *options, "scripts/train.py")
     assert done.returncode == 3, done.stderr
     assert done.stderr == "sparse_compile: compiles Net (33,088 parameters) with backend 'sste'\n"
@@ -126,13 +126,13 @@ def test_of_several_processes_the_first_writes(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("nothing.py",), "there is no file 'nothing.py'; for a module, say -m nothing.py"),
-        (("--report", "no/folder/r.txt", "scripts/train.py"), "there is no folder 'no/folder' for the report"),
-        (("--report", "r.xml", "scripts/train.py"), "'r.xml' must end in one of .txt, .json, .html"),
+        (("--report", "no/folder/r.txt", "scripts/train.py"), "there is no folder 'no/folder' for the report's file"),
+        (("--report", "r.xml", "scripts/train.py"), "'r.xml' must end in .txt or .json or .html"),
         ((), "the following arguments are required: SCRIPT"),
         (("--option", "recipe=fp8", "scripts/train.py"), "'recipe=fp8' is not of the form sste.NAME=VALUE"),
         (("--option", "sste.recipe=fp9", "scripts/train.py"), "option 'sste.recipe' is 'fp9'; did you mean 'fp8'?"),
         (("--option", "sste.health=-1", "scripts/train.py"), "option 'sste.health' is '-1'; allowed is a number"),
-        (("--option", "sste.report=r.xml", "scripts/train.py"), "'r.xml' must end in one of .txt, .json, .html"),
+        (("--option", "sste.report=r.xml", "scripts/train.py"), "'r.xml' must end in .txt or .json or .html"),
     ],
     ids=["script", "folder", "format", "none", "form", "option", "number", "report option"],
 )

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparse_compile
-from sparse_compile.report import GraphReport, Health, Measurement, Passes, Report, Row, Spread
+from sparse_compile.report import GraphReport, Measurement, Passes, Report, Row, Spread
+from sparse_compile.report_health import Health
 from sparse_compile.view import view
 
 EAGER = {"sste.executor": "eager"}
@@ -48,7 +49,7 @@ def test_measured_times_in_the_text():
     text = str(Report([GraphReport(rows=(), execution="kernels", measured=measurement())]))
     assert "measured: 3.00x, medians of 5 runs of each" in text
     assert "dense forward 2.000 ms (1.900 to 2.500), backward 4.000 ms (3.900 to 4.500), peak 3 MiB" in text
-    assert "weights 0.500 ms once per optimizer step; casts 0.150 ms (10 % of now)" in text
+    assert "of now: weights 0.500 ms (25 %), casts 0.150 ms (8 %); the weights once per optimizer step" in text
 
 
 def test_json_is_read_again():
@@ -56,8 +57,8 @@ def test_json_is_read_again():
     graph = GraphReport(
         rows=rows, execution="kernels", id="0/0", dynamic=("x.size(0) = s0",), calls=3, measured=measurement()
     )
-    health = {"up": [Health(step=2, flips=None, zeros=0.5, underflow=0.0, saturated=0.25)]}
-    report = Report([graph], health, device="a GPU")
+    health = {"up": [Health(step=2, flips=None, zeros=0.5, underflow=0.0, saturated=0.25, noise=0.5)]}
+    report = Report([graph], health, [12.5, 13.0], device="a GPU")
     text = report.to_json()
     again = Report.from_json(text)
     assert again == report
@@ -70,8 +71,8 @@ def test_json_is_read_again():
     [
         ("{", "this is no report of sparse_compile"),
         ("[]", "this is no report of sparse_compile"),
-        ('{"version": 99}', "the report is of version 99; this sparse_compile reads version 1"),
-        ('{"version": 1, "graphs": [{"rows": []}]}', "the report is damaged"),
+        ('{"version": 99}', "the report is of version 99; this sparse_compile reads version 2"),
+        ('{"version": 2, "graphs": [{"rows": []}]}', "the report is damaged"),
     ],
 )
 def test_what_is_no_report_is_refused(text, message):
@@ -81,6 +82,36 @@ def test_what_is_no_report_is_refused(text, message):
 
 def test_empty_report_says_so():
     assert "no graph was compiled" in str(Report())
+
+
+def test_where_linears_are_called_is_in_the_table():
+    rows = [row(f"blocks.{n}.up", source=f"/path/model.py:{10 + n // 2}") for n in range(3)]
+    rows.append(row("head", source="/path/model.py:30", dense_us=12.3))
+    text = str(Report([GraphReport(rows=tuple(rows), execution="kernels")]))
+    assert [line.split()[1:5] for line in text.splitlines() if line.startswith("blocks")] == [
+        ["(3)", "ffn", "model.py:10", "+1"]
+    ]
+    assert "model.py:30" in text
+    assert "dense us" in text
+    assert "dense us" not in str(Report([GraphReport(rows=(row("a"),), execution="kernels")]))
+
+
+def test_training_steps():
+    """Each measured graph gains its calls' times, and loses the time of its weights once."""
+    graph = GraphReport(rows=(sized("up", "2:4 fp8"),), execution="kernels", calls_a_step=3, measured=measurement())
+    idle = GraphReport(rows=(sized("a", "2:4 fp8"),), execution="kernels")
+    report = Report([graph, idle], step_ms=[30.0, 10.0, *[20.0] * 18])
+    assert report.step() == Spread(median=20.0, low=20.0, high=20.0)
+    assert report.dense_step_ms() == 20.0 + 3 * (6.0 - 1.5) - 0.5
+    assert (
+        "training: 20.0 ms a step (8 of 10 take 20.0 to 20.0; the last 20 steps); about 33.0 ms if its measured graphs "
+        "were dense: 1.65x" in str(report)
+    )
+    idle.calls_a_step = 1
+    assert report.dense_step_ms() is None  # one that was not measured
+    assert str(report).endswith("the last 20 steps)")
+    assert Report([graph]).dense_step_ms() is None
+    assert "training:" not in str(Report([graph]))
 
 
 def test_coverage_counts_flops_and_calls():
@@ -242,9 +273,10 @@ def test_view_explains_wrong_arguments(tmp_path, capsys):
             view([str(argument) for argument in arguments])
         assert message in capsys.readouterr().err
     wrong.write_text(Report().to_json())
-    with pytest.raises(SystemExit):
-        view([str(wrong), "--html", str(tmp_path / "no/report.html")])
-    assert "there is no folder" in capsys.readouterr().err
+    for name, message in (("no/report.html", "there is no folder"), ("report.txt", "must end in .html")):
+        with pytest.raises(SystemExit):
+            view([str(wrong), "--html", str(tmp_path / name)])
+        assert message in capsys.readouterr().err
 
 
 def test_near_misses_say_where(trace):

@@ -5,7 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from sparse_compile.report import GraphReport, Health, Measurement, Passes, Report, Row, Spread
+from sparse_compile.report import GraphReport, Measurement, Passes, Report, Row, Spread
+from sparse_compile.report_health import Health, over_time
 
 HOSTILE = "<script>alert('1')</script> & \"quoted\" </style>"
 
@@ -126,10 +127,22 @@ def test_measured_times(tmp_path):
     now = Passes(forward=forward, backward=Spread(median=1.5, low=1.4, high=1.6), peak_bytes=2**21)
     measured = Measurement(dense=dense, rewritten=now, rounds=7, weights_ms=0.5, casts_ms=0.25, mvue_ms=None)
     shown = page(Report([GraphReport(rows=(), execution="kernels", measured=measured)]), tmp_path / "report.html")
-    for text in ("Measured: 2.00x", "8 ms, peak 1 MiB", "4 ms, peak 2 MiB", "6 ms (5.9 to 6.1)", "0.25 ms", "7 runs"):
+    for text in ("Measured: 2.00x", "8 ms", "1 MiB", "2 MiB", "6 ms (5.9 to 6.1)", "0.25 ms, 6 %", "7 runs"):
         assert text in shown.text
+    for text in ("peak memory", "forward backward weights", "0.5 ms, 12 %"):
+        assert text in shown.text
+    assert ("data-label", "MVUE") not in shown.attributes, "not told, so it has no column"
     widths = [value for name, value in shown.attributes if name == "style"]
-    assert widths == [f"width:{width}%" for width in ("25.00", "75.00", "0.00", "25.00", "18.75", "6.25")]
+    assert widths == [f"width:{width}%" for width in ("25.00", "75.00", "25.00", "18.75", "6.25")]
+
+
+def test_training_steps_and_several_graphs(tmp_path):
+    graphs = [GraphReport(rows=(row(f"up{n}", rewritten_us=617.2),), execution="kernels") for n in range(2)]
+    shown = page(Report(graphs, step_ms=[8.0, 9.0, 10.0]), tmp_path / "report.html")
+    assert "Training step 9.0 ms a step" in shown.text
+    assert "A call of each graph and its backward" in shown.text
+    assert "2.00x predicted of 1 linears" in shown.text
+    assert "A call of each graph" not in page(Report(graphs[:1]), tmp_path / "report.html").text
 
 
 def test_health_as_plots(tmp_path):
@@ -140,17 +153,21 @@ def test_health_as_plots(tmp_path):
         ]
 
     report = Report(health={"a": samples(None, 0.1, 0.2), "b": samples(None, 0.3, 0.05)})
-    assert report.health_over_time("flips") == [(10, 0.2, 0.3), (20, 0.125, 0.2)]
+    assert over_time(report.health, "flips") == [(10, 0.2, 0.3), (20, 0.125, 0.2)]
     shown = page(report, tmp_path / "report.html")
-    assert "flips at step 20: median 12.50%, largest 20.00% in a" in shown.text
-    assert "Dashed: 5.0%" in shown.text
+    assert "flips at step 20: median 12.5 %, largest 20 % in a" in shown.text
+    assert "Dashed: 5 %," in shown.text
     lines = [value for name, value in shown.attributes if name == "points"]
     assert len(lines) == 9  # three plots with the limit, the largest, the median
     assert lines[1] == "0.0,9.09 1000.0,39.39"  # 0.3 and 0.2 of 1.1 * 0.3
     assert lines[2] == "0.0,39.39 1000.0,62.12"
+    assert "saturated at step 20: median 0 %, largest 0 % Kept" in shown.text
+    assert "b 20 5 % 50 % 2 % 0 %" in shown.text, "the table of all weights"
+    assert ("data-label", "noise") not in shown.attributes
     text = str(Report([GraphReport(rows=(), execution="kernels")], report.health))
-    assert "underflow at step 20: 2.00%, 2.00%, above 1.0%" in text
-    assert "saturated at step 20: 0.00%, 0.00%" in text
+    assert "zeros at step 20: 50 %, 50 %\n" in text
+    assert "underflow at step 20: 2 %, 2 %, above 1 %" in text
+    assert "saturated at step 20: 0 %, 0 %" in text
 
 
 def test_empty_report(tmp_path):
@@ -159,5 +176,5 @@ def test_empty_report(tmp_path):
 
 @pytest.mark.parametrize("name", ["report.pdf", "report"])
 def test_other_formats_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=r"must end in one of \.txt, \.json, \.html"):
+    with pytest.raises(ValueError, match=r"must end in \.txt or \.json or \.html"):
         Report().write(tmp_path / name)

@@ -54,6 +54,14 @@ def test_slots_name_the_weights_in_the_order_of_the_inputs(trace, small_gpt, con
         assert slot.projection is (Projection.SSTE if "up" in slot.name or "down" in slot.name else Projection.NONE)
 
 
+def test_a_linear_may_read_another(trace):
+    clone, plans = planned(trace(torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3))), torch.randn(8, 64)))
+    rewrite(clone, plans)
+    verify(clone, plans)
+    first, second, third = clone.graph.find_nodes(op="call_function", target=linear)
+    assert (second.args[0], third.args[0]) == (first, second)
+
+
 def test_no_seed_without_an_estimator(trace, small_gpt, batch):
     clone, plans = planned(trace(small_gpt(), *batch), FP8)
     rewrite(clone, plans)

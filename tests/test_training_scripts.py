@@ -1,100 +1,35 @@
 """What training scripts do besides the plain loop: each habit against the reference, or against a run without it."""
 
-import copy
 import dataclasses
-import gc
-import io
 import threading
-import weakref
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import sparse_compile
+from ffn_training import (
+    DENSE_FP8,
+    EAGER,
+    FFN,
+    adamw,
+    addresses,
+    after_two_steps,
+    assert_current,
+    assert_equal,
+    compiled,
+    gradients,
+    refreshes,
+    some_tokens,
+)
 from sparse_compile import backend, state
-from sparse_compile.kernels import reference
-from sparse_compile.testing import assert_same_bits
-
-EAGER = {"sste.executor": "eager"}
-# No randomness: results must be the same to the last bit, whatever the order of calls.
-DENSE_FP8 = EAGER | {"sste.recipe": "fp8"}
-
-
-class FFN(nn.Module):
-    def __init__(self, width=64):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, x):
-        return x + self.down(F.gelu(self.up(self.norm(x))))
-
-
-def compiled(model, options=EAGER, **named):
-    return torch.compile(model, backend="sste", options=options, **named)
 
 
 @pytest.fixture
 def x():
-    return torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
-
-
-def states(model):
-    """The states of the pruned weights by name."""
-    kept = {name: state._derived.get(parameter) for name, parameter in model.named_parameters()}
-    return {name: weight_state for name, of in kept.items() if of for weight_state in of.states.values()}
-
-
-def assert_current(model, pruned=2):
-    """The operands are those of the weights as they are now."""
-    parameters = dict(model.named_parameters())
-    assert len(states(model)) == pruned
-    for name, weight_state in states(model).items():
-        beta = torch.tensor([sparse_compile.beta(model)[name]])
-        expected = reference.prune_weight(parameters[name].detach(), beta)
-        for actual, wanted in zip(weight_state.operands, expected, strict=True):
-            assert_same_bits(actual, wanted, name)
-
-
-def refreshes(model):
-    return [weight_state.refreshes for weight_state in states(model).values()]
-
-
-def addresses(model):
-    return [operand.data_ptr() for kept in states(model).values() for operand in kept.operands]
-
-
-def gradients(model):
-    return [parameter.grad for parameter in model.parameters()]
-
-
-def assert_equal(actual, expected):
-    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
-
-
-def adamw(model):
-    """To be kept by the test: a weight whose optimizer is gone is pruned at every call."""
-    return torch.optim.AdamW(model.parameters(), lr=1e-2)
-
-
-def train(step, optimizer, x, steps=2):
-    for _ in range(steps):
-        step(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def after_two_steps(x):
-    """A model after two steps, its compiled call, and its optimizer."""
-    model = FFN()
-    step, optimizer = compiled(model), adamw(model)
-    train(step, optimizer, x)
-    return model, step, optimizer
+    return some_tokens()
 
 
 # Precision.
@@ -309,171 +244,6 @@ def test_evaluation_between_forward_and_backward_disturbs_nothing(x):
     assert_equal(*results)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_an_averaged_copy_computes_what_the_model_would(x, frozen):
-    model = FFN()
-    average = AveragedModel(model, multi_avg_fn=lambda averages, current, _: torch._foreach_copy_(averages, current))
-    step = compiled(model)
-    optimizer = adamw(model)
-    train(step, optimizer, x)
-    average.update_parameters(model)
-    average.requires_grad_(not frozen)
-    sparse_compile.set_beta(average, sparse_compile.beta(model))
-    evaluate = compiled(average)
-    for _ in range(2):
-        with torch.no_grad():
-            assert torch.equal(evaluate(x), step(x))
-        step(x).square().mean().backward()
-        optimizer.step()
-        average.update_parameters(model)
-    with torch.no_grad():
-        evaluate(x)
-    assert_current(average)
-    assert sparse_compile.beta(average) == {f"module.{name}": beta for name, beta in sparse_compile.beta(model).items()}
-
-
-# Copies and files.
-
-
-def saved(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("make_copy", [copy.deepcopy, saved])
-@pytest.mark.parametrize("what", ["torch.compile", "module.compile"])
-def test_copies_train_on_their_own(x, what, make_copy, when):
-    """Of the compiled model, or of the module whose forward is compiled."""
-    model = FFN()
-    if what == "torch.compile":
-        step = compiled(model)
-    else:
-        step = model
-        model.compile(backend="sste", options=EAGER)
-    optimizer = adamw(model)
-    if when == "after":
-        train(step, optimizer, x)
-    other = make_copy(step)
-    if what == "module.compile":
-        other.compile(backend="sste", options=EAGER)
-    twin = getattr(other, "_orig_mod", other)
-    sparse_compile.set_beta(other, sparse_compile.beta(model))
-    assert torch.equal(other(x), step(x))
-    before = step(x)
-    train(other, adamw(twin), x)
-    other(x)
-    assert_current(twin)
-    assert torch.equal(step(x), before)
-    assert_current(model)
-    plain = FFN()
-    plain.load_state_dict(twin.state_dict(), strict=True)
-    assert_equal(plain.parameters(), twin.parameters())
-
-
-def test_two_compiled_copies_of_a_module_share_its_weights(x):
-    model = FFN()
-    one, two = compiled(model), compiled(model)
-    optimizer = adamw(model)
-    train(one, optimizer, x)
-    assert torch.equal(one(x), two(x))
-    count = refreshes(model)
-    two(x).square().mean().backward()
-    optimizer.step()
-    assert torch.equal(one(x), two(x))
-    assert refreshes(model) == [n + 1 for n in count]
-
-
-@pytest.mark.parametrize("what", ["torch.compile", "module.compile"])
-def test_nothing_outlives_a_model(x, what):
-    model = FFN()
-    if what == "torch.compile":
-        step = compiled(model)
-    else:
-        step = model
-        model.compile(backend="sste", options=EAGER)
-    optimizer = adamw(model)
-    train(step, optimizer, x)
-    watched = [weakref.ref(thing) for kept in states(model).values() for thing in (kept, *kept.operands)]
-    watched.append(weakref.ref(model.up.weight))
-    assert all(reference() is not None for reference in watched)
-    del model, step, optimizer
-    gc.collect()
-    assert [reference() for reference in watched] == [None] * len(watched)
-
-
-# Parameters that change.
-
-
-def test_a_replaced_parameter(x):
-    model, step, optimizer = after_two_steps(x)
-    old = weakref.ref(model.up.weight)
-    model.up.weight = nn.Parameter(torch.randn(64, 64) / 8)
-    step(x).square().mean().backward()
-    assert_current(model)
-    assert model.up.weight.grad is not None
-    assert len(sparse_compile.report().graphs) == 1
-    del optimizer
-    gc.collect()
-    assert old() is None
-
-
-def test_a_model_cast_after_compilation(x):
-    model, step, _optimizer = after_two_steps(x)
-    betas = sparse_compile.beta(model)
-    model.to(torch.bfloat16)
-    y = step(x.bfloat16())
-    y.float().square().mean().backward()
-    assert y.dtype is torch.bfloat16
-    assert all(parameter.grad.dtype is torch.bfloat16 for parameter in model.parameters())
-    assert_current(model)
-    assert sparse_compile.beta(model) == betas
-
-
-def test_a_frozen_weight_goes_on_as_it_was_trained(x):
-    """Progressive freezing must not change what a linear computes."""
-    model, step, optimizer = after_two_steps(x)
-    torch.manual_seed(1)
-    before = step(x)
-    before.square().mean().backward()
-    expected = gradients(model)
-    model.zero_grad()
-    model.up.weight.requires_grad_(False)
-    count = refreshes(model)
-    torch.manual_seed(1)
-    after = step(x)
-    after.square().mean().backward()
-    assert torch.equal(before, after)
-    assert model.up.weight.grad is None
-    others = [(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True) if p.grad is not None]
-    assert len(others) == len(expected) - 1
-    assert_equal(*zip(*others, strict=True))
-    assert refreshes(model) == count
-    optimizer.step()
-    model.up.weight.requires_grad_(True)
-    step(x).square().mean().backward()
-    assert model.up.weight.grad is not None
-    assert_current(model)
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_compiled_model_called_with_other_weights(x, inside):
-    """Parameters that are handed in are weights like others."""
-    model, other = FFN(), FFN()
-    values = {name: nn.Parameter(value.clone()) for name, value in other.state_dict().items()}
-    if inside:
-        y = compiled(lambda values, x: torch.func.functional_call(model, values, (x,)))(values, x)
-    else:
-        y = torch.func.functional_call(compiled(model), {f"_orig_mod.{n}": v for n, v in values.items()}, (x,))
-    assert [row.decision.split()[0] for row in sparse_compile.report().rows] == ["s-ste"] * 2
-    assert torch.equal(y, compiled(other)(x))
-    assert sparse_compile.beta(model) == {}
-    y.square().mean().backward()
-    assert all(value.grad is not None for value in values.values())
-
-
 # Threads and processes.
 
 
@@ -533,6 +303,7 @@ def test_weights_made_under_inference_mode(x):
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("how", ["data", "load_state_dict"])
 def test_cuda_graphs_see_every_update(how, monkeypatch):
     """Steps of a fused optimizer, averages that are swapped in for evaluation, and the way back."""
@@ -577,19 +348,3 @@ def test_cuda_graphs_see_every_update(how, monkeypatch):
     assert all(abs(a - b) <= 1e-2 * abs(a) for a, b in zip(*curves, strict=True)), curves
     assert curves[0][-1] < 0.9 * curves[0][0]
     assert {graph.execution for graph in sparse_compile.report().graphs} == {"kernels"}
-
-
-@pytest.mark.gpu
-def test_a_model_that_moves_to_the_host_and_back():
-    x = torch.randn(128, 256)
-    model = FFN(256).cuda()
-    step = compiled(model, EAGER | {"sste.when": "always"})
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    train(step, optimizer, x.cuda())
-    betas, before = sparse_compile.beta(model), step(x.cuda())
-    model.cpu()
-    on_host = step(x)
-    assert sparse_compile.beta(model) == betas
-    torch.testing.assert_close(on_host, before.cpu(), rtol=0.05, atol=0.05)
-    model.cuda()
-    assert torch.equal(step(x.cuda()), before)

@@ -1,0 +1,70 @@
+"""What a report says about the health of pruned weights: samples, and from when on one should look closer."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Health:
+    """A pruned weight at one optimizer step; see ``sparse_compile.health``.
+
+    Attributes:
+        flips: share of the bits of its mask that changed since the sample before; None at the first.
+        zeros: share of zeros in the pruned weight; a half, and what ties and underflow add.
+        underflow: share of the elements kept by the mask that are zero in FP8.
+        saturated: share of the kept elements that have the largest magnitude of FP8.
+        noise: error of the weight's gradient by MVUE and FP8, over the gradient without them; root mean squares.
+        grad_underflow: share of the elements of its output's gradient that are zero in FP8, and were not before.
+            Both None where no gradient was seen: none came since it was asked for, CUDA graphs run in the process, or
+            dgrad does not run in FP8, by which a gradient's weight is known.
+    """
+
+    step: int
+    flips: float | None
+    zeros: float
+    underflow: float
+    saturated: float
+    noise: float | None = None
+    grad_underflow: float | None = None
+
+
+# What is plotted, a share above which one should look closer, by rule of thumb, and what it says.
+HEALTH_LIMITS = {
+    "flips": (
+        0.05,
+        "Mask bits that changed since the sample before. Masks move while the learning rate is high and settle as it "
+        "falls; a rate that stays high says that weights are pruned and brought back all the time.",
+    ),
+    "underflow": (
+        0.01,
+        "Kept elements that are zero in FP8: too small beside the largest of their weight, or tied with the elements "
+        "that are pruned. A weight with few very large elements loses many.",
+    ),
+    "saturated": (
+        0.001,
+        "Kept elements at FP8's largest magnitude. The scale follows the largest element, so they are few.",
+    ),
+    "noise": (
+        1.0,
+        "What sampling (MVUE) and FP8 change in a weight's gradient, as a share of it. Sampling has no bias: like the "
+        "noise of small batches it averages out over steps. Above 100 % a step's gradient is mostly noise; larger "
+        "batches help, and recipe 'fp8' does not sample.",
+    ),
+    "grad_underflow": (
+        0.01,
+        "Elements of the gradient of a linear's output that FP8 makes zero, in dgrad: too small beside the largest of "
+        "their token.",
+    ),
+}
+
+
+def over_time(health: Mapping[str, Sequence[Health]], quantity: str) -> list[tuple[int, float, float]]:
+    """``(step, median, largest)`` over the weights, of a quantity of ``Health``."""
+    values: dict[int, list[float]] = {}
+    for samples in health.values():
+        for sample in samples:
+            value = getattr(sample, quantity)
+            if value is not None:
+                values.setdefault(sample.step, []).append(value)
+    return [(step, statistics.median(found), max(found)) for step, found in sorted(values.items())]
