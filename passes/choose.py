@@ -4,24 +4,28 @@ Prices are sums of measured pieces (``kernels.costs``), and of bytes where Induc
 how much of it remains cannot be measured on its own.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from math import prod
 
 import torch
 
+from sparse_compile.agreement import agreed
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.costs import LinearShape, piece_times
 from sparse_compile.passes.decide import Plan, Price
 from sparse_compile.passes.find import LinearSite, Reason, Rejection
 from sparse_compile.progress import tracked
-from sparse_compile.recipe import Gemm, Projection, Recipe
+from sparse_compile.recipe import VARIANTS, Gemm, Projection, Recipe
 from sparse_compile.torch_internals import example_value, hint
 
 # Times of pieces by name, for one shape on one device.
 Clock = Callable[[LinearShape, torch.device, Sequence[str]], dict[str, float]]
+# Answers a question for all processes, with what the second argument returns if nobody has answered it before.
+Agreement = Callable[[str, Callable[[], str]], str]
 
 _DENSE_PIECES = ("hp fprop", "hp dgrad", "hp wgrad")
 # Ops whose times count once, whatever linears share.
@@ -36,11 +40,25 @@ _GRADIENT_BYTES = 1.0  # the maximum of each token is found on the way, or in an
 _PRODUCT_BYTES = 2.0  # the scale of each token is applied by the reader, or in another pass
 
 
-def choose(plans: Sequence[Plan], clock: Clock = piece_times) -> tuple[list[Plan], list[Rejection]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Fastest:
+    """The fastest variant of a recipe, and the microseconds of the linear in it and dense."""
+
+    variant: str
+    rewritten: float
+    dense: float
+
+
+def choose(
+    plans: Sequence[Plan], clock: Clock = piece_times, agree: Agreement = agreed
+) -> tuple[list[Plan], list[Rejection]]:
     """The fastest variant of each plan, with its price; a rejection where dense products are faster.
 
     Plans stay as they are where nothing can be measured: without kernels, or where the number of tokens depends on
     data.  A linear that the user named is priced, and rewritten whatever it costs.
+
+    Args:
+        agree: lets the processes that train a model together choose the same.
     """
     inputs = Counter(plan.site.input for plan in plans)
     # Layers are alike, and each question to the clock may read a file.
@@ -48,25 +66,44 @@ def choose(plans: Sequence[Plan], clock: Clock = piece_times) -> tuple[list[Plan
     chosen: list[Plan] = []
     rejections: list[Rejection] = []
     for plan in tracked(plans, "measuring linears"):
-        site, device = plan.site, example_value(plan.site.weight).device
+        site = plan.site
         shape = _shape(site)
-        if shape is None or ops.emulation_reason(device) is not None:
+        if shape is None or ops.emulation_reason(example_value(site.weight).device) is not None:
             chosen.append(plan)
             continue
-        dense = _dense_microseconds(site, timed(shape, device, _DENSE_PIECES))
-        prices = {}
-        for recipe in plan.recipe.variants():
-            times = timed(shape, device, tuple(_pieces(recipe)))
-            prices[recipe] = _microseconds(site, shape, recipe, times, inputs[site.input])
-        fastest = min(prices, key=prices.__getitem__)
-        if plan.named or prices[fastest] <= dense * (1 - _MARGIN):
-            price = Price(dense=dense, rewritten=prices[fastest])
-            chosen.append(replace(plan, recipe=fastest, price=price))
+        facts = (plan, shape, inputs[site.input])
+        fastest = _Fastest(**json.loads(agree(_question(*facts), partial(_find, *facts, timed))))
+        recipe, dense = VARIANTS[fastest.variant], fastest.dense
+        if plan.named or fastest.rewritten <= dense * (1 - _MARGIN):
+            chosen.append(replace(plan, recipe=recipe, price=Price(dense=dense, rewritten=fastest.rewritten)))
         else:
-            detail = f"a step would take {prices[fastest]:.0f} us in {fastest.short_str()}, {dense:.0f} us dense"
+            detail = f"a step would take {fastest.rewritten:.0f} us in {recipe.short_str()}, {dense:.0f} us dense"
             advice = "more tokens in a call may change that; 'sste.when': 'always' rewrites it all the same"
             rejections.append(replace(site.reject(Reason.SLOWER, detail, advice), dense_us=dense))
     return chosen, rejections
+
+
+def _question(plan: Plan, shape: LinearShape, sharing: int) -> str:
+    """What must be chosen alike: not for each number of tokens, which may differ between processes."""
+    uses = f"{plan.site.forwards} forwards, dgrad {_needs_dgrad(plan.site)}, input shared by {sharing}"
+    linear = f"{plan.site.name} {replace(shape, tokens=0)}"
+    return f"{plan.recipe.name} of {linear}, {uses}, gradients {torch.is_grad_enabled()}"
+
+
+def _find(plan: Plan, shape: LinearShape, sharing: int, timed: Clock) -> str:
+    """The fastest variant, in JSON.
+
+    Args:
+        sharing: linears that read the same input, whose cast they share.
+    """
+    site, device = plan.site, example_value(plan.site.weight).device
+    prices = {}
+    for recipe in plan.recipe.variants():
+        times = timed(shape, device, tuple(_pieces(recipe)))
+        prices[recipe.name] = _microseconds(site, shape, recipe, times, sharing)
+    variant = min(prices, key=prices.__getitem__)
+    dense = _dense_microseconds(site, timed(shape, device, _DENSE_PIECES))
+    return json.dumps(asdict(_Fastest(variant=variant, rewritten=prices[variant], dense=dense)))
 
 
 def _shape(site: LinearSite) -> LinearShape | None:

@@ -30,8 +30,8 @@ from sparse_compile.torch_internals import (
     backend_fake_mode,
     clone_graph_module,
     compile_graph,
+    graph_before_cut,
     reset_cuda_graphs,
-    several_processes,
     trace_artifact,
     uses_cuda_graphs,
 )
@@ -61,16 +61,14 @@ def sste(
     chosen = read_options(mode, options)
     graph = clone_graph_module(graph_module)
 
-    sites, near_misses = find(graph)
+    sites, near_misses = find(graph, graph_before_cut(graph_module))
     owners = ParameterOwners()
     plans, rejections = decide(
         sites, chosen.recipe, chosen.targets, owners, head=chosen.head, is_pruned=lambda w: beta_of(w) is not None
     )
     if chosen.tune:
         tune(plans)
-    if chosen.measure and several_processes():
-        logger.info("several processes must choose the same, so nothing is measured and every linear gets its recipe")
-    elif chosen.measure:
+    if chosen.measure:
         plans, slower = choose(plans)
         rejections += slower
     recompute(plans)

@@ -19,7 +19,7 @@ from sparse_compile.kernels.formats import padded
 from sparse_compile.measure import capturing
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.report import Health, record_health
-from sparse_compile.state import WeightState, optimizer_steps
+from sparse_compile.state import WeightState, before_freeing, optimizer_steps
 
 Listener = Callable[[str, float, int], object]
 
@@ -30,7 +30,7 @@ _LARGEST = 0x7E  # 448
 class _Watched:
     """A weight on one device, and the metadata of its last sample there."""
 
-    __slots__ = ("device", "in_features", "last", "name", "out_features", "weight")
+    __slots__ = ("device", "in_features", "last", "name", "out_features", "taken", "weight")
 
     def __init__(self, name: str, slot: WeightSlot, weight: Tensor) -> None:
         self.name = name
@@ -38,6 +38,7 @@ class _Watched:
         self.device = slot.device
         self.out_features, self.in_features = slot.out_features, slot.in_features
         self.last: Tensor | None = None
+        self.taken: tuple[Tensor, Tensor] | None = None  # counts and metadata, before the operands were freed
 
     def is_there(self) -> bool:
         """Whether the weight lives, and was not moved to another device, where it has another state."""
@@ -76,10 +77,11 @@ def sample() -> dict[str, Health]:
     counts = {}
     with torch.no_grad():
         for state, watched in list(_watched.items()):
-            if state.operands and watched.is_there():
-                values, metadata, *_ = state.operands
-                counts[watched] = _counts(values, metadata, watched.last)
-                watched.last = metadata.clone()
+            counted, watched.taken = watched.taken, None
+            if not state.freed:
+                counted = _take(state, watched)
+            if counted is not None and watched.is_there():
+                counts[watched], watched.last = counted
     # One wait for the device, when all of the work is queued.
     samples = {watched: _health(watched, count.tolist()) for watched, count in counts.items()}
     for watched, taken in samples.items():
@@ -89,6 +91,14 @@ def sample() -> dict[str, Health]:
                 for listener in _listeners:
                     listener(f"sste/{quantity}/{watched.name}", value, taken.step)
     return {watched.name: taken for watched, taken in samples.items()}
+
+
+def _take(state: WeightState, watched: _Watched) -> tuple[Tensor, Tensor] | None:
+    """Counts and a copy of the metadata; None before the weight was pruned."""
+    if not state.operands:
+        return None
+    values, metadata, *_ = state.operands
+    return _counts(values, metadata, watched.last), metadata.clone()
 
 
 def mask_flips(before: Tensor, after: Tensor) -> Tensor:
@@ -139,4 +149,13 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         sample()
 
 
+def _before_freeing(state: WeightState) -> None:
+    """What FSDP2 frees before the optimizer steps is counted before."""
+    watched = _watched.get(state)
+    if watched is not None and _every and (optimizer_steps() + 1) % _every == 0 and not capturing():
+        with torch.no_grad():
+            watched.taken = _take(state, watched)
+
+
+before_freeing.append(_before_freeing)
 register_optimizer_step_post_hook(torch.compiler.disable(_after_step))

@@ -1,8 +1,13 @@
 """CHOOSE: the fastest variant of each linear by the times of a made-up clock; dense where that is faster."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from unittest import mock
+
 import pytest
 import torch
 
+from sparse_compile import agreement
 from sparse_compile.kernels import costs, ops
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import choose
@@ -116,6 +121,44 @@ def test_what_the_user_named_is_rewritten_whatever_it_costs(kernels, plans):
     kept, rejections = choose(plans("*up"), clock(hp_fprop=1.0, hp_dgrad=1.0, hp_wgrad=1.0))
     assert [plan.site.name for plan in kept] == ["blocks.0.up"]
     assert len(rejections) == 3
+
+
+def test_processes_choose_the_same(kernels, trace, small_gpt, batch):
+    """What one found first holds for those whose clocks and numbers of tokens say otherwise."""
+    store = torch.distributed.HashStore()
+
+    def plans(ids):
+        sites = find(trace(small_gpt(depth=1), *ids))[0]
+        return decide(sites, SSTE, "ffn", ParameterOwners())[0]
+
+    fast, slow = clock(hp_wgrad=30.0), clock(hp_fprop=1.0, hp_dgrad=1.0, hp_wgrad=1.0)
+    shorter = tuple(part[:, :5] for part in batch)
+    with mock.patch.object(agreement, "shared_store", return_value=store):
+        kept, rejections = choose(plans(batch), fast)
+        others = choose(plans(shorter), slow)
+    assert [plan.recipe for plan in others[0]] == [plan.recipe for plan in kept] != []
+    assert [plan.price for plan in others[0]] == [plan.price for plan in kept]
+    assert others[1] == rejections == []
+    assert choose(plans(shorter), slow)[0] == [], "a process of its own goes by its own times"
+
+
+def test_nobody_waits_for_an_answer():
+    """Threads ask at the same time; a question that one asks alone is its own to answer."""
+    store = torch.distributed.HashStore()
+    barrier = Barrier(8)
+
+    def ask(name):
+        def answer():
+            barrier.wait(timeout=60)
+            return name
+
+        return agreement.agreed("who", answer)
+
+    with mock.patch.object(agreement, "shared_store", return_value=store), ThreadPoolExecutor(8) as threads:
+        answers = set(threads.map(ask, "abcdefgh"))
+        assert len(answers) == 1
+        assert agreement.agreed("who", lambda: pytest.fail("it is answered")) in answers
+        assert agreement.agreed("and who else", lambda: "z") == "z"
 
 
 def test_without_kernels_nothing_is_measured(plans):
