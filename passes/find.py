@@ -271,7 +271,9 @@ def _near_miss(node: Node, spelling: Spelling | None, region: Region) -> list[Re
     elif target_name(node) == "linear":
         name, reason = module_name(node), Reason.NOT_A_PARAMETER
         detail = "it is computed in the graph, for instance by a parametrization, or is a buffer or an input"
-        advice = "give the linear a parameter itself: a weight that changes in a step cannot be pruned once per step"
+        advice = (
+            "give the linear a parameter itself (FSDP: fully_shard does): what changes in a step can't be pruned once"
+        )
     else:
         return []
     return [Rejection(name=name, role=Role.OTHER, shape="", reason=reason, detail=detail, advice=advice, node=node)]
