@@ -152,17 +152,25 @@ def timing(times: Sequence[float]) -> Timing:
 
 def provenance() -> dict[str, str]:
     """Date, device and its limits, versions, commit and command of a measurement."""
-    device = str(torch.cuda.get_device_properties().uuid)
-    limits = ["nvidia-smi", "--query-gpu=power.limit,clocks.max.sm,driver_version", "--format=csv,noheader"]
     return {
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "power limit, highest SM clock, driver": _printed_by(*limits, f"--id=GPU-{device}") or "unknown",
+        **_device(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         # A copy of the sources without their history is told its commit.
         "commit": os.environ.get("GIT_COMMIT") or _printed_by("git", "describe", "--always", "--dirty") or "unknown",
         "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _device() -> dict[str, str]:
+    if not torch.cuda.is_available():
+        return {"device": "CPU"}
+    uuid = str(torch.cuda.get_device_properties().uuid)
+    limits = ["nvidia-smi", "--query-gpu=power.limit,clocks.max.sm,driver_version", "--format=csv,noheader"]
+    return {
+        "device": torch.cuda.get_device_name(),
+        "power limit, highest SM clock, driver": _printed_by(*limits, f"--id=GPU-{uuid}") or "unknown",
     }
 
 

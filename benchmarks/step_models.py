@@ -17,7 +17,7 @@ SSTE = "sste"
 SSTE_HEAD = "sste, head in fp8"
 SSTE_SMALL = "sste, small memory"
 SSTE_GRAPHS = "sste reduce-overhead"
-_COMPILE: Mapping[str, dict[str, Any]] = {
+COMPILE: Mapping[str, dict[str, Any]] = {
     BF16_TUNED: {"mode": "max-autotune-no-cudagraphs"},
     BF16_GRAPHS: {"mode": "reduce-overhead"},
     SSTE: {"backend": "sste"},
@@ -55,7 +55,7 @@ def _causal_attention() -> str:
     return "causal_sdpa"
 
 
-def _llama(hidden: int, intermediate: int, layers: int, context: int) -> nn.Module:
+def llama(hidden: int, intermediate: int, layers: int, context: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -73,11 +73,11 @@ def _llama(hidden: int, intermediate: int, layers: int, context: int) -> nn.Modu
 
 
 def _llama_8b_layers() -> nn.Module:
-    return _llama(4096, 14336, layers=4, context=4096)
+    return llama(4096, 14336, layers=4, context=4096)
 
 
 def _llama_1b_layers() -> nn.Module:
-    return _llama(2048, 8192, layers=8, context=2048)
+    return llama(2048, 8192, layers=8, context=2048)
 
 
 def _gpt2_small() -> nn.Module:
@@ -114,9 +114,19 @@ def training_step(model: StepModel, kind: str, device: torch.device) -> Callable
 
         config = Float8LinearConfig.from_recipe_name(kind.removeprefix("torchao "))
         convert_to_float8_training(network, config=config, module_filter_fn=lambda module, name: "lm_head" not in name)
-    compiled = torch.compile(network, **_COMPILE.get(kind, {}))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
-    generator = torch.Generator(device).manual_seed(0)
+    compiled = torch.compile(network, **COMPILE.get(kind, {}))
+    return steps_of(model, compiled, torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True), device)
+
+
+def steps_of(
+    model: StepModel,
+    compiled: Callable[..., Any],
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    seed: int = 0,
+) -> Callable[[], Tensor]:
+    """One step of a compiled network, on random tokens that are the same in each; ``seed`` says which."""
+    generator = torch.Generator(device).manual_seed(seed)
     batches = [
         torch.randint(model.vocabulary, model.batch, device=device, generator=generator)
         for _ in range(model.microbatches)

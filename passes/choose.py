@@ -4,20 +4,25 @@ Prices are sums of measured pieces (``kernels.costs``), and of bytes where Induc
 how much of it remains cannot be measured on its own.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from math import prod
 
+from sparse_compile.agreement import agreed
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.costs import LinearShape, Question, piece_times
 from sparse_compile.passes.decide import Plan, Price
 from sparse_compile.passes.find import LinearSite, Reason, Rejection
-from sparse_compile.recipe import Gemm, Projection, Recipe
+from sparse_compile.recipe import VARIANTS, Gemm, Projection, Recipe
 from sparse_compile.torch_internals import example_value, hint
 
 # Microseconds of pieces by name, for each linear that it is asked about.
 Clock = Callable[[Mapping[Question, Collection[str]]], Mapping[Question, Mapping[str, float]]]
+# Answers a question for all processes, with what the second argument returns if nobody has answered it before.
+Agreement = Callable[[str, Callable[[], str]], str]
 
 _DENSE_PIECES = ("hp fprop", "hp dgrad", "hp wgrad")
 # Ops whose times count once, whatever linears share.
@@ -32,8 +37,17 @@ _GRADIENT_BYTES = 1.0  # the maximum of each token is found on the way, or in an
 _PRODUCT_BYTES = 2.0  # the scale of each token is applied by the reader, or in another pass
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Fastest:
+    """The fastest variant of a recipe, and the microseconds of the linear in it and dense."""
+
+    variant: str
+    rewritten: float
+    dense: float
+
+
 def choose(
-    plans: Sequence[Plan], clock: Clock = piece_times, *, training: bool = True
+    plans: Sequence[Plan], clock: Clock = piece_times, agree: Agreement = agreed, *, training: bool = True
 ) -> tuple[list[Plan], list[Rejection]]:
     """The fastest variant of each plan, with its price; a rejection where dense products are faster.
 
@@ -41,6 +55,7 @@ def choose(
     data.  A linear that the user named, or whose weight was trained pruned, is priced, and rewritten whatever it costs.
 
     Args:
+        agree: lets the processes that train a model together choose the same.
         training: price forward, backward and the casts of the weight; otherwise forward alone.
     """
     inputs = Counter(plan.site.input for plan in plans)
@@ -49,7 +64,8 @@ def choose(
     for plan, question in zip(plans, asked, strict=True):
         if question is not None:
             pieces.setdefault(question, {}).update(dict.fromkeys(_needed(plan.recipe, training)))
-    answers = clock(pieces) if pieces else {}
+    # Asked when the first answer is needed: processes that find the others' choices measure nothing.
+    times = cache(lambda: clock(pieces))
 
     chosen: list[Plan] = []
     rejections: list[Rejection] = []
@@ -57,26 +73,50 @@ def choose(
         if question is None:
             chosen.append(plan)
             continue
-        site, (shape, _), times, sharing = plan.site, question, answers[question], inputs[plan.site.input]
-        prices = {}
-        if training:
-            dense = _dense_microseconds(site, times)
-            for recipe in plan.recipe.variants():
-                needed = {piece: times[piece] for piece in _pieces(recipe)}
-                prices[recipe] = _microseconds(site, shape, recipe, needed, sharing)
-        else:
-            # Variants differ in backward alone.
-            dense, prices[plan.recipe] = times["hp fprop"], _forward(shape, plan.recipe, times, sharing)
-        fastest = min(prices, key=prices.__getitem__)
-        if plan.named or plan.pruned or prices[fastest] <= dense * (1 - _MARGIN):
-            price = Price(dense=dense, rewritten=prices[fastest])
-            chosen.append(replace(plan, recipe=fastest, price=price))
+        site, (shape, _), sharing = plan.site, question, inputs[plan.site.input]
+        answer = partial(_find, plan, question, sharing, times, training)
+        fastest = _Fastest(**json.loads(agree(_agreed_on(plan, shape, sharing, training), answer)))
+        recipe, dense = VARIANTS[fastest.variant], fastest.dense
+        if plan.named or plan.pruned or fastest.rewritten <= dense * (1 - _MARGIN):
+            chosen.append(replace(plan, recipe=recipe, price=Price(dense=dense, rewritten=fastest.rewritten)))
         else:
             call = "a step" if training else "a call"
-            detail = f"{call} would take {prices[fastest]:.0f} us in {fastest.short_str()}, {dense:.0f} us dense"
+            detail = f"{call} would take {fastest.rewritten:.0f} us in {recipe.short_str()}, {dense:.0f} us dense"
             advice = "more tokens in a call may change that; 'sste.when': 'always' rewrites it all the same"
             rejections.append(replace(site.reject(Reason.SLOWER, detail, advice), dense_us=dense))
     return chosen, rejections
+
+
+def _agreed_on(plan: Plan, shape: LinearShape, sharing: int, training: bool) -> str:
+    """What must be chosen alike: not for each number of tokens, which may differ between processes."""
+    uses = f"{plan.site.forwards} forwards, dgrad {_needs_dgrad(plan.site)}, input shared by {sharing}"
+    return f"{plan.recipe.name} of {plan.site.name} {replace(shape, tokens=0)}, {uses}, training {training}"
+
+
+def _find(
+    plan: Plan,
+    question: Question,
+    sharing: int,
+    times: Callable[[], Mapping[Question, Mapping[str, float]]],
+    training: bool,
+) -> str:
+    """The fastest variant, in JSON.
+
+    Args:
+        sharing: linears that read the same input, whose cast they share.
+    """
+    (shape, _), measured = question, times()[question]
+    prices = {}
+    if training:
+        dense = _dense_microseconds(plan.site, measured)
+        for recipe in plan.recipe.variants():
+            needed = {piece: measured[piece] for piece in _pieces(recipe)}
+            prices[recipe.name] = _microseconds(plan.site, shape, recipe, needed, sharing)
+    else:
+        # Variants differ in backward alone.
+        dense, prices[plan.recipe.name] = measured["hp fprop"], _forward(shape, plan.recipe, measured, sharing)
+    variant = min(prices, key=prices.__getitem__)
+    return json.dumps(asdict(_Fastest(variant=variant, rewritten=prices[variant], dense=dense)))
 
 
 def _question(site: LinearSite) -> Question | None:

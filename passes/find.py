@@ -1,12 +1,12 @@
 """FIND: the linear layers of a traced graph, in every spelling."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import prod
 
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 
 from sparse_compile.passes.roles import Role, assign_roles
@@ -172,11 +172,14 @@ class LinearSite:
         )
 
 
-def find(graph_module: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
+def find(graph_module: GraphModule, whole: Graph | None = None) -> tuple[list[LinearSite], list[Rejection]]:
     """All linears of the graph and of its checkpointed bodies, and those that can't be told to be one.
 
     Handles F.linear, addmm, mm, matmul and ``@`` as function or method, with the weight as the right operand, reached
     through any number of transpositions and casts.  A product of two activations is no linear and is left out.
+
+    Args:
+        whole: the graph that this one was cut out of, where one was: what part a linear plays is told from that.
     """
     linears: dict[Node, tuple[Region, Spelling]] = {}
     rejections: list[Rejection] = []
@@ -191,6 +194,8 @@ def find(graph_module: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
             else:
                 rejections += _near_miss(node, spelling, region)
     roles = assign_roles({node: spelling.input for node, (_, spelling) in linears.items()})
+    if whole is not None:
+        roles |= _roles_before_the_cut([node for node in linears if node.graph is graph_module.graph], whole)
     # A transposed weight may be made once and read by several linears.
     linears_of = Counter(region.sources[spelling.weight] for region, spelling in linears.values())
     sites = []
@@ -213,6 +218,17 @@ def find(graph_module: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
             advice = "write it as F.linear, and what it does besides as operations of their own"
             rejections.append(site.reject(Reason.UNSUPPORTED_FORM, spelling.refusal, advice))
     return sites, rejections
+
+
+def _roles_before_the_cut(linears: Iterable[Node], whole: Graph) -> dict[Node, Role]:
+    """Roles in the graph from which these linears come: nodes keep what dynamo recorded of them, though not names."""
+    inputs = {}
+    for node in whole.nodes:
+        spelling = read_linear(node)
+        if spelling is not None and isinstance(example_value(spelling.weight), Parameter):
+            inputs[node] = spelling.input
+    roles = {id(example_value(node)): role for node, role in assign_roles(inputs).items()}
+    return {node: roles[id(example_value(node))] for node in linears if id(example_value(node)) in roles}
 
 
 def _regions(graph_module: GraphModule) -> Iterator[Region]:
@@ -255,7 +271,9 @@ def _near_miss(node: Node, spelling: Spelling | None, region: Region) -> list[Re
     elif target_name(node) == "linear":
         name, reason = module_name(node), Reason.NOT_A_PARAMETER
         detail = "it is computed in the graph, for instance by a parametrization, or is a buffer or an input"
-        advice = "give the linear a parameter itself: a weight that changes in a step cannot be pruned once per step"
+        advice = (
+            "give the linear a parameter itself (FSDP: fully_shard does): what changes in a step can't be pruned once"
+        )
     else:
         return []
     return [Rejection(name=name, role=Role.OTHER, shape="", reason=reason, detail=detail, advice=advice, node=node)]

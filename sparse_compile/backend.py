@@ -34,8 +34,8 @@ from sparse_compile.torch_internals import (
     backend_fake_mode,
     clone_graph_module,
     compile_graph,
+    graph_before_cut,
     reset_cuda_graphs,
-    several_processes,
     trace_artifact,
     uses_cuda_graphs,
 )
@@ -65,7 +65,7 @@ def sste(
     chosen = read_options(mode, options)
     graph = clone_graph_module(graph_module)
 
-    sites, near_misses = find(graph)
+    sites, near_misses = find(graph, graph_before_cut(graph_module))
     owners = ParameterOwners()
     plans, rejections = decide(
         sites,
@@ -78,9 +78,7 @@ def sste(
     )
     if chosen.tune:
         tune(plans)
-    if chosen.measure and several_processes():
-        logger.info("several processes must choose the same, so nothing is measured and every linear gets its recipe")
-    elif chosen.measure:
+    if chosen.measure:
         plans, slower = choose(plans, training=torch.is_grad_enabled())
         rejections += slower
     recompute(plans)

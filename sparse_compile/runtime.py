@@ -11,7 +11,7 @@ from sparse_compile.measure import Twin, measure
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.recipe import Projection
 from sparse_compile.report import GraphReport
-from sparse_compile.state import WeightState, current_operands, weight_state
+from sparse_compile.state import WeightState, current_operands, restore_operands, weight_state
 from sparse_compile.torch_internals import FakeTensor
 from sparse_compile.weight_health import watch
 
@@ -38,6 +38,7 @@ class Runtime:
         # The weight each slot saw last, and its state: saves the look-up by tensor.  Weak: compiled graphs may outlive
         # the models that they were compiled for.
         self._last: list[tuple[ref[Tensor], ref[WeightState]] | None] = [None] * len(slots)
+        self._met_gathered = False  # a weight that FSDP2 gathers
 
     def __call__(self, *args: Any) -> Any:
         # DDP's bucketing calls each part once to learn its outputs' shapes: with fake activations, but real parameters.
@@ -49,7 +50,22 @@ class Runtime:
         operands = current_operands(weights, self._slots, states)
         if self._twin is not None and not capturing():
             self._measure(self._twin, args, operands)
-        return self._compiled(*args, *operands)
+        outputs = self._compiled(*args, *operands)
+        if self._met_gathered:
+            self._restore_before_backward(outputs, weights, states)
+        return outputs
+
+    def _restore_before_backward(self, outputs: Any, weights: list[Tensor], states: list[WeightState]) -> None:
+        """FSDP2 may free what it gathered, and the operands with it: backward reads those that forward did.
+
+        Its own hooks, which gather the weights for backward, are on the outputs of modules, and so run before.
+        """
+        if all(state.shards is None for state in states):
+            return
+        results = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        nodes = {result.grad_fn for result in results if isinstance(result, Tensor) and result.grad_fn is not None}
+        for node in nodes:
+            node.register_prehook(lambda _: restore_operands(weights, self._slots, states))
 
     def _measure(self, twin: Twin, args: tuple[Any, ...], operands: list[Tensor]) -> None:
         """Once."""
@@ -69,6 +85,7 @@ class Runtime:
         slot = self._slots[index]
         state = weight_state(weight, slot)
         self._last[index] = (ref(weight), ref(state))
+        self._met_gathered = self._met_gathered or state.shards is not None
         if slot.projection is Projection.SSTE:
             watch(slot, weight, state)
         return state

@@ -5,15 +5,18 @@ Tensor versions alone cannot tell when a weight changed: fused optimizers do not
 only if the weight's version, its address and the last step of the optimizer that owns it are unchanged; a weight that
 no optimizer owns that has stepped is pruned at every call.  What all these do not show, edits through ``.data``, is
 looked for in samples (``edits``).
+
+Of a weight that FSDP2 gathers, the operands live as long as its gathered form: they are freed when FSDP2 frees that,
+and made again, in the same tensors, when it has gathered the weight anew, for a forward or for a backward.
 """
 
 import math
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from threading import RLock
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -26,7 +29,13 @@ from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.pruning import Pruning
 from sparse_compile.recipe import Projection
 from sparse_compile.steps import OptimizerSteps
-from sparse_compile.torch_internals import WeakTensorKeyDictionary, is_held, sharded_parameter
+from sparse_compile.torch_internals import (
+    WeakTensorKeyDictionary,
+    call_when_freed,
+    is_held,
+    sharded_parameter,
+    versions_kept,
+)
 
 # The last step of the optimizer that owns a weight, the weight's version and its address.
 _Stamp = tuple[int | None, int, int]
@@ -56,29 +65,63 @@ class Beta:
 
 
 class WeightState:
-    """The operands of one weight for one projection, orientation and device."""
+    """The operands of one weight for one projection, orientation and device.
 
-    __slots__ = ("__weakref__", "beta", "operands", "refreshes", "reuses", "sample", "stamp", "trained")
+    Attributes:
+        shards: the parameter that an optimizer owns, where FSDP2 gathers the weight; None for every other weight.
+        freed: whether the operands have no memory, because FSDP2 freed that of the gathered weight.
+    """
 
-    def __init__(self, beta: Beta) -> None:
+    __slots__ = (
+        "__weakref__", "beta", "freed", "operands", "refreshes", "reuses", "sample", "shards", "stamp", "trained"
+    )  # fmt: skip
+
+    def __init__(self, beta: Beta, shards: ref[Tensor] | None) -> None:
         self.beta = beta
+        self.shards = shards
         self.operands: tuple[Tensor, ...] = ()
+        self.freed = False
         self.stamp: _Stamp | None = None
         self.sample: Tensor | None = None  # of the weight that the operands were made from
         self.refreshes = 0  # how often the operands were made
         self.reuses = 0  # how often calls that record gradients used them again, since an edit or an evaluation
         self.trained = 0  # when a call that records gradients made them last, by ``_clock``; 0 if none did
 
+    def free(self) -> None:
+        """Give the operands' memory back; the tensors stay, because a backward may hold them."""
+        # But for the last, the scale: it is one number, and pruning again begins with it.
+        if self.operands and not self.freed:
+            for listener in before_freeing:
+                listener(self)
+            for operand in self.operands[:-1]:
+                operand.untyped_storage().resize_(0)
+            self.freed = True
+
+    def allocate(self) -> None:
+        """Uninitialised memory for operands that were freed."""
+        for operand in self.operands[:-1]:
+            operand.untyped_storage().resize_(operand.nbytes)
+        self.freed = False
+
 
 class _Derived:
     """All that is derived from one weight, in shards and gathered."""
 
-    __slots__ = ("beta", "finalized", "states")
+    __slots__ = ("beta", "finalized", "shards", "states")
 
     def __init__(self) -> None:
         self.beta = Beta()
+        self.shards: ref[Tensor] | None = None  # weak: what a dictionary with weak keys holds must not hold the key
         self.states: dict[tuple[Projection, bool, torch.device], WeightState] = {}
         self.finalized: int | None = None  # when the weight was made its own projection, by ``_clock``
+
+    def free(self) -> None:
+        for state in self.states.values():
+            state.free()
+
+
+# Called with each state whose operands are about to be freed.
+before_freeing: list[Callable[[WeightState], None]] = []
 
 
 def optimizer_steps() -> int:
@@ -164,14 +207,19 @@ _clock = count(1)
 def _derived_from(weight: Tensor) -> _Derived:
     derived: _Derived | None = _derived.get(weight)
     if derived is None:
-        derived = _derived[weight] = _derived.setdefault(_owned(weight), _Derived())
+        owned = _owned(weight)
+        derived = _derived[weight] = _derived.setdefault(owned, _Derived())
+        if owned is not weight:
+            derived.shards = ref(owned)
+            call_when_freed(weight, derived.free)
     return derived
 
 
 def weight_state(weight: Tensor, slot: WeightSlot) -> WeightState:
     """The state of a weight for a slot's projection and orientation, made at first use."""
     derived = _derived_from(weight)
-    return derived.states.setdefault((slot.projection, slot.transposed, slot.device), WeightState(derived.beta))
+    key = (slot.projection, slot.transposed, slot.device)
+    return derived.states.setdefault(key, WeightState(derived.beta, derived.shards))
 
 
 def current_operands(
@@ -180,17 +228,37 @@ def current_operands(
     """The operands of the weights as they are now: all of the first weight, then of the next."""
     training = torch.is_grad_enabled()
     with _lock, _plain_tensors():
-        stamps = [_stamp(weight) for weight in weights]
+        stamps = [_stamp(weight, state) for weight, state in zip(weights, states, strict=True)]
         stale = _find_stale(weights, states, stamps, training)
         for index in stale:
             _refresh(weights[index], slots[index], states[index], stamps[index], training)
-        _keep_samples([weights[index] for index in stale], [states[index] for index in stale])
+        sampled = [index for index in stale if states[index].shards is None]
+        _keep_samples([weights[index] for index in sampled], [states[index] for index in sampled])
         return [operand for state in states for operand in state.operands]
 
 
-def _stamp(weight: Tensor) -> _Stamp:
+def restore_operands(weights: Sequence[Tensor], slots: Sequence[WeightSlot], states: Sequence[WeightState]) -> None:
+    """Make operands that were freed again, for a backward, from weights that FSDP2 has gathered anew.
+
+    Raises:
+        RuntimeError: FSDP2 has not gathered a weight.
+    """
+    with _lock, _plain_tensors():
+        for weight, slot, state in zip(weights, slots, states, strict=True):
+            if state.freed:
+                if weight.untyped_storage().size() == 0:
+                    raise RuntimeError(
+                        f"the backward of {slot.name!r} runs while FSDP2 holds its weight in shards: call the module "
+                        "to which fully_shard was applied, whose hooks gather it, and not its forward or a submodule"
+                    )
+                _refresh(weight, slot, state, _stamp(weight, state), True)
+
+
+def _stamp(weight: Tensor, state: WeightState) -> _Stamp:
+    owned = weight if state.shards is None else state.shards()
     # Tensors made under inference_mode have no version.
-    return _steps.last_of(weight), -1 if weight.is_inference() else weight._version, weight.data_ptr()
+    version = -1 if weight.is_inference() else weight._version
+    return None if owned is None else _steps.last_of(owned), version, weight.data_ptr()
 
 
 def _find_stale(
@@ -199,6 +267,11 @@ def _find_stale(
     """The indices of the weights whose operands must be made again."""
     stale, doubtful = [], []
     for index, (weight, state, stamp) in enumerate(zip(weights, states, stamps, strict=True)):
+        if state.shards is not None:
+            # What changes in the shards comes with the next gathering, before which the operands are freed.
+            if state.freed or stamp != state.stamp or _capturing(weight):
+                stale.append(index)
+            continue
         # A weight that cannot be trained needs no owner.
         watched = stamp[0] is not None or not weight.requires_grad
         if stamp != state.stamp or state.sample is None or not watched or _capturing(weight):
@@ -221,13 +294,18 @@ def _refresh(weight: Tensor, slot: WeightSlot, state: WeightState, stamp: _Stamp
     stepped = state.stamp is not None and stamp[0] not in (None, state.stamp[0])
     # Within one optimizer step an earlier call's backward may still need the old operands; otherwise addresses stay,
     # as CUDA graphs need them.
-    in_place = bool(state.operands) and (stepped or not any(is_held(operand) for operand in state.operands))
-    if not in_place:
+    freed = state.freed
+    in_place = freed or (bool(state.operands) and (stepped or not any(is_held(operand) for operand in state.operands)))
+    if freed:
+        state.allocate()
+    elif not in_place:
         state.operands = slot.new_operands()
     matrix = _matrix(weight, slot)
     beta = _beta(weight, matrix, slot, state.beta, training) if slot.projection is Projection.SSTE else None
-    _fill(matrix, beta, state.operands)
-    if in_place:
+    same = freed and not stepped  # as for the gathered weight itself, being freed and made again is no change
+    with versions_kept(state.operands) if same else nullcontext():
+        _fill(matrix, beta, state.operands)
+    if in_place and not same:
         # A backward that comes after the optimizer step must fail as it does for a dense weight.
         torch.autograd.graph.increment_version(state.operands)
     state.stamp = stamp

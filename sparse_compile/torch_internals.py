@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
@@ -55,6 +56,7 @@ def self_test() -> list[str]:
         ("torch._C._functorch", "peek_interpreter_stack"),
         ("torch._dynamo.external_utils", "wrap_inline"),
         ("torch._dynamo.backends.registry", "_BACKENDS"),
+        ("torch._dynamo.symbolic_convert", "tls"),
         ("torch._functorch.config", "ban_recompute_materialized_backward"),
         ("torch._functorch.aot_autograd", "boxed_nop_preserve_node_meta"),
         ("torch._guards", "CompileContext.current_compile_id"),
@@ -63,7 +65,9 @@ def self_test() -> list[str]:
         ("torch._inductor.cudagraph_trees", "reset_cudagraph_trees"),
         ("torch._logging._internal", "trace_structured"),
         ("torch._subclasses.fake_tensor", "FakeTensor"),
-        ("torch.distributed.fsdp._fully_shard._fsdp_param", "FSDPParam"),
+        ("torch.autograd", "_unsafe_preserve_version_counter"),
+        ("torch.distributed.distributed_c10d", "_get_default_store"),
+        ("torch.distributed.fsdp._fully_shard._fsdp_param", "FSDPParam.free_unsharded_param"),
         ("torch.fx._symbolic_trace", "_is_fx_tracing_flag"),
         ("torch.fx.experimental.sym_node", "SymNode.hint"),
         ("torch.nn", "Module._compiled_call_impl"),
@@ -245,6 +249,16 @@ def clone_graph_module(graph_module: GraphModule) -> GraphModule:
     return clone
 
 
+def graph_before_cut(graph_module: GraphModule) -> Graph | None:
+    """Dynamo's whole graph, of which the backend is given a part, as DDP's buckets cut it; None if it is given all."""
+    from torch._dynamo.symbolic_convert import tls
+
+    translator = getattr(tls, "current_tx", None)
+    if translator is None or translator.output.graph is graph_module.graph:
+        return None
+    return cast(Graph, translator.output.graph)
+
+
 def forget_examples(graph_module: GraphModule) -> GraphModule:
     """The graph without the real tensors that dynamo traced it with, which it would keep alive."""
     for node in graph_module.graph.find_nodes(op="placeholder"):
@@ -253,9 +267,18 @@ def forget_examples(graph_module: GraphModule) -> GraphModule:
 
 
 def several_processes() -> bool:
-    """Whether others train the same model: each would measure other times, and must not choose another arithmetic."""
+    """Whether others train the same model."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def shared_store() -> Any | None:
+    """The store through which the processes of a job found each other; None where there is one process."""
+    if not several_processes():
+        return None
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
 
 
 def is_checkpoint(node: Node) -> bool:
@@ -296,7 +319,26 @@ _sharders: "WeakSet[Any]" = WeakSet()
 
 
 def sharded_parameter(weight: torch.Tensor) -> torch.Tensor | None:
-    """The parameter that FSDP2 keeps in shards: of its gathered form, or that itself; None if FSDP2 manages neither.
+    """The parameter that FSDP2 keeps in shards: of its gathered form, or that itself; None if FSDP2 manages neither."""
+    sharder = _sharder(weight)
+    return None if sharder is None else cast(torch.Tensor, sharder.sharded_param)
+
+
+def call_when_freed(weight: torch.Tensor, call: Callable[[], None]) -> None:
+    """Let FSDP2 make a call each time that it has freed the memory of a gathered weight, which it must manage."""
+    sharder = _sharder(weight)
+    assert sharder is not None
+    free = sharder.free_unsharded_param
+
+    def free_and_call() -> None:
+        free()
+        call()
+
+    sharder.free_unsharded_param = free_and_call
+
+
+def _sharder(weight: torch.Tensor) -> Any | None:
+    """What of FSDP2 manages a weight, in shards or gathered.
 
     The gathered form knows nothing of it, so those who manage both are searched for: a walk over the heap where
     ``weight`` is not among what the known ones manage.
@@ -305,18 +347,23 @@ def sharded_parameter(weight: torch.Tensor) -> torch.Tensor | None:
     # Libraries import FSDP without using it; its use makes a class for each class of modules.
     if module is None or not torch.distributed.fsdp.FSDPModule.__subclasses__():
         return None
-    sharded = _sharded_by(_sharders, weight)
-    if sharded is None:
+    sharder = _manager_of(weight, _sharders)
+    if sharder is None:
         _sharders.update(instances_of(module.FSDPParam))
-        sharded = _sharded_by(_sharders, weight)
-    return sharded
+        sharder = _manager_of(weight, _sharders)
+    return sharder
 
 
-def _sharded_by(sharders: Iterable[Any], weight: torch.Tensor) -> torch.Tensor | None:
+def _manager_of(weight: torch.Tensor, sharders: Iterable[Any]) -> Any | None:
     for sharder in sharders:
         if weight is sharder.sharded_param or weight is getattr(sharder, "_unsharded_param", None):
-            return cast(torch.Tensor, sharder.sharded_param)
+            return sharder
     return None
+
+
+def versions_kept(tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
+    """Writing to the tensors does not count as a change: a backward that saved them goes on."""
+    return torch.autograd._unsafe_preserve_version_counter(tuple(tensors))  # type: ignore[attr-defined]
 
 
 def is_fake(value: Any) -> bool:

@@ -23,7 +23,7 @@ from sparse_compile.kernels.formats import padded
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.record import record_health
 from sparse_compile.report_health import Health
-from sparse_compile.state import WeightState, optimizer_steps, optimizers_stepped
+from sparse_compile.state import WeightState, before_freeing, optimizer_steps, optimizers_stepped
 
 Listener = Callable[[str, float, int], object]
 
@@ -34,7 +34,7 @@ _LARGEST = 0x7E  # 448
 class _Watched:
     """A weight on one device, and the metadata of its last sample there."""
 
-    __slots__ = ("device", "in_features", "last", "name", "out_features", "weight")
+    __slots__ = ("device", "in_features", "last", "name", "out_features", "taken", "weight")
 
     def __init__(self, name: str, slot: WeightSlot, weight: Tensor) -> None:
         self.name = name
@@ -42,6 +42,7 @@ class _Watched:
         self.device = slot.device
         self.out_features, self.in_features = slot.out_features, slot.in_features
         self.last: Tensor | None = None
+        self.taken: tuple[Tensor, Tensor, int] | None = None  # by _take, before the operands were freed
 
     def is_there(self) -> bool:
         """Whether the weight lives, and was not moved to another device, where it has another state."""
@@ -100,10 +101,12 @@ def sample() -> dict[str, Health]:
     counts, gradients = {}, _noise.take()
     with torch.no_grad():
         for state, watched in list(_watched.items()):
-            if state.operands and watched.is_there():
-                values, metadata, weight_t, _ = state.operands
-                counts[watched] = _counts(values, metadata, watched.last), gradients.get(weight_t.data_ptr())
-                watched.last = metadata.clone()
+            counted, watched.taken = watched.taken, None
+            if not state.freed:
+                counted = _take(state, watched)
+            if counted is not None and watched.is_there():
+                count, watched.last, address = counted
+                counts[watched] = count, gradients.get(address)
     # One wait for the device, when all of the work is queued.
     samples = {
         watched: _health(watched, count.tolist(), None if sums is None else sums.tolist())
@@ -116,6 +119,14 @@ def sample() -> dict[str, Health]:
                 for listener in _listeners:
                     listener(f"sste/{quantity}/{watched.name}", value, taken.step)
     return {watched.name: taken for watched, taken in samples.items()}
+
+
+def _take(state: WeightState, watched: _Watched) -> tuple[Tensor, Tensor, int] | None:
+    """Counts, a copy of the metadata, and the address by which its gradients are kept; None before it was pruned."""
+    if not state.operands:
+        return None
+    values, metadata, weight_t, _ = state.operands
+    return _counts(values, metadata, watched.last), metadata.clone(), weight_t.data_ptr()
 
 
 def mask_flips(before: Tensor, after: Tensor) -> Tensor:
@@ -177,4 +188,13 @@ def _watch_gradients() -> None:
     _noise.watch((due or steps < _noise_until) and not _gradients_left)
 
 
+def _before_freeing(state: WeightState) -> None:
+    """What FSDP2 frees before the optimizer steps is counted before."""
+    watched = _watched.get(state)
+    if watched is not None and _every and (optimizer_steps() + 1) % _every == 0 and not capturing():
+        with torch.no_grad():
+            watched.taken = _take(state, watched)
+
+
+before_freeing.append(_before_freeing)
 register_optimizer_step_post_hook(torch.compiler.disable(_after_step))

@@ -69,8 +69,9 @@ def health() -> dict[str, Health]:
     """A sample of every pruned weight that is alive, by the name of its module: see ``Health``.
 
     The first call, or the first sample of option ``sste.health``, begins: flips are counted from one to the next, and
-    the gradients of the optimizer step after a call are compared for the next one.  Waits for the GPU.  A graph that
-    several blocks share names their weights ``up``, ``up (2)``, ...
+    the gradients of the optimizer step after a call are compared for the next one.  Weights that FSDP2 holds in shards
+    are not among them: the option looks at these before they are given back.  Waits for the GPU.  A graph that several
+    blocks share names their weights ``up``, ``up (2)``, ...
     """
     from sparse_compile.weight_health import sample_now
 

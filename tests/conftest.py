@@ -11,11 +11,15 @@ import sparse_compile
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return  # there a gpu test runs or fails, it is never skipped
+    devices = torch.cuda.device_count()
     skip = pytest.mark.skip(reason="needs an NVIDIA Hopper GPU; torch.cuda.is_available() is False")
+    skip_two = pytest.mark.skip(reason=f"needs two NVIDIA Hopper GPUs; torch.cuda.device_count() is {devices}")
     for item in items:
-        if item.get_closest_marker("gpu"):
+        # Where there are as many GPUs as it needs, a test runs or fails, it is never skipped.
+        if item.get_closest_marker("gpus2"):
+            if devices < 2:
+                item.add_marker(skip_two)
+        elif item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip)
 
 

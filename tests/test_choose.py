@@ -1,10 +1,14 @@
 """CHOOSE: the fastest variant of each linear by the times of a made-up clock; dense where that is faster."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from unittest import mock
 
 import pytest
 import torch
 
+from sparse_compile import agreement
 from sparse_compile.kernels import costs, ops
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import choose
@@ -147,6 +151,44 @@ def test_inference_is_forward_alone(kernels, plans):
     kept, rejections = choose(planned, clock(hp_fprop=50.0), training=False)
     assert [plan.recipe for plan in kept] == [SSTE, SSTE]
     assert "a call would take 60 us in fp8 (fp8, fp8, fp8), 50 us dense" in rejections[0].detail
+
+
+def test_processes_choose_the_same(kernels, trace, small_gpt, batch):
+    """What one found first holds for those whose clocks and numbers of tokens say otherwise."""
+    store = torch.distributed.HashStore()
+
+    def plans(ids):
+        sites = find(trace(small_gpt(depth=1), *ids))[0]
+        return decide(sites, SSTE, "ffn", ParameterOwners())[0]
+
+    fast, slow = clock(hp_wgrad=30.0), clock(hp_fprop=1.0, hp_dgrad=1.0, hp_wgrad=1.0)
+    shorter = tuple(part[:, :5] for part in batch)
+    with mock.patch.object(agreement, "shared_store", return_value=store):
+        kept, rejections = choose(plans(batch), fast)
+        others = choose(plans(shorter), slow)
+    assert [plan.recipe for plan in others[0]] == [plan.recipe for plan in kept] != []
+    assert [plan.price for plan in others[0]] == [plan.price for plan in kept]
+    assert others[1] == rejections == []
+    assert choose(plans(shorter), slow)[0] == [], "a process of its own goes by its own times"
+
+
+def test_nobody_waits_for_an_answer():
+    """Threads ask at the same time; a question that one asks alone is its own to answer."""
+    store = torch.distributed.HashStore()
+    barrier = Barrier(8)
+
+    def ask(name):
+        def answer():
+            barrier.wait(timeout=60)
+            return name
+
+        return agreement.agreed("who", answer)
+
+    with mock.patch.object(agreement, "shared_store", return_value=store), ThreadPoolExecutor(8) as threads:
+        answers = set(threads.map(ask, "abcdefgh"))
+        assert len(answers) == 1
+        assert agreement.agreed("who", lambda: pytest.fail("it is answered")) in answers
+        assert agreement.agreed("and who else", lambda: "z") == "z"
 
 
 def test_without_kernels_nothing_is_measured(plans):

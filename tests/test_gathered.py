@@ -1,0 +1,147 @@
+"""Operands of weights that FSDP2 gathers: freed with the gathered weight, and made again for what still reads them."""
+
+import gc
+from itertools import chain
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import sparse_compile
+from sparse_compile import weight_health
+from sparse_compile.state import WeightState
+from sparse_compile.torch_internals import instances_of
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    """A process group of one, in which FSDP2 frees and gathers as in any other."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def make(small_gpt):
+    """A model whose blocks are compiled and sharded, and its optimizer."""
+
+    def run(sharded=True, device="cpu", **options):
+        torch.manual_seed(0)
+        model = small_gpt().to(device)
+        for block in model.blocks:
+            block.compile(backend="sste", options={"sste.executor": "eager", "sste.when": "always", **options})
+        for module in (*model.blocks, model) if sharded else ():
+            fully_shard(module, mesh=init_device_mesh(device, (1,)))
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    return run
+
+
+def operand_bytes():
+    """What the operands of all weights take, but for their scales."""
+    states = list(instances_of(WeightState))
+    assert states
+    return sum(operand.untyped_storage().size() for state in states for operand in state.operands[:-1])
+
+
+def gradients(model):
+    return [
+        getattr(parameter.grad, "_local_tensor", parameter.grad).clone()
+        for parameter in model.parameters()
+        if parameter.grad is not None
+    ]
+
+
+@pytest.mark.parametrize(
+    ("device", "executor"),
+    [("cpu", "eager"), ("cpu", "inductor"), pytest.param("cuda", "inductor", marks=pytest.mark.gpu)],
+)
+def test_losses_are_those_of_one_device(make, batch, device, executor):
+    """To the last bit, but for what adds in any order on a GPU; and a forward leaves no operands behind."""
+    batch = [part.to(device) for part in batch]
+    losses = []
+    for sharded in (True, False):
+        model, optimizer = make(sharded, device, **{"sste.executor": executor})
+        losses.append([])
+        for _ in range(3):
+            loss = model(*batch)
+            assert (operand_bytes() == 0) == sharded
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+        del model, optimizer, loss
+        torch._dynamo.reset()
+        gc.collect()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3 if device == "cuda" else 0, abs=0)
+    assert losses[0][-1] < losses[0][0] - 0.5
+
+
+def test_forwards_may_come_before_their_backwards(make, batch):
+    """Each backward reads what its forward did, whatever was freed and made again in between."""
+    results = []
+    for sharded in (True, False):
+        model, _ = make(sharded)
+        first, second = model(*batch), model(*(part.flip(0) for part in batch))
+        assert (operand_bytes() == 0) == sharded
+        first.backward()
+        assert (operand_bytes() == 0) == sharded
+        second.backward()
+        results.append(gradients(model))
+        del model, first, second
+        torch._dynamo.reset()
+    assert all(map(torch.equal, *results))
+
+
+def test_backward_after_the_step_fails(make, batch):
+    """As it does for the operands of weights that are not sharded."""
+    model, optimizer = make()
+    model(*batch).backward()
+    loss = model(*batch)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_changes_in_the_shards_is_seen(make, batch):
+    """An edit through ``.data``, of one element, after which the weight is gathered anew."""
+    model, _ = make()
+    with torch.no_grad():
+        before = model(*batch)
+        assert torch.equal(model(*batch), before)
+        model.blocks[0].down.weight._local_tensor.data[3, 5] += 100
+        assert not torch.equal(model(*batch), before)
+
+
+def test_a_backward_without_the_weight_says_so(make, batch):
+    """Calls of a module's forward run none of FSDP2's hooks."""
+    model, _ = make()
+    block = model.blocks[0]
+    forward = torch.compile(block.forward, backend="sste", options={"sste.executor": "eager"})
+    block.unshard()
+    loss = forward(torch.randn(2, 8, 64)).sum()
+    block.reshard()
+    with pytest.raises(RuntimeError, match=r"'\w+' runs while FSDP2 holds its weight in shards: call the module"):
+        loss.backward()
+
+
+def test_health_is_sampled_before_operands_are_freed(make, batch, monkeypatch):
+    monkeypatch.setattr(weight_health, "_every", 0)
+    healths = []
+    for sharded in (True, False):
+        weight_health._watched.clear()
+        model, optimizer = make(sharded, **{"sste.health": 1})
+        for _ in range(2):
+            model(*batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        healths.append(dict(sparse_compile.report().health))
+        sparse_compile.report().health.clear()
+        del model, optimizer
+        torch._dynamo.reset()
+    samples = [[(health.flips, health.zeros) for health in chain(*taken.values())] for taken in healths]
+    assert samples[0] == samples[1]
+    assert len(samples[0]) == 2 * 4
+    assert any(flips for flips, _ in samples[0])
