@@ -38,9 +38,11 @@ import sparse_compile
 DDP, FSDP2 = "DDP", "FSDP2"
 TINY = StepModel(make=lambda: llama(128, 256, layers=2, context=32), vocabulary=256, batch=(2, 32))
 STEPS = 3  # in a row, so that a step begins as it does in training: behind another of its own
-CURVE = 10  # steps whose losses are compared; the tokens are the same in each
-# Relative, of each loss of the curve: what pruning, FP8 and sampled gradients may change so early in training.
-LOSS_TOLERANCE = 0.05
+CURVE = 10  # steps whose losses are looked at; the tokens are the same in each
+# Relative, of the first loss: what pruning and FP8 may change of random weights.
+LOSS_TOLERANCE = 0.01
+# Of what the loss falls by: pruned models learn the same tokens by heart more slowly.
+LEAST_FALL = 0.4
 
 
 def candidate(model: StepModel, parallelism: str, kind: str, device: torch.device) -> Callable[[], Tensor]:
@@ -85,12 +87,12 @@ def facts(step: Callable[[], Tensor], device: torch.device) -> dict[str, Any]:
 
 
 def require_alike(losses: Mapping[str, Sequence[float]]) -> None:
-    """End the measurement unless each curve is that of the first, within the tolerance, and falls."""
+    """End the measurement unless each curve begins as the first one does and falls, too."""
     (base, expected), *others = losses.items()
     for name, curve in others:
         # Not "difference > tolerance": NaN must fail.
-        alike = all(abs(a - b) <= LOSS_TOLERANCE * b for a, b in zip(curve, expected, strict=True))
-        if not (alike and curve[-1] < curve[0]):
+        alike = abs(curve[0] - expected[0]) <= LOSS_TOLERANCE * expected[0]
+        if not (alike and curve[0] - curve[-1] >= LEAST_FALL * (expected[0] - expected[-1]) > 0):
             raise SystemExit(f"FAILED: losses are {expected} in {base}, {curve} in {name}")
 
 
@@ -174,6 +176,8 @@ def measure(model: StepModel, device: torch.device, rounds: int) -> Report:
     rows = []
     for parallelism in (DDP, FSDP2):
         rows += part(model, parallelism, device, rounds)
+        if dist.get_rank() == 0:
+            print(table(rows), flush=True)
         torch.compiler.reset()
         gc.collect()
         if device.type == "cuda":
@@ -197,7 +201,6 @@ def main() -> None:
     results, text = measure(TINY if args.tiny else MODELS["llama-1b"], device, args.rounds)
     if dist.get_rank() == 0:
         print(", ".join(f"{key} {value}" for key, value in provenance().items()), flush=True)
-        print(text, flush=True)
         write("bench_distributed", f"{dist.get_world_size()} processes", results, text, args.out)
     dist.barrier()
     dist.destroy_process_group()
