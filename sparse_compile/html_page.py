@@ -3,7 +3,7 @@
 Text is escaped wherever it comes from: only what ``tag`` made passes as it is.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 
 _STYLE = """
@@ -39,7 +39,7 @@ figure { margin: 1.5rem 0; } svg { display: block; width: 100%; height: 8rem; ba
   td { display: flex; gap: .75rem; border: 0; padding: .1rem 0; } td:empty { display: none; }
   td::before { content: attr(data-label); flex: 0 0 6.5rem; color: var(--faint); }
   .number { text-align: left; }
-  .bars { grid-template-columns: 1fr; gap: .1rem; } .bars > .bar { margin-bottom: .5rem; }
+  .bars { grid-template-columns: 1fr; gap: .1rem; } .bars > :nth-child(3n) { margin-bottom: .5rem; }
 }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; }
   table { font-size: 9pt; }
@@ -80,13 +80,14 @@ def tag(element: str, *children: str, **attributes: str) -> Markup:
     return Markup(f"<{element}{given}>{inside}</{element}>{newline}")
 
 
-def table(headers: Iterable[str], lines: Iterable[Iterable[str]], whole: Iterable[str] = ()) -> Markup:
-    """A table, in which each line becomes a list of its own where the page is narrow.
+def table(headers: Sequence[str], lines: Sequence[Sequence[str]], whole: Iterable[str] = ()) -> Markup:
+    """A table of the columns that hold something; where the page is narrow, each line becomes a list of its own.
 
     Args:
         whole: headers of columns whose cells are never wrapped.  Those that name a unit hold numbers.
     """
-    headers = list(headers)
+    filled = [index for index in range(len(headers)) if index == 0 or any(line[index] for line in lines)]
+    headers, *lines = ([cells[index] for index in filled] for cells in (headers, *lines))
     kinds = {header: {"class_": "whole"} if header in whole else {} for header in headers}
     kinds |= {header: {"class_": "number"} for header in headers if "µs" in header}
     head = tag("thead", tag("tr", *(tag("th", header, **kinds[header]) for header in headers)))

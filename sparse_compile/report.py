@@ -238,18 +238,22 @@ class Report:
         return Spread(median=statistics.median(times), low=times[tenth], high=times[-1 - tenth])
 
     def dense_step_ms(self) -> float | None:
-        """A training step if the graphs that were measured were dense; None if one of those that ran was not."""
+        """A training step if its graphs were dense, as they were measured; None if one that runs in it was not.
+
+        What a step does besides stays as it is.  Where the graphs took longer by themselves than a step takes now, as
+        happens on a busy machine, only the ratio of their times is used.
+        """
         step = self.step()
         graphs = [graph for graph in self.graphs if graph.calls_a_step and graph.rewritten]
         if step is None or not graphs:
             return None
-        time = step.median
+        dense = now = 0.0
         for graph in graphs:
             if graph.measured is None:
                 return None
-            gained = graph.measured.dense.total - graph.measured.rewritten.total
-            time += graph.calls_a_step * gained - graph.measured.weights_ms
-        return time
+            dense += graph.calls_a_step * graph.measured.dense.total
+            now += graph.calls_a_step * graph.measured.rewritten.total + graph.measured.weights_ms
+        return step.median - now + dense if now < step.median else step.median * dense / now
 
     def _weight(self, graph: GraphReport) -> int:
         return graph.calls if any(other.calls for other in self.graphs) else 1

@@ -138,7 +138,7 @@ def _measured(measurement: Measurement) -> Iterable[Markup]:
     yield _keys([("sparse", "forward"), ("sparse half", "backward"), ("sparse faded", "weights")])
     whole = now.total + weights
     own = [_part(time, whole) for time in (weights, measurement.casts_ms, measurement.mvue_ms)]
-    yield _filled(
+    yield table(
         ("", "forward", "backward", "peak memory", "weights", "casts", "MVUE"),
         [
             ("dense", _spread(dense.forward), _spread(dense.backward), _mebibytes(dense), "", "", ""),
@@ -174,12 +174,6 @@ def _bars(bars: Sequence[_Bar]) -> Markup:
 
 def _mebibytes(passes: Passes) -> str:
     return "" if passes.peak_bytes is None else f"{passes.peak_bytes / 2**20:.0f} MiB"
-
-
-def _filled(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> Markup:
-    """A table of the columns that hold something."""
-    kept = [index for index in range(len(headers)) if index == 0 or any(line[index] for line in lines)]
-    return table([headers[index] for index in kept], [[line[index] for index in kept] for line in lines])
 
 
 def _part(time: float | None, whole: float) -> str:
@@ -250,7 +244,7 @@ def _health_table(report: Report) -> Markup:
         step, *quantities = asdict(samples[-1]).values()
         lines.append((name, str(step), *("" if value is None else precise(value) for value in quantities)))
     headers = ("weight", "step", "flips", "zeros", "underflow", "saturated", "noise", "grad underflow")
-    return _filled(headers, lines)
+    return table(headers, lines)
 
 
 def _plot(over_time: Sequence[tuple[int, float, float]], limit: float, title: str) -> Markup:

@@ -102,7 +102,7 @@ def test_training_steps():
     idle = GraphReport(rows=(sized("a", "2:4 fp8"),), execution="kernels")
     report = Report([graph, idle], step_ms=[30.0, 10.0, *[20.0] * 18])
     assert report.step() == Spread(median=20.0, low=20.0, high=20.0)
-    assert report.dense_step_ms() == 20.0 + 3 * (6.0 - 1.5) - 0.5
+    assert report.dense_step_ms() == 20.0 - (3 * 1.5 + 0.5) + 3 * 6.0
     assert (
         "training: 20.0 ms a step (8 of 10 take 20.0 to 20.0; the last 20 steps); about 33.0 ms if its measured graphs "
         "were dense: 1.65x" in str(report)
@@ -111,6 +111,8 @@ def test_training_steps():
     assert report.dense_step_ms() is None  # one that was not measured
     assert str(report).endswith("the last 20 steps)")
     assert Report([graph]).dense_step_ms() is None
+    busy = Report([graph], step_ms=[4.0])  # shorter than the graphs were when they were measured
+    assert busy.dense_step_ms() == pytest.approx(4.0 * 18.0 / 5.0)
     assert "training:" not in str(Report([graph]))
 
 
