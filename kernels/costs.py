@@ -203,9 +203,9 @@ def _gradient(s: LinearShape, make: _Operands) -> tuple[Tensor, Tensor, Tensor]:
     )  # fmt: skip
 
 
-def _prune(s: LinearShape, make: _Operands) -> Callable[[], object]:
+def _prune(s: LinearShape, make: _Operands, hard: bool) -> Callable[[], object]:
     buffers = ops.new_pruned_weight(s.out_features, s.in_features, make.device)
-    return partial(ops.prune_weight_, _weight(replace(s, dtype=s.weight_dtype), make), make.ones(1), *buffers)
+    return partial(ops.prune_weight_, _weight(replace(s, dtype=s.weight_dtype), make), make.ones(1), *buffers, hard)
 
 
 def _cast_weight(s: LinearShape, make: _Operands) -> Callable[[], object]:
@@ -231,8 +231,9 @@ PIECES: dict[str, Callable[[LinearShape, _Operands], Callable[[], Any]]] = {
     "cast_transpose": _cast_transpose,
     "cast_mvue, exact mvue": partial(_cast_mvue, approximate=False),
     "cast_mvue, approximate mvue": partial(_cast_mvue, approximate=True),
-    "prune_weight_": _prune,
+    "prune_weight_": partial(_prune, hard=False),
+    "prune_weight_, hard": partial(_prune, hard=True),
     "cast_weight_": _cast_weight,
     "copy": _copy,  # of grad_output: reads it and writes as much
 }
-_OF_THE_WEIGHT = ("prune_weight_", "cast_weight_")
+_OF_THE_WEIGHT = ("prune_weight_", "prune_weight_, hard", "cast_weight_")

@@ -162,18 +162,25 @@ def new_cast_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Tenso
     )
 
 
-def _no_results(*tensors: Tensor) -> None:
+def _no_results(*arguments: Tensor | bool) -> None:
     pass
 
 
-def _prune_weight_eager(weight: Tensor, beta: Tensor, *buffers: Tensor) -> None:
-    for buffer, result in zip(buffers, reference.prune_weight(weight, beta), strict=True):
+def _prune_weight_eager(
+    weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, weight_t: Tensor, scale_inv: Tensor,
+    hard: bool = False,
+) -> None:  # fmt: skip
+    _fill((values, metadata, weight_t, scale_inv), reference.prune_weight(weight, beta, hard))
+
+
+def _fill(buffers: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    for buffer, result in zip(buffers, results, strict=True):
         buffer.copy_(result)
 
 
 prune_weight_ = _op(
     "prune_weight_(Tensor weight, Tensor beta, Tensor(a!) values, Tensor(b!) metadata, Tensor(c!) weight_t, "
-    "Tensor(d!) scale_inv) -> ()",
+    "Tensor(d!) scale_inv, bool hard=False) -> ()",
     _prune_weight_eager,
     _launch("prune.launch_prune_weight", _no_results),
     _no_results,
@@ -182,8 +189,7 @@ prune_weight_ = _op(
 
 
 def _cast_weight_eager(weight: Tensor, *buffers: Tensor) -> None:
-    for buffer, result in zip(buffers, reference.cast_weight(weight), strict=True):
-        buffer.copy_(result)
+    _fill(buffers, reference.cast_weight(weight))
 
 
 cast_weight_ = _op(

@@ -26,8 +26,12 @@ Clock = Callable[[LinearShape, torch.device, Sequence[str]], dict[str, float]]
 _DENSE_PIECES = ("hp fprop", "hp dgrad", "hp wgrad")
 # Ops whose times count once, whatever linears share.
 _OPS = (
-    "prune_weight_", "cast_weight_", "cast_transpose", "cast_mvue, exact mvue", "cast_mvue, approximate mvue"
+    "prune_weight_", "prune_weight_, hard", "cast_weight_", "cast_transpose", "cast_mvue, exact mvue",
+    "cast_mvue, approximate mvue",
 )  # fmt: skip
+_WEIGHT_OPS = {
+    Projection.NONE: "cast_weight_", Projection.SSTE: "prune_weight_", Projection.TOP2: "prune_weight_, hard"
+}  # fmt: skip
 # A linear is rewritten if it is faster by this share of its dense time: what measurements and prices may be off by.
 _MARGIN = 0.05
 # Bytes an element, of what Inductor fuses: fitted to the profiles of a Llama and of a GPT-2 step.
@@ -87,7 +91,7 @@ def _shape(site: LinearSite) -> LinearShape | None:
 def _pieces(recipe: Recipe) -> list[str]:
     """What runs for a recipe, besides what Inductor fuses, and a copy to know the speed of memory."""
     pieces = [f"{recipe.fprop.value} fprop", f"{recipe.dgrad.value} dgrad", f"{recipe.wgrad.value} wgrad", "copy"]
-    pieces.append("prune_weight_" if recipe.projection is Projection.SSTE else "cast_weight_")
+    pieces.append(_WEIGHT_OPS[recipe.projection])
     if recipe.wgrad is not Gemm.HP:
         pieces.append("transpose_tokens")
     if recipe.wgrad is Gemm.FP8:

@@ -39,7 +39,7 @@ class WeightSlot:
 
     def new_operands(self) -> tuple[Tensor, ...]:
         """Uninitialised operands; fake ones under a FakeTensorMode."""
-        new = ops.new_pruned_weight if self.projection is Projection.SSTE else ops.new_cast_weight
+        new = ops.new_pruned_weight if self.projection.prunes else ops.new_cast_weight
         return new(self.out_features, self.in_features, self.device)
 
 

@@ -25,7 +25,7 @@ from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
 from sparse_compile.report import GraphReport, record, write_to
 from sparse_compile.runtime import Runtime
-from sparse_compile.state import beta_of
+from sparse_compile.state import is_pruned
 from sparse_compile.torch_internals import (
     backend_fake_mode,
     clone_graph_module,
@@ -63,9 +63,7 @@ def sste(
 
     sites, near_misses = find(graph)
     owners = ParameterOwners()
-    plans, rejections = decide(
-        sites, chosen.recipe, chosen.targets, owners, head=chosen.head, is_pruned=lambda w: beta_of(w) is not None
-    )
+    plans, rejections = decide(sites, chosen.recipe, chosen.targets, owners, head=chosen.head, is_pruned=is_pruned)
     if chosen.tune:
         tune(plans)
     if chosen.measure and several_processes():

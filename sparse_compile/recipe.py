@@ -9,6 +9,17 @@ class Projection(Enum):
 
     NONE = "none"
     SSTE = "s-ste"  # beta * S(W), 2:4 along in_features
+    TOP2 = "top-2"  # the two largest magnitudes of each four along in_features, as they are
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the weight becomes 2:4."""
+        return self is not Projection.NONE
+
+    @property
+    def has_beta(self) -> bool:
+        """Whether a scale of each weight is found once and kept."""
+        return self is Projection.SSTE
 
 
 class Gemm(Enum):
@@ -43,13 +54,13 @@ class Recipe:
     estimator: Estimator | None
 
     def __post_init__(self) -> None:
-        if (self.fprop is Gemm.SPARSE24) != (self.projection is Projection.SSTE):
+        if (self.fprop is Gemm.SPARSE24) != self.projection.prunes:
             raise ValueError(f"recipe {self.name!r}: fprop is 2:4 if and only if the weight is projected")
         if (self.wgrad is Gemm.SPARSE24) != (self.estimator is not None):
             raise ValueError(f"recipe {self.name!r}: wgrad is 2:4 if and only if an estimator is named")
         if self.fprop is Gemm.HP:
             raise ValueError(f"recipe {self.name!r}: fprop must be 2:4 or dense fp8")
-        if self.dgrad is Gemm.SPARSE24 or (self.dgrad is Gemm.HP and self.projection is not Projection.NONE):
+        if self.dgrad is Gemm.SPARSE24 or (self.dgrad is Gemm.HP and self.projection.prunes):
             raise ValueError(f"recipe {self.name!r}: dgrad must be dense fp8, or hp where the weight is not projected")
 
     def short_str(self) -> str:
@@ -62,7 +73,7 @@ class Recipe:
         dgrad in hp saves the cast of grad_output only if wgrad is in hp, too.
         """
         backward = [(self.dgrad, Gemm.FP8), (self.dgrad, Gemm.HP)]
-        if self.projection is Projection.NONE:
+        if not self.projection.prunes:
             backward.append((Gemm.HP, Gemm.HP))
         others = (
             replace(self, name=f"{self.name}/{dgrad.value}/{wgrad.value}", dgrad=dgrad, wgrad=wgrad, estimator=None)
@@ -81,9 +92,10 @@ SSTE = Recipe(
     estimator=Estimator.EXACT_MVUE,
 )
 SSTE_APPROXIMATE = replace(SSTE, name="s-ste-approximate", estimator=Estimator.APPROXIMATE_MVUE)
+STE = replace(SSTE, name="ste", projection=Projection.TOP2)
 FP8 = Recipe(name="fp8", projection=Projection.NONE, fprop=Gemm.FP8, dgrad=Gemm.FP8, wgrad=Gemm.FP8, estimator=None)
 
 # By the names that the user may say.
-RECIPES = {recipe.name: recipe for recipe in (SSTE, SSTE_APPROXIMATE, FP8)}
+RECIPES = {recipe.name: recipe for recipe in (SSTE, SSTE_APPROXIMATE, STE, FP8)}
 # By the names that graphs hold.
 VARIANTS = {variant.name: variant for recipe in RECIPES.values() for variant in recipe.variants()}

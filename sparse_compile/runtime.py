@@ -8,7 +8,6 @@ from torch import Tensor
 
 from sparse_compile.measure import Twin, capturing, measure
 from sparse_compile.passes.rewrite import WeightSlot
-from sparse_compile.recipe import Projection
 from sparse_compile.report import GraphReport
 from sparse_compile.state import WeightState, current_operands, weight_state
 from sparse_compile.torch_internals import FakeTensor
@@ -68,6 +67,6 @@ class Runtime:
         slot = self._slots[index]
         state = weight_state(weight, slot)
         self._last[index] = (ref(weight), ref(state))
-        if slot.projection is Projection.SSTE:
+        if slot.projection.prunes:
             watch(slot, weight, state)
         return state

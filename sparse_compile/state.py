@@ -32,7 +32,7 @@ _NEVER: _Stamp = (-1, -1, -1)  # a stamp that no weight has
 
 
 class Beta:
-    """The S-STE scale of one weight."""
+    """The S-STE scale of one weight; other projections have none."""
 
     __slots__ = ("_tensors", "frozen", "value")
 
@@ -86,6 +86,19 @@ def beta_of(weight: Tensor) -> float | None:
     """The S-STE scale of a weight; None where it has none."""
     derived = _derived.get(weight)
     return None if derived is None else derived.beta.value
+
+
+def is_pruned(weight: Tensor) -> bool:
+    """Whether a linear has computed with the weight pruned, or it has the scale of one that did."""
+    derived = _derived.get(weight)
+    return derived is not None and (derived.beta.value is not None or any(slot[0].prunes for slot in derived.states))
+
+
+def has_no_beta(weight: Tensor) -> bool:
+    """Whether linears compute with the weight pruned, and none of them with a scale."""
+    derived = _derived.get(weight)
+    projections = {slot[0] for slot in derived.states} if derived is not None else set()
+    return any(p.prunes for p in projections) and not any(p.has_beta for p in projections)
 
 
 def give_beta(weight: Tensor, value: float) -> None:
@@ -187,8 +200,8 @@ def _refresh(weight: Tensor, slot: WeightSlot, state: WeightState, stamp: _Stamp
     if not in_place:
         state.operands = slot.new_operands()
     matrix = _matrix(weight, slot)
-    beta = _beta(weight, matrix, slot, state.beta, training) if slot.projection is Projection.SSTE else None
-    _fill(matrix, beta, state.operands)
+    beta = _beta(weight, matrix, slot, state.beta, training) if slot.projection.has_beta else None
+    _fill(slot.projection, matrix, beta, state.operands)
     if in_place:
         # A backward that comes after the optimizer step must fail as it does for a dense weight.
         torch.autograd.graph.increment_version(state.operands)
@@ -199,8 +212,7 @@ def _refresh(weight: Tensor, slot: WeightSlot, state: WeightState, stamp: _Stamp
 def fill_operands(weight: Tensor, slot: WeightSlot, operands: tuple[Tensor, ...]) -> None:
     """Make operands of a weight with beta = 1, to see how long that takes; the weight's state is not touched."""
     with _plain_tensors():
-        beta = ops.unit_scale(weight.device) if slot.projection is Projection.SSTE else None
-        _fill(_matrix(weight, slot), beta, operands)
+        _fill(slot.projection, _matrix(weight, slot), None, operands)
 
 
 def _matrix(weight: Tensor, slot: WeightSlot) -> Tensor:
@@ -208,9 +220,10 @@ def _matrix(weight: Tensor, slot: WeightSlot) -> Tensor:
     return weight.detach().t() if slot.transposed else weight.detach()
 
 
-def _fill(matrix: Tensor, beta: Tensor | None, operands: tuple[Tensor, ...]) -> None:
-    if beta is not None:
-        ops.prune_weight_(matrix, beta, *operands)
+def _fill(projection: Projection, matrix: Tensor, beta: Tensor | None, operands: tuple[Tensor, ...]) -> None:
+    if projection.prunes:
+        scale = ops.unit_scale(matrix.device) if beta is None else beta
+        ops.prune_weight_(matrix, scale, *operands, projection is Projection.TOP2)
     else:
         ops.cast_weight_(matrix, *operands)
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from sparse_compile.kernels import mvue, prune, quantize, reference, tiles
+from sparse_compile.kernels import groups, mvue, prune, quantize, reference, tiles
 from sparse_compile.kernels.formats import E4M3, metadata_shape, padded, values_shape
 from sparse_compile.testing import assert_same_bits, hard_groups
 from tests.gluon_interpreter import e4m3_word, elementwise, interpret, prmt
@@ -56,7 +56,7 @@ def interpret_weight_kernels() -> None:
         return words | (signs & -2139062144)
 
     interpret(
-        tiles, prune, quantize,
+        tiles, groups, prune, quantize,
         cast_words=elementwise(e4m3_word, tl.int32), permute_bytes=elementwise(prmt, tl.int32),
         _widen=widen, _cast_positive_words=cast_positive,
         gdc_launch_dependents=lambda: None, gdc_wait=lambda: None,  # one launch after the other
@@ -97,16 +97,18 @@ def check_prune() -> None:
     beta = torch.tensor([1.4839])
     for name, weight in cases.items():
         n, k = weight.shape
-        expected = reference.prune_weight(weight, beta)
-        for hint in hints(float(expected[-1])):
-            values, weight_t = poisoned_payload(*values_shape(n, k)), poisoned_payload(k, n)
-            metadata = poisoned(*metadata_shape(n, k), dtype=torch.int32)
-            scale_inv = torch.tensor([hint])
-            prune.launch_prune_weight(weight, beta, values, metadata, weight_t, scale_inv)
-            assert_same_bits(values, expected[0], f"values, {name}")
-            assert_same_bits(metadata, expected[1], f"metadata, {name}")
-            assert_same_bits(weight_t, expected[2], f"weight_t, {name}")
-            assert_same_bits(scale_inv, expected[3], f"scale_inv, {name}")
+        for hard in (False, True):
+            expected = reference.prune_weight(weight, beta, hard)
+            for hint in hints(float(expected[-1])):
+                values, weight_t = poisoned_payload(*values_shape(n, k)), poisoned_payload(k, n)
+                metadata = poisoned(*metadata_shape(n, k), dtype=torch.int32)
+                scale_inv = torch.tensor([hint])
+                prune.launch_prune_weight(weight, beta, values, metadata, weight_t, scale_inv, hard)
+                what = f"{name}, hard {hard}"
+                assert_same_bits(values, expected[0], f"values, {what}")
+                assert_same_bits(metadata, expected[1], f"metadata, {what}")
+                assert_same_bits(weight_t, expected[2], f"weight_t, {what}")
+                assert_same_bits(scale_inv, expected[3], f"scale_inv, {what}")
     for name, weight in cases.items():
         n, k = weight.shape
         expected = reference.cast_weight(weight)

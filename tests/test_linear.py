@@ -5,20 +5,27 @@ import torch
 
 from sparse_compile.kernels import ops, reference
 from sparse_compile.linear import linear
-from sparse_compile.recipe import FP8, SSTE, SSTE_APPROXIMATE, VARIANTS, Gemm, Projection
+from sparse_compile.recipe import FP8, SSTE, SSTE_APPROXIMATE, STE, VARIANTS, Gemm, Projection
 
 SEED = torch.tensor([42])
 
 
 def operands_of(weight, recipe):
     """What the state keeps of ``weight [N, K]``."""
-    if recipe.projection is Projection.SSTE:
+    if recipe.projection.prunes:
         operands = ops.new_pruned_weight(*weight.shape, weight.device)
-        ops.prune_weight_(weight.detach(), torch.ones(1), *operands)
+        ops.prune_weight_(weight.detach(), torch.ones(1), *operands, recipe.projection is Projection.TOP2)
     else:
         operands = ops.new_cast_weight(*weight.shape, weight.device)
         ops.cast_weight_(weight.detach(), *operands)
     return operands
+
+
+PROJECTIONS = {
+    Projection.NONE: lambda weight: weight,
+    Projection.SSTE: reference.soft_threshold24,
+    Projection.TOP2: reference.hard_threshold24,
+}
 
 
 def small_integers(rows, columns):
@@ -45,19 +52,19 @@ def test_dense_fp8_is_exact_on_small_integers(transposed):
     assert torch.equal(bias.grad, grad_output.sum(0))
 
 
-@pytest.mark.parametrize("recipe", [SSTE, SSTE_APPROXIMATE], ids=lambda recipe: recipe.name)
-def test_sste_is_exact_on_small_integers_but_for_the_sampling(recipe):
+@pytest.mark.parametrize("recipe", [SSTE, SSTE_APPROXIMATE, STE], ids=lambda recipe: recipe.name)
+def test_pruned_is_exact_on_small_integers_but_for_the_sampling(recipe):
     x = small_integers(40, 64).requires_grad_()
     weight = 2 * small_integers(32, 64)
     weight[0, :4] = torch.tensor([14.0, 0.0, 0.0, 1.0])  # max |S| = 14 = 2 * 7
-    soft = reference.soft_threshold24(weight)
-    assert soft.abs().max() == 14
+    pruned = PROJECTIONS[recipe.projection](weight)
+    assert pruned.abs().max() == 14
     parameter = weight.clone().requires_grad_()
     grad_output = small_integers(40, 32)
     y = linear(x, parameter, None, SEED, 5, recipe.name, False, torch.float32, *operands_of(weight, recipe))
     y.backward(grad_output)
-    assert torch.equal(y, x @ soft.t())
-    assert torch.equal(x.grad, grad_output @ soft)
+    assert torch.equal(y, x @ pruned.t())
+    assert torch.equal(x.grad, grad_output @ pruned)
     # Straight through: the gradient of the projected weight, neither masked nor scaled, up to the sampled grad_output.
     error = parameter.grad - grad_output.t() @ x
     assert not torch.equal(error, torch.zeros_like(error))
@@ -92,7 +99,7 @@ def test_close_to_the_dense_product_of_the_projected_weight(recipe, dtype):
     x = torch.randn(3, 24, 64).to(dtype).requires_grad_()
     weight = (torch.randn(48, 64) / 8).to(dtype)
     parameter = weight.clone().requires_grad_()
-    projected = reference.soft_threshold24(weight.double()) if recipe.projection is Projection.SSTE else weight.double()
+    projected = PROJECTIONS[recipe.projection](weight.double())
     y = linear(x, parameter, None, SEED, 0, recipe.name, False, dtype, *operands_of(weight, recipe))
     grad_output = torch.randn_like(y)
     y.backward(grad_output)
