@@ -213,6 +213,11 @@ def _cast_weight(s: LinearShape, make: _Operands) -> Callable[[], object]:
     return partial(ops.cast_weight_, _weight(replace(s, dtype=s.weight_dtype), make), *buffers)
 
 
+def _add_masked_decay(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    grad, weight = (_weight(replace(s, dtype=s.weight_dtype), make) for _ in range(2))
+    return partial(ops.add_masked_decay_, grad, weight, make.ones(1, 2e-4))
+
+
 def _copy(s: LinearShape, make: _Operands) -> Callable[[], object]:
     source = make.normal(s.tokens, s.out_features, dtype=s.dtype)
     return partial(torch.empty_like(source).copy_, source)
@@ -234,6 +239,7 @@ PIECES: dict[str, Callable[[LinearShape, _Operands], Callable[[], Any]]] = {
     "prune_weight_": partial(_prune, hard=False),
     "prune_weight_, hard": partial(_prune, hard=True),
     "cast_weight_": _cast_weight,
+    "add_masked_decay_": _add_masked_decay,
     "copy": _copy,  # of grad_output: reads it and writes as much
 }
-_OF_THE_WEIGHT = ("prune_weight_", "prune_weight_, hard", "cast_weight_")
+_OF_THE_WEIGHT = ("prune_weight_", "prune_weight_, hard", "cast_weight_", "add_masked_decay_")

@@ -75,17 +75,17 @@ def _op(
     load: Callable[[], Callable[..., R]],
     fake: Callable[P, R],
     *,
-    any_strides: bool = False,
+    any_strides: int = 0,
 ) -> Callable[P, R]:
     """Define one op.
 
-    All tensors must be contiguous; the first one need not be with ``any_strides``.  What ``load`` returns, which runs
+    All tensors must be contiguous but the first ``any_strides`` arguments.  What ``load`` returns, which runs
     on Hopper GPUs, sees to that itself: launchers check only arguments whose like they have not met before.
     """
     name = schema.split("(")[0]
 
     def emulate(*arguments: Any) -> R:
-        _check_contiguous(name, arguments, start=1 if any_strides else 0)
+        _check_contiguous(name, arguments, start=any_strides)
         # Autocast would silently turn the fp32 products of the reference into bf16.
         with torch.autocast(arguments[0].device.type, enabled=False):
             return eager(*arguments)
@@ -184,7 +184,7 @@ prune_weight_ = _op(
     _prune_weight_eager,
     _launch("prune.launch_prune_weight", _no_results),
     _no_results,
-    any_strides=True,
+    any_strides=1,
 )
 
 
@@ -197,7 +197,20 @@ cast_weight_ = _op(
     _cast_weight_eager,
     _launch("prune.launch_cast_weight", _no_results),
     _no_results,
-    any_strides=True,
+    any_strides=1,
+)
+
+
+def _add_masked_decay_eager(grad: Tensor, weight: Tensor, factor: Tensor) -> None:
+    grad.copy_(reference.add_masked_decay(grad, weight, factor))
+
+
+add_masked_decay_ = _op(
+    "add_masked_decay_(Tensor(a!) grad, Tensor weight, Tensor factor) -> ()",
+    _add_masked_decay_eager,
+    _launch("decay.launch_add_masked_decay", _no_results),
+    _no_results,
+    any_strides=2,
 )
 
 
@@ -256,7 +269,7 @@ materialize = _op(
     _materialize,
     lambda: _materialize,
     lambda x: _empty(x, tuple(x.shape), x.dtype),
-    any_strides=True,
+    any_strides=1,
 )
 
 

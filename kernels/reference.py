@@ -105,6 +105,17 @@ def prune_weight(weight: Tensor, beta: Tensor, hard: bool = False) -> tuple[Tens
     return values, metadata, payload.t().contiguous(), beta * scale_inv
 
 
+def add_masked_decay(grad: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+    """``grad + factor * (1 - mask) * weight``, mask the ``top2_mask`` of the weight (SR-STE, arXiv 2102.04010).
+
+    Args:
+        grad, weight: ``[N, K]``, any strides, bf16, fp16 or fp32 each.
+        factor: fp32 ``[1]``.
+    """
+    decayed = grad.float() + factor * weight.float()
+    return grad.where(top2_mask(weight), decayed.to(grad.dtype))
+
+
 def cast_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The weight in e4m3 with one scale, for dense FP8 linears.
 

@@ -26,8 +26,8 @@ Clock = Callable[[LinearShape, torch.device, Sequence[str]], dict[str, float]]
 _DENSE_PIECES = ("hp fprop", "hp dgrad", "hp wgrad")
 # Ops whose times count once, whatever linears share.
 _OPS = (
-    "prune_weight_", "prune_weight_, hard", "cast_weight_", "cast_transpose", "cast_mvue, exact mvue",
-    "cast_mvue, approximate mvue",
+    "prune_weight_", "prune_weight_, hard", "cast_weight_", "add_masked_decay_", "cast_transpose",
+    "cast_mvue, exact mvue", "cast_mvue, approximate mvue",
 )  # fmt: skip
 _WEIGHT_OPS = {
     Projection.NONE: "cast_weight_", Projection.SSTE: "prune_weight_", Projection.TOP2: "prune_weight_, hard"
@@ -92,6 +92,8 @@ def _pieces(recipe: Recipe) -> list[str]:
     """What runs for a recipe, besides what Inductor fuses, and a copy to know the speed of memory."""
     pieces = [f"{recipe.fprop.value} fprop", f"{recipe.dgrad.value} dgrad", f"{recipe.wgrad.value} wgrad", "copy"]
     pieces.append(_WEIGHT_OPS[recipe.projection])
+    if recipe.decay:
+        pieces.append("add_masked_decay_")
     if recipe.wgrad is not Gemm.HP:
         pieces.append("transpose_tokens")
     if recipe.wgrad is Gemm.FP8:

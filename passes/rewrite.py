@@ -36,6 +36,7 @@ class WeightSlot:
     out_features: int
     in_features: int
     device: torch.device
+    decay: float = 0.0
 
     def new_operands(self) -> tuple[Tensor, ...]:
         """Uninitialised operands; fake ones under a FakeTensorMode."""
@@ -84,6 +85,7 @@ def _slot(plan: Plan, position: int) -> WeightSlot:
         out_features=plan.site.out_features,
         in_features=plan.site.in_features,
         device=example_value(plan.site.weight).device,
+        decay=plan.recipe.decay,
     )
 
 

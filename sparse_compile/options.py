@@ -1,7 +1,8 @@
 """What the user may say: ``torch.compile(model, backend="sste", mode=..., options={"sste.recipe": ...})``."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
 from os import PathLike
@@ -15,7 +16,7 @@ from sparse_compile.torch_internals import inductor_option_names, inductor_patch
 # A row of activations is cast in one reading where its registers allow it: Inductor tries, and takes the faster way.
 _INDUCTOR_DEFAULTS = {"triton.multi_kernel": 1}
 _NAMES = (
-    "sste.recipe", "sste.targets", "sste.head", "sste.when", "sste.memory", "sste.executor", "sste.tune",
+    "sste.recipe", "sste.decay", "sste.targets", "sste.head", "sste.when", "sste.memory", "sste.executor", "sste.tune",
     "sste.report", "sste.report_measure", "sste.health",
 )  # fmt: skip
 
@@ -79,7 +80,7 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
     if not isinstance(targets, str) or not targets:
         raise ValueError(f"option 'sste.targets' is {targets!r}; allowed are 'ffn', 'all' or a glob of module names")
     return Options(
-        recipe=RECIPES[_choice(ours, "sste.recipe", SSTE.name, list(RECIPES))],
+        recipe=_recipe(ours),
         targets=targets,
         head=_choice(ours, "sste.head", "dense", ["dense", "fp8"]) == "fp8",
         measure=_choice(ours, "sste.when", "faster", ["faster", "always"]) == "faster",
@@ -91,6 +92,29 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
         health=_steps(ours, "sste.health"),
         inductor={**_INDUCTOR_DEFAULTS, **inductor_patches(mode, inductors)},
     )
+
+
+def _recipe(options: Mapping[str, Any]) -> Recipe:
+    recipe = RECIPES[_choice(options, "sste.recipe", SSTE.name, list(RECIPES))]
+    if "sste.decay" in options:
+        decay = _number(options, "sste.decay", 0.0)
+        if not recipe.decay:
+            with_decay = _listed([name for name, other in RECIPES.items() if other.decay])
+            raise ValueError(f"recipe {recipe.name!r} has no decay; option 'sste.decay' is for {with_decay}")
+        recipe = replace(recipe, decay=decay)
+    return recipe
+
+
+def _number(options: Mapping[str, Any], name: str, least: float) -> float:
+    """From Python, or from the command line, where all that is no integer is text."""
+    value = options[name]
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= least):
+        raise ValueError(f"option {name!r} is {value!r}; allowed is a finite number from {least:g} on")
+    return number
 
 
 def _choice(options: Mapping[str, Any], name: str, default: str, allowed: Sequence[str]) -> str:

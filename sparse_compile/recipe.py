@@ -52,6 +52,7 @@ class Recipe:
     dgrad: Gemm
     wgrad: Gemm
     estimator: Estimator | None
+    decay: float = 0.0  # of what the mask drops, added to the gradient
 
     def __post_init__(self) -> None:
         if (self.fprop is Gemm.SPARSE24) != self.projection.prunes:
@@ -62,6 +63,9 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: fprop must be 2:4 or dense fp8")
         if self.dgrad is Gemm.SPARSE24 or (self.dgrad is Gemm.HP and self.projection.prunes):
             raise ValueError(f"recipe {self.name!r}: dgrad must be dense fp8, or hp where the weight is not projected")
+
+        if self.decay and self.projection is not Projection.TOP2:
+            raise ValueError(f"recipe {self.name!r}: a decay needs a mask, and so hard pruning")
 
     def short_str(self) -> str:
         """``fprop/dgrad/wgrad`` in a few characters, for the report."""
@@ -93,9 +97,10 @@ SSTE = Recipe(
 )
 SSTE_APPROXIMATE = replace(SSTE, name="s-ste-approximate", estimator=Estimator.APPROXIMATE_MVUE)
 STE = replace(SSTE, name="ste", projection=Projection.TOP2)
+SR_STE = replace(STE, name="sr-ste", decay=2e-4)
 FP8 = Recipe(name="fp8", projection=Projection.NONE, fprop=Gemm.FP8, dgrad=Gemm.FP8, wgrad=Gemm.FP8, estimator=None)
 
 # By the names that the user may say.
-RECIPES = {recipe.name: recipe for recipe in (SSTE, SSTE_APPROXIMATE, STE, FP8)}
+RECIPES = {recipe.name: recipe for recipe in (SSTE, SSTE_APPROXIMATE, STE, SR_STE, FP8)}
 # By the names that graphs hold.
 VARIANTS = {variant.name: variant for recipe in RECIPES.values() for variant in recipe.variants()}

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_compile.betas import SavedBetas, keep_with
+from sparse_compile.decay import Decay, MaskedDecay
 from sparse_compile.edits import find_edited, take_samples
 from sparse_compile.kernels import ops, reference
 from sparse_compile.passes.rewrite import WeightSlot
@@ -132,6 +133,7 @@ def _watch(optimizer: Optimizer) -> None:
 _lock = RLock()
 _watched: WeakSet[Optimizer] = WeakSet()
 _steps = OptimizerSteps(on_first=_watch)
+_decays = MaskedDecay()
 _saved_betas = SavedBetas(found=_watch)
 _derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -146,6 +148,8 @@ def _derived_from(weight: Tensor) -> _Derived:
 def weight_state(weight: Tensor, slot: WeightSlot) -> WeightState:
     """The state of a weight for a slot's projection and orientation, made at first use."""
     derived = _derived_from(weight)
+    if slot.decay:
+        _decays.set(_owned(weight), Decay(decay=slot.decay, transposed=slot.transposed))
     return derived.states.setdefault((slot.projection, slot.transposed, slot.device), WeightState(derived.beta))
 
 

@@ -318,6 +318,13 @@ def _sharded_by(sharders: Iterable[Any], weight: torch.Tensor) -> torch.Tensor |
     return None
 
 
+def local_tensor(tensor: Any) -> torch.Tensor:
+    """The shard of a DTensor that this process holds; any other tensor itself."""
+    module = sys.modules.get("torch.distributed.tensor")
+    sharded = module is not None and isinstance(tensor, module.DTensor)
+    return cast(torch.Tensor, tensor.to_local() if sharded else tensor)
+
+
 def is_fake(value: Any) -> bool:
     """Whether an example value stands for an ordinary tensor.
 

@@ -2,7 +2,7 @@
 
 The interpreter must be chosen before Triton is imported, so the tests run this file as a program of its own:
 
-    TRITON_INTERPRET=1 python -m tests.interpreted_kernels {prune,quantize,mvue}
+    TRITON_INTERPRET=1 python -m tests.interpreted_kernels {prune,decay,quantize,mvue}
 
 The interpreter rounds fp32 to e4m3 wrongly.  So torch casts here, in place of the assembly of Gluon kernels; the other
 kernels write their payloads as fp32.
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from sparse_compile.kernels import groups, mvue, prune, quantize, reference, tiles
+from sparse_compile.kernels import decay, groups, mvue, prune, quantize, reference, tiles
 from sparse_compile.kernels.formats import E4M3, metadata_shape, padded, values_shape
 from sparse_compile.testing import assert_same_bits, hard_groups
 from tests.gluon_interpreter import e4m3_word, elementwise, interpret, prmt
@@ -56,11 +56,25 @@ def interpret_weight_kernels() -> None:
         return words | (signs & -2139062144)
 
     interpret(
-        tiles, groups, prune, quantize,
+        tiles, groups, decay, prune, quantize,
         cast_words=elementwise(e4m3_word, tl.int32), permute_bytes=elementwise(prmt, tl.int32),
         _widen=widen, _cast_positive_words=cast_positive,
         gdc_launch_dependents=lambda: None, gdc_wait=lambda: None,  # one launch after the other
     )  # fmt: skip
+
+
+def round_in_torch() -> None:
+    """The interpreter's conversions to e4m3, and from fp32 to bf16, corrected."""
+    convert = interpreter._convert_float
+
+    def corrected(data, input_dtype, output_dtype, rounding):
+        if output_dtype == tl.float8e4nv:
+            return reference.saturating_cast(torch.from_numpy(data)).view(torch.uint8).numpy()
+        if output_dtype == tl.bfloat16 and data.dtype == np.float32:
+            return torch.from_numpy(data).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return convert(data, input_dtype, output_dtype, rounding)
+
+    interpreter._convert_float = corrected
 
 
 def hints(scale_inv: float) -> tuple[float, ...]:
@@ -120,6 +134,29 @@ def check_prune() -> None:
             assert_same_bits(scale_inv, expected[2], f"cast scale_inv, {name}")
 
 
+def check_decay() -> None:
+    round_in_torch()
+    interpret_weight_kernels()
+    torch.manual_seed(0)
+    weights = {
+        **{f"random {dtype}": torch.randn(80, 144).to(dtype) for dtype in DTYPES},
+        "whole tiles": torch.randn(64, 256).bfloat16(),
+        "four columns": torch.randn(3, 4),
+        "transposed": torch.randn(144, 80).bfloat16().t(),
+        "strided": torch.randn(96, 160).bfloat16()[::2, ::2],
+        "ties": torch.randint(-3, 4, (64, 128)).bfloat16(),
+        "zero": torch.zeros(16, 32),
+    }
+    for name, weight in weights.items():
+        for transposed in (False, True):
+            for dtype in DTYPES:
+                factor = torch.tensor([0.37])
+                grad = torch.randn(weight.t().shape).to(dtype).t() if transposed else torch.randn_like(weight).to(dtype)
+                expected = reference.add_masked_decay(grad, weight, factor)
+                decay.launch_add_masked_decay(grad, weight, factor)
+                assert_same_bits(grad, expected, f"{name}, grad {dtype}, transposed {transposed}")
+
+
 def check_quantize() -> None:
     interpret_weight_kernels()
     torch.manual_seed(0)
@@ -169,20 +206,8 @@ def check_philox() -> None:
         assert torch.equal(drawn, int32(words)), f"philox, counter {counter}"
 
 
-def round_to_e4m3_in_torch() -> None:
-    """The interpreter's conversions to e4m3, corrected; for kernels that look at the bytes of their payload."""
-    convert = interpreter._convert_float
-
-    def corrected(data, input_dtype, output_dtype, rounding):
-        if output_dtype != tl.float8e4nv:
-            return convert(data, input_dtype, output_dtype, rounding)
-        return reference.saturating_cast(torch.from_numpy(data)).view(torch.uint8).numpy()
-
-    interpreter._convert_float = corrected
-
-
 def check_mvue() -> None:
-    round_to_e4m3_in_torch()
+    round_in_torch()
     torch.manual_seed(0)
     shapes = ((1, 16, torch.bfloat16), (15, 80, torch.float32), (257, 144, torch.bfloat16), (256, 128, torch.float16))
     for approximate in (False, True):
@@ -207,4 +232,4 @@ def check_mvue() -> None:
 if __name__ == "__main__":
     # NaN and infinity are among the inputs.
     warnings.simplefilter("ignore", RuntimeWarning)
-    {"prune": check_prune, "quantize": check_quantize, "mvue": check_mvue}[sys.argv[1]]()
+    {"prune": check_prune, "decay": check_decay, "quantize": check_quantize, "mvue": check_mvue}[sys.argv[1]]()

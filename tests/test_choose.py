@@ -14,7 +14,8 @@ DENSE = {"hp fprop": 100.0, "hp dgrad": 100.0, "hp wgrad": 100.0}
 PIECES = {
     "fp8 fprop": 60.0, "fp8 dgrad": 60.0, "fp8 wgrad": 60.0, "2:4 fp8 fprop": 40.0, "2:4 fp8 wgrad": 40.0,
     "cast_mvue, exact mvue": 10.0, "cast_mvue, approximate mvue": 10.0, "cast_transpose": 10.0,
-    "transpose_tokens": 8.0, "prune_weight_": 2.0, "prune_weight_, hard": 2.0, "cast_weight_": 2.0, "copy": 0.0,
+    "transpose_tokens": 8.0, "prune_weight_": 2.0, "prune_weight_, hard": 2.0, "add_masked_decay_": 3.0,
+    "cast_weight_": 2.0, "copy": 0.0,
 }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ def cases():
     yield "prune_weight_", (torch.randn(80, 48).t(), torch.ones(1), *pruned(48, 80))
     yield "prune_weight_", (torch.randn(48, 80), torch.ones(1), *pruned(48, 80), True)
     yield "cast_weight_", (torch.randn(48, 80), *ops.new_cast_weight(48, 80, torch.device("cpu")))
+    yield "add_masked_decay_", (torch.randn(80, 48).t(), torch.randn(48, 80), torch.ones(1))
     yield "cast_mvue", (torch.randn(20, 48).bfloat16(), tokens, tokens, SEED, 3, True)
     for count in (20, 128):  # padded, and not
         yield "transpose_tokens", (fp8(count, 48),)

@@ -24,6 +24,12 @@ def test_ours_and_inductors_are_told_apart():
     assert read_options(None, {"triton.multi_kernel": 0}).inductor == {"triton.multi_kernel": 0}
 
 
+@pytest.mark.parametrize("given", [1e-5, "1e-5"], ids=["python", "command line"])
+def test_a_decay_replaces_that_of_the_recipe(given):
+    assert read_options(None, {"sste.recipe": "sr-ste"}).recipe.decay == 2e-4
+    assert read_options(None, {"sste.recipe": "sr-ste", "sste.decay": given}).recipe.decay == 1e-5
+
+
 def test_modes_are_inductors():
     assert read_options("reduce-overhead", None).inductor["triton.cudagraphs"] is True
     assert read_options("max-autotune", None).inductor["max_autotune"] is True
@@ -37,6 +43,13 @@ def test_modes_are_inductors():
         ({"sste.recipy": "fp8"}, r"unknown option 'sste.recipy'; did you mean 'sste.recipe'\?"),
         ({"sste.recipe": "sste"}, r"option 'sste.recipe' is 'sste'; did you mean 's-ste'\? allowed are 'fp8', 's-ste'"),
         ({"sste.recipe": None}, r"option 'sste.recipe' is None; .*allowed are"),
+        ({"sste.decay": 1e-4}, r"recipe 's-ste' has no decay; option 'sste.decay' is for 'sr-ste'"),
+        ({"sste.recipe": "sr-ste", "sste.decay": -1}, r"option 'sste.decay' is -1; allowed is a finite number from 0"),
+        (
+            {"sste.recipe": "sr-ste", "sste.decay": "x"},
+            r"option 'sste.decay' is 'x'; allowed is a finite number",
+        ),
+        ({"sste.recipe": "sr-ste", "sste.decay": True}, r"option 'sste.decay' is True; allowed is"),
         ({"sste.executor": "cuda"}, r"option 'sste.executor' is 'cuda'; .*allowed are 'eager', 'inductor'"),
         ({"sste.targets": 3}, r"option 'sste.targets' is 3; allowed are 'ffn', 'all' or a glob"),
         ({"sste.targets": ""}, r"option 'sste.targets' is ''; allowed are"),

@@ -43,7 +43,7 @@ def losses(model, device, steps, **compile_options):
     return results
 
 
-@pytest.mark.parametrize("recipe", ["s-ste", "s-ste-approximate", "ste", "fp8"])
+@pytest.mark.parametrize("recipe", ["s-ste", "s-ste-approximate", "ste", "sr-ste", "fp8"])
 def test_loss_follows_dense(small_gpt, recipe):
     """After the steep part of the curve each recipe is within a tenth of the dense loss, far below the start's."""
     torch.manual_seed(0)
