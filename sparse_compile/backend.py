@@ -4,11 +4,13 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
+from sparse_compile.courses import Schedule
 from sparse_compile.kernels import ops
 from sparse_compile.linear import linear
 from sparse_compile.measure import Twin
@@ -16,20 +18,23 @@ from sparse_compile.options import Executor, Options, read_options
 from sparse_compile.origin import origin
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import choose
-from sparse_compile.passes.decide import decide
+from sparse_compile.passes.decide import Plan, decide
 from sparse_compile.passes.find import find
 from sparse_compile.passes.materialize import materialize
+from sparse_compile.passes.phase import phase
 from sparse_compile.passes.recompute import recompute
 from sparse_compile.passes.rewrite import rewrite
 from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
 from sparse_compile.report import GraphReport, record, write_to
 from sparse_compile.runtime import Runtime
-from sparse_compile.state import is_pruned
+from sparse_compile.state import follow, is_pruned
 from sparse_compile.torch_internals import (
     backend_fake_mode,
     clone_graph_module,
     compile_graph,
+    guard_phase,
+    real_parameter,
     reset_cuda_graphs,
     several_processes,
     trace_artifact,
@@ -64,6 +69,8 @@ def sste(
     sites, near_misses = find(graph)
     owners = ParameterOwners()
     plans, rejections = decide(sites, chosen.recipe, chosen.targets, owners, head=chosen.head, is_pruned=is_pruned)
+    if chosen.schedule is not None:
+        plans = phase(plans, chosen.schedule, partial(_is_pruned_now, schedule=chosen.schedule))
     if chosen.tune:
         tune(plans)
     if chosen.measure and several_processes():
@@ -106,6 +113,17 @@ def sste(
     logger.info("rewrote %d of %d linears", len(plans), len(rows))
     twin = _dense_twin(graph_module, chosen) if chosen.report_measure else None
     return Runtime(compiled, slots, fake_operands, graph_report, twin)
+
+
+def _is_pruned_now(plan: Plan, schedule: Schedule) -> bool:
+    """Whether the schedule has the weight of a plan that prunes pruned; dynamo will compile anew when that changes."""
+    weight = real_parameter(plan.site.weight)
+    if weight is None or not guard_phase(plan.site.weight):
+        raise ValueError(
+            f"the weight of {plan.site.name!r} is no parameter that dynamo can find again, so that it can follow no "
+            "schedule; leave it out by 'sste.targets', or leave 'sste.warmup' and 'sste.tail' away"
+        )
+    return follow(weight, schedule, plan.recipe.projection, plan.site.transposed)
 
 
 def _dense_twin(graph_module: GraphModule, options: Options) -> Twin:

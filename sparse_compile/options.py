@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from sparse_compile.courses import Schedule
 from sparse_compile.recipe import RECIPES, SSTE, Recipe
 from sparse_compile.report import check_format
 from sparse_compile.torch_internals import inductor_option_names, inductor_patches
@@ -16,7 +17,8 @@ from sparse_compile.torch_internals import inductor_option_names, inductor_patch
 # A row of activations is cast in one reading where its registers allow it: Inductor tries, and takes the faster way.
 _INDUCTOR_DEFAULTS = {"triton.multi_kernel": 1}
 _NAMES = (
-    "sste.recipe", "sste.decay", "sste.targets", "sste.head", "sste.when", "sste.memory", "sste.executor", "sste.tune",
+    "sste.recipe", "sste.decay", "sste.warmup", "sste.tail", "sste.total_steps", "sste.targets", "sste.head",
+    "sste.when", "sste.memory", "sste.executor", "sste.tune",
     "sste.report", "sste.report_measure", "sste.health",
 )  # fmt: skip
 
@@ -34,6 +36,7 @@ class Options:
 
     Attributes:
         recipe: arithmetic of the targeted linears; the others get dense FP8.
+        schedule: the optimizer steps in which the recipe prunes; None for all.
         targets: ``"ffn"``, ``"all"``, or a glob of module names such as ``"*.mlp.*"``.
         head: whether the vocabulary head gets dense FP8.
         measure: whether only what measured times predict to be faster is rewritten.
@@ -47,6 +50,7 @@ class Options:
     """
 
     recipe: Recipe
+    schedule: Schedule | None
     targets: str
     head: bool
     measure: bool
@@ -79,8 +83,10 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
     targets = ours.get("sste.targets", "ffn")
     if not isinstance(targets, str) or not targets:
         raise ValueError(f"option 'sste.targets' is {targets!r}; allowed are 'ffn', 'all' or a glob of module names")
+    recipe = _recipe(ours)
     return Options(
-        recipe=_recipe(ours),
+        recipe=recipe,
+        schedule=_schedule(ours, recipe),
         targets=targets,
         head=_choice(ours, "sste.head", "dense", ["dense", "fp8"]) == "fp8",
         measure=_choice(ours, "sste.when", "faster", ["faster", "always"]) == "faster",
@@ -103,6 +109,40 @@ def _recipe(options: Mapping[str, Any]) -> Recipe:
             raise ValueError(f"recipe {recipe.name!r} has no decay; option 'sste.decay' is for {with_decay}")
         recipe = replace(recipe, decay=decay)
     return recipe
+
+
+def _schedule(options: Mapping[str, Any], recipe: Recipe) -> Schedule | None:
+    given = [name for name in ("sste.warmup", "sste.tail", "sste.total_steps") if name in options]
+    if given and not recipe.projection.prunes:
+        raise ValueError(f"recipe {recipe.name!r} prunes nothing, so that {_listed(given)} would change nothing")
+    total = _steps(options, "sste.total_steps")
+    warmup, tail = _span(options, "sste.warmup", 0, total), _span(options, "sste.tail", recipe.tail, total)
+    if tail and not total:
+        raise ValueError(
+            f"the last steps of recipe {recipe.name!r} are dense (sste.tail), so it must know how many there will be: "
+            "give option 'sste.total_steps', the number of optimizer steps of the whole run"
+        )
+    if total and not (warmup or tail):
+        raise ValueError("option 'sste.total_steps' is for a schedule; give 'sste.warmup' or 'sste.tail' as well")
+    if total and warmup + tail >= total:
+        raise ValueError(f"of {total} optimizer steps {warmup} + {tail} are dense, which leaves none to be pruned")
+    return Schedule(begin=warmup, end=total - tail if tail else None) if warmup or tail else None
+
+
+def _span(options: Mapping[str, Any], name: str, default: float, total: int) -> int:
+    """Optimizer steps, given as such or as a share of all."""
+    value = options.get(name, default)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _steps(options, name)
+    share = _number({name: value}, name, 0.0)
+    if share >= 1:
+        raise ValueError(f"option {name!r} is {value!r}; allowed is a number of optimizer steps, or a share below 1.0")
+    if share and not total:
+        # The tail of a recipe says so in its own words.
+        if name in options:
+            raise ValueError(f"option {name!r} is {value!r}, a share of all optimizer steps: give 'sste.total_steps'")
+        return 1
+    return round(share * total)
 
 
 def _number(options: Mapping[str, Any], name: str, least: float) -> float:

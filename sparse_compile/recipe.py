@@ -53,6 +53,7 @@ class Recipe:
     wgrad: Gemm
     estimator: Estimator | None
     decay: float = 0.0  # of what the mask drops, added to the gradient
+    tail: float = 0.0  # share of the optimizer steps, the last ones, in which it is dense
 
     def __post_init__(self) -> None:
         if (self.fprop is Gemm.SPARSE24) != self.projection.prunes:
@@ -98,9 +99,10 @@ SSTE = Recipe(
 SSTE_APPROXIMATE = replace(SSTE, name="s-ste-approximate", estimator=Estimator.APPROXIMATE_MVUE)
 STE = replace(SSTE, name="ste", projection=Projection.TOP2)
 SR_STE = replace(STE, name="sr-ste", decay=2e-4)
+STE_DENSE_TAIL = replace(STE, name="ste-dense-tail", tail=1 / 6)
 FP8 = Recipe(name="fp8", projection=Projection.NONE, fprop=Gemm.FP8, dgrad=Gemm.FP8, wgrad=Gemm.FP8, estimator=None)
 
 # By the names that the user may say.
-RECIPES = {recipe.name: recipe for recipe in (SSTE, SSTE_APPROXIMATE, STE, SR_STE, FP8)}
+RECIPES = {recipe.name: recipe for recipe in (SSTE, SSTE_APPROXIMATE, STE, SR_STE, STE_DENSE_TAIL, FP8)}
 # By the names that graphs hold.
 VARIANTS = {variant.name: variant for recipe in RECIPES.values() for variant in recipe.variants()}

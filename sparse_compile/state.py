@@ -16,16 +16,25 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from sparse_compile.betas import SavedBetas, keep_with
+from sparse_compile.betas import KEY, PRUNED, STEPS, Kept, SavedBetas, keep_with
+from sparse_compile.courses import Course, Schedule, count_steps
 from sparse_compile.decay import Decay, MaskedDecay
 from sparse_compile.edits import find_edited, take_samples
 from sparse_compile.kernels import ops, reference
 from sparse_compile.passes.rewrite import WeightSlot
+from sparse_compile.projected import write_projected
 from sparse_compile.recipe import Projection
 from sparse_compile.steps import OptimizerSteps
-from sparse_compile.torch_internals import WeakTensorKeyDictionary, is_held, sharded_parameter
+from sparse_compile.torch_internals import (
+    PRUNED_NOW,
+    WeakTensorKeyDictionary,
+    is_held,
+    local_tensor,
+    sharded_parameter,
+)
 
 # The last step of the optimizer that owns a weight, the weight's version and its address.
 _Stamp = tuple[int | None, int, int]
@@ -46,6 +55,10 @@ class Beta:
         if value != self.value:
             self._tensors.clear()
         self.value, self.frozen = value, frozen
+
+    def forget(self) -> None:
+        self._tensors.clear()
+        self.value, self.frozen = None, False
 
     def on(self, device: torch.device) -> Tensor:
         """fp32 ``[1]``."""
@@ -71,10 +84,11 @@ class WeightState:
 class _Derived:
     """All that is derived from one weight, in shards and gathered."""
 
-    __slots__ = ("beta", "states")
+    __slots__ = ("beta", "course", "states")
 
     def __init__(self) -> None:
         self.beta = Beta()
+        self.course: Course | None = None  # where there is a schedule
         self.states: dict[tuple[Projection, bool, torch.device], WeightState] = {}
 
 
@@ -118,22 +132,108 @@ def forget(weight: Tensor) -> None:
             state.stamp = _NEVER
 
 
-def _take_beta(weight: Tensor, value: float) -> None:
-    """Replace the scale of a weight that has one: a checkpoint is loaded after the first call."""
-    if beta_of(weight) is not None:
-        give_beta(weight, value)
+def follow(weight: Tensor, schedule: Schedule, projection: Projection, transposed: bool) -> bool:
+    """Let a weight follow a schedule; whether it is pruned now."""
+    global _schedule
+    _schedule = schedule
+    if not hasattr(Parameter, PRUNED_NOW):
+        setattr(Parameter, PRUNED_NOW, property(_is_pruned_now))
+        count_steps(_course_of, _switch)
+    course = _course(weight)
+    course.schedule, course.projection, course.transposed = schedule, projection, transposed
+    _settle(weight, course)
+    return course.prunes
+
+
+def _is_pruned_now(weight: Tensor) -> bool | None:
+    """What a graph is guarded by; asked of all that may use it, as the weights of blocks that are alike.
+
+    None, for which no graph is compiled, where a checkpoint of a pruned weight goes on dense, as no step has seen.
+    """
+    course = _course(weight)
+    return None if course.pruned and not course.prunes else course.prunes
+
+
+def _course_of(weight: Tensor) -> Course | None:
+    derived: _Derived | None = _derived.get(weight)
+    return None if derived is None else derived.course
+
+
+def _course(weight: Tensor) -> Course:
+    """The course of a weight; of a new one as far as its checkpoint says, by the last schedule."""
+    derived = _derived_from(weight)
+    if derived.course is None:
+        assert _schedule is not None  # nobody asks before there is one
+        kept, _ = _saved_betas.find(_owned(weight), _moment())
+        derived.course = Course(_schedule, int(kept.get(STEPS, 0)), bool(kept.get(PRUNED, 0)))
+    return derived.course
+
+
+def _switch(weight: Tensor, course: Course) -> None:
+    """A step has ended a phase."""
+    _settle(weight, course)
+    _release(weight)
+
+
+def _release(weight: Tensor) -> None:
+    """Give back what linears computed with in the last phase."""
+    _derived_from(weight).states.clear()
+    _decays.remove(weight)
+
+
+def _settle(weight: Tensor, course: Course) -> None:
+    """Where a weight was trained pruned and is dense from now on, write into it what linears computed with."""
+    if course.prunes or not course.pruned:
+        return
+    derived, owned = _derived_from(weight), _owned(weight)
+    with _plain_tensors():
+        for tensor in (weight,) if owned is weight else (weight, owned):  # gathered, and in shards
+            local = local_tensor(tensor)
+            write_projected(local.t() if course.transposed else local, course.projection, derived.beta.value)
+    course.pruned = False
+    derived.beta.forget()
+
+
+def _kept_of(weight: Tensor) -> Kept:
+    """What checkpoints hold of a weight."""
+    kept: dict[str, float] = {}
+    beta, course = beta_of(weight), _course_of(weight)
+    if beta is not None:
+        kept[KEY] = beta
+    if course is not None:
+        kept |= {STEPS: course.steps, PRUNED: int(course.pruned)}
+    return kept
+
+
+def _take(weight: Tensor, kept: Kept) -> None:
+    """A checkpoint is loaded after the first call: it replaces what was derived from the weights before."""
+    course = _course_of(weight)
+    if course is not None and STEPS in kept:
+        before = course.prunes
+        course.steps, course.pruned = int(kept[STEPS]), bool(kept.get(PRUNED, 0))
+        if course.prunes != before:
+            # What must be written into the weight waits for the next call: the model may be loaded after its optimizer.
+            _release(weight)
+    if KEY in kept and beta_of(weight) is not None:
+        give_beta(weight, kept[KEY])
+
+
+def _moment() -> tuple[int, bool]:
+    """Between two of these no optimizer has stepped."""
+    return _steps.count, torch.is_grad_enabled()
 
 
 def _watch(optimizer: Optimizer) -> None:
     if optimizer not in _watched:
         _watched.add(optimizer)
-        keep_with(optimizer, beta_of, _take_beta)
+        keep_with(optimizer, _kept_of, _take)
 
 
 _lock = RLock()
 _watched: WeakSet[Optimizer] = WeakSet()
 _steps = OptimizerSteps(on_first=_watch)
 _decays = MaskedDecay()
+_schedule: Schedule | None = None  # the last that was followed
 _saved_betas = SavedBetas(found=_watch)
 _derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -205,6 +305,10 @@ def _refresh(weight: Tensor, slot: WeightSlot, state: WeightState, stamp: _Stamp
         state.operands = slot.new_operands()
     matrix = _matrix(weight, slot)
     beta = _beta(weight, matrix, slot, state.beta, training) if slot.projection.has_beta else None
+    course = _course_of(weight) if slot.projection.prunes else None
+    if course is not None:
+        course.pruned = course.pruned or training
+        course.projection, course.transposed = slot.projection, slot.transposed
     _fill(slot.projection, matrix, beta, state.operands)
     if in_place:
         # A backward that comes after the optimizer step must fail as it does for a dense weight.
@@ -251,8 +355,12 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, beta: Beta, training
         computed = reference.sste_beta(matrix)
         if computed is None:
             return ops.unit_scale(weight.device)
-        saved, missing = _saved_betas.find(_owned(weight), (_steps.count, training))
-        if missing:
+        owned = _owned(weight)
+        kept, stepped = _saved_betas.find(owned, _moment())
+        saved, course = kept.get(KEY), _course_of(owned)
+        # After a dense warm-up there is none yet.
+        dense_so_far = course is not None and course.steps > 0 and not course.pruned
+        if saved is None and stepped and not dense_so_far:
             warnings.warn(
                 f"an optimizer has trained {slot.name!r} before, and has no S-STE scale beta of it, which is therefore "
                 "computed from the weight as it is now. If this resumes a run with backend 'sste', its linears go on "
