@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from sparse_compile.courses import Schedule
-from sparse_compile.recipe import RECIPES, SSTE, Recipe
+from sparse_compile.recipe import MVUE, RECIPES, SSTE, Recipe
 from sparse_compile.report import check_format
 from sparse_compile.torch_internals import inductor_option_names, inductor_patches
 
 # A row of activations is cast in one reading where its registers allow it: Inductor tries, and takes the faster way.
 _INDUCTOR_DEFAULTS = {"triton.multi_kernel": 1}
 _NAMES = (
-    "sste.recipe", "sste.decay", "sste.warmup", "sste.tail", "sste.total_steps", "sste.targets", "sste.head",
-    "sste.when", "sste.memory", "sste.executor", "sste.tune",
+    "sste.recipe", "sste.mvue", "sste.decay", "sste.warmup", "sste.tail", "sste.total_steps",
+    "sste.targets", "sste.head", "sste.when", "sste.memory", "sste.executor", "sste.tune",
     "sste.report", "sste.report_measure", "sste.health",
 )  # fmt: skip
 
@@ -102,6 +102,11 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
 
 def _recipe(options: Mapping[str, Any]) -> Recipe:
     recipe = RECIPES[_choice(options, "sste.recipe", SSTE.name, list(RECIPES))]
+    if "sste.mvue" in options:
+        estimator = MVUE[_choice(options, "sste.mvue", "exact", list(MVUE))]
+        if recipe.estimator is None:
+            raise ValueError(f"recipe {recipe.name!r} samples no gradients, so that 'sste.mvue' would change nothing")
+        recipe = recipe.with_estimator(estimator)
     if "sste.decay" in options:
         decay = _number(options, "sste.decay", 0.0)
         if not recipe.decay:

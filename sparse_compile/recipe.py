@@ -1,5 +1,6 @@
 """What is computed: a recipe names the arithmetic of a linear's three GEMMs and of its weight."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -68,6 +69,14 @@ class Recipe:
         if self.decay and self.projection is not Projection.TOP2:
             raise ValueError(f"recipe {self.name!r}: a decay needs a mask, and so hard pruning")
 
+    def with_estimator(self, estimator: Estimator | None) -> "Recipe":
+        """This recipe with another estimator; without one, wgrad is dense FP8.  Only of recipes that have one."""
+        if estimator is self.estimator:
+            return self
+        if estimator is None:
+            return next(v for v in self.variants() if (v.dgrad, v.wgrad) == (self.dgrad, Gemm.FP8))
+        return replace(self, name=f"{self.name}/{estimator.value}", estimator=estimator)
+
     def short_str(self) -> str:
         """``fprop/dgrad/wgrad`` in a few characters, for the report."""
         return f"{self.name.split('/')[0]} ({self.fprop.value}, {self.dgrad.value}, {self.wgrad.value})"
@@ -104,5 +113,16 @@ FP8 = Recipe(name="fp8", projection=Projection.NONE, fprop=Gemm.FP8, dgrad=Gemm.
 
 # By the names that the user may say.
 RECIPES = {recipe.name: recipe for recipe in (SSTE, SSTE_APPROXIMATE, STE, SR_STE, STE_DENSE_TAIL, FP8)}
+# What the user may say of the estimator.
+MVUE = {"exact": Estimator.EXACT_MVUE, "approximate": Estimator.APPROXIMATE_MVUE, "off": None}
+
+
+def _named() -> Iterator[Recipe]:
+    for recipe in RECIPES.values():
+        yield recipe
+        if recipe.estimator is not None:
+            yield from (recipe.with_estimator(estimator) for estimator in MVUE.values())
+
+
 # By the names that graphs hold.
-VARIANTS = {variant.name: variant for recipe in RECIPES.values() for variant in recipe.variants()}
+VARIANTS = {variant.name: variant for recipe in _named() for variant in recipe.variants()}
