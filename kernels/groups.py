@@ -34,7 +34,7 @@ def bits(x):
 
 
 @gluon.jit
-def _pair(x, y):
+def pair(x, y):
     """16-bit floats as the halves of a word, ``x`` the lower one."""
     return x.to(gl.uint16, bitcast=True).to(gl.int32) | y.to(gl.uint16, bitcast=True).to(gl.int32) << 16
 
@@ -52,7 +52,7 @@ def groups(w):
     if w.dtype == gl.float32:
         high01, high23 = permute_bytes(bits(x0), bits(x1), 0x7632), permute_bytes(bits(x2), bits(x3), 0x7632)
     else:
-        high01, high23 = _pair(x0, x1), _pair(x2, x3)
+        high01, high23 = pair(x0, x1), pair(x2, x3)
         if w.dtype == gl.bfloat16:
             x0, x1 = _widen(high01)
             x2, x3 = _widen(high23)
@@ -76,3 +76,26 @@ def keep_top2(b0, b1, b2, b3):
     keep2 = _majority(m2 > m0, m2 > m1, m2 >= m3)
     keep3 = _majority(m3 > m0, m3 > m1, m3 > m2)
     return keep0, keep1, keep2, keep3
+
+
+@gluon.jit
+def project(b0, b1, b2, b3, HARD: gl.constexpr):
+    """What pruning leaves of four magnitudes, the largest, and a code of the two that are kept.
+
+    Of the magnitudes negative ones count as zero.  The low byte of the code holds the two positions, ascending from its
+    low half, the bits from 16 on the nibble of metadata.
+    """
+    largest = maximum(maximum(b0, b1), maximum(b2, b3))
+    if HARD:
+        kept0, kept1, kept2, kept3 = keep_top2(b0, b1, b2, b3)
+        m0, m1 = gl.where(kept0, b0, 0.0), gl.where(kept1, b1, 0.0)
+        m2, m3 = gl.where(kept2, b2, 0.0), gl.where(kept3, b3, 0.0)
+    else:
+        low, high = maximum(minimum(b0, b1), minimum(b2, b3)), minimum(maximum(b0, b1), maximum(b2, b3))
+        t = minimum(low, high)
+        # Kept is what exceeds t, never more than two of four, and the lowest of the others.
+        kept1, kept2, kept3 = b1 > t, b2 > t, b3 > t
+        m0, m1, m2, m3, largest = b0 - t, b1 - t, b2 - t, b3 - t, largest - t
+    with_3 = gl.where(kept2, 0xE0032, gl.where(kept1, 0xD0031, 0xC0030))
+    without_3 = gl.where(kept2, gl.where(kept1, 0x90021, 0x80020), 0x40010)
+    return m0, m1, m2, m3, largest, gl.where(kept3, with_3, without_3)

@@ -153,6 +153,16 @@ def new_pruned_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Ten
     )
 
 
+def new_pruned_weight_bf16(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised ``values, metadata, dense, scale_inv`` for ``prune_weight_bf16_`` of a weight ``[n, k]``."""
+    return (
+        torch.empty(values_shape(n, k), dtype=torch.bfloat16, device=device),
+        torch.empty(metadata_shape(n, k, torch.bfloat16), dtype=torch.int32, device=device),
+        torch.empty(n, k, dtype=torch.bfloat16, device=device),
+        torch.empty(1, device=device),
+    )
+
+
 def new_cast_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised ``payload, payload_t, scale_inv`` for ``cast_weight_`` of a weight ``[n, k]``."""
     return (
@@ -173,6 +183,13 @@ def _prune_weight_eager(
     _fill((values, metadata, weight_t, scale_inv), reference.prune_weight(weight, beta, hard))
 
 
+def _prune_weight_bf16_eager(
+    weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, dense: Tensor, scale_inv: Tensor,
+    hard: bool = False,
+) -> None:  # fmt: skip
+    _fill((values, metadata, dense, scale_inv), reference.prune_weight_bf16(weight, beta, hard))
+
+
 def _fill(buffers: Sequence[Tensor], results: Sequence[Tensor]) -> None:
     for buffer, result in zip(buffers, results, strict=True):
         buffer.copy_(result)
@@ -183,6 +200,16 @@ prune_weight_ = _op(
     "Tensor(d!) scale_inv, bool hard=False) -> ()",
     _prune_weight_eager,
     _launch("prune.launch_prune_weight", _no_results),
+    _no_results,
+    any_strides=1,
+)
+
+
+prune_weight_bf16_ = _op(
+    "prune_weight_bf16_(Tensor weight, Tensor beta, Tensor(a!) values, Tensor(b!) metadata, Tensor(c!) dense, "
+    "Tensor(d!) scale_inv, bool hard=False) -> ()",
+    _prune_weight_bf16_eager,
+    _launch("prune_bf16.launch_prune_weight_bf16", _no_results),
     _no_results,
     any_strides=1,
 )

@@ -24,7 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sparse_compile.kernels.formats import AMAX_FLOOR, E4M3, check_buffer, metadata_shape, padded, values_shape
-from sparse_compile.kernels.groups import bits, groups, keep_top2, maximum, minimum
+from sparse_compile.kernels.groups import bits, groups, maximum, project
 from sparse_compile.kernels.launch import Once, Plan, allocator, plan_kernel, planned
 from sparse_compile.kernels.tiles import (
     cast_words,
@@ -108,25 +108,8 @@ def _prune_tile(
     BLOCK_K: gl.constexpr = w.shape[1]
     w0, w1, w2, w3, signs = groups(w)  # [BLOCK_N, BLOCK_K / 4]
     b0, b1, b2, b3 = gl.abs(w0), gl.abs(w1), gl.abs(w2), gl.abs(w3)
-    amax = maximum(maximum(b0, b1), maximum(b2, b3))
-    if HARD:
-        kept0, kept1, kept2, kept3 = keep_top2(b0, b1, b2, b3)
-        s0, s1 = gl.where(kept0, b0 * scale, 0.0), gl.where(kept1, b1 * scale, 0.0)
-        s2, s3 = gl.where(kept2, b2 * scale, 0.0), gl.where(kept3, b3 * scale, 0.0)
-    else:
-        low, high = maximum(minimum(b0, b1), minimum(b2, b3)), minimum(maximum(b0, b1), maximum(b2, b3))
-        t = minimum(low, high)
-        amax = amax - t
-        # What exceeds t, never more than two of four; the lowest of the others joins them below.
-        kept1, kept2, kept3 = b1 > t, b2 > t, b3 > t
-        s0, s1, s2, s3 = (b0 - t) * scale, (b1 - t) * scale, (b2 - t) * scale, (b3 - t) * scale
-    dense = _cast_positive_words(s0, s1, s2, s3, signs)
-
-    # The low byte holds the positions of both kept elements as a selector of bytes, the bits from 16 on as a nibble of
-    # metadata.
-    with_3 = gl.where(kept2, 0xE0032, gl.where(kept1, 0xD0031, 0xC0030))
-    without_3 = gl.where(kept2, gl.where(kept1, 0x90021, 0x80020), 0x40010)
-    choice = gl.where(kept3, with_3, without_3)
+    m0, m1, m2, m3, amax, choice = project(b0, b1, b2, b3, HARD)
+    dense = _cast_positive_words(m0 * scale, m1 * scale, m2 * scale, m3 * scale, signs)
     dense_a, dense_b = gl.split(gl.reshape(dense, [BLOCK_N, BLOCK_K // 8, 2]))
     choice_a, choice_b = gl.split(gl.reshape(choice, [BLOCK_N, BLOCK_K // 8, 2]))
     choices = choice_a + choice_b * 256

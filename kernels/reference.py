@@ -96,13 +96,28 @@ def prune_weight(weight: Tensor, beta: Tensor, hard: bool = False) -> tuple[Tens
     projected = hard_threshold24(w) if hard else soft_threshold24(w)
     scale, scale_inv = _tensorwise_scale(projected)
     payload = saturating_cast(projected * scale)
-    magnitude = w.reshape(w.shape[0], -1, 4).abs()
-    # Soft: what exceeds the threshold, never more than two of four, and the lowest of the others, whose payload is 0.
-    kept = (top2_mask(w).view_as(magnitude) if hard else magnitude > _threshold(magnitude)).int()
-    order = kept.argsort(dim=-1, descending=True, stable=True)
-    positions = order[..., :2].sort(dim=-1).values
-    values, metadata = compress24(payload, positions)
+    values, metadata = compress24(payload, _kept_positions(w, hard))
     return values, metadata, payload.t().contiguous(), beta * scale_inv
+
+
+def prune_weight_bf16(weight: Tensor, beta: Tensor, hard: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``W~ = beta * S(W)`` with S(W) in bf16: ``values`` and ``metadata`` of it, itself ``[N, K]``, and ``beta``.
+
+    Arguments as of ``prune_weight``.
+    """
+    w = weight.float()
+    payload = (hard_threshold24(w) if hard else soft_threshold24(w)).to(torch.bfloat16).contiguous()
+    values, metadata = compress24(payload, _kept_positions(w, hard))
+    return values, metadata, payload, beta.clone()
+
+
+def _kept_positions(weight: Tensor, hard: bool) -> Tensor:
+    """Positions of the two elements of each group that are stored, ascending, int64 ``[N, K / 4, 2]``."""
+    magnitude = weight.reshape(weight.shape[0], -1, 4).abs()
+    # Soft: what exceeds the threshold, never more than two of four, and the lowest of the others, whose payload is 0.
+    kept = (top2_mask(weight).view_as(magnitude) if hard else magnitude > _threshold(magnitude)).int()
+    order = kept.argsort(dim=-1, descending=True, stable=True)
+    return order[..., :2].sort(dim=-1).values
 
 
 def add_masked_decay(grad: Tensor, weight: Tensor, factor: Tensor) -> Tensor:

@@ -26,12 +26,17 @@ Clock = Callable[[LinearShape, torch.device, Sequence[str]], dict[str, float]]
 _DENSE_PIECES = ("hp fprop", "hp dgrad", "hp wgrad")
 # Ops whose times count once, whatever linears share.
 _OPS = (
-    "prune_weight_", "prune_weight_, hard", "cast_weight_", "add_masked_decay_", "cast_transpose",
-    "cast_mvue, exact mvue", "cast_mvue, approximate mvue",
+    "prune_weight_", "prune_weight_, hard", "prune_weight_bf16_", "prune_weight_bf16_, hard", "cast_weight_",
+    "add_masked_decay_", "cast_transpose", "cast_mvue, exact mvue", "cast_mvue, approximate mvue",
 )  # fmt: skip
+_DENSE = (Gemm.HP, Gemm.BF16)
 _WEIGHT_OPS = {
-    Projection.NONE: "cast_weight_", Projection.SSTE: "prune_weight_", Projection.TOP2: "prune_weight_, hard"
-}  # fmt: skip
+    (Projection.NONE, False): "cast_weight_",
+    (Projection.SSTE, False): "prune_weight_",
+    (Projection.TOP2, False): "prune_weight_, hard",
+    (Projection.SSTE, True): "prune_weight_bf16_",
+    (Projection.TOP2, True): "prune_weight_bf16_, hard",
+}
 # A linear is rewritten if it is faster by this share of its dense time: what measurements and prices may be off by.
 _MARGIN = 0.05
 # Bytes an element, of what Inductor fuses: fitted to the profiles of a Llama and of a GPT-2 step.
@@ -91,10 +96,10 @@ def _shape(site: LinearSite) -> LinearShape | None:
 def _pieces(recipe: Recipe) -> list[str]:
     """What runs for a recipe, besides what Inductor fuses, and a copy to know the speed of memory."""
     pieces = [f"{recipe.fprop.value} fprop", f"{recipe.dgrad.value} dgrad", f"{recipe.wgrad.value} wgrad", "copy"]
-    pieces.append(_WEIGHT_OPS[recipe.projection])
+    pieces.append(_WEIGHT_OPS[recipe.projection, recipe.is_bf16])
     if recipe.decay:
         pieces.append("add_masked_decay_")
-    if recipe.wgrad is not Gemm.HP:
+    if recipe.wgrad not in _DENSE:
         pieces.append("transpose_tokens")
     if recipe.wgrad is Gemm.FP8:
         pieces.append("cast_transpose")
@@ -115,7 +120,9 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
     """
     inputs, outputs = shape.tokens * shape.in_features, shape.tokens * shape.out_features
     byte = times["copy"] / (2 * outputs * shape.dtype.itemsize)
-    forward = times[f"{recipe.fprop.value} fprop"] + inputs * _INPUT_BYTES * byte / sharing
+    forward = times[f"{recipe.fprop.value} fprop"]
+    if not recipe.is_bf16:
+        forward += inputs * _INPUT_BYTES * byte / sharing
     if recipe.fprop is Gemm.FP8:
         forward += outputs * _PRODUCT_BYTES * byte
     total = forward * site.forwards + sum(time for piece, time in times.items() if piece in _OPS)
@@ -124,7 +131,7 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
         total += times[f"{recipe.dgrad.value} dgrad"]
         if recipe.dgrad is Gemm.FP8:
             total += inputs * _PRODUCT_BYTES * byte
-    if recipe.dgrad is Gemm.FP8 or recipe.wgrad is not Gemm.HP:
+    if recipe.dgrad is Gemm.FP8 or recipe.wgrad not in _DENSE:
         total += outputs * _GRADIENT_BYTES * byte
     if recipe.dgrad is Gemm.FP8 and recipe.wgrad is Gemm.HP:
         total += outputs * _INPUT_BYTES * byte  # the cast, which is no op then

@@ -81,6 +81,11 @@ def decide(
             everywhere = targets == "all" and not _is_head(site, owners)
             targeted = named or everywhere or (targets == "ffn" and site.role is Role.FFN)
             chosen = recipe if targeted else FP8
+            if recipe.is_bf16 and not targeted:
+                detail = f"recipe {recipe.name!r} has no FP8 for it"
+                advice = f"for 2:4, which costs loss, {_names(targets)}"
+                rejections.append(site.reject(Reason.NOT_A_TARGET, detail, advice))
+                continue
             could_be_sparse = recipe.projection.prunes and not targeted
             advice = f"dense FP8; for 2:4, which costs loss, {_names(targets)}" if could_be_sparse else ""
             plans.append(Plan(site=site, recipe=chosen, named=named, advice=advice))

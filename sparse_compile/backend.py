@@ -70,7 +70,8 @@ def sste(
     owners = ParameterOwners()
     plans, rejections = decide(sites, chosen.recipe, chosen.targets, owners, head=chosen.head, is_pruned=is_pruned)
     if chosen.schedule is not None:
-        plans = phase(plans, chosen.schedule, partial(_is_pruned_now, schedule=chosen.schedule))
+        plans, dense_now = phase(plans, chosen.schedule, partial(_is_pruned_now, schedule=chosen.schedule))
+        rejections += dense_now
     if chosen.tune:
         tune(plans)
     if chosen.measure and several_processes():

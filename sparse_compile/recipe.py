@@ -29,6 +29,8 @@ class Gemm(Enum):
     HP = "hp"  # in the dtype of the activations, as without us
     FP8 = "fp8"
     SPARSE24 = "2:4 fp8"
+    BF16 = "bf16"
+    SPARSE24_BF16 = "2:4 bf16"
 
 
 class Estimator(Enum):
@@ -44,7 +46,7 @@ class Recipe:
 
     fprop is 2:4 exactly where the weight is projected, wgrad exactly where an estimator prunes grad_output.  dgrad is
     dense in every recipe so far: the weight's groups run along in_features, dgrad contracts over out_features.  It
-    reads the projected weight where there is one, which exists in FP8 only.
+    reads the projected weight where there is one, which exists in FP8 or, for all three products, in bf16.
     """
 
     name: str
@@ -57,10 +59,12 @@ class Recipe:
     tail: float = 0.0  # share of the optimizer steps, the last ones, in which it is dense
 
     def __post_init__(self) -> None:
-        if (self.fprop is Gemm.SPARSE24) != self.projection.prunes:
+        if (self.fprop in (Gemm.SPARSE24, Gemm.SPARSE24_BF16)) != self.projection.prunes:
             raise ValueError(f"recipe {self.name!r}: fprop is 2:4 if and only if the weight is projected")
         if (self.wgrad is Gemm.SPARSE24) != (self.estimator is not None):
             raise ValueError(f"recipe {self.name!r}: wgrad is 2:4 if and only if an estimator is named")
+        if len({self.is_bf16, self.dgrad is Gemm.BF16, self.wgrad is Gemm.BF16}) > 1:
+            raise ValueError(f"recipe {self.name!r}: all three products are in bf16, or none")
         if self.fprop is Gemm.HP:
             raise ValueError(f"recipe {self.name!r}: fprop must be 2:4 or dense fp8")
         if self.dgrad is Gemm.SPARSE24 or (self.dgrad is Gemm.HP and self.projection.prunes):
@@ -68,6 +72,11 @@ class Recipe:
 
         if self.decay and self.projection is not Projection.TOP2:
             raise ValueError(f"recipe {self.name!r}: a decay needs a mask, and so hard pruning")
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether it computes without FP8."""
+        return self.fprop is Gemm.SPARSE24_BF16
 
     def with_estimator(self, estimator: Estimator | None) -> "Recipe":
         """This recipe with another estimator; without one, wgrad is dense FP8.  Only of recipes that have one."""
@@ -86,6 +95,8 @@ class Recipe:
 
         dgrad in hp saves the cast of grad_output only if wgrad is in hp, too.
         """
+        if self.is_bf16:
+            return (self,)
         backward = [(self.dgrad, Gemm.FP8), (self.dgrad, Gemm.HP)]
         if not self.projection.prunes:
             backward.append((Gemm.HP, Gemm.HP))
@@ -111,8 +122,16 @@ SR_STE = replace(STE, name="sr-ste", decay=2e-4)
 STE_DENSE_TAIL = replace(STE, name="ste-dense-tail", tail=1 / 6)
 FP8 = Recipe(name="fp8", projection=Projection.NONE, fprop=Gemm.FP8, dgrad=Gemm.FP8, wgrad=Gemm.FP8, estimator=None)
 
+SSTE_BF16 = replace(
+    SSTE, name="s-ste-bf16", fprop=Gemm.SPARSE24_BF16, dgrad=Gemm.BF16, wgrad=Gemm.BF16, estimator=None
+)  # fmt: skip
+STE_BF16 = replace(SSTE_BF16, name="ste-bf16", projection=Projection.TOP2)
+
 # By the names that the user may say.
-RECIPES = {recipe.name: recipe for recipe in (SSTE, SSTE_APPROXIMATE, STE, SR_STE, STE_DENSE_TAIL, FP8)}
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (SSTE, SSTE_APPROXIMATE, SSTE_BF16, STE, STE_BF16, SR_STE, STE_DENSE_TAIL, FP8)
+}  # fmt: skip
 # What the user may say of the estimator.
 MVUE = {"exact": Estimator.EXACT_MVUE, "approximate": Estimator.APPROXIMATE_MVUE, "off": None}
 

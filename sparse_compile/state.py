@@ -89,7 +89,7 @@ class _Derived:
     def __init__(self) -> None:
         self.beta = Beta()
         self.course: Course | None = None  # where there is a schedule
-        self.states: dict[tuple[Projection, bool, torch.device], WeightState] = {}
+        self.states: dict[tuple[Projection, bool, bool, torch.device], WeightState] = {}
 
 
 def optimizer_steps() -> int:
@@ -164,7 +164,7 @@ def _course(weight: Tensor) -> Course:
     derived = _derived_from(weight)
     if derived.course is None:
         assert _schedule is not None  # nobody asks before there is one
-        kept, _ = _saved_betas.find(_owned(weight), _moment())
+        kept, _ = _saved_betas.find(_owned(weight), (_steps.count, torch.is_grad_enabled()))
         derived.course = Course(_schedule, int(kept.get(STEPS, 0)), bool(kept.get(PRUNED, 0)))
     return derived.course
 
@@ -218,11 +218,6 @@ def _take(weight: Tensor, kept: Kept) -> None:
         give_beta(weight, kept[KEY])
 
 
-def _moment() -> tuple[int, bool]:
-    """Between two of these no optimizer has stepped."""
-    return _steps.count, torch.is_grad_enabled()
-
-
 def _watch(optimizer: Optimizer) -> None:
     if optimizer not in _watched:
         _watched.add(optimizer)
@@ -250,7 +245,8 @@ def weight_state(weight: Tensor, slot: WeightSlot) -> WeightState:
     derived = _derived_from(weight)
     if slot.decay:
         _decays.set(_owned(weight), Decay(decay=slot.decay, transposed=slot.transposed))
-    return derived.states.setdefault((slot.projection, slot.transposed, slot.device), WeightState(derived.beta))
+    key = (slot.projection, slot.bf16, slot.transposed, slot.device)
+    return derived.states.setdefault(key, WeightState(derived.beta))
 
 
 def current_operands(
@@ -309,7 +305,7 @@ def _refresh(weight: Tensor, slot: WeightSlot, state: WeightState, stamp: _Stamp
     if course is not None:
         course.pruned = course.pruned or training
         course.projection, course.transposed = slot.projection, slot.transposed
-    _fill(slot.projection, matrix, beta, state.operands)
+    _fill(slot, matrix, beta, state.operands)
     if in_place:
         # A backward that comes after the optimizer step must fail as it does for a dense weight.
         torch.autograd.graph.increment_version(state.operands)
@@ -320,7 +316,7 @@ def _refresh(weight: Tensor, slot: WeightSlot, state: WeightState, stamp: _Stamp
 def fill_operands(weight: Tensor, slot: WeightSlot, operands: tuple[Tensor, ...]) -> None:
     """Make operands of a weight with beta = 1, to see how long that takes; the weight's state is not touched."""
     with _plain_tensors():
-        _fill(slot.projection, _matrix(weight, slot), None, operands)
+        _fill(slot, _matrix(weight, slot), None, operands)
 
 
 def _matrix(weight: Tensor, slot: WeightSlot) -> Tensor:
@@ -328,10 +324,11 @@ def _matrix(weight: Tensor, slot: WeightSlot) -> Tensor:
     return weight.detach().t() if slot.transposed else weight.detach()
 
 
-def _fill(projection: Projection, matrix: Tensor, beta: Tensor | None, operands: tuple[Tensor, ...]) -> None:
-    if projection.prunes:
+def _fill(slot: WeightSlot, matrix: Tensor, beta: Tensor | None, operands: tuple[Tensor, ...]) -> None:
+    if slot.projection.prunes:
         scale = ops.unit_scale(matrix.device) if beta is None else beta
-        ops.prune_weight_(matrix, scale, *operands, projection is Projection.TOP2)
+        prune = ops.prune_weight_bf16_ if slot.bf16 else ops.prune_weight_
+        prune(matrix, scale, *operands, slot.projection is Projection.TOP2)
     else:
         ops.cast_weight_(matrix, *operands)
 
@@ -356,7 +353,7 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, beta: Beta, training
         if computed is None:
             return ops.unit_scale(weight.device)
         owned = _owned(weight)
-        kept, stepped = _saved_betas.find(owned, _moment())
+        kept, stepped = _saved_betas.find(owned, (_steps.count, training))
         saved, course = kept.get(KEY), _course_of(owned)
         # After a dense warm-up there is none yet.
         dense_so_far = course is not None and course.steps > 0 and not course.pruned

@@ -2,7 +2,7 @@
 
 The interpreter must be chosen before Triton is imported, so the tests run this file as a program of its own:
 
-    TRITON_INTERPRET=1 python -m tests.interpreted_kernels {prune,decay,quantize,mvue}
+    TRITON_INTERPRET=1 python -m tests.interpreted_kernels {prune,prune_bf16,decay,quantize,mvue}
 
 The interpreter rounds fp32 to e4m3 wrongly.  So torch casts here, in place of the assembly of Gluon kernels; the other
 kernels write their payloads as fp32.
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from sparse_compile.kernels import decay, groups, mvue, prune, quantize, reference, tiles
+from sparse_compile.kernels import decay, groups, mvue, prune, prune_bf16, quantize, reference, tiles
 from sparse_compile.kernels.formats import E4M3, metadata_shape, padded, values_shape
 from sparse_compile.testing import assert_same_bits, hard_groups
 from tests.gluon_interpreter import e4m3_word, elementwise, interpret, prmt
@@ -56,7 +56,7 @@ def interpret_weight_kernels() -> None:
         return words | (signs & -2139062144)
 
     interpret(
-        tiles, groups, decay, prune, quantize,
+        tiles, groups, decay, prune, prune_bf16, quantize,
         cast_words=elementwise(e4m3_word, tl.int32), permute_bytes=elementwise(prmt, tl.int32),
         _widen=widen, _cast_positive_words=cast_positive,
         gdc_launch_dependents=lambda: None, gdc_wait=lambda: None,  # one launch after the other
@@ -132,6 +132,40 @@ def check_prune() -> None:
             assert_same_bits(payload, expected[0], f"payload, {name}")
             assert_same_bits(payload_t, expected[1], f"payload_t, {name}")
             assert_same_bits(scale_inv, expected[2], f"cast scale_inv, {name}")
+
+
+def check_prune_bf16() -> None:
+    round_in_torch()
+    interpret_weight_kernels()
+    torch.manual_seed(0)
+    with_nan = torch.randn(32, 48)
+    with_nan[3, 5:7], with_nan[3, 4] = float("nan"), float("-inf")
+    weights = {
+        **{
+            f"random {shape} {dtype}": torch.randn(shape).to(dtype)
+            for shape in ((16, 16), (80, 144), (128, 256))
+            for dtype in DTYPES
+        },
+        "transposed": torch.randn(144, 80).bfloat16().t(),
+        "strided": torch.randn(96, 160).bfloat16()[::2, ::2],
+        "ties": torch.randint(-3, 4, (64, 128)).bfloat16(),
+        "zero": torch.zeros(16, 32),
+        "negative zero": torch.full((16, 32), -0.0),
+        "NaN": with_nan,
+    }
+    beta = torch.tensor([1.4839])
+    for name, weight in weights.items():
+        n, k = weight.shape
+        for hard in (False, True):
+            buffers = (
+                poisoned(*values_shape(n, k), dtype=torch.bfloat16),
+                poisoned(*metadata_shape(n, k, torch.bfloat16), dtype=torch.int32),
+                poisoned(n, k, dtype=torch.bfloat16),
+                poisoned(1),
+            )
+            prune_bf16.launch_prune_weight_bf16(weight, beta, *buffers, hard)
+            for actual, expected in zip(buffers, reference.prune_weight_bf16(weight, beta, hard), strict=True):
+                assert_same_bits(actual, expected, f"{name}, hard {hard}, {actual.dtype}")
 
 
 def check_decay() -> None:
@@ -232,4 +266,10 @@ def check_mvue() -> None:
 if __name__ == "__main__":
     # NaN and infinity are among the inputs.
     warnings.simplefilter("ignore", RuntimeWarning)
-    {"prune": check_prune, "decay": check_decay, "quantize": check_quantize, "mvue": check_mvue}[sys.argv[1]]()
+    {
+        "prune": check_prune,
+        "prune_bf16": check_prune_bf16,
+        "decay": check_decay,
+        "quantize": check_quantize,
+        "mvue": check_mvue,
+    }[sys.argv[1]]()

@@ -5,7 +5,7 @@ import torch
 
 from sparse_compile.kernels import ops, reference
 from sparse_compile.linear import linear
-from sparse_compile.recipe import FP8, SSTE, SSTE_APPROXIMATE, STE, VARIANTS, Gemm, Projection
+from sparse_compile.recipe import FP8, SSTE, SSTE_APPROXIMATE, SSTE_BF16, STE, STE_BF16, VARIANTS, Gemm, Projection
 
 SEED = torch.tensor([42])
 
@@ -13,8 +13,11 @@ SEED = torch.tensor([42])
 def operands_of(weight, recipe):
     """What the state keeps of ``weight [N, K]``."""
     if recipe.projection.prunes:
-        operands = ops.new_pruned_weight(*weight.shape, weight.device)
-        ops.prune_weight_(weight.detach(), torch.ones(1), *operands, recipe.projection is Projection.TOP2)
+        new, prune = ops.new_pruned_weight, ops.prune_weight_
+        if recipe.is_bf16:
+            new, prune = ops.new_pruned_weight_bf16, ops.prune_weight_bf16_
+        operands = new(*weight.shape, weight.device)
+        prune(weight.detach(), torch.ones(1), *operands, recipe.projection is Projection.TOP2)
     else:
         operands = ops.new_cast_weight(*weight.shape, weight.device)
         ops.cast_weight_(weight.detach(), *operands)
@@ -123,6 +126,27 @@ def test_products_in_hp_are_those_of_a_dense_linear(recipe, transposed):
         torch.testing.assert_close(x.grad, grad_output @ weight)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("recipe", [SSTE_BF16, STE_BF16], ids=lambda recipe: recipe.name)
+def test_bf16_is_exact_on_small_integers(recipe, transposed):
+    """No samples; beta scales what the weight projects to."""
+    x, weight = small_integers(40, 64).requires_grad_(), 2 * small_integers(32, 64)
+    stored = (weight.t().contiguous() if transposed else weight.clone()).requires_grad_()
+    bias = torch.arange(32.0).requires_grad_()
+    operands = operands_of(weight, recipe)
+    operands[-1].fill_(1.5)
+    grad_output = small_integers(40, 32)
+    y = linear(x, stored, bias, None, 0, recipe.name, transposed, torch.float32, *operands)
+    y.backward(grad_output)
+    pruned = 1.5 * PROJECTIONS[recipe.projection](weight)
+    assert torch.equal(y, x @ pruned.t() + bias)
+    # The products are rounded to bf16, before beta and after.
+    torch.testing.assert_close(x.grad, grad_output @ pruned, rtol=2**-8, atol=0)
+    expected = (grad_output.t() @ x.detach()).bfloat16().float()
+    assert torch.equal(stored.grad, expected.t() if transposed else expected)
+    assert torch.equal(bias.grad, grad_output.sum(0))
+
+
 def test_scales_follow_each_token():
     """Tokens that differ by orders of magnitude keep their relative precision."""
     x = torch.randn(40, 64) * torch.logspace(-12, 4, 40)[:, None]
@@ -156,8 +180,8 @@ def test_a_bad_gradient_stays_visible(recipe, value):
     y.backward(grad_output)
     assert not x.grad[7].isfinite().any()
     assert x.grad[8:].isfinite().all()
-    # In hp, as in a dense product, only the gradient of that out_feature.
-    bad = parameter.grad[5] if recipe.wgrad is Gemm.HP else parameter.grad
+    # In hp and bf16, as in a dense product, only the gradient of that out_feature.
+    bad = parameter.grad[5] if recipe.wgrad in (Gemm.HP, Gemm.BF16) else parameter.grad
     assert not bad.isfinite().any()
 
 
@@ -172,7 +196,8 @@ def test_a_bad_input_or_weight_stays_visible(recipe, value):
     assert y[8:].isfinite().all()
     weight[3, 2] = value
     y = linear(x, weight, None, SEED, 0, recipe.name, False, torch.float32, *operands_of(weight, recipe))
-    assert not y.isfinite().any()
+    # One scale spreads it over FP8; in bf16 it stays where it is.
+    assert not (y[:, 3] if recipe.is_bf16 else y).isfinite().any()
 
 
 @pytest.mark.parametrize("recipe", VARIANTS.values(), ids=VARIANTS.keys())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels import prune, reference
+from sparse_compile.kernels import prune, prune_bf16, reference
 from sparse_compile.kernels.formats import E4M3, E4M3_MAX, PAD_WORD, metadata_shape, values_shape
 from sparse_compile.testing import assert_same_bits
 
@@ -151,6 +151,23 @@ def test_interpreted_kernels_match_the_reference() -> None:
     subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
 
+def test_interpreted_bf16_kernel_matches_the_reference() -> None:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "tests.interpreted_kernels", "prune_bf16"]
+    subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_bf16_operands_are_the_projected_weight(hard) -> None:
+    torch.manual_seed(0)
+    weight, beta = torch.randn(48, 80), torch.tensor([1.4839])
+    values, metadata, dense, scale_inv = reference.prune_weight_bf16(weight, beta, hard)
+    exact = reference.hard_threshold24(weight) if hard else reference.soft_threshold24(weight)
+    assert torch.equal(dense, exact.bfloat16())
+    assert torch.equal(reference.decompress24(values, metadata)[:, :80], dense)
+    assert torch.equal(scale_inv, beta)
+
+
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     """NaN in e4m3 and fp32, illegal words in int32."""
     if dtype == torch.int32:
@@ -171,6 +188,15 @@ def prune_buffers(n: int, k: int, device: str = "cpu") -> list[Tensor]:
     ]
 
 
+def bf16_buffers(n: int, k: int, device: str = "cpu") -> list[Tensor]:
+    return [
+        poisoned(values_shape(n, k), torch.bfloat16, device),
+        poisoned(metadata_shape(n, k, torch.bfloat16), torch.int32, device),
+        poisoned((n, k), torch.bfloat16, device),
+        poisoned((1,), torch.float32, device),
+    ]
+
+
 def cast_buffers(n: int, k: int, device: str = "cpu") -> list[Tensor]:
     return [poisoned((n, k), E4M3, device), poisoned((k, n), E4M3, device), poisoned((1,), torch.float32, device)]
 
@@ -183,6 +209,10 @@ def assert_kernels_match_the_reference(weight: Tensor) -> None:
         prune.launch_prune_weight(weight, beta, *buffers, hard)
         for actual, expected in zip(buffers, reference.prune_weight(weight, beta, hard), strict=True):
             assert_same_bits(actual, expected, f"hard {hard}")
+        buffers = bf16_buffers(n, k, "cuda")
+        prune_bf16.launch_prune_weight_bf16(weight, beta, *buffers, hard)
+        for actual, expected in zip(buffers, reference.prune_weight_bf16(weight, beta, hard), strict=True):
+            assert_same_bits(actual, expected, f"bf16, hard {hard}")
     buffers = cast_buffers(n, k, "cuda")
     prune.launch_cast_weight(weight, *buffers)
     for actual, expected in zip(buffers, reference.cast_weight(weight), strict=True):

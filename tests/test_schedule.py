@@ -196,6 +196,20 @@ def test_dense_phases_do_not_decay():
     assert dropped == pytest.approx([dropped[0], dropped[0], 0.95 * dropped[0], 0.0, 0.0])
 
 
+def test_without_fp8_dense_phases_have_none():
+    model = FFN()
+    step = compiled(model, "ste-bf16", warmup=1, tail=1, total_steps=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    weight = model.up.weight.detach().clone()
+    train(step, optimizer, range(3))
+    assert recipes() == [{"dense"}, {"ste-bf16"}]
+    reason = "in a dense phase: dense before optimizer step 1 and from optimizer step 2 on, by its schedule"
+    assert {row.reason for row in sparse_compile.report().graphs[0].rows} == {reason}
+    assert torch.equal(model.up.weight, reference.hard_threshold24(weight))
+    x = torch.randn(16, 64)
+    torch.testing.assert_close(step(x), model(x))
+
+
 def test_both_models_of_a_class_have_phases_of_their_own():
     first, second = FFN(), FFN()
     runs = []
