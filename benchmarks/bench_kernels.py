@@ -55,8 +55,17 @@ def _prune_inputs(n: int, k: int, device: torch.device) -> Tensors:
     return _normal(n, k, device), torch.ones(1, device=device), *ops.new_pruned_weight(n, k, device)
 
 
-def _prune(weight: Tensor, beta: Tensor, *buffers: Tensor) -> Tensors:
-    ops.prune_weight_(weight, beta, *buffers)
+def _prune(weight: Tensor, beta: Tensor, *buffers: Tensor, hard: bool = False) -> Tensors:
+    ops.prune_weight_(weight, beta, *buffers, hard)
+    return buffers
+
+
+def _prune_bf16_inputs(n: int, k: int, device: torch.device) -> Tensors:
+    return _normal(n, k, device), torch.ones(1, device=device), *ops.new_pruned_weight_bf16(n, k, device)
+
+
+def _prune_bf16(weight: Tensor, beta: Tensor, *buffers: Tensor) -> Tensors:
+    ops.prune_weight_bf16_(weight, beta, *buffers)
     return buffers
 
 
@@ -98,6 +107,8 @@ def _normal(rows: int, columns: int, device: torch.device) -> Tensor:
 
 WEIGHT_OPS = {
     "prune_weight_": Op(make=_prune_inputs, run=_prune),
+    "prune_weight_, hard": Op(make=_prune_inputs, run=partial(_prune, hard=True)),
+    "prune_weight_bf16_": Op(make=_prune_bf16_inputs, run=_prune_bf16),
     "cast_weight_": Op(make=_cast_weight_inputs, run=_cast_weight),
 }
 ACTIVATION_OPS = {

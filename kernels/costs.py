@@ -242,6 +242,24 @@ def _sparse_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
     return partial(ops.sparse_mm, *operands, make.ones(1, 2.0**-12), make.ones(s.tokens), s.dtype, True, True)
 
 
+def _sparse_bf16_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    rows, columns = s.out_features, s.in_features
+    metadata = torch.full(
+        metadata_shape(rows, columns, torch.bfloat16), _METADATA_WORD, device=make.device, dtype=torch.int32
+    )
+    values = make.normal(*values_shape(rows, columns), dtype=torch.bfloat16)
+    x = make.normal(s.tokens, columns, dtype=torch.bfloat16)
+    return partial(ops.sparse_mm, values, metadata, x, make.ones(1), None, s.dtype, True, True)
+
+
+def _bf16_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    return _hp_dgrad(replace(s, dtype=torch.bfloat16, transposed=False), make)
+
+
+def _bf16_wgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    return _hp_wgrad(replace(s, dtype=torch.bfloat16), make)
+
+
 def _sparse_wgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
     tokens = padded(s.tokens)
     operands = (*make.sparse(s.out_features, tokens), make.e4m3(s.in_features, tokens))
@@ -266,14 +284,22 @@ def _gradient(s: LinearShape, make: _Operands) -> tuple[Tensor, Tensor, Tensor]:
     )  # fmt: skip
 
 
-def _prune(s: LinearShape, make: _Operands) -> Callable[[], object]:
-    buffers = ops.new_pruned_weight(s.out_features, s.in_features, make.device)
-    return partial(ops.prune_weight_, _weight(replace(s, dtype=s.weight_dtype), make), make.ones(1), *buffers)
+def _prune(s: LinearShape, make: _Operands, hard: bool, bf16: bool = False) -> Callable[[], object]:
+    new, prune = ops.new_pruned_weight, ops.prune_weight_
+    if bf16:
+        new, prune = ops.new_pruned_weight_bf16, ops.prune_weight_bf16_
+    buffers = new(s.out_features, s.in_features, make.device)
+    return partial(prune, _weight(replace(s, dtype=s.weight_dtype), make), make.ones(1), *buffers, hard)
 
 
 def _cast_weight(s: LinearShape, make: _Operands) -> Callable[[], object]:
     buffers = ops.new_cast_weight(s.out_features, s.in_features, make.device)
     return partial(ops.cast_weight_, _weight(replace(s, dtype=s.weight_dtype), make), *buffers)
+
+
+def _add_masked_decay(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    grad, weight = (_weight(replace(s, dtype=s.weight_dtype), make) for _ in range(2))
+    return partial(ops.add_masked_decay_, grad, weight, make.ones(1, 2e-4))
 
 
 def _copy(s: LinearShape, make: _Operands) -> Callable[[], object]:
@@ -292,13 +318,23 @@ _LIBRARY: dict[str, Callable[[LinearShape, _Operands], Callable[[], Any]]] = {
 }
 _KERNELS: dict[str, Callable[[LinearShape, _Operands], Callable[[], Any]]] = {
     "2:4 fp8 fprop": _sparse_fprop,
+    "2:4 bf16 fprop": _sparse_bf16_fprop,
+    "bf16 dgrad": _bf16_dgrad,
+    "bf16 wgrad": _bf16_wgrad,
     "2:4 fp8 wgrad": _sparse_wgrad,
     "transpose_tokens": _transpose_tokens,
     "cast_transpose": _cast_transpose,
     "cast_mvue, exact mvue": partial(_cast_mvue, approximate=False),
     "cast_mvue, approximate mvue": partial(_cast_mvue, approximate=True),
-    "prune_weight_": _prune,
+    "prune_weight_": partial(_prune, hard=False),
+    "prune_weight_, hard": partial(_prune, hard=True),
+    "prune_weight_bf16_": partial(_prune, hard=False, bf16=True),
+    "prune_weight_bf16_, hard": partial(_prune, hard=True, bf16=True),
     "cast_weight_": _cast_weight,
+    "add_masked_decay_": _add_masked_decay,
 }
 PIECES = _LIBRARY | _KERNELS
-_OF_THE_WEIGHT = ("prune_weight_", "cast_weight_")
+_OF_THE_WEIGHT = (
+    "prune_weight_", "prune_weight_, hard", "prune_weight_bf16_", "prune_weight_bf16_, hard", "cast_weight_",
+    "add_masked_decay_",
+)  # fmt: skip

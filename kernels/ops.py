@@ -85,17 +85,17 @@ def _op(
     load: Callable[[], Callable[..., R]],
     fake: Callable[P, R],
     *,
-    any_strides: bool = False,
+    any_strides: int = 0,
 ) -> Callable[P, R]:
     """Define one op.
 
-    All tensors must be contiguous; the first one need not be with ``any_strides``.  What ``load`` returns, which runs
+    All tensors must be contiguous but the first ``any_strides`` arguments.  What ``load`` returns, which runs
     on Hopper GPUs, sees to that itself: launchers check only arguments whose like they have not met before.
     """
     name = schema.split("(")[0]
 
     def emulate(*arguments: Any) -> R:
-        _check_contiguous(name, arguments, start=1 if any_strides else 0)
+        _check_contiguous(name, arguments, start=any_strides)
         # Autocast would silently turn the fp32 products of the reference into bf16.
         with torch.autocast(arguments[0].device.type, enabled=False):
             return eager(*arguments)
@@ -161,6 +161,16 @@ def new_pruned_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Ten
     )
 
 
+def new_pruned_weight_bf16(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised ``values, metadata, dense, scale_inv`` for ``prune_weight_bf16_`` of a weight ``[n, k]``."""
+    return (
+        torch.empty(values_shape(n, k), dtype=torch.bfloat16, device=device),
+        torch.empty(metadata_shape(n, k, torch.bfloat16), dtype=torch.int32, device=device),
+        torch.empty(n, k, dtype=torch.bfloat16, device=device),
+        torch.empty(1, device=device),
+    )
+
+
 def new_cast_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised ``payload, payload_t, scale_inv`` for ``cast_weight_`` of a weight ``[n, k]``."""
     return (
@@ -170,28 +180,51 @@ def new_cast_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Tenso
     )
 
 
-def _no_results(*tensors: Tensor) -> None:
+def _no_results(*arguments: Tensor | bool) -> None:
     pass
 
 
-def _prune_weight_eager(weight: Tensor, beta: Tensor, *buffers: Tensor) -> None:
-    for buffer, result in zip(buffers, reference.prune_weight(weight, beta), strict=True):
+def _prune_weight_eager(
+    weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, weight_t: Tensor, scale_inv: Tensor,
+    hard: bool = False,
+) -> None:  # fmt: skip
+    _fill((values, metadata, weight_t, scale_inv), reference.prune_weight(weight, beta, hard))
+
+
+def _prune_weight_bf16_eager(
+    weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, dense: Tensor, scale_inv: Tensor,
+    hard: bool = False,
+) -> None:  # fmt: skip
+    _fill((values, metadata, dense, scale_inv), reference.prune_weight_bf16(weight, beta, hard))
+
+
+def _fill(buffers: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    for buffer, result in zip(buffers, results, strict=True):
         buffer.copy_(result)
 
 
 prune_weight_ = _op(
     "prune_weight_(Tensor weight, Tensor beta, Tensor(a!) values, Tensor(b!) metadata, Tensor(c!) weight_t, "
-    "Tensor(d!) scale_inv) -> ()",
+    "Tensor(d!) scale_inv, bool hard=False) -> ()",
     _prune_weight_eager,
     _launch("prune.launch_prune_weight", _no_results),
     _no_results,
-    any_strides=True,
+    any_strides=1,
+)
+
+
+prune_weight_bf16_ = _op(
+    "prune_weight_bf16_(Tensor weight, Tensor beta, Tensor(a!) values, Tensor(b!) metadata, Tensor(c!) dense, "
+    "Tensor(d!) scale_inv, bool hard=False) -> ()",
+    _prune_weight_bf16_eager,
+    _launch("prune_bf16.launch_prune_weight_bf16", _no_results),
+    _no_results,
+    any_strides=1,
 )
 
 
 def _cast_weight_eager(weight: Tensor, *buffers: Tensor) -> None:
-    for buffer, result in zip(buffers, reference.cast_weight(weight), strict=True):
-        buffer.copy_(result)
+    _fill(buffers, reference.cast_weight(weight))
 
 
 cast_weight_ = _op(
@@ -199,7 +232,20 @@ cast_weight_ = _op(
     _cast_weight_eager,
     _launch("prune.launch_cast_weight", _no_results),
     _no_results,
-    any_strides=True,
+    any_strides=1,
+)
+
+
+def _add_masked_decay_eager(grad: Tensor, weight: Tensor, factor: Tensor) -> None:
+    grad.copy_(reference.add_masked_decay(grad, weight, factor))
+
+
+add_masked_decay_ = _op(
+    "add_masked_decay_(Tensor(a!) grad, Tensor weight, Tensor factor) -> ()",
+    _add_masked_decay_eager,
+    _launch("decay.launch_add_masked_decay", _no_results),
+    _no_results,
+    any_strides=2,
 )
 
 
@@ -258,7 +304,7 @@ materialize = _op(
     _materialize,
     lambda: _materialize,
     lambda x: _empty(x, tuple(x.shape), x.dtype),
-    any_strides=True,
+    any_strides=1,
 )
 
 

@@ -1,8 +1,10 @@
-"""A weight to e4m3 with one scale: 2:4-pruned by S-STE and compressed, or dense.
+"""A weight to e4m3 with one scale: 2:4-pruned and compressed, or dense.
 
-    prune:  W~ = beta * S(W),  S(w) = sign(w) * max(|w| - t, 0),  t the second smallest magnitude of each four along K
+    prune:  W~ = beta * S(W),  of each four along K, S keeps two
             payload = e4m3(S * scale),  scale_inv = beta / scale,  amax = max |S|
-    cast:   payload = e4m3(W * scale),  scale_inv = 1 / scale,     amax = max |W|
+            soft (S-STE):  S(w) = sign(w) * max(|w| - t, 0),  t the second smallest magnitude
+            hard (top-2):  S(w) = w for the two largest magnitudes, of equal ones the first, and 0 for the others
+    cast:   payload = e4m3(W * scale),  scale_inv = 1 / scale,  amax = max |W|
 
 ``scale`` is the largest power of two with ``amax * scale <= 448``.  ``weight [N, K]`` may have any strides.  Pruning
 writes ``values [N, padded(K) / 2]`` and ``metadata`` (see ``formats``) for fprop and the payload dense and transposed,
@@ -16,13 +18,13 @@ this takes, never what is written.
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sparse_compile.kernels.formats import AMAX_FLOOR, E4M3, check_buffer, metadata_shape, padded, values_shape
+from sparse_compile.kernels.groups import bits, groups, maximum, project
 from sparse_compile.kernels.launch import Once, Plan, allocator, plan_kernel, planned
 from sparse_compile.kernels.tiles import (
     cast_words,
@@ -30,7 +32,6 @@ from sparse_compile.kernels.tiles import (
     load_tile,
     permute_bytes,
     row_layout,
-    split_columns,
     store_tile,
     transpose_words,
 )
@@ -43,18 +44,12 @@ _CORRECT_PROGRAMS = 132
 # Rows of N or K bytes must start on 16-byte boundaries.
 _SIZE_MULTIPLE = 16
 
-_NAN = gl.constexpr(tl.PropagateNan.ALL)
 _AMAX_FLOOR_BITS = gl.constexpr(int(torch.tensor(AMAX_FLOOR).view(torch.int32)))
 _ONE_BITS = gl.constexpr(0x3F800000)
 _INFINITY_BITS = gl.constexpr(0x7F800000)
 _NAN_BITS = gl.constexpr(0x7FC00000)
 _PARTIALS_CHUNK = gl.constexpr(4096)
 
-# The two bf16 of a word as fp32.  In assembly, because LLVM would turn the later |x| into integer instructions.
-_WIDEN_ASM = gl.constexpr("""
-shl.b32 $0, $2, 16;
-and.b32 $1, $2, 0xffff0000;
-""")
 # Negative inputs give 0; then the sign bits of the four bytes of $5.
 _CAST_POSITIVE_ASM = gl.constexpr("""{
 .reg .b16 low, high;
@@ -90,53 +85,9 @@ def _word_ptr(ptr):
 
 
 @gluon.jit
-def _minimum(x, y):
-    return gl.minimum(x, y, propagate_nan=_NAN)
-
-
-@gluon.jit
-def _maximum(x, y):
-    return gl.maximum(x, y, propagate_nan=_NAN)
-
-
-@gluon.jit
-def _bits(x):
-    """fp32 as int32; magnitudes are ordered like their bits, with NaN above infinity."""
-    return x.to(gl.int32, bitcast=True)
-
-
-@gluon.jit
-def _pair(x, y):
-    """16-bit floats as the halves of a word, ``x`` the lower one."""
-    return x.to(gl.uint16, bitcast=True).to(gl.int32) | y.to(gl.uint16, bitcast=True).to(gl.int32) << 16
-
-
-@gluon.jit
-def _widen(pair):
-    """The two bf16 of ``pair`` as fp32."""
-    return gl.inline_asm_elementwise(_WIDEN_ASM, "=&f,=f,r", [pair], (gl.float32, gl.float32), True, 1)
-
-
-@gluon.jit
 def _cast_positive_words(x0, x1, x2, x3, signs):
     """e4m3 of ``copysign(max(x, 0), sign)``, four fp32 and the bytes of ``signs`` to a word; NaN stays NaN."""
     return gl.inline_asm_elementwise(_CAST_POSITIVE_ASM, "=r,f,f,f,f,r", [x0, x1, x2, x3, signs], gl.int32, True, 1)
-
-
-@gluon.jit
-def _groups(w):
-    """Elements 0, 1, 2 and 3 of each four columns as fp32, and their highest bytes as a word."""
-    x0, x1, x2, x3 = split_columns(w)
-    if w.dtype == gl.float32:
-        high01, high23 = permute_bytes(_bits(x0), _bits(x1), 0x7632), permute_bytes(_bits(x2), _bits(x3), 0x7632)
-    else:
-        high01, high23 = _pair(x0, x1), _pair(x2, x3)
-        if w.dtype == gl.bfloat16:
-            x0, x1 = _widen(high01)
-            x2, x3 = _widen(high23)
-        else:
-            x0, x1, x2, x3 = x0.to(gl.float32), x1.to(gl.float32), x2.to(gl.float32), x3.to(gl.float32)
-    return x0, x1, x2, x3, permute_bytes(high01, high23, 0x7531)
 
 
 @gluon.jit
@@ -150,25 +101,15 @@ def _reduce_amax(amax):
 @gluon.jit
 def _prune_tile(
     w, row, column, values_ptr, metadata_ptr, weight_t_ptr, scale, rows, columns,
-    COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+    HARD: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """Prune, cast and store a tile; the bits of its amax."""
     BLOCK_N: gl.constexpr = w.shape[0]
     BLOCK_K: gl.constexpr = w.shape[1]
-    w0, w1, w2, w3, signs = _groups(w)  # [BLOCK_N, BLOCK_K / 4]
+    w0, w1, w2, w3, signs = groups(w)  # [BLOCK_N, BLOCK_K / 4]
     b0, b1, b2, b3 = gl.abs(w0), gl.abs(w1), gl.abs(w2), gl.abs(w3)
-    larger01, larger23 = _maximum(b0, b1), _maximum(b2, b3)
-    smaller01, smaller23 = _minimum(b0, b1), _minimum(b2, b3)
-    t = _minimum(_maximum(smaller01, smaller23), _minimum(larger01, larger23))
-    amax = _maximum(larger01, larger23) - t
-    dense = _cast_positive_words((b0 - t) * scale, (b1 - t) * scale, (b2 - t) * scale, (b3 - t) * scale, signs)
-
-    # Kept is what exceeds t, never more than two of four, and the lowest of the others.  The low byte holds the two
-    # positions as a selector of bytes, the bits from 16 on as a nibble of metadata.
-    kept1, kept2, kept3 = b1 > t, b2 > t, b3 > t
-    with_3 = gl.where(kept2, 0xE0032, gl.where(kept1, 0xD0031, 0xC0030))
-    without_3 = gl.where(kept2, gl.where(kept1, 0x90021, 0x80020), 0x40010)
-    choice = gl.where(kept3, with_3, without_3)
+    m0, m1, m2, m3, amax, choice = project(b0, b1, b2, b3, HARD)
+    dense = _cast_positive_words(m0 * scale, m1 * scale, m2 * scale, m3 * scale, signs)
     dense_a, dense_b = gl.split(gl.reshape(dense, [BLOCK_N, BLOCK_K // 8, 2]))
     choice_a, choice_b = gl.split(gl.reshape(choice, [BLOCK_N, BLOCK_K // 8, 2]))
     choices = choice_a + choice_b * 256
@@ -199,8 +140,8 @@ def _cast_tile(
     w, row, column, payload_ptr, payload_t_ptr, scale, rows, columns, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr
 ):
     """Cast and store a tile; the bits of its amax."""
-    w0, w1, w2, w3, _ = _groups(w)  # [BLOCK_N, BLOCK_K / 4]
-    amax = _maximum(_maximum(gl.abs(w0), gl.abs(w1)), _maximum(gl.abs(w2), gl.abs(w3)))
+    w0, w1, w2, w3, _ = groups(w)  # [BLOCK_N, BLOCK_K / 4]
+    amax = maximum(maximum(gl.abs(w0), gl.abs(w1)), maximum(gl.abs(w2), gl.abs(w3)))
     words = cast_words(w0 * scale, w1 * scale, w2 * scale, w3 * scale)
     words_layout: gl.constexpr = _words_layout(words.shape, 2, gl.num_warps(), COLUMN_MAJOR)
     store_tile(_word_ptr(payload_ptr), words, row, column // 4, rows, columns // 4, EVEN, words_layout)
@@ -213,7 +154,7 @@ def _cast_tile(
 @gluon.jit
 def _write_tile(
     tile, weight_ptr, payload_ptr, metadata_ptr, weight_t_ptr, scale, rows, columns, stride_wn, stride_wk, tiles_k,
-    PRUNE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+    PRUNE: gl.constexpr, HARD: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Read one tile of the weight and write all that is made of it; the bits of its amax."""
@@ -222,7 +163,7 @@ def _write_tile(
     w = load_tile(weight_ptr, row, column, rows, columns, stride_wn, stride_wk, BLOCK_N, BLOCK_K, EVEN, layout)
     if PRUNE:
         bits = _prune_tile(
-            w, row, column, payload_ptr, metadata_ptr, weight_t_ptr, scale, rows, columns, COLUMN_MAJOR, EVEN
+            w, row, column, payload_ptr, metadata_ptr, weight_t_ptr, scale, rows, columns, HARD, COLUMN_MAJOR, EVEN
         )
     else:
         bits = _cast_tile(w, row, column, payload_ptr, weight_t_ptr, scale, rows, columns, COLUMN_MAJOR, EVEN)
@@ -233,7 +174,7 @@ def _write_tile(
 def _speculate_kernel(
     weight_ptr, beta_ptr, payload_ptr, metadata_ptr, weight_t_ptr, scale_inv_ptr, partials_ptr,
     rows, columns, stride_wn, stride_wk, tiles, tiles_k,
-    PRUNE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+    PRUNE: gl.constexpr, HARD: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """One tile, with the scale behind the old scale_inv.  Partials: the bits of the tiles' amax, then of that scale."""
@@ -242,12 +183,12 @@ def _speculate_kernel(
     # beta / scale_inv, whose mantissas are equal; any other quotient will not be the true scale.
     beta_bits = _ONE_BITS
     if PRUNE:
-        beta_bits = _bits(gl.load(beta_ptr))
-    scale_bits = beta_bits - _bits(gl.load(scale_inv_ptr)) + _ONE_BITS & _INFINITY_BITS
+        beta_bits = bits(gl.load(beta_ptr))
+    scale_bits = beta_bits - bits(gl.load(scale_inv_ptr)) + _ONE_BITS & _INFINITY_BITS
     tile = gl.program_id(0)
     amax_bits = _write_tile(
         tile, weight_ptr, payload_ptr, metadata_ptr, weight_t_ptr, scale_bits.to(gl.float32, bitcast=True),
-        rows, columns, stride_wn, stride_wk, tiles_k, PRUNE, COLUMN_MAJOR, EVEN, BLOCK_N, BLOCK_K,
+        rows, columns, stride_wn, stride_wk, tiles_k, PRUNE, HARD, COLUMN_MAJOR, EVEN, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     gl.store(partials_ptr + tile, amax_bits)
     if tile == 0:
@@ -258,7 +199,7 @@ def _speculate_kernel(
 def _correct_kernel(
     weight_ptr, beta_ptr, payload_ptr, metadata_ptr, weight_t_ptr, scale_inv_ptr, partials_ptr,
     rows, columns, stride_wn, stride_wk, tiles, tiles_k,
-    PRUNE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+    PRUNE: gl.constexpr, HARD: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Write scale_inv and, where the true scale is not the one that was assumed, all tiles again."""
@@ -287,14 +228,15 @@ def _correct_kernel(
         for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
             _write_tile(
                 tile, weight_ptr, payload_ptr, metadata_ptr, weight_t_ptr, scale_bits.to(gl.float32, bitcast=True),
-                rows, columns, stride_wn, stride_wk, tiles_k, PRUNE, COLUMN_MAJOR, EVEN, BLOCK_N, BLOCK_K,
+                rows, columns, stride_wn, stride_wk, tiles_k, PRUNE, HARD, COLUMN_MAJOR, EVEN, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 
 
 @planned
 def launch_prune_weight(
-    weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, weight_t: Tensor, scale_inv: Tensor
-) -> Plan:
+    weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, weight_t: Tensor, scale_inv: Tensor,
+    hard: bool = False,
+) -> Plan:  # fmt: skip
     """Prune and cast ``weight`` into the buffers, all of which are written in full.
 
     Args:
@@ -305,6 +247,7 @@ def launch_prune_weight(
         weight_t: e4m3 ``[K, N]``.
         scale_inv: fp32 ``[1]``; 0 for an empty weight, NaN for one with NaN or infinity.  Faster where it still holds
             the result of a similar weight.
+        hard: whether the two largest magnitudes are kept as they are, instead of S-STE's soft threshold.
 
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
@@ -319,7 +262,7 @@ def launch_prune_weight(
     if weight.numel() == 0:
         return Once(scale_inv.zero_)
     # Metadata is written for the padding too.
-    return _plan(weight, beta, values, metadata, weight_t, scale_inv, (padded(n), padded(k)))
+    return _plan(weight, beta, values, metadata, weight_t, scale_inv, (padded(n), padded(k)), hard)
 
 
 @planned
@@ -349,7 +292,7 @@ def launch_cast_weight(weight: Tensor, payload: Tensor, payload_t: Tensor, scale
 
 def _plan(
     weight: Tensor, beta: Tensor | None, payload: Tensor, metadata: Tensor | None, weight_t: Tensor, scale_inv: Tensor,
-    covered: tuple[int, int],
+    covered: tuple[int, int], hard: bool = False,
 ) -> Plan:  # fmt: skip
     """Of both launches, over tiles that cover ``covered`` rows and columns; called with all tensors' addresses."""
     column_major = weight.stride(0) == 1 and weight.stride(1) != 1
@@ -361,6 +304,7 @@ def _plan(
     sizes = (*weight.shape, *weight.stride(), tiles, tiles_k)
     options = {
         "PRUNE": metadata is not None,
+        "HARD": hard,
         "COLUMN_MAJOR": column_major,
         "EVEN": (tiles_n * block_n, tiles_k * block_k) == tuple(weight.shape),
         "BLOCK_N": block_n,

@@ -42,6 +42,22 @@ def soft_threshold24(weight: Tensor) -> Tensor:
     return kept.copysign(group).reshape(weight.shape)
 
 
+def top2_mask(weight: Tensor) -> Tensor:
+    """Which elements are the two largest magnitudes of their group of four along the last dimension, bool ``[..., K]``.
+
+    Of equal ones the first; NaN is the largest.
+    """
+    magnitude = weight.reshape(*weight.shape[:-1], -1, 4).abs()
+    largest = magnitude.argsort(dim=-1, descending=True, stable=True)[..., :2]
+    mask = torch.zeros_like(magnitude, dtype=torch.bool).scatter_(-1, largest, True)
+    return mask.reshape(weight.shape)
+
+
+def hard_threshold24(weight: Tensor) -> Tensor:
+    """Top-2 projection: the two largest magnitudes of each group of four stay as they are, the others become zero."""
+    return weight.abs().where(top2_mask(weight), 0).copysign(weight)
+
+
 def _threshold(magnitude: Tensor) -> Tensor:
     """Second smallest of the last dimension (size 4), kept as size 1; min/max only, so NaN spreads."""
     b0, b1, b2, b3 = magnitude.unbind(-1)
@@ -61,7 +77,7 @@ def sste_beta(weight: Tensor) -> float | None:
     return float((w * s).sum() / norm) if norm != 0 else None
 
 
-def prune_weight(weight: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def prune_weight(weight: Tensor, beta: Tensor, hard: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``W~ = beta * S(W)`` in e4m3, compressed 2:4 for fprop and dense, transposed for dgrad.
 
     One scale serves both products.  It cancels beta from the payload: ``payload = S * scale`` and
@@ -70,22 +86,49 @@ def prune_weight(weight: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     Args:
         weight: ``[N, K]``, any strides, bf16, fp16 or fp32.
         beta: fp32 ``[1]``.
+        hard: whether S is ``hard_threshold24``, for which beta is 1, or ``soft_threshold24``.
 
     Returns:
         ``values`` and ``metadata`` of the payload ``[N, K]`` (see ``formats``), the payload transposed, e4m3
         ``[K, N]``, and ``scale_inv``, fp32 ``[1]``, the multiplier that dequantises.
     """
     w = weight.float()
-    magnitude = w.reshape(w.shape[0], -1, 4).abs()
-    soft = soft_threshold24(w)
-    scale, scale_inv = _tensorwise_scale(soft)
-    payload = saturating_cast(soft * scale)
-    # What exceeds the threshold, never more than two of four, and the lowest of the others, whose payload is zero.
-    kept = (magnitude > _threshold(magnitude)).int()
-    order = kept.argsort(dim=-1, descending=True, stable=True)
-    positions = order[..., :2].sort(dim=-1).values
-    values, metadata = compress24(payload, positions)
+    projected = hard_threshold24(w) if hard else soft_threshold24(w)
+    scale, scale_inv = _tensorwise_scale(projected)
+    payload = saturating_cast(projected * scale)
+    values, metadata = compress24(payload, _kept_positions(w, hard))
     return values, metadata, payload.t().contiguous(), beta * scale_inv
+
+
+def prune_weight_bf16(weight: Tensor, beta: Tensor, hard: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``W~ = beta * S(W)`` with S(W) in bf16: ``values`` and ``metadata`` of it, itself ``[N, K]``, and ``beta``.
+
+    Arguments as of ``prune_weight``.
+    """
+    w = weight.float()
+    payload = (hard_threshold24(w) if hard else soft_threshold24(w)).to(torch.bfloat16).contiguous()
+    values, metadata = compress24(payload, _kept_positions(w, hard))
+    return values, metadata, payload, beta.clone()
+
+
+def _kept_positions(weight: Tensor, hard: bool) -> Tensor:
+    """Positions of the two elements of each group that are stored, ascending, int64 ``[N, K / 4, 2]``."""
+    magnitude = weight.reshape(weight.shape[0], -1, 4).abs()
+    # Soft: what exceeds the threshold, never more than two of four, and the lowest of the others, whose payload is 0.
+    kept = (top2_mask(weight).view_as(magnitude) if hard else magnitude > _threshold(magnitude)).int()
+    order = kept.argsort(dim=-1, descending=True, stable=True)
+    return order[..., :2].sort(dim=-1).values
+
+
+def add_masked_decay(grad: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+    """``grad + factor * (1 - mask) * weight``, mask the ``top2_mask`` of the weight (SR-STE, arXiv 2102.04010).
+
+    Args:
+        grad, weight: ``[N, K]``, any strides, bf16, fp16 or fp32 each.
+        factor: fp32 ``[1]``.
+    """
+    decayed = grad.float() + factor * weight.float()
+    return grad.where(top2_mask(weight), decayed.to(grad.dtype))
 
 
 def cast_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,12 +66,34 @@ def store_tile(ptr, tile, row, column, rows, columns, EVEN: gl.constexpr, LAYOUT
 
 
 @gluon.jit
+def store_strided(
+    ptr, tile, row, column, rows, columns, stride_row, stride_column, EVEN: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Store ``tile``, from registers in LAYOUT, at (row, column) of a matrix [rows, columns] of any strides."""
+    offs_r = row + gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT))
+    offs_c = column + gl.arange(0, tile.shape[1], gl.SliceLayout(0, LAYOUT))
+    pointers = ptr + offs_r.to(gl.int64)[:, None] * stride_row + offs_c.to(gl.int64)[None, :] * stride_column
+    tile = gl.convert_layout(tile, LAYOUT)
+    if EVEN:
+        gl.store(pointers, tile)
+    else:
+        gl.store(pointers, tile, mask=(offs_r < rows)[:, None] & (offs_c < columns)[None, :])
+
+
+@gluon.jit
 def split_columns(tile):
     """[R, 4 * C] -> columns 0, 1, 2 and 3 of each four, [R, C] each."""
     even, odd = gl.split(gl.reshape(tile, [tile.shape[0], tile.shape[1] // 4, 2, 2]))
     x0, x2 = gl.split(even)
     x1, x3 = gl.split(odd)
     return x0, x1, x2, x3
+
+
+@gluon.jit
+def join_columns(x0, x1, x2, x3):
+    """The inverse of ``split_columns``."""
+    even, odd = gl.join(x0, x2), gl.join(x1, x3)
+    return gl.reshape(gl.join(even, odd), [x0.shape[0], 4 * x0.shape[1]])
 
 
 @gluon.jit

@@ -16,7 +16,7 @@ from sparse_compile.kernels import ops
 from sparse_compile.kernels.costs import LinearShape, Question, piece_times
 from sparse_compile.passes.decide import Plan, Price
 from sparse_compile.passes.find import LinearSite, Reason, Rejection
-from sparse_compile.recipe import VARIANTS, Gemm, Projection, Recipe
+from sparse_compile.recipe import Gemm, Projection, Recipe
 from sparse_compile.torch_internals import example_value, hint
 
 # Microseconds of pieces by name, for each linear that it is asked about.
@@ -27,8 +27,17 @@ Agreement = Callable[[str, Callable[[], str]], str]
 _DENSE_PIECES = ("hp fprop", "hp dgrad", "hp wgrad")
 # Ops whose times count once, whatever linears share.
 _OPS = (
-    "prune_weight_", "cast_weight_", "cast_transpose", "cast_mvue, exact mvue", "cast_mvue, approximate mvue"
+    "prune_weight_", "prune_weight_, hard", "prune_weight_bf16_", "prune_weight_bf16_, hard", "cast_weight_",
+    "add_masked_decay_", "cast_transpose", "cast_mvue, exact mvue", "cast_mvue, approximate mvue",
 )  # fmt: skip
+_DENSE = (Gemm.HP, Gemm.BF16)
+_WEIGHT_OPS = {
+    (Projection.NONE, False): "cast_weight_",
+    (Projection.SSTE, False): "prune_weight_",
+    (Projection.TOP2, False): "prune_weight_, hard",
+    (Projection.SSTE, True): "prune_weight_bf16_",
+    (Projection.TOP2, True): "prune_weight_bf16_, hard",
+}
 # A linear is rewritten if it is faster by this share of its dense time: what measurements and prices may be off by.
 _MARGIN = 0.05
 # Bytes an element, of what Inductor fuses: fitted to the profiles of a Llama and of a GPT-2 step.
@@ -76,7 +85,8 @@ def choose(
         site, (shape, _), sharing = plan.site, question, inputs[plan.site.input]
         answer = partial(_find, plan, question, sharing, times, training)
         fastest = _Fastest(**json.loads(agree(_agreed_on(plan, shape, sharing, training), answer)))
-        recipe, dense = VARIANTS[fastest.variant], fastest.dense
+        (recipe,) = (variant for variant in plan.recipe.variants() if variant.name == fastest.variant)
+        dense = fastest.dense
         if plan.named or plan.pruned or fastest.rewritten <= dense * (1 - _MARGIN):
             chosen.append(replace(plan, recipe=recipe, price=Price(dense=dense, rewritten=fastest.rewritten)))
         else:
@@ -145,8 +155,10 @@ def _needed(recipe: Recipe, training: bool) -> list[str]:
 def _pieces(recipe: Recipe) -> list[str]:
     """What runs for a recipe, besides what Inductor fuses, and a copy to know the speed of memory."""
     pieces = [f"{recipe.fprop.value} fprop", f"{recipe.dgrad.value} dgrad", f"{recipe.wgrad.value} wgrad", "copy"]
-    pieces.append("prune_weight_" if recipe.projection is Projection.SSTE else "cast_weight_")
-    if recipe.wgrad is not Gemm.HP:
+    pieces.append(_WEIGHT_OPS[recipe.projection, recipe.is_bf16])
+    if recipe.decay:
+        pieces.append("add_masked_decay_")
+    if recipe.wgrad not in _DENSE:
         pieces.append("transpose_tokens")
     if recipe.wgrad is Gemm.FP8:
         pieces.append("cast_transpose")
@@ -174,7 +186,7 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
         total += times[f"{recipe.dgrad.value} dgrad"]
         if recipe.dgrad is Gemm.FP8:
             total += inputs * _PRODUCT_BYTES * byte
-    if recipe.dgrad is Gemm.FP8 or recipe.wgrad is not Gemm.HP:
+    if recipe.dgrad is Gemm.FP8 or recipe.wgrad not in _DENSE:
         total += outputs * _GRADIENT_BYTES * byte
     if recipe.dgrad is Gemm.FP8 and recipe.wgrad is Gemm.HP:
         total += outputs * _INPUT_BYTES * byte  # the cast, which is no op then
@@ -183,7 +195,9 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
 
 def _forward(shape: LinearShape, recipe: Recipe, times: Mapping[str, float], sharing: int) -> float:
     byte = _byte(shape, times)
-    time = times[f"{recipe.fprop.value} fprop"] + shape.tokens * shape.in_features * _INPUT_BYTES * byte / sharing
+    time = times[f"{recipe.fprop.value} fprop"]
+    if not recipe.is_bf16:
+        time += shape.tokens * shape.in_features * _INPUT_BYTES * byte / sharing
     if recipe.fprop is Gemm.FP8:
         time += shape.tokens * shape.out_features * _PRODUCT_BYTES * byte
     return time

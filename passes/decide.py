@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.find import LinearSite, Reason, Rejection
 from sparse_compile.passes.roles import Role
-from sparse_compile.recipe import FP8, Gemm, Projection, Recipe
+from sparse_compile.recipe import FP8, Gemm, Recipe
 from sparse_compile.report import Row
 from sparse_compile.torch_internals import example_value, is_fake, real_parameter
 
@@ -86,9 +86,14 @@ def decide(
             everywhere = targets == "all" and not _is_head(site, owners)
             targeted = named or everywhere or (targets == "ffn" and site.role is Role.FFN)
             chosen = recipe if targeted else FP8
-            could_be_sparse = recipe.projection is not Projection.NONE and not targeted
+            if recipe.is_bf16 and not targeted:
+                detail = f"recipe {recipe.name!r} has no FP8 for it"
+                advice = f"for 2:4, which costs loss, {_names(targets)}"
+                rejections.append(site.reject(Reason.NOT_A_TARGET, detail, advice))
+                continue
+            could_be_sparse = recipe.projection.prunes and not targeted
             advice = f"dense FP8; for 2:4, which costs loss, {_names(targets)}" if could_be_sparse else ""
-            stays_pruned = pruned and chosen.projection is not Projection.NONE
+            stays_pruned = pruned and chosen.projection.prunes
             plans.append(Plan(site=site, recipe=chosen, named=named, pruned=stays_pruned, advice=advice))
         elif named:
             raise ValueError(

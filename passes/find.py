@@ -37,6 +37,8 @@ class Reason(Enum):
     FROZEN = "weight is frozen"
     HEAD = "vocabulary head"
     SLOWER = "not faster"
+    NOT_A_TARGET = "not a target"
+    DENSE_PHASE = "in a dense phase"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,10 +36,14 @@ class WeightSlot:
     out_features: int
     in_features: int
     device: torch.device
+    decay: float = 0.0
+    bf16: bool = False  # whether it is kept in bf16 instead of FP8
 
     def new_operands(self) -> tuple[Tensor, ...]:
         """Uninitialised operands; fake ones under a FakeTensorMode."""
-        new = ops.new_pruned_weight if self.projection is Projection.SSTE else ops.new_cast_weight
+        new = ops.new_pruned_weight if self.projection.prunes else ops.new_cast_weight
+        if self.bf16:
+            new = ops.new_pruned_weight_bf16
         return new(self.out_features, self.in_features, self.device)
 
 
@@ -85,6 +89,8 @@ def _slot(plan: Plan, position: int) -> WeightSlot:
         out_features=plan.site.out_features,
         in_features=plan.site.in_features,
         device=example_value(plan.site.weight).device,
+        decay=plan.recipe.decay,
+        bf16=plan.recipe.is_bf16,
     )
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from math import prod
 
+import torch
+
 from sparse_compile.kernels import ops, tuning
 from sparse_compile.kernels.formats import E4M3, padded
 from sparse_compile.kernels.problem import Problem
@@ -28,14 +30,14 @@ def _problems(plan: Plan) -> Iterator[Problem]:
     tokens = hint(prod(example_value(site.input).shape[:-1]))
     if not tokens:
         return
-    if plan.recipe.fprop is Gemm.SPARSE24:
+    if plan.recipe.projection.prunes:
         yield Problem(
             rows=site.out_features,
             columns=tokens,
             contraction=site.in_features,
-            dtype=E4M3,
+            dtype=torch.bfloat16 if plan.recipe.is_bf16 else E4M3,
             out_dtype=example_value(site.node).dtype,
-            scaled=True,
+            scaled=not plan.recipe.is_bf16,
             transpose=True,
             use_fast_accum=True,
         )

@@ -4,11 +4,13 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
+from sparse_compile.courses import Schedule
 from sparse_compile.kernels import ops
 from sparse_compile.linear import linear
 from sparse_compile.measure import Twin
@@ -16,9 +18,10 @@ from sparse_compile.options import Executor, Options, read_options
 from sparse_compile.origin import origin
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import choose
-from sparse_compile.passes.decide import decide
+from sparse_compile.passes.decide import Plan, decide
 from sparse_compile.passes.find import find
 from sparse_compile.passes.materialize import materialize
+from sparse_compile.passes.phase import phase
 from sparse_compile.passes.recompute import recompute
 from sparse_compile.passes.rewrite import rewrite
 from sparse_compile.passes.tune import tune
@@ -28,13 +31,15 @@ from sparse_compile.progress import announced
 from sparse_compile.record import record, write_to
 from sparse_compile.report import GraphReport
 from sparse_compile.runtime import Runtime
-from sparse_compile.state import beta_of
+from sparse_compile.state import follow, is_pruned
 from sparse_compile.step_times import time_steps
 from sparse_compile.torch_internals import (
     backend_fake_mode,
     clone_graph_module,
     compile_graph,
     graph_before_cut,
+    guard_phase,
+    real_parameter,
     reset_cuda_graphs,
     trace_artifact,
     uses_cuda_graphs,
@@ -73,9 +78,12 @@ def sste(
         chosen.targets,
         owners,
         head=chosen.head,
-        is_pruned=lambda weight: beta_of(weight) is not None,
+        is_pruned=is_pruned,
         is_24=lambda weight, dim: chosen.frozen and is_24(weight, dim) and bool(weight.any()),
     )
+    if chosen.schedule is not None:
+        plans, dense_now = phase(plans, chosen.schedule, partial(_is_pruned_now, schedule=chosen.schedule))
+        rejections += dense_now
     if chosen.tune:
         tune(plans)
     if chosen.measure:
@@ -120,6 +128,17 @@ def sste(
     logger.info("rewrote %d of %d linears", len(plans), len(rows))
     twin = _dense_twin(graph_module, chosen) if chosen.report_measure else None
     return Runtime(compiled, slots, fake_operands, graph_report, twin)
+
+
+def _is_pruned_now(plan: Plan, schedule: Schedule) -> bool:
+    """Whether the schedule has the weight of a plan that prunes pruned; dynamo will compile anew when that changes."""
+    weight = real_parameter(plan.site.weight)
+    if weight is None or not guard_phase(plan.site.weight):
+        raise ValueError(
+            f"the weight of {plan.site.name!r} is no parameter that dynamo can find again, so that it can follow no "
+            "schedule; leave it out by 'sste.targets', or leave 'sste.warmup' and 'sste.tail' away"
+        )
+    return follow(weight, schedule, plan.recipe.projection, plan.site.transposed)
 
 
 def _dense_twin(graph_module: GraphModule, options: Options) -> Twin:

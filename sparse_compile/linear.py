@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import AMAX_FLOOR, E4M3_MAX, MVUE_GAIN
 from sparse_compile.kernels.reference import saturating_cast
+from sparse_compile.linear_bf16 import LinearBF16
 from sparse_compile.recipe import VARIANTS, Estimator, Gemm, Recipe
 
 
@@ -43,10 +44,15 @@ def linear(
         recipe_name: key into ``VARIANTS``.
         out_dtype: dtype of the result.
         operands: what ``state`` keeps of the weight for this recipe: ``values, metadata, weight_t, scale_inv`` where
-            it is projected to 2:4, ``payload, payload_t, scale_inv`` where it is cast only.
+            it is projected to 2:4, ``values, metadata, dense, scale_inv`` where that is in bf16, ``payload, payload_t,
+            scale_inv`` where it is cast only.
     """
+    result: Tensor
+    if VARIANTS[recipe_name].is_bf16:
+        result = LinearBF16.apply(x, weight, bias, transposed, out_dtype, *operands)  # type: ignore[no-untyped-call]
+        return result
     arguments = (x, weight, bias, seed, index, recipe_name, transposed, out_dtype, *operands)
-    result: Tensor = _Linear.apply(*arguments)  # type: ignore[no-untyped-call]
+    result = _Linear.apply(*arguments)  # type: ignore[no-untyped-call]
     return result
 
 

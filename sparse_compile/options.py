@@ -1,21 +1,24 @@
 """What the user may say: ``torch.compile(model, backend="sste", mode=..., options={"sste.recipe": ...})``."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from sparse_compile.recipe import RECIPES, SSTE, Recipe
+from sparse_compile.courses import Schedule
+from sparse_compile.recipe import MVUE, RECIPES, SSTE, Recipe
 from sparse_compile.report import check_file
 from sparse_compile.torch_internals import inductor_option_names, inductor_patches
 
 # A row of activations is cast in one reading where its registers allow it: Inductor tries, and takes the faster way.
 _INDUCTOR_DEFAULTS = {"triton.multi_kernel": 1}
 _NAMES = (
-    "sste.recipe", "sste.targets", "sste.head", "sste.frozen", "sste.when", "sste.memory", "sste.executor", "sste.tune",
+    "sste.recipe", "sste.mvue", "sste.decay", "sste.warmup", "sste.tail", "sste.total_steps",
+    "sste.targets", "sste.head", "sste.frozen", "sste.when", "sste.memory", "sste.executor", "sste.tune",
     "sste.report", "sste.report_measure", "sste.health",
 )  # fmt: skip
 
@@ -33,6 +36,7 @@ class Options:
 
     Attributes:
         recipe: arithmetic of the targeted linears; the others get dense FP8.
+        schedule: the optimizer steps in which the recipe prunes; None for all.
         targets: ``"ffn"``, ``"all"``, or a glob of module names such as ``"*.mlp.*"``.
         head: whether the vocabulary head gets dense FP8.
         frozen: whether frozen weights that are 2:4 are treated as if they were trained.
@@ -47,6 +51,7 @@ class Options:
     """
 
     recipe: Recipe
+    schedule: Schedule | None
     targets: str
     head: bool
     frozen: bool
@@ -80,8 +85,10 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
     targets = ours.get("sste.targets", "ffn")
     if not isinstance(targets, str) or not targets:
         raise ValueError(f"option 'sste.targets' is {targets!r}; allowed are 'ffn', 'all' or a glob of module names")
+    recipe = _recipe(ours)
     return Options(
-        recipe=RECIPES[_choice(ours, "sste.recipe", SSTE.name, list(RECIPES))],
+        recipe=recipe,
+        schedule=_schedule(ours, recipe),
         targets=targets,
         head=_choice(ours, "sste.head", "dense", ["dense", "fp8"]) == "fp8",
         frozen=_choice(ours, "sste.frozen", "dense", ["dense", "sparse"]) == "sparse",
@@ -94,6 +101,68 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
         health=_steps(ours, "sste.health"),
         inductor={**_INDUCTOR_DEFAULTS, **inductor_patches(mode, inductors)},
     )
+
+
+def _recipe(options: Mapping[str, Any]) -> Recipe:
+    recipe = RECIPES[_choice(options, "sste.recipe", SSTE.name, list(RECIPES))]
+    if "sste.mvue" in options:
+        estimator = MVUE[_choice(options, "sste.mvue", "exact", list(MVUE))]
+        if recipe.estimator is None:
+            raise ValueError(f"recipe {recipe.name!r} samples no gradients, so that 'sste.mvue' would change nothing")
+        recipe = recipe.with_estimator(estimator)
+    if "sste.decay" in options:
+        decay = _number(options, "sste.decay", 0.0)
+        if not recipe.decay:
+            with_decay = _listed([name for name, other in RECIPES.items() if other.decay])
+            raise ValueError(f"recipe {recipe.name!r} has no decay; option 'sste.decay' is for {with_decay}")
+        recipe = replace(recipe, decay=decay)
+    return recipe
+
+
+def _schedule(options: Mapping[str, Any], recipe: Recipe) -> Schedule | None:
+    given = [name for name in ("sste.warmup", "sste.tail", "sste.total_steps") if name in options]
+    if given and not recipe.projection.prunes:
+        raise ValueError(f"recipe {recipe.name!r} prunes nothing, so that {_listed(given)} would change nothing")
+    total = _steps(options, "sste.total_steps")
+    warmup, tail = _span(options, "sste.warmup", 0, total), _span(options, "sste.tail", recipe.tail, total)
+    if tail and not total:
+        raise ValueError(
+            f"the last steps of recipe {recipe.name!r} are dense (sste.tail), so it must know how many there will be: "
+            "give option 'sste.total_steps', the number of optimizer steps of the whole run"
+        )
+    if total and not (warmup or tail):
+        raise ValueError("option 'sste.total_steps' is for a schedule; give 'sste.warmup' or 'sste.tail' as well")
+    if total and warmup + tail >= total:
+        raise ValueError(f"of {total} optimizer steps {warmup} + {tail} are dense, which leaves none to be pruned")
+    return Schedule(begin=warmup, end=total - tail if tail else None) if warmup or tail else None
+
+
+def _span(options: Mapping[str, Any], name: str, default: float, total: int) -> int:
+    """Optimizer steps, given as such or as a share of all."""
+    value = options.get(name, default)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _steps(options, name)
+    share = _number({name: value}, name, 0.0)
+    if share >= 1:
+        raise ValueError(f"option {name!r} is {value!r}; allowed is a number of optimizer steps, or a share below 1.0")
+    if share and not total:
+        # The tail of a recipe says so in its own words.
+        if name in options:
+            raise ValueError(f"option {name!r} is {value!r}, a share of all optimizer steps: give 'sste.total_steps'")
+        return 1
+    return round(share * total)
+
+
+def _number(options: Mapping[str, Any], name: str, least: float) -> float:
+    """From Python, or from the command line, where all that is no integer is text."""
+    value = options[name]
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= least):
+        raise ValueError(f"option {name!r} is {value!r}; allowed is a finite number from {least:g} on")
+    return number
 
 
 def _choice(options: Mapping[str, Any], name: str, default: str, allowed: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparse_compile.kernels import reference
+from sparse_compile.projected import project
 from sparse_compile.recipe import Projection
 
 
@@ -19,10 +19,5 @@ class Pruning:
 
     def project(self, weight: Tensor, *, transposed: bool) -> Tensor:
         """The projected weight in the layout and dtype of the weight, computed in fp32."""
-        matrix = (weight.t() if transposed else weight).detach().float()
-        if self.projection is not Projection.SSTE:
-            raise NotImplementedError(f"projection {self.projection.value!r}")
-        projected = reference.soft_threshold24(matrix)
-        if self.beta is not None:
-            projected = projected * self.beta
+        projected = project(weight.t() if transposed else weight, self.projection, self.beta)
         return (projected.t() if transposed else projected).to(weight.dtype)

@@ -1,5 +1,6 @@
 """What is computed: a recipe names the arithmetic of a linear's three GEMMs and of its weight."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -9,6 +10,17 @@ class Projection(Enum):
 
     NONE = "none"
     SSTE = "s-ste"  # beta * S(W), 2:4 along in_features
+    TOP2 = "top-2"  # the two largest magnitudes of each four along in_features, as they are
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the weight becomes 2:4."""
+        return self is not Projection.NONE
+
+    @property
+    def has_beta(self) -> bool:
+        """Whether a scale of each weight is found once and kept."""
+        return self is Projection.SSTE
 
 
 class Gemm(Enum):
@@ -17,6 +29,8 @@ class Gemm(Enum):
     HP = "hp"  # in the dtype of the activations, as without us
     FP8 = "fp8"
     SPARSE24 = "2:4 fp8"
+    BF16 = "bf16"
+    SPARSE24_BF16 = "2:4 bf16"
 
 
 class Estimator(Enum):
@@ -32,7 +46,7 @@ class Recipe:
 
     fprop is 2:4 exactly where the weight is projected, wgrad exactly where an estimator prunes grad_output.  dgrad is
     dense in every recipe so far: the weight's groups run along in_features, dgrad contracts over out_features.  It
-    reads the projected weight where there is one, which exists in FP8 only.
+    reads the projected weight where there is one, which exists in FP8 or, for all three products, in bf16.
     """
 
     name: str
@@ -41,16 +55,36 @@ class Recipe:
     dgrad: Gemm
     wgrad: Gemm
     estimator: Estimator | None
+    decay: float = 0.0  # of what the mask drops, added to the gradient
+    tail: float = 0.0  # share of the optimizer steps, the last ones, in which it is dense
 
     def __post_init__(self) -> None:
-        if (self.fprop is Gemm.SPARSE24) != (self.projection is Projection.SSTE):
+        if (self.fprop in (Gemm.SPARSE24, Gemm.SPARSE24_BF16)) != self.projection.prunes:
             raise ValueError(f"recipe {self.name!r}: fprop is 2:4 if and only if the weight is projected")
         if (self.wgrad is Gemm.SPARSE24) != (self.estimator is not None):
             raise ValueError(f"recipe {self.name!r}: wgrad is 2:4 if and only if an estimator is named")
+        if len({self.is_bf16, self.dgrad is Gemm.BF16, self.wgrad is Gemm.BF16}) > 1:
+            raise ValueError(f"recipe {self.name!r}: all three products are in bf16, or none")
         if self.fprop is Gemm.HP:
             raise ValueError(f"recipe {self.name!r}: fprop must be 2:4 or dense fp8")
-        if self.dgrad is Gemm.SPARSE24 or (self.dgrad is Gemm.HP and self.projection is not Projection.NONE):
+        if self.dgrad is Gemm.SPARSE24 or (self.dgrad is Gemm.HP and self.projection.prunes):
             raise ValueError(f"recipe {self.name!r}: dgrad must be dense fp8, or hp where the weight is not projected")
+
+        if self.decay and self.projection is not Projection.TOP2:
+            raise ValueError(f"recipe {self.name!r}: a decay needs a mask, and so hard pruning")
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether it computes without FP8."""
+        return self.fprop is Gemm.SPARSE24_BF16
+
+    def with_estimator(self, estimator: Estimator | None) -> "Recipe":
+        """This recipe with another estimator; without one, wgrad is dense FP8.  Only of recipes that have one."""
+        if estimator is self.estimator:
+            return self
+        if estimator is None:
+            return next(v for v in self.variants() if (v.dgrad, v.wgrad) == (self.dgrad, Gemm.FP8))
+        return replace(self, name=f"{self.name}/{estimator.value}", estimator=estimator)
 
     def short_str(self) -> str:
         """``fprop/dgrad/wgrad`` in a few characters, for the report."""
@@ -61,8 +95,10 @@ class Recipe:
 
         dgrad in hp saves the cast of grad_output only if wgrad is in hp, too.
         """
+        if self.is_bf16:
+            return (self,)
         backward = [(self.dgrad, Gemm.FP8), (self.dgrad, Gemm.HP)]
-        if self.projection is Projection.NONE:
+        if not self.projection.prunes:
             backward.append((Gemm.HP, Gemm.HP))
         others = (
             replace(self, name=f"{self.name}/{dgrad.value}/{wgrad.value}", dgrad=dgrad, wgrad=wgrad, estimator=None)
@@ -81,9 +117,31 @@ SSTE = Recipe(
     estimator=Estimator.EXACT_MVUE,
 )
 SSTE_APPROXIMATE = replace(SSTE, name="s-ste-approximate", estimator=Estimator.APPROXIMATE_MVUE)
+STE = replace(SSTE, name="ste", projection=Projection.TOP2)
+SR_STE = replace(STE, name="sr-ste", decay=2e-4)
+STE_DENSE_TAIL = replace(STE, name="ste-dense-tail", tail=1 / 6)
 FP8 = Recipe(name="fp8", projection=Projection.NONE, fprop=Gemm.FP8, dgrad=Gemm.FP8, wgrad=Gemm.FP8, estimator=None)
 
+SSTE_BF16 = replace(
+    SSTE, name="s-ste-bf16", fprop=Gemm.SPARSE24_BF16, dgrad=Gemm.BF16, wgrad=Gemm.BF16, estimator=None
+)  # fmt: skip
+STE_BF16 = replace(SSTE_BF16, name="ste-bf16", projection=Projection.TOP2)
+
 # By the names that the user may say.
-RECIPES = {recipe.name: recipe for recipe in (SSTE, SSTE_APPROXIMATE, FP8)}
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (SSTE, SSTE_APPROXIMATE, SSTE_BF16, STE, STE_BF16, SR_STE, STE_DENSE_TAIL, FP8)
+}  # fmt: skip
+# What the user may say of the estimator.
+MVUE = {"exact": Estimator.EXACT_MVUE, "approximate": Estimator.APPROXIMATE_MVUE, "off": None}
+
+
+def _named() -> Iterator[Recipe]:
+    for recipe in RECIPES.values():
+        yield recipe
+        if recipe.estimator is not None:
+            yield from (recipe.with_estimator(estimator) for estimator in MVUE.values())
+
+
 # By the names that graphs hold.
-VARIANTS = {variant.name: variant for recipe in RECIPES.values() for variant in recipe.variants()}
+VARIANTS = {variant.name: variant for recipe in _named() for variant in recipe.variants()}

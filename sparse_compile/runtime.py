@@ -9,7 +9,6 @@ from torch import Tensor
 from sparse_compile.clock import capturing
 from sparse_compile.measure import Twin, measure
 from sparse_compile.passes.rewrite import WeightSlot
-from sparse_compile.recipe import Projection
 from sparse_compile.report import GraphReport
 from sparse_compile.state import WeightState, current_operands, restore_operands, weight_state
 from sparse_compile.torch_internals import FakeTensor
@@ -86,6 +85,6 @@ class Runtime:
         state = weight_state(weight, slot)
         self._last[index] = (ref(weight), ref(state))
         self._met_gathered = self._met_gathered or state.shards is not None
-        if slot.projection is Projection.SSTE:
+        if slot.projection.prunes:
             watch(slot, weight, state)
         return state

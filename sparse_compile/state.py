@@ -20,19 +20,25 @@ from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from sparse_compile.betas import SavedBetas, keep_with
+from sparse_compile.betas import KEY, PRUNED, STEPS, Kept, SavedBetas, keep_with
+from sparse_compile.courses import Course, Schedule, count_steps
+from sparse_compile.decay import Decay, MaskedDecay
 from sparse_compile.edits import find_edited, take_samples
 from sparse_compile.kernels import ops, reference
 from sparse_compile.passes.rewrite import WeightSlot
+from sparse_compile.projected import write_projected
 from sparse_compile.pruning import Pruning
 from sparse_compile.recipe import Projection
 from sparse_compile.steps import OptimizerSteps
 from sparse_compile.torch_internals import (
+    PRUNED_NOW,
     WeakTensorKeyDictionary,
     call_when_freed,
     is_held,
+    local_tensor,
     sharded_parameter,
     versions_kept,
 )
@@ -43,7 +49,7 @@ _NEVER: _Stamp = (-1, -1, -1)  # a stamp that no weight has
 
 
 class Beta:
-    """The S-STE scale of one weight."""
+    """The S-STE scale of one weight; other projections have none."""
 
     __slots__ = ("_tensors", "frozen", "value")
 
@@ -56,6 +62,10 @@ class Beta:
         if value != self.value:
             self._tensors.clear()
         self.value, self.frozen = value, frozen
+
+    def forget(self) -> None:
+        self._tensors.clear()
+        self.value, self.frozen = None, False
 
     def on(self, device: torch.device) -> Tensor:
         """fp32 ``[1]``."""
@@ -107,12 +117,13 @@ class WeightState:
 class _Derived:
     """All that is derived from one weight, in shards and gathered."""
 
-    __slots__ = ("beta", "finalized", "shards", "states")
+    __slots__ = ("beta", "course", "finalized", "shards", "states")
 
     def __init__(self) -> None:
         self.beta = Beta()
         self.shards: ref[Tensor] | None = None  # weak: what a dictionary with weak keys holds must not hold the key
-        self.states: dict[tuple[Projection, bool, torch.device], WeightState] = {}
+        self.course: Course | None = None  # where there is a schedule
+        self.states: dict[tuple[Projection, bool, bool, torch.device], WeightState] = {}
         self.finalized: int | None = None  # when the weight was made its own projection, by ``_clock``
 
     def free(self) -> None:
@@ -140,6 +151,19 @@ def beta_of(weight: Tensor) -> float | None:
     return None if derived is None else derived.beta.value
 
 
+def is_pruned(weight: Tensor) -> bool:
+    """Whether a linear has computed with the weight pruned, or it has the scale of one that did."""
+    derived = _derived.get(weight)
+    return derived is not None and (derived.beta.value is not None or any(slot[0].prunes for slot in derived.states))
+
+
+def has_no_beta(weight: Tensor) -> bool:
+    """Whether linears compute with the weight pruned, and none of them with a scale."""
+    derived = _derived.get(weight)
+    projections = {slot[0] for slot in derived.states} if derived is not None else set()
+    return any(p.prunes for p in projections) and not any(p.has_beta for p in projections)
+
+
 def give_beta(weight: Tensor, value: float) -> None:
     """Set the S-STE scale of a weight, from now on."""
     derived = _derived_from(weight)
@@ -156,13 +180,15 @@ def pruning_of(weight: Tensor, moment: Hashable) -> Pruning | None:
         moment: optimizers are searched for a saved beta once in each (``SavedBetas.find``).
     """
     derived: _Derived = _derived.get(weight) or _Derived()
-    pruned = {key: state for key, state in derived.states.items() if key[0] is not Projection.NONE}
+    pruned = {key: state for key, state in derived.states.items() if key[0].prunes}
     beta = derived.beta.value
     if beta is None:
-        beta, _ = _saved_betas.find(_owned(weight), moment)
+        kept, _ = _saved_betas.find(_owned(weight), moment)
+        beta = kept.get(KEY)
     if beta is None and not pruned:
         return None
-    projection, transposed, _ = max(pruned, key=lambda key: pruned[key].trained, default=(Projection.SSTE, None, None))
+    last = max(pruned, key=lambda key: pruned[key].trained, default=None)
+    projection, transposed = (Projection.SSTE, None) if last is None else (last[0], last[2])
     trained = max((state.trained for state in pruned.values()), default=0)
     finalized = derived.finalized is not None and trained <= derived.finalized
     return Pruning(projection=projection, beta=beta, transposed=transposed, finalized=finalized)
@@ -184,21 +210,103 @@ def forget(weight: Tensor) -> None:
             state.stamp = _NEVER
 
 
-def _take_beta(weight: Tensor, value: float) -> None:
-    """Replace the scale of a weight that has one: a checkpoint is loaded after the first call."""
-    if beta_of(weight) is not None:
-        give_beta(weight, value)
+def follow(weight: Tensor, schedule: Schedule, projection: Projection, transposed: bool) -> bool:
+    """Let a weight follow a schedule; whether it is pruned now."""
+    global _schedule
+    _schedule = schedule
+    if not hasattr(Parameter, PRUNED_NOW):
+        setattr(Parameter, PRUNED_NOW, property(_is_pruned_now))
+        count_steps(_course_of, _switch)
+    course = _course(weight)
+    course.schedule, course.projection, course.transposed = schedule, projection, transposed
+    _settle(weight, course)
+    return course.prunes
+
+
+def _is_pruned_now(weight: Tensor) -> bool | None:
+    """What a graph is guarded by; asked of all that may use it, as the weights of blocks that are alike.
+
+    None, for which no graph is compiled, where a checkpoint of a pruned weight goes on dense, as no step has seen.
+    """
+    course = _course(weight)
+    return None if course.pruned and not course.prunes else course.prunes
+
+
+def _course_of(weight: Tensor) -> Course | None:
+    derived: _Derived | None = _derived.get(weight)
+    return None if derived is None else derived.course
+
+
+def _course(weight: Tensor) -> Course:
+    """The course of a weight; of a new one as far as its checkpoint says, by the last schedule."""
+    derived = _derived_from(weight)
+    if derived.course is None:
+        assert _schedule is not None  # nobody asks before there is one
+        kept, _ = _saved_betas.find(_owned(weight), (_steps.count, torch.is_grad_enabled()))
+        derived.course = Course(_schedule, int(kept.get(STEPS, 0)), bool(kept.get(PRUNED, 0)))
+    return derived.course
+
+
+def _switch(weight: Tensor, course: Course) -> None:
+    """A step has ended a phase."""
+    _settle(weight, course)
+    _release(weight)
+
+
+def _release(weight: Tensor) -> None:
+    """Give back what linears computed with in the last phase."""
+    _derived_from(weight).states.clear()
+    _decays.remove(weight)
+
+
+def _settle(weight: Tensor, course: Course) -> None:
+    """Where a weight was trained pruned and is dense from now on, write into it what linears computed with."""
+    if course.prunes or not course.pruned:
+        return
+    derived, owned = _derived_from(weight), _owned(weight)
+    with _plain_tensors():
+        for tensor in (weight,) if owned is weight else (weight, owned):  # gathered, and in shards
+            local = local_tensor(tensor)
+            write_projected(local.t() if course.transposed else local, course.projection, derived.beta.value)
+    course.pruned = False
+    derived.beta.forget()
+
+
+def _kept_of(weight: Tensor) -> Kept:
+    """What checkpoints hold of a weight."""
+    kept: dict[str, float] = {}
+    beta, course = beta_of(weight), _course_of(weight)
+    if beta is not None:
+        kept[KEY] = beta
+    if course is not None:
+        kept |= {STEPS: course.steps, PRUNED: int(course.pruned)}
+    return kept
+
+
+def _take(weight: Tensor, kept: Kept) -> None:
+    """A checkpoint is loaded after the first call: it replaces what was derived from the weights before."""
+    course = _course_of(weight)
+    if course is not None and STEPS in kept:
+        before = course.prunes
+        course.steps, course.pruned = int(kept[STEPS]), bool(kept.get(PRUNED, 0))
+        if course.prunes != before:
+            # What must be written into the weight waits for the next call: the model may be loaded after its optimizer.
+            _release(weight)
+    if KEY in kept and beta_of(weight) is not None:
+        give_beta(weight, kept[KEY])
 
 
 def _watch(optimizer: Optimizer) -> None:
     if optimizer not in _watched:
         _watched.add(optimizer)
-        keep_with(optimizer, beta_of, _take_beta)
+        keep_with(optimizer, _kept_of, _take)
 
 
 _lock = RLock()
 _watched: WeakSet[Optimizer] = WeakSet()
 _steps = OptimizerSteps(on_first=_watch)
+_decays = MaskedDecay()
+_schedule: Schedule | None = None  # the last that was followed
 _saved_betas = SavedBetas(found=_watch)
 _derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _clock = count(1)
@@ -218,7 +326,9 @@ def _derived_from(weight: Tensor) -> _Derived:
 def weight_state(weight: Tensor, slot: WeightSlot) -> WeightState:
     """The state of a weight for a slot's projection and orientation, made at first use."""
     derived = _derived_from(weight)
-    key = (slot.projection, slot.transposed, slot.device)
+    if slot.decay:
+        _decays.set(_owned(weight), Decay(decay=slot.decay, transposed=slot.transposed))
+    key = (slot.projection, slot.bf16, slot.transposed, slot.device)
     return derived.states.setdefault(key, WeightState(derived.beta, derived.shards))
 
 
@@ -301,10 +411,14 @@ def _refresh(weight: Tensor, slot: WeightSlot, state: WeightState, stamp: _Stamp
     elif not in_place:
         state.operands = slot.new_operands()
     matrix = _matrix(weight, slot)
-    beta = _beta(weight, matrix, slot, state.beta, training) if slot.projection is Projection.SSTE else None
+    beta = _beta(weight, matrix, slot, state.beta, training) if slot.projection.has_beta else None
+    course = _course_of(weight) if slot.projection.prunes else None
+    if course is not None:
+        course.pruned = course.pruned or training
+        course.projection, course.transposed = slot.projection, slot.transposed
     same = freed and not stepped  # as for the gathered weight itself, being freed and made again is no change
     with versions_kept(state.operands) if same else nullcontext():
-        _fill(matrix, beta, state.operands)
+        _fill(slot, matrix, beta, state.operands)
     if in_place and not same:
         # A backward that comes after the optimizer step must fail as it does for a dense weight.
         torch.autograd.graph.increment_version(state.operands)
@@ -317,8 +431,7 @@ def _refresh(weight: Tensor, slot: WeightSlot, state: WeightState, stamp: _Stamp
 def fill_operands(weight: Tensor, slot: WeightSlot, operands: tuple[Tensor, ...]) -> None:
     """Make operands of a weight with beta = 1, to see how long that takes; the weight's state is not touched."""
     with _plain_tensors():
-        beta = ops.unit_scale(weight.device) if slot.projection is Projection.SSTE else None
-        _fill(_matrix(weight, slot), beta, operands)
+        _fill(slot, _matrix(weight, slot), None, operands)
 
 
 def _matrix(weight: Tensor, slot: WeightSlot) -> Tensor:
@@ -326,9 +439,11 @@ def _matrix(weight: Tensor, slot: WeightSlot) -> Tensor:
     return weight.detach().t() if slot.transposed else weight.detach()
 
 
-def _fill(matrix: Tensor, beta: Tensor | None, operands: tuple[Tensor, ...]) -> None:
-    if beta is not None:
-        ops.prune_weight_(matrix, beta, *operands)
+def _fill(slot: WeightSlot, matrix: Tensor, beta: Tensor | None, operands: tuple[Tensor, ...]) -> None:
+    if slot.projection.prunes:
+        scale = ops.unit_scale(matrix.device) if beta is None else beta
+        prune = ops.prune_weight_bf16_ if slot.bf16 else ops.prune_weight_
+        prune(matrix, scale, *operands, slot.projection is Projection.TOP2)
     else:
         ops.cast_weight_(matrix, *operands)
 
@@ -352,8 +467,12 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, beta: Beta, training
         computed = reference.sste_beta(matrix)
         if computed is None:
             return ops.unit_scale(weight.device)
-        saved, missing = _saved_betas.find(_owned(weight), (_steps.count, training))
-        if missing:
+        owned = _owned(weight)
+        kept, stepped = _saved_betas.find(owned, (_steps.count, training))
+        saved, course = kept.get(KEY), _course_of(owned)
+        # After a dense warm-up there is none yet.
+        dense_so_far = course is not None and course.steps > 0 and not course.pruned
+        if saved is None and stepped and not dense_so_far:
             warnings.warn(
                 f"an optimizer has trained {slot.name!r} before, and has no S-STE scale beta of it, which is therefore "
                 "computed from the weight as it is now. If this resumes a run with backend 'sste', its linears go on "

@@ -32,6 +32,8 @@ __all__ = ["FakeTensor", "OptimizedModule", "WeakTensorKeyDictionary"]
 
 _LATE = {"FakeTensor": "torch._subclasses.fake_tensor", "OptimizedModule": "torch._dynamo"}
 
+# The attribute of parameters that says whether linears compute with it pruned now.
+PRUNED_NOW = "_sste_pruned_now"
 # In the metadata of a checkpointed body: the user's function that makes the contexts of forward and recomputation.
 CHECKPOINT_CONTEXTS = "_checkpoint_context_fn"
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in ([^\n]+)\n([^\n]*)')
@@ -55,6 +57,9 @@ def self_test() -> list[str]:
         ("torch._C._dynamo.eval_frame", "get_eval_frame_callback"),
         ("torch._C._functorch", "peek_interpreter_stack"),
         ("torch._dynamo.external_utils", "wrap_inline"),
+        ("torch._dynamo.guards", "GuardBuilder.EQUALS_MATCH"),
+        ("torch._dynamo.guards", "install_guard"),
+        ("torch._dynamo.source", "AttrSource"),
         ("torch._dynamo.backends.registry", "_BACKENDS"),
         ("torch._dynamo.symbolic_convert", "tls"),
         ("torch._functorch.config", "ban_recompute_materialized_backward"),
@@ -217,6 +222,22 @@ def _run_eagerly(graph_module: GraphModule, inputs: Sequence[Any], **_: Any) -> 
     return run
 
 
+def guard_phase(node: Node) -> bool:
+    """Let dynamo use the graph that it compiles only while ``PRUNED_NOW`` of a parameter's placeholder is as it is now.
+
+    False where it does not say where the parameter comes from.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import AttrSource
+
+    argument = node.meta.get("grapharg")
+    source = getattr(node, "_dynamo_source", None) or getattr(argument, "source", None)
+    if source is None:
+        return False
+    install_guard(AttrSource(source, PRUNED_NOW).make_guard(GuardBuilder.EQUALS_MATCH))
+    return True
+
+
 def reset_cuda_graphs() -> None:
     # What was never imported holds no graphs; and dynamo, which calls this, cannot stand what an import may compile.
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
@@ -364,6 +385,13 @@ def _manager_of(weight: torch.Tensor, sharders: Iterable[Any]) -> Any | None:
 def versions_kept(tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
     """Writing to the tensors does not count as a change: a backward that saved them goes on."""
     return torch.autograd._unsafe_preserve_version_counter(tuple(tensors))  # type: ignore[attr-defined]
+
+
+def local_tensor(tensor: Any) -> torch.Tensor:
+    """The shard of a DTensor that this process holds; any other tensor itself."""
+    module = sys.modules.get("torch.distributed.tensor")
+    sharded = module is not None and isinstance(tensor, module.DTensor)
+    return cast(torch.Tensor, tensor.to_local() if sharded else tensor)
 
 
 def is_fake(value: Any) -> bool:

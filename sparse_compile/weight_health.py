@@ -152,9 +152,13 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _counts(values: Tensor, metadata: Tensor, last: Tensor | None) -> Tensor:
     """int64 ``[3]``: flips, or -1 at the first sample; zeros among the values, padding included; the largest."""
-    magnitude = values.view(torch.uint8) & _MAGNITUDE
+    if values.dtype is torch.bfloat16:
+        zero, largest = values == 0, values.isinf()
+    else:
+        magnitude = values.view(torch.uint8) & _MAGNITUDE
+        zero, largest = magnitude == 0, magnitude == _LARGEST
     flips = torch.full((), -1, device=values.device) if last is None else mask_flips(last, metadata)
-    return torch.stack([flips, (magnitude == 0).sum(), (magnitude == _LARGEST).sum()])
+    return torch.stack([flips, zero.sum(), largest.sum()])
 
 
 def _health(watched: _Watched, counts: list[int], sums: list[float] | None) -> Health:

@@ -15,7 +15,8 @@ def beta(model: Module) -> dict[str, float]:
     """The S-STE scale of each weight that is pruned, by the parameter's name.
 
     Empty before the first step.  ``W~ = beta * S(W)`` is what the forward pass multiplies with (S-STE, arXiv
-    2409.09099).
+    2409.09099).  Recipes that keep the largest elements as they are, such as ``ste``, have no scale: their weights are
+    not among these.
     """
     from sparse_compile.state import beta_of
 
@@ -36,9 +37,10 @@ def set_beta(model: Module, betas: Mapping[str, float]) -> None:
         betas: scales by the parameters' names, with or without the ``module.`` that wrappers put in front.
 
     Raises:
-        ValueError: a name that no parameter has, or a scale that is not a positive, finite number.
+        ValueError: a name that no parameter has, a weight whose recipe has no scale, or a scale that is not a positive,
+            finite number.
     """
-    from sparse_compile.state import give_beta
+    from sparse_compile.state import give_beta, has_no_beta
 
     parameters = {plain_name(name): parameter for name, parameter in original(model).named_parameters()}
     for name, value in betas.items():
@@ -48,6 +50,8 @@ def set_beta(model: Module, betas: Mapping[str, float]) -> None:
             raise ValueError(f"no parameter of the model is named {name!r}{hint}")
         if not (isfinite(value) and value > 0):
             raise ValueError(f"the scale of {name!r} is {value}; it must be a positive, finite number")
+        if has_no_beta(parameters[plain_name(name)]):
+            raise ValueError(f"the recipe of {name!r} has no scale; only the weights of 's-ste' recipes have one")
     for name, value in betas.items():
         give_beta(parameters[plain_name(name)], float(value))
 

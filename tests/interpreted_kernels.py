@@ -2,7 +2,7 @@
 
 The interpreter must be chosen before Triton is imported, so the tests run this file as a program of its own:
 
-    TRITON_INTERPRET=1 python -m tests.interpreted_kernels {prune,quantize,mvue}
+    TRITON_INTERPRET=1 python -m tests.interpreted_kernels {prune,prune_bf16,decay,quantize,mvue}
 
 The interpreter rounds fp32 to e4m3 wrongly.  So torch casts here, in place of the assembly of Gluon kernels; the other
 kernels write their payloads as fp32.
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from sparse_compile.kernels import mvue, prune, quantize, reference, tiles
+from sparse_compile.kernels import decay, groups, mvue, prune, prune_bf16, quantize, reference, tiles
 from sparse_compile.kernels.formats import E4M3, metadata_shape, padded, values_shape
 from sparse_compile.testing import assert_same_bits, hard_groups
 from tests.gluon_interpreter import e4m3_word, elementwise, interpret, prmt
@@ -56,11 +56,25 @@ def interpret_weight_kernels() -> None:
         return words | (signs & -2139062144)
 
     interpret(
-        tiles, prune, quantize,
+        tiles, groups, decay, prune, prune_bf16, quantize,
         cast_words=elementwise(e4m3_word, tl.int32), permute_bytes=elementwise(prmt, tl.int32),
         _widen=widen, _cast_positive_words=cast_positive,
         gdc_launch_dependents=lambda: None, gdc_wait=lambda: None,  # one launch after the other
     )  # fmt: skip
+
+
+def round_in_torch() -> None:
+    """The interpreter's conversions to e4m3, and from fp32 to bf16, corrected."""
+    convert = interpreter._convert_float
+
+    def corrected(data, input_dtype, output_dtype, rounding):
+        if output_dtype == tl.float8e4nv:
+            return reference.saturating_cast(torch.from_numpy(data)).view(torch.uint8).numpy()
+        if output_dtype == tl.bfloat16 and data.dtype == np.float32:
+            return torch.from_numpy(data).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return convert(data, input_dtype, output_dtype, rounding)
+
+    interpreter._convert_float = corrected
 
 
 def hints(scale_inv: float) -> tuple[float, ...]:
@@ -97,16 +111,18 @@ def check_prune() -> None:
     beta = torch.tensor([1.4839])
     for name, weight in cases.items():
         n, k = weight.shape
-        expected = reference.prune_weight(weight, beta)
-        for hint in hints(float(expected[-1])):
-            values, weight_t = poisoned_payload(*values_shape(n, k)), poisoned_payload(k, n)
-            metadata = poisoned(*metadata_shape(n, k), dtype=torch.int32)
-            scale_inv = torch.tensor([hint])
-            prune.launch_prune_weight(weight, beta, values, metadata, weight_t, scale_inv)
-            assert_same_bits(values, expected[0], f"values, {name}")
-            assert_same_bits(metadata, expected[1], f"metadata, {name}")
-            assert_same_bits(weight_t, expected[2], f"weight_t, {name}")
-            assert_same_bits(scale_inv, expected[3], f"scale_inv, {name}")
+        for hard in (False, True):
+            expected = reference.prune_weight(weight, beta, hard)
+            for hint in hints(float(expected[-1])):
+                values, weight_t = poisoned_payload(*values_shape(n, k)), poisoned_payload(k, n)
+                metadata = poisoned(*metadata_shape(n, k), dtype=torch.int32)
+                scale_inv = torch.tensor([hint])
+                prune.launch_prune_weight(weight, beta, values, metadata, weight_t, scale_inv, hard)
+                what = f"{name}, hard {hard}"
+                assert_same_bits(values, expected[0], f"values, {what}")
+                assert_same_bits(metadata, expected[1], f"metadata, {what}")
+                assert_same_bits(weight_t, expected[2], f"weight_t, {what}")
+                assert_same_bits(scale_inv, expected[3], f"scale_inv, {what}")
     for name, weight in cases.items():
         n, k = weight.shape
         expected = reference.cast_weight(weight)
@@ -116,6 +132,63 @@ def check_prune() -> None:
             assert_same_bits(payload, expected[0], f"payload, {name}")
             assert_same_bits(payload_t, expected[1], f"payload_t, {name}")
             assert_same_bits(scale_inv, expected[2], f"cast scale_inv, {name}")
+
+
+def check_prune_bf16() -> None:
+    round_in_torch()
+    interpret_weight_kernels()
+    torch.manual_seed(0)
+    with_nan = torch.randn(32, 48)
+    with_nan[3, 5:7], with_nan[3, 4] = float("nan"), float("-inf")
+    weights = {
+        **{
+            f"random {shape} {dtype}": torch.randn(shape).to(dtype)
+            for shape in ((16, 16), (80, 144), (128, 256))
+            for dtype in DTYPES
+        },
+        "transposed": torch.randn(144, 80).bfloat16().t(),
+        "strided": torch.randn(96, 160).bfloat16()[::2, ::2],
+        "ties": torch.randint(-3, 4, (64, 128)).bfloat16(),
+        "zero": torch.zeros(16, 32),
+        "negative zero": torch.full((16, 32), -0.0),
+        "NaN": with_nan,
+    }
+    beta = torch.tensor([1.4839])
+    for name, weight in weights.items():
+        n, k = weight.shape
+        for hard in (False, True):
+            buffers = (
+                poisoned(*values_shape(n, k), dtype=torch.bfloat16),
+                poisoned(*metadata_shape(n, k, torch.bfloat16), dtype=torch.int32),
+                poisoned(n, k, dtype=torch.bfloat16),
+                poisoned(1),
+            )
+            prune_bf16.launch_prune_weight_bf16(weight, beta, *buffers, hard)
+            for actual, expected in zip(buffers, reference.prune_weight_bf16(weight, beta, hard), strict=True):
+                assert_same_bits(actual, expected, f"{name}, hard {hard}, {actual.dtype}")
+
+
+def check_decay() -> None:
+    round_in_torch()
+    interpret_weight_kernels()
+    torch.manual_seed(0)
+    weights = {
+        **{f"random {dtype}": torch.randn(80, 144).to(dtype) for dtype in DTYPES},
+        "whole tiles": torch.randn(64, 256).bfloat16(),
+        "four columns": torch.randn(3, 4),
+        "transposed": torch.randn(144, 80).bfloat16().t(),
+        "strided": torch.randn(96, 160).bfloat16()[::2, ::2],
+        "ties": torch.randint(-3, 4, (64, 128)).bfloat16(),
+        "zero": torch.zeros(16, 32),
+    }
+    for name, weight in weights.items():
+        for transposed in (False, True):
+            for dtype in DTYPES:
+                factor = torch.tensor([0.37])
+                grad = torch.randn(weight.t().shape).to(dtype).t() if transposed else torch.randn_like(weight).to(dtype)
+                expected = reference.add_masked_decay(grad, weight, factor)
+                decay.launch_add_masked_decay(grad, weight, factor)
+                assert_same_bits(grad, expected, f"{name}, grad {dtype}, transposed {transposed}")
 
 
 def check_quantize() -> None:
@@ -167,20 +240,8 @@ def check_philox() -> None:
         assert torch.equal(drawn, int32(words)), f"philox, counter {counter}"
 
 
-def round_to_e4m3_in_torch() -> None:
-    """The interpreter's conversions to e4m3, corrected; for kernels that look at the bytes of their payload."""
-    convert = interpreter._convert_float
-
-    def corrected(data, input_dtype, output_dtype, rounding):
-        if output_dtype != tl.float8e4nv:
-            return convert(data, input_dtype, output_dtype, rounding)
-        return reference.saturating_cast(torch.from_numpy(data)).view(torch.uint8).numpy()
-
-    interpreter._convert_float = corrected
-
-
 def check_mvue() -> None:
-    round_to_e4m3_in_torch()
+    round_in_torch()
     torch.manual_seed(0)
     shapes = ((1, 16, torch.bfloat16), (15, 80, torch.float32), (257, 144, torch.bfloat16), (256, 128, torch.float16))
     for approximate in (False, True):
@@ -205,4 +266,10 @@ def check_mvue() -> None:
 if __name__ == "__main__":
     # NaN and infinity are among the inputs.
     warnings.simplefilter("ignore", RuntimeWarning)
-    {"prune": check_prune, "quantize": check_quantize, "mvue": check_mvue}[sys.argv[1]]()
+    {
+        "prune": check_prune,
+        "prune_bf16": check_prune_bf16,
+        "decay": check_decay,
+        "quantize": check_quantize,
+        "mvue": check_mvue,
+    }[sys.argv[1]]()

@@ -135,6 +135,41 @@ def test_gradients_equal_an_independent_implementation(small_gpt, batch, executo
     assert max(relative_errors(model, twin).values()) < 2e-3
 
 
+@pytest.mark.parametrize("executor", ["eager", "inductor"])
+def test_bf16_prunes_targets_and_leaves_the_rest(small_gpt, batch, executor):
+    """Against autograd through the projected weights, in fp32: within the rounding of bf16."""
+    model = small_gpt(depth=1)
+    twin = copy.deepcopy(model)
+    options = {"sste.executor": executor, "sste.recipe": "ste-bf16"}
+    loss = torch.compile(model, backend="sste", options=options)(*batch)
+    loss.backward()
+    decisions = {row.module: row.decision for row in sparse_compile.report().rows}
+    assert decisions["blocks.0.up"] == "ste-bf16 (2:4 bf16, bf16, bf16)"
+    assert decisions["blocks.0.qkv"] == decisions["head"] == "dense"
+    with torch.no_grad():
+        for layer in (twin.blocks[0].up, twin.blocks[0].down):
+            layer.weight.copy_(reference.hard_threshold24(layer.weight))
+    expected = twin(*batch)
+    expected.backward()
+    assert math.isclose(loss.item(), expected.item(), rel_tol=1e-3)
+    assert max(relative_errors(model, twin).values()) < 2e-2
+
+
+def test_without_mvue_the_weight_gradient_is_dense_fp8(small_gpt, batch):
+    """No samples: two runs are the same, and a seed is not even drawn."""
+    gradients = []
+    for seed in range(2):
+        torch.manual_seed(0)
+        model = small_gpt(depth=1)
+        torch.manual_seed(seed)
+        options = EAGER | {"sste.recipe": "ste", "sste.mvue": "off"}
+        torch.compile(model, backend="sste", options=options)(*batch).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+    rows = {row.module: row for row in sparse_compile.report().rows}
+    assert rows["blocks.0.up"].decision == "ste (2:4 fp8, fp8, fp8)"
+
+
 def test_every_spelling_gives_the_same_gradients(batch):
     """F.linear, addmm, mm, matmul and @ are one arithmetic."""
     weight, bias = torch.randn(128, 64) / 8, torch.randn(128)

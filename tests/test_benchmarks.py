@@ -285,6 +285,8 @@ def test_accuracy_of_the_reference_is_that_of_a_sum_in_fp32(mean: float) -> None
     ("name", "bytes_an_element"),
     [
         ("prune_weight_", 2 + 0.5 + 0.125 + 1),
+        ("prune_weight_, hard", 2 + 0.5 + 0.125 + 1),
+        ("prune_weight_bf16_", 2 + 1 + 0.125 + 2),
         ("cast_weight_", 2 + 1 + 1),
         ("cast_mvue, exact", 2 + 1 + 0.5 + 0.125),
         ("cast_mvue, approximate", 2 + 1 + 0.5 + 0.125),

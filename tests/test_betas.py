@@ -214,6 +214,20 @@ def test_a_weight_without_gradient_so_far_can_get_one_later() -> None:
     assert [betas.KEY in entry for entry in optimizer.state_dict()["state"].values()] == [True, True]
 
 
+def test_hard_pruning_resumes_without_anything_of_its_own(small_gpt, batch, monkeypatch) -> None:
+    monkeypatch.setitem(OPTIONS, "sste.recipe", "ste")
+    model = small_gpt()
+    checkpoint, continued = interrupted(model, torch.optim.AdamW(model.parameters(), lr=1e-2), batch)
+    assert not any(betas.KEY in entry for entry in checkpoint[1]["state"].values())
+    resumed = small_gpt()
+    optimizer = torch.optim.AdamW(resumed.parameters(), lr=1e-2)
+    resumed.load_state_dict(checkpoint[0])
+    optimizer.load_state_dict(checkpoint[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert train(compiled(resumed), optimizer, batch) == continued
+
+
 def test_a_copy_of_a_trained_model_starts_quietly(small_gpt, batch) -> None:
     """No optimizer has stepped with its weights."""
     model = small_gpt()

@@ -11,16 +11,19 @@ import torch
 from sparse_compile import agreement
 from sparse_compile.kernels import costs, ops
 from sparse_compile.owners import ParameterOwners
-from sparse_compile.passes.choose import choose
+from sparse_compile.passes.choose import _pieces, choose
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import Reason, find
-from sparse_compile.recipe import FP8, SSTE, VARIANTS, Gemm, Projection
+from sparse_compile.recipe import FP8, SSTE, SSTE_BF16, STE_BF16, VARIANTS, Gemm, Projection
 
 DENSE = {"hp fprop": 100.0, "hp dgrad": 100.0, "hp wgrad": 100.0}
 PIECES = {
     "fp8 fprop": 60.0, "fp8 dgrad": 60.0, "fp8 wgrad": 60.0, "2:4 fp8 fprop": 40.0, "2:4 fp8 wgrad": 40.0,
+    "2:4 bf16 fprop": 60.0, "bf16 dgrad": 100.0, "bf16 wgrad": 100.0,
     "cast_mvue, exact mvue": 10.0, "cast_mvue, approximate mvue": 10.0, "cast_transpose": 10.0,
-    "transpose_tokens": 8.0, "prune_weight_": 2.0, "cast_weight_": 2.0, "copy": 0.0,
+    "transpose_tokens": 8.0, "prune_weight_": 2.0, "prune_weight_, hard": 2.0, "add_masked_decay_": 3.0,
+    "prune_weight_bf16_": 2.0, "prune_weight_bf16_, hard": 2.0,
+    "cast_weight_": 2.0, "copy": 0.0,
 }  # fmt: skip
 
 
@@ -62,6 +65,17 @@ def test_the_recipe_where_it_is_fastest(kernels, plans):
     assert kept[0].price.dense == 300.0
     assert kept[0].price.rewritten == 3 * 60.0 + 10.0 + 8.0 + 2.0
     assert kept[2].price.rewritten == 40.0 + 60.0 + 40.0 + 10.0 + 8.0 + 2.0
+
+
+@pytest.mark.parametrize("recipe", [SSTE_BF16, STE_BF16], ids=lambda recipe: recipe.name)
+def test_bf16_casts_nothing(kernels, trace, small_gpt, batch, recipe):
+    graph = trace(small_gpt(depth=1), *batch)
+    plans, rejections = decide(find(graph)[0], recipe, "ffn", ParameterOwners())
+    assert {r.name: r.reason for r in rejections if r.reason is not Reason.HEAD} == dict.fromkeys(
+        ["blocks.0.qkv", "blocks.0.proj"], Reason.NOT_A_TARGET
+    )
+    kept, _ = choose(plans, clock(copy=1000.0))
+    assert [plan.price.rewritten for plan in kept] == [60.0 + 100.0 + 100.0 + 2.0] * 2
 
 
 def test_what_is_slower_stays_dense_and_says_the_times(kernels, plans):
@@ -207,4 +221,5 @@ def test_every_variant_has_its_pieces(kernels, plans):
 
     choose(plans(), read)
     assert asked <= costs.PIECES.keys()
-    assert {f"{gemm.value} wgrad" for recipe in VARIANTS.values() for gemm in [recipe.wgrad]} <= asked
+    assert {f"{gemm.value} wgrad" for gemm in (Gemm.SPARSE24, Gemm.FP8, Gemm.HP)} <= asked
+    assert {piece for recipe in VARIANTS.values() for piece in _pieces(recipe)} <= costs.PIECES.keys()

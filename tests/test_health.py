@@ -50,6 +50,22 @@ def test_flips_equal_those_of_dense_masks(device, shape):
     assert int(health.mask_flips(pruned(before)[1], pruned(before)[1])) == 0
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16_operands_are_sampled_alike(device):
+    before, noise = torch.randn(2, 80, 208, device=device)
+    before[:, :4] = 0.0
+    after = before + 0.3 * noise
+    samples = []
+    for weight in (before, after):
+        operands = ops.new_pruned_weight_bf16(*weight.shape, weight.device)
+        ops.prune_weight_bf16_(weight, torch.ones(1, device=device), *operands, True)
+        samples.append(operands[:2])
+    # Two of four zeros are kept in each row, and the padding.
+    assert health._counts(*samples[0], None).tolist() == [-1, 80 * (2 + (256 - 208) // 2), 0]
+    flips = int((reference.top2_mask(before) != reference.top2_mask(after)).sum())
+    assert health._counts(*samples[1], samples[0][1]).tolist()[0] == flips
+
+
 def ffn(features=80):
     return nn.Sequential(nn.Linear(features, 160), nn.ReLU(), nn.Linear(160, 64))
 

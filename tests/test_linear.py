@@ -5,20 +5,30 @@ import torch
 
 from sparse_compile.kernels import ops, reference
 from sparse_compile.linear import linear
-from sparse_compile.recipe import FP8, SSTE, SSTE_APPROXIMATE, VARIANTS, Gemm, Projection
+from sparse_compile.recipe import FP8, SSTE, SSTE_APPROXIMATE, SSTE_BF16, STE, STE_BF16, VARIANTS, Gemm, Projection
 
 SEED = torch.tensor([42])
 
 
 def operands_of(weight, recipe):
     """What the state keeps of ``weight [N, K]``."""
-    if recipe.projection is Projection.SSTE:
-        operands = ops.new_pruned_weight(*weight.shape, weight.device)
-        ops.prune_weight_(weight.detach(), torch.ones(1), *operands)
+    if recipe.projection.prunes:
+        new, prune = ops.new_pruned_weight, ops.prune_weight_
+        if recipe.is_bf16:
+            new, prune = ops.new_pruned_weight_bf16, ops.prune_weight_bf16_
+        operands = new(*weight.shape, weight.device)
+        prune(weight.detach(), torch.ones(1), *operands, recipe.projection is Projection.TOP2)
     else:
         operands = ops.new_cast_weight(*weight.shape, weight.device)
         ops.cast_weight_(weight.detach(), *operands)
     return operands
+
+
+PROJECTIONS = {
+    Projection.NONE: lambda weight: weight,
+    Projection.SSTE: reference.soft_threshold24,
+    Projection.TOP2: reference.hard_threshold24,
+}
 
 
 def small_integers(rows, columns):
@@ -45,19 +55,19 @@ def test_dense_fp8_is_exact_on_small_integers(transposed):
     assert torch.equal(bias.grad, grad_output.sum(0))
 
 
-@pytest.mark.parametrize("recipe", [SSTE, SSTE_APPROXIMATE], ids=lambda recipe: recipe.name)
-def test_sste_is_exact_on_small_integers_but_for_the_sampling(recipe):
+@pytest.mark.parametrize("recipe", [SSTE, SSTE_APPROXIMATE, STE], ids=lambda recipe: recipe.name)
+def test_pruned_is_exact_on_small_integers_but_for_the_sampling(recipe):
     x = small_integers(40, 64).requires_grad_()
     weight = 2 * small_integers(32, 64)
     weight[0, :4] = torch.tensor([14.0, 0.0, 0.0, 1.0])  # max |S| = 14 = 2 * 7
-    soft = reference.soft_threshold24(weight)
-    assert soft.abs().max() == 14
+    pruned = PROJECTIONS[recipe.projection](weight)
+    assert pruned.abs().max() == 14
     parameter = weight.clone().requires_grad_()
     grad_output = small_integers(40, 32)
     y = linear(x, parameter, None, SEED, 5, recipe.name, False, torch.float32, *operands_of(weight, recipe))
     y.backward(grad_output)
-    assert torch.equal(y, x @ soft.t())
-    assert torch.equal(x.grad, grad_output @ soft)
+    assert torch.equal(y, x @ pruned.t())
+    assert torch.equal(x.grad, grad_output @ pruned)
     # Straight through: the gradient of the projected weight, neither masked nor scaled, up to the sampled grad_output.
     error = parameter.grad - grad_output.t() @ x
     assert not torch.equal(error, torch.zeros_like(error))
@@ -92,7 +102,7 @@ def test_close_to_the_dense_product_of_the_projected_weight(recipe, dtype):
     x = torch.randn(3, 24, 64).to(dtype).requires_grad_()
     weight = (torch.randn(48, 64) / 8).to(dtype)
     parameter = weight.clone().requires_grad_()
-    projected = reference.soft_threshold24(weight.double()) if recipe.projection is Projection.SSTE else weight.double()
+    projected = PROJECTIONS[recipe.projection](weight.double())
     y = linear(x, parameter, None, SEED, 0, recipe.name, False, dtype, *operands_of(weight, recipe))
     grad_output = torch.randn_like(y)
     y.backward(grad_output)
@@ -114,6 +124,27 @@ def test_products_in_hp_are_those_of_a_dense_linear(recipe, transposed):
     torch.testing.assert_close(stored.grad, expected.t() if transposed else expected)
     if recipe.dgrad is Gemm.HP:
         torch.testing.assert_close(x.grad, grad_output @ weight)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("recipe", [SSTE_BF16, STE_BF16], ids=lambda recipe: recipe.name)
+def test_bf16_is_exact_on_small_integers(recipe, transposed):
+    """No samples; beta scales what the weight projects to."""
+    x, weight = small_integers(40, 64).requires_grad_(), 2 * small_integers(32, 64)
+    stored = (weight.t().contiguous() if transposed else weight.clone()).requires_grad_()
+    bias = torch.arange(32.0).requires_grad_()
+    operands = operands_of(weight, recipe)
+    operands[-1].fill_(1.5)
+    grad_output = small_integers(40, 32)
+    y = linear(x, stored, bias, None, 0, recipe.name, transposed, torch.float32, *operands)
+    y.backward(grad_output)
+    pruned = 1.5 * PROJECTIONS[recipe.projection](weight)
+    assert torch.equal(y, x @ pruned.t() + bias)
+    # The products are rounded to bf16, before beta and after.
+    torch.testing.assert_close(x.grad, grad_output @ pruned, rtol=2**-8, atol=0)
+    expected = (grad_output.t() @ x.detach()).bfloat16().float()
+    assert torch.equal(stored.grad, expected.t() if transposed else expected)
+    assert torch.equal(bias.grad, grad_output.sum(0))
 
 
 def test_scales_follow_each_token():
@@ -149,8 +180,8 @@ def test_a_bad_gradient_stays_visible(recipe, value):
     y.backward(grad_output)
     assert not x.grad[7].isfinite().any()
     assert x.grad[8:].isfinite().all()
-    # In hp, as in a dense product, only the gradient of that out_feature.
-    bad = parameter.grad[5] if recipe.wgrad is Gemm.HP else parameter.grad
+    # In hp and bf16, as in a dense product, only the gradient of that out_feature.
+    bad = parameter.grad[5] if recipe.wgrad in (Gemm.HP, Gemm.BF16) else parameter.grad
     assert not bad.isfinite().any()
 
 
@@ -165,7 +196,8 @@ def test_a_bad_input_or_weight_stays_visible(recipe, value):
     assert y[8:].isfinite().all()
     weight[3, 2] = value
     y = linear(x, weight, None, SEED, 0, recipe.name, False, torch.float32, *operands_of(weight, recipe))
-    assert not y.isfinite().any()
+    # One scale spreads it over FP8; in bf16 it stays where it is.
+    assert not (y[:, 3] if recipe.is_bf16 else y).isfinite().any()
 
 
 @pytest.mark.parametrize("recipe", VARIANTS.values(), ids=VARIANTS.keys())

@@ -29,7 +29,12 @@ def cases():
     tokens = torch.rand(20) + 0.5
     yield "prune_weight_", (torch.randn(48, 80), torch.ones(1), *pruned(48, 80))
     yield "prune_weight_", (torch.randn(80, 48).t(), torch.ones(1), *pruned(48, 80))
+    yield "prune_weight_", (torch.randn(48, 80), torch.ones(1), *pruned(48, 80), True)
+    bf16 = ops.new_pruned_weight_bf16(48, 80, torch.device("cpu"))
+    yield "prune_weight_bf16_", (torch.randn(48, 80), torch.ones(1), *bf16)
+    yield "prune_weight_bf16_", (torch.randn(80, 48).t(), torch.ones(1), *(b.clone() for b in bf16), True)
     yield "cast_weight_", (torch.randn(48, 80), *ops.new_cast_weight(48, 80, torch.device("cpu")))
+    yield "add_masked_decay_", (torch.randn(80, 48).t(), torch.randn(48, 80), torch.ones(1))
     yield "cast_mvue", (torch.randn(20, 48).bfloat16(), tokens, tokens, SEED, 3, True)
     for count in (20, 128):  # padded, and not
         yield "transpose_tokens", (fp8(count, 48),)
@@ -59,7 +64,7 @@ def check_schema(name, arguments):
     before = [bits(a) if isinstance(a, torch.Tensor) else a for a in arguments]
     results = op(*arguments)
     results = results if isinstance(results, tuple) else (results,)
-    for argument, old, declared in zip(arguments, before, op._schema.arguments, strict=True):
+    for argument, old, declared in zip(arguments, before, op._schema.arguments[: len(arguments)], strict=True):
         if not isinstance(argument, torch.Tensor):
             continue
         if declared.alias_info is None:

@@ -1,11 +1,13 @@
 """What the user may say, and what is answered to anything else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from sparse_compile.options import Executor, read_options
-from sparse_compile.recipe import FP8, SSTE, Estimator, Gemm, Projection, Recipe
+from sparse_compile.recipe import FP8, RECIPES, SSTE, VARIANTS, Estimator, Gemm, Projection, Recipe
 
 
 def test_defaults():
@@ -24,6 +26,31 @@ def test_ours_and_inductors_are_told_apart():
     assert read_options(None, {"triton.multi_kernel": 0}).inductor == {"triton.multi_kernel": 0}
 
 
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES.values() if recipe.estimator is not None])
+@pytest.mark.parametrize(
+    ("mvue", "estimator", "wgrad"),
+    [
+        ("exact", Estimator.EXACT_MVUE, Gemm.SPARSE24),
+        ("approximate", Estimator.APPROXIMATE_MVUE, Gemm.SPARSE24),
+        ("off", None, Gemm.FP8),
+    ],
+)
+def test_the_estimator_of_any_recipe(recipe, mvue, estimator, wgrad):
+    chosen = read_options(
+        None, {"sste.recipe": recipe.name, "sste.mvue": mvue, "sste.total_steps": 6, "sste.tail": 1}
+    ).recipe
+    assert (chosen.estimator, chosen.wgrad) == (estimator, wgrad)
+    # Nothing else, and graphs can name all that it may become.
+    assert replace(chosen, name=recipe.name, estimator=recipe.estimator, wgrad=recipe.wgrad) == recipe
+    assert all(VARIANTS[variant.name] == variant for variant in chosen.variants())
+
+
+@pytest.mark.parametrize("given", [1e-5, "1e-5"], ids=["python", "command line"])
+def test_a_decay_replaces_that_of_the_recipe(given):
+    assert read_options(None, {"sste.recipe": "sr-ste"}).recipe.decay == 2e-4
+    assert read_options(None, {"sste.recipe": "sr-ste", "sste.decay": given}).recipe.decay == 1e-5
+
+
 def test_modes_are_inductors():
     assert read_options("reduce-overhead", None).inductor["triton.cudagraphs"] is True
     assert read_options("max-autotune", None).inductor["max_autotune"] is True
@@ -37,6 +64,18 @@ def test_modes_are_inductors():
         ({"sste.recipy": "fp8"}, r"unknown option 'sste.recipy'; did you mean 'sste.recipe'\?"),
         ({"sste.recipe": "sste"}, r"option 'sste.recipe' is 'sste'; did you mean 's-ste'\? allowed are 'fp8', 's-ste'"),
         ({"sste.recipe": None}, r"option 'sste.recipe' is None; .*allowed are"),
+        (
+            {"sste.mvue": "of"},
+            r"option 'sste.mvue' is 'of'; did you mean 'off'\? allowed are 'approximate', 'exact', 'off'",
+        ),
+        ({"sste.recipe": "fp8", "sste.mvue": "off"}, r"recipe 'fp8' samples no gradients, so that 'sste.mvue' would"),
+        ({"sste.decay": 1e-4}, r"recipe 's-ste' has no decay; option 'sste.decay' is for 'sr-ste'"),
+        ({"sste.recipe": "sr-ste", "sste.decay": -1}, r"option 'sste.decay' is -1; allowed is a finite number from 0"),
+        (
+            {"sste.recipe": "sr-ste", "sste.decay": "x"},
+            r"option 'sste.decay' is 'x'; allowed is a finite number",
+        ),
+        ({"sste.recipe": "sr-ste", "sste.decay": True}, r"option 'sste.decay' is True; allowed is"),
         ({"sste.executor": "cuda"}, r"option 'sste.executor' is 'cuda'; .*allowed are 'eager', 'inductor'"),
         ({"sste.targets": 3}, r"option 'sste.targets' is 3; allowed are 'ffn', 'all' or a glob"),
         ({"sste.targets": ""}, r"option 'sste.targets' is ''; allowed are"),

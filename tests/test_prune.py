@@ -1,4 +1,4 @@
-"""The weight: S-STE projection and beta, and the kernels that prune, cast and compress."""
+"""The weight: its projections and beta, and the kernels that prune, cast and compress."""
 
 import itertools
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels import prune, reference
+from sparse_compile.kernels import prune, prune_bf16, reference
 from sparse_compile.kernels.formats import E4M3, E4M3_MAX, PAD_WORD, metadata_shape, values_shape
 from sparse_compile.testing import assert_same_bits
 
@@ -26,6 +26,29 @@ def test_soft_threshold24_of_every_tie_pattern() -> None:
     projected = reference.soft_threshold24(signs * patterns)
     assert torch.equal(projected, expected)
     assert (projected != 0).sum(-1).max() == 2
+
+
+def test_hard_threshold24_of_every_tie_pattern() -> None:
+    """Each element in turn, by how many of the others come before it."""
+    patterns = torch.tensor(list(itertools.product(range(4), repeat=4)), dtype=torch.float64)
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
+    expected = torch.zeros_like(patterns)
+    for row, pattern in enumerate(patterns.tolist()):
+        for i, value in enumerate(pattern):
+            before = sum(other > value or (other == value and j < i) for j, other in enumerate(pattern))
+            expected[row, i] = value * signs[i] if before < 2 else 0.0
+    assert torch.equal(reference.hard_threshold24(signs * patterns), expected)
+    assert torch.equal(reference.top2_mask(signs * patterns).sum(-1), torch.full((256,), 2))
+
+
+def test_hard_threshold24_is_the_nearest_2_4_matrix() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(2000, 4, dtype=torch.float64)
+    error = (weight - reference.hard_threshold24(weight)).square().sum(-1)
+    for pair in itertools.combinations(range(4), 2):
+        other = weight.clone()
+        other[:, list(pair)] = 0
+        assert (error <= (weight - other).square().sum(-1)).all()
 
 
 def test_soft_threshold24_is_continuous() -> None:
@@ -65,18 +88,19 @@ def test_sste_beta_of_a_zero_projection_is_none() -> None:
     assert reference.sste_beta(torch.ones(8, 8)) is None
 
 
+@pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("size", [(16, 16), (48, 80)], ids=str)
-def test_compressed_and_transposed_payload_agree(size) -> None:
+def test_compressed_and_transposed_payload_agree(size, hard) -> None:
     torch.manual_seed(0)
     weight = torch.randn(size)
     beta = torch.tensor([1.4839])
-    values, metadata, weight_t, scale_inv = reference.prune_weight(weight, beta)
+    values, metadata, weight_t, scale_inv = reference.prune_weight(weight, beta, hard)
     dense = reference.decompress24(values, metadata)[:, : size[1]].float()
     assert torch.equal(dense, weight_t.t().float())
     # The scale is the largest power of two that fits.
     assert E4M3_MAX / 2 <= dense.abs().max() <= E4M3_MAX
     assert (scale_inv / beta).frexp().mantissa == 0.5
-    exact = beta * reference.soft_threshold24(weight)
+    exact = beta * (reference.hard_threshold24(weight) if hard else reference.soft_threshold24(weight))
     # Half a unit in the last place of e4m3: 2^-4 relative, 2^-10 absolute below the normal range.
     assert ((dense * scale_inv - exact).abs() <= 2**-4 * exact.abs() + 2**-10 * scale_inv).all()
 
@@ -112,10 +136,36 @@ def test_kept_is_what_exceeds_the_threshold_then_the_lowest() -> None:
     assert values[0, :8].float().mul(2.0**-6).tolist() == [0, 5, 0, 1, 7, -6, 0, 0]
 
 
+def test_kept_are_the_two_largest_then_the_lowest() -> None:
+    weight = torch.zeros(1, 16)
+    weight[0] = torch.tensor([[0.0, 0, 0, -5], [1, 2, 2, 3], [2, 1, -6, 2], [2, -2, 2, 2]]).flatten()
+    values, metadata, *_ = reference.prune_weight(weight, torch.ones(1), True)
+    nibbles = [int(metadata[0, 0, 0, 0]) >> 4 * i & 15 for i in range(4)]
+    assert [(nibble & 3, nibble >> 2) for nibble in nibbles] == [(0, 3), (1, 3), (0, 2), (0, 1)]
+    assert values[0, :8].float().mul(2.0**-6).tolist() == [0, -5, 2, 3, 2, -6, 2, -2]
+
+
 def test_interpreted_kernels_match_the_reference() -> None:
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "tests.interpreted_kernels", "prune"]
     subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+
+
+def test_interpreted_bf16_kernel_matches_the_reference() -> None:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "tests.interpreted_kernels", "prune_bf16"]
+    subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_bf16_operands_are_the_projected_weight(hard) -> None:
+    torch.manual_seed(0)
+    weight, beta = torch.randn(48, 80), torch.tensor([1.4839])
+    values, metadata, dense, scale_inv = reference.prune_weight_bf16(weight, beta, hard)
+    exact = reference.hard_threshold24(weight) if hard else reference.soft_threshold24(weight)
+    assert torch.equal(dense, exact.bfloat16())
+    assert torch.equal(reference.decompress24(values, metadata)[:, :80], dense)
+    assert torch.equal(scale_inv, beta)
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
@@ -138,6 +188,15 @@ def prune_buffers(n: int, k: int, device: str = "cpu") -> list[Tensor]:
     ]
 
 
+def bf16_buffers(n: int, k: int, device: str = "cpu") -> list[Tensor]:
+    return [
+        poisoned(values_shape(n, k), torch.bfloat16, device),
+        poisoned(metadata_shape(n, k, torch.bfloat16), torch.int32, device),
+        poisoned((n, k), torch.bfloat16, device),
+        poisoned((1,), torch.float32, device),
+    ]
+
+
 def cast_buffers(n: int, k: int, device: str = "cpu") -> list[Tensor]:
     return [poisoned((n, k), E4M3, device), poisoned((k, n), E4M3, device), poisoned((1,), torch.float32, device)]
 
@@ -145,10 +204,15 @@ def cast_buffers(n: int, k: int, device: str = "cpu") -> list[Tensor]:
 def assert_kernels_match_the_reference(weight: Tensor) -> None:
     n, k = weight.shape
     beta = torch.tensor([1.4839], device="cuda")
-    buffers = prune_buffers(n, k, "cuda")
-    prune.launch_prune_weight(weight, beta, *buffers)
-    for actual, expected in zip(buffers, reference.prune_weight(weight, beta), strict=True):
-        assert_same_bits(actual, expected)
+    for hard in (False, True):
+        buffers = prune_buffers(n, k, "cuda")
+        prune.launch_prune_weight(weight, beta, *buffers, hard)
+        for actual, expected in zip(buffers, reference.prune_weight(weight, beta, hard), strict=True):
+            assert_same_bits(actual, expected, f"hard {hard}")
+        buffers = bf16_buffers(n, k, "cuda")
+        prune_bf16.launch_prune_weight_bf16(weight, beta, *buffers, hard)
+        for actual, expected in zip(buffers, reference.prune_weight_bf16(weight, beta, hard), strict=True):
+            assert_same_bits(actual, expected, f"bf16, hard {hard}")
     buffers = cast_buffers(n, k, "cuda")
     prune.launch_cast_weight(weight, *buffers)
     for actual, expected in zip(buffers, reference.cast_weight(weight), strict=True):

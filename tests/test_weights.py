@@ -50,6 +50,17 @@ def test_betas_can_be_given_before_the_first_step_and_later(small_gpt, batch) ->
     assert model(*batch).item() == first
 
 
+def test_weights_that_are_kept_as_they_are_have_none(small_gpt, batch) -> None:
+    model = torch.compile(small_gpt(depth=1), backend="sste", options=OPTIONS | {"sste.recipe": "ste"})
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(*batch).backward()
+    optimizer.step()
+    assert sparse_compile.beta(model) == {}
+    assert not any("sste_beta" in entry for entry in optimizer.state_dict()["state"].values())
+    with pytest.raises(ValueError, match=r"the recipe of 'blocks\.0\.up\.weight' has no scale"):
+        sparse_compile.set_beta(model, {"blocks.0.up.weight": 1.5})
+
+
 @pytest.mark.parametrize(
     ("betas", "message"),
     [

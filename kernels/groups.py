@@ -1,0 +1,101 @@
+"""Groups of four neighbours of a row, as a thread holds them: in fp32, and which of them are kept.
+
+Shared by the kernels that read a weight.
+"""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from sparse_compile.kernels.tiles import permute_bytes, split_columns
+
+_NAN = gl.constexpr(tl.PropagateNan.ALL)
+# The two bf16 of a word as fp32.  In assembly, because LLVM would turn the later |x| into integer instructions.
+_WIDEN_ASM = gl.constexpr("""
+shl.b32 $0, $2, 16;
+and.b32 $1, $2, 0xffff0000;
+""")
+
+
+@gluon.jit
+def minimum(x, y):
+    return gl.minimum(x, y, propagate_nan=_NAN)
+
+
+@gluon.jit
+def maximum(x, y):
+    return gl.maximum(x, y, propagate_nan=_NAN)
+
+
+@gluon.jit
+def bits(x):
+    """fp32 as int32; magnitudes are ordered like their bits, with NaN above infinity."""
+    return x.to(gl.int32, bitcast=True)
+
+
+@gluon.jit
+def pair(x, y):
+    """16-bit floats as the halves of a word, ``x`` the lower one."""
+    return x.to(gl.uint16, bitcast=True).to(gl.int32) | y.to(gl.uint16, bitcast=True).to(gl.int32) << 16
+
+
+@gluon.jit
+def _widen(pair):
+    """The two bf16 of ``pair`` as fp32."""
+    return gl.inline_asm_elementwise(_WIDEN_ASM, "=&f,=f,r", [pair], (gl.float32, gl.float32), True, 1)
+
+
+@gluon.jit
+def groups(w):
+    """Elements 0, 1, 2 and 3 of each four columns as fp32, and their highest bytes as a word."""
+    x0, x1, x2, x3 = split_columns(w)
+    if w.dtype == gl.float32:
+        high01, high23 = permute_bytes(bits(x0), bits(x1), 0x7632), permute_bytes(bits(x2), bits(x3), 0x7632)
+    else:
+        high01, high23 = pair(x0, x1), pair(x2, x3)
+        if w.dtype == gl.bfloat16:
+            x0, x1 = _widen(high01)
+            x2, x3 = _widen(high23)
+        else:
+            x0, x1, x2, x3 = x0.to(gl.float32), x1.to(gl.float32), x2.to(gl.float32), x3.to(gl.float32)
+    return x0, x1, x2, x3, permute_bytes(high01, high23, 0x7531)
+
+
+@gluon.jit
+def _majority(a, b, c):
+    return (a & b) | (c & (a | b))
+
+
+@gluon.jit
+def keep_top2(b0, b1, b2, b3):
+    """Which two of four magnitudes are the largest, of equal ones the first; NaN is larger than infinity."""
+    m0, m1, m2, m3 = bits(b0), bits(b1), bits(b2), bits(b3)
+    # Kept is what loses against one other at most.
+    keep0 = _majority(m0 >= m1, m0 >= m2, m0 >= m3)
+    keep1 = _majority(m1 > m0, m1 >= m2, m1 >= m3)
+    keep2 = _majority(m2 > m0, m2 > m1, m2 >= m3)
+    keep3 = _majority(m3 > m0, m3 > m1, m3 > m2)
+    return keep0, keep1, keep2, keep3
+
+
+@gluon.jit
+def project(b0, b1, b2, b3, HARD: gl.constexpr):
+    """What pruning leaves of four magnitudes, the largest, and a code of the two that are kept.
+
+    Of the magnitudes negative ones count as zero.  The low byte of the code holds the two positions, ascending from its
+    low half, the bits from 16 on the nibble of metadata.
+    """
+    largest = maximum(maximum(b0, b1), maximum(b2, b3))
+    if HARD:
+        kept0, kept1, kept2, kept3 = keep_top2(b0, b1, b2, b3)
+        m0, m1 = gl.where(kept0, b0, 0.0), gl.where(kept1, b1, 0.0)
+        m2, m3 = gl.where(kept2, b2, 0.0), gl.where(kept3, b3, 0.0)
+    else:
+        low, high = maximum(minimum(b0, b1), minimum(b2, b3)), minimum(maximum(b0, b1), maximum(b2, b3))
+        t = minimum(low, high)
+        # Kept is what exceeds t, never more than two of four, and the lowest of the others.
+        kept1, kept2, kept3 = b1 > t, b2 > t, b3 > t
+        m0, m1, m2, m3, largest = b0 - t, b1 - t, b2 - t, b3 - t, largest - t
+    with_3 = gl.where(kept2, 0xE0032, gl.where(kept1, 0xD0031, 0xC0030))
+    without_3 = gl.where(kept2, gl.where(kept1, 0x90021, 0x80020), 0x40010)
+    return m0, m1, m2, m3, largest, gl.where(kept3, with_3, without_3)

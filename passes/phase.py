@@ -1,0 +1,33 @@
+"""PHASE: what is planned to be pruned, and whose weight is in a dense phase of its schedule, runs dense.
+
+In FP8, as what is no target does; in the dtype of the activations where the recipe has no FP8.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from sparse_compile.passes.decide import Plan
+from sparse_compile.passes.find import Reason, Rejection
+from sparse_compile.recipe import FP8
+
+
+def phase(
+    plans: Sequence[Plan], when: object, is_pruned_now: Callable[[Plan], bool]
+) -> tuple[list[Plan], list[Rejection]]:
+    """The plans, in dense FP8 where the weight is not pruned now, and a rejection where there is none.
+
+    Args:
+        when: the dense phases, for the report.
+        is_pruned_now: asked of plans that prune.
+    """
+    scheduled: list[Plan] = []
+    rejections: list[Rejection] = []
+    for plan in plans:
+        if not plan.recipe.projection.prunes or is_pruned_now(plan):
+            scheduled.append(plan)
+        elif plan.recipe.is_bf16:
+            advice = "'sste.warmup' and 'sste.tail' say when it is pruned"
+            rejections.append(plan.site.reject(Reason.DENSE_PHASE, f"{when}, by its schedule", advice))
+        else:
+            scheduled.append(replace(plan, recipe=FP8, advice=f"{when}, by its schedule"))
+    return scheduled, rejections

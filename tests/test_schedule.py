@@ -1,0 +1,286 @@
+"""Schedules: dense warm-up, pruned, dense tail; counted in optimizer steps, exact at switches and across resuming."""
+
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import sparse_compile
+from sparse_compile import betas
+from sparse_compile.courses import Schedule
+from sparse_compile.kernels import reference
+from sparse_compile.options import read_options
+
+EAGER = {"sste.executor": "eager"}
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
+}
+
+
+class FFN(nn.Module):
+    def __init__(self, layer=nn.Linear):
+        super().__init__()
+        self.up, self.down = layer(64, 128), layer(128, 64)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+def compiled(model, recipe="ste", **options):
+    named = {f"sste.{name}": value for name, value in options.items()}
+    return torch.compile(model, backend="sste", options=EAGER | {"sste.recipe": recipe} | named)
+
+
+def train(step, optimizer, steps, microbatches=1):
+    """Losses of the given steps, each with data and samples of its own."""
+    losses = []
+    for number in steps:
+        for microbatch in range(microbatches):
+            torch.manual_seed(100 * number + microbatch)
+            loss = (step(torch.randn(16, 64)) - 1.0).square().mean()
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def recipes():
+    """Of each graph, in the order of compilation."""
+    return [{row.decision.split()[0] for row in graph.rows} for graph in sparse_compile.report().graphs]
+
+
+def parameters(model):
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_phases_are_counted_in_optimizer_steps_and_compiled_once_each(make, microbatches):
+    model = FFN()
+    step, optimizer = compiled(model, warmup=2, tail=3, total_steps=7), make(model.parameters())
+    seen = []
+    for number in range(8):
+        train(step, optimizer, [number], microbatches)
+        seen.append(len(recipes()))
+    assert seen == [1, 1, 2, 2, 2, 2, 2, 2], "the tail uses the graph of the warm-up"
+    assert recipes() == [{"fp8"}, {"ste"}]
+    advice = "dense before optimizer step 2 and from optimizer step 4 on, by its schedule"
+    assert sparse_compile.report().graphs[0].rows[0].advice == advice
+
+
+def test_other_linears_do_not_follow(small_gpt, batch):
+    model = small_gpt(depth=1)
+    step = compiled(model, tail=1, total_steps=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    before = dict(zip(dict(model.named_parameters()), parameters(model), strict=True))
+    for _ in range(2):
+        step(*batch).backward()
+        optimizer.step()
+    changed = {name for name, now in model.named_parameters() if not torch.equal(now, before[name])}
+    assert changed == {"blocks.0.up.weight", "blocks.0.down.weight"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "Conv1D"])
+@pytest.mark.parametrize("recipe", ["ste", "s-ste"])
+def test_the_tail_begins_with_what_the_pruned_model_computed_with(conv1d, recipe, transposed, dtype):
+    model = (FFN(conv1d) if transposed else FFN()).to(dtype)
+    step, optimizer = compiled(model, recipe, tail=3, total_steps=4), torch.optim.SGD(model.parameters(), lr=0.0)
+    x = torch.randn(16, 64).to(dtype)
+    matrices = [
+        w.t() if transposed else w for w in (model.up.weight.detach().clone(), model.down.weight.detach().clone())
+    ]
+    pruned = step(x)
+    scales = sparse_compile.beta(model)
+    pruned.square().mean().backward()
+    optimizer.step()
+    for layer, matrix, name in zip((model.up, model.down), matrices, ("up.weight", "down.weight"), strict=True):
+        if recipe == "ste":
+            expected = reference.hard_threshold24(matrix.float())
+        else:
+            expected = scales[name] * reference.soft_threshold24(matrix.float())
+        actual = layer.weight.t() if transposed else layer.weight
+        assert torch.equal(actual, expected.to(dtype))
+    assert sparse_compile.beta(model) == {}
+    dense = step(x)
+    assert recipes() == [{recipe}, {"fp8"}]
+    # beta is in the payload now, so e4m3 rounds elsewhere; a weight that was not written would be off by half.
+    assert (dense - pruned).norm() < 0.1 * pruned.norm()
+    written = parameters(model)
+    train(step, optimizer, range(1, 4))
+    assert all(map(torch.equal, written, parameters(model))), "written once"
+
+
+def saved(*parts):
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in parts], file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+@pytest.mark.parametrize("recipe", ["ste", "s-ste"])
+def test_a_resumed_run_is_the_continued_one_in_every_phase(recipe, make):
+    schedule = {"warmup": 2, "tail": 3, "total_steps": 7}
+    model = FFN()
+    step, optimizer = compiled(model, recipe, **schedule), make(model.parameters())
+    checkpoints, losses = [], []
+    for number in range(7):
+        checkpoints.append(saved(model, optimizer))
+        losses += train(step, optimizer, [number])
+    assert recipes() == [{"fp8"}, {recipe}]
+    for number in (1, 2, 3, 4, 5):
+        torch._dynamo.reset()
+        resumed = FFN()
+        optimizer = make(resumed.parameters())
+        resumed.load_state_dict(checkpoints[number][0])
+        optimizer.load_state_dict(checkpoints[number][1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            continued = train(compiled(resumed, recipe, **schedule), optimizer, range(number, 7))
+        assert continued == losses[number:], f"from step {number}"
+
+
+@pytest.mark.parametrize("model_first", [False, True])
+def test_a_checkpoint_that_is_loaded_late_brings_its_phase(model_first):
+    schedule = {"tail": 3, "total_steps": 6}
+    model = FFN()
+    step, optimizer = compiled(model, **schedule), torch.optim.AdamW(model.parameters())
+    train(step, optimizer, range(4))
+    checkpoint = saved(model, optimizer)
+    continued = train(step, optimizer, range(4, 6))
+
+    resumed = FFN()
+    step, optimizer = compiled(resumed, **schedule), torch.optim.AdamW(resumed.parameters())
+    train(step, optimizer, range(1))
+    for index in (0, 1) if model_first else (1, 0):
+        (resumed, optimizer)[index].load_state_dict(checkpoint[index])
+    assert train(step, optimizer, range(4, 6)) == continued
+
+
+def test_a_shorter_run_writes_the_weights_when_it_goes_on():
+    """The checkpoint was pruned, and the new schedule has it dense."""
+    model = FFN()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(compiled(model, tail=1, total_steps=100), optimizer, range(3))
+    checkpoint = saved(model, optimizer)
+    assert {entry[betas.PRUNED] for entry in checkpoint[1]["state"].values() if betas.PRUNED in entry} == {1}
+    torch._dynamo.reset()
+    resumed = FFN()
+    optimizer = torch.optim.SGD(resumed.parameters(), lr=0.0)
+    resumed.load_state_dict(checkpoint[0])
+    optimizer.load_state_dict(checkpoint[1])
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    train(compiled(resumed, tail=2, total_steps=5), optimizer, range(3, 5))
+    assert torch.equal(resumed.up.weight, reference.hard_threshold24(model.up.weight.detach()))
+
+
+def test_dense_phases_do_not_decay():
+    """With gradients of zero, only the decay would change a weight."""
+    model = FFN()
+    step = compiled(model, "sr-ste", decay=0.5, warmup=1, tail=1, total_steps=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    dropped = []
+    for _ in range(5):
+        weight = model.up.weight.detach().clone()
+        dropped.append(float((weight - reference.hard_threshold24(weight)).norm()))
+        (step(torch.randn(16, 64)) * 0).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    # Dense, pruned twice, and dense from weights of which only what is kept is left.
+    assert dropped == pytest.approx([dropped[0], dropped[0], 0.95 * dropped[0], 0.0, 0.0])
+
+
+def test_without_fp8_dense_phases_have_none():
+    model = FFN()
+    step = compiled(model, "ste-bf16", warmup=1, tail=1, total_steps=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    weight = model.up.weight.detach().clone()
+    train(step, optimizer, range(3))
+    assert recipes() == [{"dense"}, {"ste-bf16"}]
+    reason = "in a dense phase: dense before optimizer step 1 and from optimizer step 2 on, by its schedule"
+    assert {row.reason for row in sparse_compile.report().graphs[0].rows} == {reason}
+    assert torch.equal(model.up.weight, reference.hard_threshold24(weight))
+    x = torch.randn(16, 64)
+    torch.testing.assert_close(step(x), model(x))
+
+
+def test_both_models_of_a_class_have_phases_of_their_own():
+    first, second = FFN(), FFN()
+    runs = []
+    for model in (first, second):
+        runs.append((compiled(model, warmup=1), torch.optim.SGD(model.parameters(), lr=0.1)))
+    train(*runs[0], range(2))
+    train(*runs[1], range(1))
+    calls = [graph.calls for graph in sparse_compile.report().graphs]
+    assert (recipes(), calls) == ([{"fp8"}, {"ste"}], [2, 1]), "the second begins dense"
+    train(*runs[1], range(1, 2))
+    assert [graph.calls for graph in sparse_compile.report().graphs] == [2, 2]
+
+
+def test_blocks_that_are_alike_share_their_graphs():
+    """And switch together: their number must not count against dynamo's limit of recompilations."""
+    model = nn.Sequential(*(FFN() for _ in range(10)))
+    for block in model:
+        block.compile(
+            backend="sste",
+            options=EAGER | {"sste.recipe": "ste", "sste.warmup": 1, "sste.tail": 1, "sste.total_steps": 3},
+        )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    before = parameters(model)
+
+    def step(x):
+        return model(x.requires_grad_())  # as what each block but the first gets
+
+    train(step, optimizer, range(3))
+    assert recipes() == [{"fp8"}, {"ste"}]
+    for weight, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(weight, reference.hard_threshold24(old) if old.ndim == 2 else old)
+    train(step, optimizer, range(3, 4))
+    assert (recipes(), [graph.calls for graph in sparse_compile.report().graphs]) == ([{"fp8"}, {"ste"}], [30, 10])
+
+
+def test_the_recipe_with_a_tail_of_its_own():
+    options = read_options(None, {"sste.recipe": "ste-dense-tail", "sste.total_steps": 600})
+    assert options.schedule == Schedule(begin=0, end=500)
+    shorter = read_options(None, {"sste.recipe": "ste-dense-tail", "sste.total_steps": 600, "sste.tail": 60})
+    assert shorter.schedule == Schedule(begin=0, end=540)
+    assert read_options(None, {"sste.recipe": "ste-dense-tail", "sste.tail": 0}).schedule is None
+
+
+@pytest.mark.parametrize(
+    ("options", "begin", "end"),
+    [
+        ({"warmup": 10}, 10, None),
+        ({"warmup": 0.1, "total_steps": 500}, 50, None),
+        ({"warmup": "0.1", "tail": "0.2", "total_steps": 500}, 50, 400),
+        ({"tail": 20, "total_steps": 500}, 0, 480),
+    ],
+)
+def test_steps_or_shares(options, begin, end):
+    named = {f"sste.{name}": value for name, value in options.items()}
+    assert read_options(None, named).schedule == Schedule(begin=begin, end=end)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "ste-dense-tail"}, r"the last steps of recipe 'ste-dense-tail' are dense .* give option 'sste.t"),
+        ({"tail": 10}, r"the last steps of recipe 's-ste' are dense .* give option 'sste.total_steps'"),
+        ({"warmup": 0.5}, r"'sste.warmup' is 0.5, a share of all optimizer steps: give 'sste.total_steps'"),
+        ({"total_steps": 10}, r"'sste.total_steps' is for a schedule"),
+        ({"warmup": 5, "tail": 5, "total_steps": 10}, r"of 10 optimizer steps 5 \+ 5 are dense, which leaves none"),
+        ({"warmup": 1.5, "total_steps": 10}, r"'sste.warmup' is 1.5; allowed is .* a share below 1.0"),
+        ({"warmup": -1}, r"'sste.warmup' is -1; allowed is a number of optimizer steps"),
+        ({"tail": True, "total_steps": 10}, r"'sste.tail' is True; allowed is"),
+        ({"recipe": "fp8", "warmup": 5}, r"recipe 'fp8' prunes nothing, so that 'sste.warmup' would change nothing"),
+    ],
+)  # fmt: skip
+def test_schedules_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        read_options(None, {f"sste.{name}": value for name, value in options.items()})
