@@ -26,9 +26,10 @@ from sparse_compile.passes.recompute import recompute
 from sparse_compile.passes.rewrite import rewrite
 from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
+from sparse_compile.phases import follow
 from sparse_compile.report import GraphReport, record, write_to
 from sparse_compile.runtime import Runtime
-from sparse_compile.state import follow, is_pruned
+from sparse_compile.state import is_pruned
 from sparse_compile.torch_internals import (
     backend_fake_mode,
     clone_graph_module,

@@ -12,27 +12,23 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sparse_compile.betas import KEY, PRUNED, STEPS, Kept, SavedBetas, keep_with
-from sparse_compile.courses import Course, Schedule, count_steps
+from sparse_compile.courses import Course
 from sparse_compile.decay import Decay, MaskedDecay
 from sparse_compile.edits import find_edited, take_samples
 from sparse_compile.kernels import ops, reference
 from sparse_compile.passes.rewrite import WeightSlot
-from sparse_compile.projected import write_projected
 from sparse_compile.recipe import Projection
 from sparse_compile.steps import OptimizerSteps
 from sparse_compile.torch_internals import (
-    PRUNED_NOW,
     WeakTensorKeyDictionary,
     is_held,
-    local_tensor,
     sharded_parameter,
 )
 
@@ -70,18 +66,20 @@ class Beta:
 class WeightState:
     """The operands of one weight for one projection, orientation and device."""
 
-    __slots__ = ("__weakref__", "beta", "operands", "refreshes", "reuses", "sample", "stamp")
+    __slots__ = ("__weakref__", "beta", "masks", "operands", "refreshes", "reuses", "sample", "stamp", "steps")
 
     def __init__(self, beta: Beta) -> None:
         self.beta = beta
         self.operands: tuple[Tensor, ...] = ()
+        self.masks: Tensor | None = None  # transposable ones, and the optimizer steps since they were found
+        self.steps = 0
         self.stamp: _Stamp | None = None
         self.sample: Tensor | None = None  # of the weight that the operands were made from
         self.refreshes = 0  # how often the operands were made
         self.reuses = 0  # how often calls that record gradients used them again, since an edit or an evaluation
 
 
-class _Derived:
+class Derived:
     """All that is derived from one weight, in shards and gathered."""
 
     __slots__ = ("beta", "course", "states")
@@ -118,7 +116,7 @@ def has_no_beta(weight: Tensor) -> bool:
 
 def give_beta(weight: Tensor, value: float) -> None:
     """Set the S-STE scale of a weight, from now on."""
-    derived = _derived_from(weight)
+    derived = derived_from(weight)
     if derived.beta.value != value:
         forget(weight)
     derived.beta.set(value, frozen=True)
@@ -126,78 +124,27 @@ def give_beta(weight: Tensor, value: float) -> None:
 
 def forget(weight: Tensor) -> None:
     """Let the next call make the weight's operands again; beta stays."""
-    derived: _Derived | None = _derived.get(weight)
+    derived: Derived | None = _derived.get(weight)
     for state in derived.states.values() if derived is not None else ():
         if state.stamp is not None:
             state.stamp = _NEVER
 
 
-def follow(weight: Tensor, schedule: Schedule, projection: Projection, transposed: bool) -> bool:
-    """Let a weight follow a schedule; whether it is pruned now."""
-    global _schedule
-    _schedule = schedule
-    if not hasattr(Parameter, PRUNED_NOW):
-        setattr(Parameter, PRUNED_NOW, property(_is_pruned_now))
-        count_steps(_course_of, _switch)
-    course = _course(weight)
-    course.schedule, course.projection, course.transposed = schedule, projection, transposed
-    _settle(weight, course)
-    return course.prunes
-
-
-def _is_pruned_now(weight: Tensor) -> bool | None:
-    """What a graph is guarded by; asked of all that may use it, as the weights of blocks that are alike.
-
-    None, for which no graph is compiled, where a checkpoint of a pruned weight goes on dense, as no step has seen.
-    """
-    course = _course(weight)
-    return None if course.pruned and not course.prunes else course.prunes
-
-
-def _course_of(weight: Tensor) -> Course | None:
-    derived: _Derived | None = _derived.get(weight)
+def course_of(weight: Tensor) -> Course | None:
+    derived: Derived | None = _derived.get(weight)
     return None if derived is None else derived.course
 
 
-def _course(weight: Tensor) -> Course:
-    """The course of a weight; of a new one as far as its checkpoint says, by the last schedule."""
-    derived = _derived_from(weight)
-    if derived.course is None:
-        assert _schedule is not None  # nobody asks before there is one
-        kept, _ = _saved_betas.find(_owned(weight), (_steps.count, torch.is_grad_enabled()))
-        derived.course = Course(_schedule, int(kept.get(STEPS, 0)), bool(kept.get(PRUNED, 0)))
-    return derived.course
-
-
-def _switch(weight: Tensor, course: Course) -> None:
-    """A step has ended a phase."""
-    _settle(weight, course)
-    _release(weight)
-
-
-def _release(weight: Tensor) -> None:
+def release(weight: Tensor) -> None:
     """Give back what linears computed with in the last phase."""
-    _derived_from(weight).states.clear()
+    derived_from(weight).states.clear()
     _decays.remove(weight)
-
-
-def _settle(weight: Tensor, course: Course) -> None:
-    """Where a weight was trained pruned and is dense from now on, write into it what linears computed with."""
-    if course.prunes or not course.pruned:
-        return
-    derived, owned = _derived_from(weight), _owned(weight)
-    with _plain_tensors():
-        for tensor in (weight,) if owned is weight else (weight, owned):  # gathered, and in shards
-            local = local_tensor(tensor)
-            write_projected(local.t() if course.transposed else local, course.projection, derived.beta.value)
-    course.pruned = False
-    derived.beta.forget()
 
 
 def _kept_of(weight: Tensor) -> Kept:
     """What checkpoints hold of a weight."""
     kept: dict[str, float] = {}
-    beta, course = beta_of(weight), _course_of(weight)
+    beta, course = beta_of(weight), course_of(weight)
     if beta is not None:
         kept[KEY] = beta
     if course is not None:
@@ -207,15 +154,21 @@ def _kept_of(weight: Tensor) -> Kept:
 
 def _take(weight: Tensor, kept: Kept) -> None:
     """A checkpoint is loaded after the first call: it replaces what was derived from the weights before."""
-    course = _course_of(weight)
+    course = course_of(weight)
     if course is not None and STEPS in kept:
         before = course.prunes
         course.steps, course.pruned = int(kept[STEPS]), bool(kept.get(PRUNED, 0))
         if course.prunes != before:
             # What must be written into the weight waits for the next call: the model may be loaded after its optimizer.
-            _release(weight)
+            release(weight)
     if KEY in kept and beta_of(weight) is not None:
         give_beta(weight, kept[KEY])
+
+
+def saved_with(weight: Tensor, training: bool) -> tuple[Kept, bool]:
+    """What a checkpoint of the weight's optimizer held of it; and whether an optimizer has stepped with it."""
+    # Between two of these moments no optimizer has stepped.
+    return _saved_betas.find(owned_by_optimizer(weight), (_steps.count, training))
 
 
 def _watch(optimizer: Optimizer) -> None:
@@ -228,25 +181,34 @@ _lock = RLock()
 _watched: WeakSet[Optimizer] = WeakSet()
 _steps = OptimizerSteps(on_first=_watch)
 _decays = MaskedDecay()
-_schedule: Schedule | None = None  # the last that was followed
 _saved_betas = SavedBetas(found=_watch)
 _derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _derived_from(weight: Tensor) -> _Derived:
-    derived: _Derived | None = _derived.get(weight)
+def derived_from(weight: Tensor) -> Derived:
+    derived: Derived | None = _derived.get(weight)
     if derived is None:
-        derived = _derived[weight] = _derived.setdefault(_owned(weight), _Derived())
+        derived = _derived[weight] = _derived.setdefault(owned_by_optimizer(weight), Derived())
     return derived
 
 
 def weight_state(weight: Tensor, slot: WeightSlot) -> WeightState:
     """The state of a weight for a slot's projection and orientation, made at first use."""
-    derived = _derived_from(weight)
-    if slot.decay:
-        _decays.set(_owned(weight), Decay(decay=slot.decay, transposed=slot.transposed))
+    derived = derived_from(weight)
     key = (slot.projection, slot.bf16, slot.transposed, slot.device)
-    return derived.states.setdefault(key, WeightState(derived.beta))
+    state = derived.states.setdefault(key, WeightState(derived.beta))
+    if slot.refresh and owned_by_optimizer(weight) is not weight:
+        raise ValueError(
+            f"FSDP2 gathers the weight of {slot.name!r} anew for each forward, but transposable masks stay with one; "
+            "take recipe 'sr-ste', or leave it out by 'sste.targets'"
+        )
+    if slot.decay:
+        known = ref(state)
+        decay = Decay(
+            decay=slot.decay, transposed=slot.transposed, masks=lambda: s.masks if (s := known()) is not None else None
+        )
+        _decays.set(owned_by_optimizer(weight), decay)
+    return state
 
 
 def current_operands(
@@ -254,7 +216,7 @@ def current_operands(
 ) -> list[Tensor]:
     """The operands of the weights as they are now: all of the first weight, then of the next."""
     training = torch.is_grad_enabled()
-    with _lock, _plain_tensors():
+    with _lock, plain_tensors():
         stamps = [_stamp(weight) for weight in weights]
         stale = _find_stale(weights, states, stamps, training)
         for index in stale:
@@ -301,11 +263,12 @@ def _refresh(weight: Tensor, slot: WeightSlot, state: WeightState, stamp: _Stamp
         state.operands = slot.new_operands()
     matrix = _matrix(weight, slot)
     beta = _beta(weight, matrix, slot, state.beta, training) if slot.projection.has_beta else None
-    course = _course_of(weight) if slot.projection.prunes else None
+    course = course_of(weight) if slot.projection.prunes else None
     if course is not None:
         course.pruned = course.pruned or training
         course.projection, course.transposed = slot.projection, slot.transposed
-    _fill(slot, matrix, beta, state.operands)
+    search = _needs_masks(slot, state, stepped)
+    _fill(slot, matrix, beta, state.operands, state.masks, search)
     if in_place:
         # A backward that comes after the optimizer step must fail as it does for a dense weight.
         torch.autograd.graph.increment_version(state.operands)
@@ -315,8 +278,9 @@ def _refresh(weight: Tensor, slot: WeightSlot, state: WeightState, stamp: _Stamp
 
 def fill_operands(weight: Tensor, slot: WeightSlot, operands: tuple[Tensor, ...]) -> None:
     """Make operands of a weight with beta = 1, to see how long that takes; the weight's state is not touched."""
-    with _plain_tensors():
-        _fill(slot, _matrix(weight, slot), None, operands)
+    with plain_tensors():
+        masks = ops.new_masks(slot.out_features, slot.in_features, slot.device) if slot.refresh else None
+        _fill(slot, _matrix(weight, slot), None, operands, masks, True)
 
 
 def _matrix(weight: Tensor, slot: WeightSlot) -> Tensor:
@@ -324,8 +288,30 @@ def _matrix(weight: Tensor, slot: WeightSlot) -> Tensor:
     return weight.detach().t() if slot.transposed else weight.detach()
 
 
-def _fill(slot: WeightSlot, matrix: Tensor, beta: Tensor | None, operands: tuple[Tensor, ...]) -> None:
-    if slot.projection.prunes:
+def _needs_masks(slot: WeightSlot, state: WeightState, stepped: bool) -> bool:
+    """Whether transposable masks must be found: at first, after so many optimizer steps, and for an edited weight."""
+    if not slot.refresh:
+        return False
+    state.steps += stepped
+    if state.masks is None:
+        state.masks = ops.new_masks(slot.out_features, slot.in_features, slot.device)
+    elif stepped and state.steps < slot.refresh:
+        return False
+    state.steps = 0
+    return True
+
+
+def _fill(
+    slot: WeightSlot,
+    matrix: Tensor,
+    beta: Tensor | None,
+    operands: tuple[Tensor, ...],
+    masks: Tensor | None,
+    search: bool,
+) -> None:
+    if masks is not None:
+        ops.prune_transposable_(matrix, *operands, masks, search)
+    elif slot.projection.prunes:
         scale = ops.unit_scale(matrix.device) if beta is None else beta
         prune = ops.prune_weight_bf16_ if slot.bf16 else ops.prune_weight_
         prune(matrix, scale, *operands, slot.projection is Projection.TOP2)
@@ -352,9 +338,8 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, beta: Beta, training
         computed = reference.sste_beta(matrix)
         if computed is None:
             return ops.unit_scale(weight.device)
-        owned = _owned(weight)
-        kept, stepped = _saved_betas.find(owned, (_steps.count, training))
-        saved, course = kept.get(KEY), _course_of(owned)
+        kept, stepped = saved_with(weight, training)
+        saved, course = kept.get(KEY), course_of(weight)
         # After a dense warm-up there is none yet.
         dense_so_far = course is not None and course.steps > 0 and not course.pruned
         if saved is None and stepped and not dense_so_far:
@@ -375,7 +360,7 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, beta: Beta, training
     return beta.on(weight.device)
 
 
-def _owned(weight: Tensor) -> Tensor:
+def owned_by_optimizer(weight: Tensor) -> Tensor:
     """What an optimizer holds of the weight: its shards, where FSDP2 gathers it."""
     sharded = sharded_parameter(weight)
     return weight if sharded is None else sharded
@@ -387,7 +372,7 @@ def _capturing(weight: Tensor) -> bool:
 
 
 @contextmanager
-def _plain_tensors() -> Iterator[None]:
+def plain_tensors() -> Iterator[None]:
     """Operands made under inference_mode could not be saved for a later backward."""
     with torch.inference_mode(False), torch.no_grad():
         yield
