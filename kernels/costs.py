@@ -242,6 +242,10 @@ def _sparse_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
     return partial(ops.sparse_mm, *operands, make.ones(1, 2.0**-12), make.ones(s.tokens), s.dtype, True, True)
 
 
+def _sparse_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    return _sparse_fprop(replace(s, in_features=s.out_features, out_features=s.in_features), make)
+
+
 def _sparse_bf16_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
     rows, columns = s.out_features, s.in_features
     metadata = torch.full(
@@ -292,6 +296,15 @@ def _prune(s: LinearShape, make: _Operands, hard: bool, bf16: bool = False) -> C
     return partial(prune, _weight(replace(s, dtype=s.weight_dtype), make), make.ones(1), *buffers, hard)
 
 
+def _prune_transposable(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    """By masks that are there: a search is rare."""
+    weight = _weight(replace(s, dtype=s.weight_dtype), make)
+    buffers = ops.new_transposable_weight(s.out_features, s.in_features, make.device)
+    masks = ops.new_masks(s.out_features, s.in_features, make.device)
+    ops.prune_transposable_(weight, *buffers, masks, True)
+    return partial(ops.prune_transposable_, weight, *buffers, masks, False)
+
+
 def _cast_weight(s: LinearShape, make: _Operands) -> Callable[[], object]:
     buffers = ops.new_cast_weight(s.out_features, s.in_features, make.device)
     return partial(ops.cast_weight_, _weight(replace(s, dtype=s.weight_dtype), make), *buffers)
@@ -321,6 +334,7 @@ _KERNELS: dict[str, Callable[[LinearShape, _Operands], Callable[[], Any]]] = {
     "2:4 bf16 fprop": _sparse_bf16_fprop,
     "bf16 dgrad": _bf16_dgrad,
     "bf16 wgrad": _bf16_wgrad,
+    "2:4 fp8 dgrad": _sparse_dgrad,
     "2:4 fp8 wgrad": _sparse_wgrad,
     "transpose_tokens": _transpose_tokens,
     "cast_transpose": _cast_transpose,
@@ -330,11 +344,12 @@ _KERNELS: dict[str, Callable[[LinearShape, _Operands], Callable[[], Any]]] = {
     "prune_weight_, hard": partial(_prune, hard=True),
     "prune_weight_bf16_": partial(_prune, hard=False, bf16=True),
     "prune_weight_bf16_, hard": partial(_prune, hard=True, bf16=True),
+    "prune_transposable_": _prune_transposable,
     "cast_weight_": _cast_weight,
     "add_masked_decay_": _add_masked_decay,
 }
 PIECES = _LIBRARY | _KERNELS
 _OF_THE_WEIGHT = (
     "prune_weight_", "prune_weight_, hard", "prune_weight_bf16_", "prune_weight_bf16_, hard", "cast_weight_",
-    "add_masked_decay_",
+    "prune_transposable_", "add_masked_decay_",
 )  # fmt: skip

@@ -56,3 +56,12 @@ def check_buffer(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch
             f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}; "
             f"needed is {dtype} {shape}, contiguous, on {device}"
         )
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise ValueError unless ``weight`` is bf16, fp16 or fp32 ``[N, K]``, N and K multiples of 16."""
+    if weight.dim() != 2 or weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}; allowed is bf16, fp16 or fp32 [N, K]")
+    # Rows of N or K bytes must start on 16-byte boundaries.
+    if any(size % 16 != 0 for size in weight.shape):
+        raise ValueError(f"weight is {tuple(weight.shape)}; needed are multiples of 16")

@@ -79,12 +79,19 @@ def keep_top2(b0, b1, b2, b3):
 
 
 @gluon.jit
-def project(b0, b1, b2, b3, HARD: gl.constexpr):
-    """What pruning leaves of four magnitudes, the largest, and a code of the two that are kept.
+def encode(kept1, kept2, kept3):
+    """Which two of a group are kept, the first if none says otherwise.
 
-    Of the magnitudes negative ones count as zero.  The low byte of the code holds the two positions, ascending from its
-    low half, the bits from 16 on the nibble of metadata.
+    The low byte holds the two positions, ascending from its low half, the bits from 16 on the nibble of metadata.
     """
+    with_3 = gl.where(kept2, 0xE0032, gl.where(kept1, 0xD0031, 0xC0030))
+    without_3 = gl.where(kept2, gl.where(kept1, 0x90021, 0x80020), 0x40010)
+    return gl.where(kept3, with_3, without_3)
+
+
+@gluon.jit
+def project(b0, b1, b2, b3, HARD: gl.constexpr):
+    """What pruning leaves of four magnitudes, negative for zero; the largest; which are kept, as ``encode`` says."""
     largest = maximum(maximum(b0, b1), maximum(b2, b3))
     if HARD:
         kept0, kept1, kept2, kept3 = keep_top2(b0, b1, b2, b3)
@@ -96,6 +103,12 @@ def project(b0, b1, b2, b3, HARD: gl.constexpr):
         # Kept is what exceeds t, never more than two of four, and the lowest of the others.
         kept1, kept2, kept3 = b1 > t, b2 > t, b3 > t
         m0, m1, m2, m3, largest = b0 - t, b1 - t, b2 - t, b3 - t, largest - t
-    with_3 = gl.where(kept2, 0xE0032, gl.where(kept1, 0xD0031, 0xC0030))
-    without_3 = gl.where(kept2, gl.where(kept1, 0x90021, 0x80020), 0x40010)
-    return m0, m1, m2, m3, largest, gl.where(kept3, with_3, without_3)
+    return m0, m1, m2, m3, largest, encode(kept1, kept2, kept3)
+
+
+@gluon.jit
+def reduce_amax(amax):
+    """int32, the bits of the largest magnitude of the tile.  Unsigned, NaN of either sign is the largest."""
+    magnitudes = amax.to(gl.uint32, bitcast=True)
+    largest = gl.max(gl.reshape(magnitudes, [magnitudes.shape[0] * magnitudes.shape[1]]), 0)
+    return largest.to(gl.int32, bitcast=True) & 0x7FFFFFFF

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels import reference
+from sparse_compile.kernels import reference, reference_transposable
 from sparse_compile.kernels.formats import E4M3, metadata_shape, padded, values_shape
 
 P = ParamSpec("P")
@@ -161,6 +161,22 @@ def new_pruned_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Ten
     )
 
 
+def new_transposable_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised ``values, metadata, values_t, metadata_t, scale_inv`` for ``prune_transposable_``."""
+    return (
+        torch.empty(values_shape(n, k), dtype=E4M3, device=device),
+        torch.empty(metadata_shape(n, k), dtype=torch.int32, device=device),
+        torch.empty(values_shape(k, n), dtype=E4M3, device=device),
+        torch.empty(metadata_shape(k, n), dtype=torch.int32, device=device),
+        torch.empty(1, device=device),
+    )
+
+
+def new_masks(n: int, k: int, device: torch.device) -> Tensor:
+    """Uninitialised transposable masks of a weight ``[n, k]``."""
+    return torch.empty(n // 4, k // 4, dtype=torch.int16, device=device)
+
+
 def new_pruned_weight_bf16(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised ``values, metadata, dense, scale_inv`` for ``prune_weight_bf16_`` of a weight ``[n, k]``."""
     return (
@@ -180,7 +196,7 @@ def new_cast_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Tenso
     )
 
 
-def _no_results(*arguments: Tensor | bool) -> None:
+def _no_results(*arguments: Tensor | bool | None) -> None:
     pass
 
 
@@ -223,6 +239,26 @@ prune_weight_bf16_ = _op(
 )
 
 
+def _prune_transposable_eager(
+    weight: Tensor, values: Tensor, metadata: Tensor, values_t: Tensor, metadata_t: Tensor, scale_inv: Tensor,
+    masks: Tensor, search: bool,
+) -> None:  # fmt: skip
+    if search:
+        masks.copy_(reference_transposable.transposable_masks(weight))
+    results = reference_transposable.prune_transposable(weight, masks)
+    _fill((values, metadata, values_t, metadata_t, scale_inv), results)
+
+
+prune_transposable_ = _op(
+    "prune_transposable_(Tensor weight, Tensor(a!) values, Tensor(b!) metadata, Tensor(c!) values_t, "
+    "Tensor(d!) metadata_t, Tensor(e!) scale_inv, Tensor(f!) masks, bool search) -> ()",
+    _prune_transposable_eager,
+    _launch("prune.launch_prune_transposable", _no_results),
+    _no_results,
+    any_strides=1,
+)
+
+
 def _cast_weight_eager(weight: Tensor, *buffers: Tensor) -> None:
     _fill(buffers, reference.cast_weight(weight))
 
@@ -236,12 +272,13 @@ cast_weight_ = _op(
 )
 
 
-def _add_masked_decay_eager(grad: Tensor, weight: Tensor, factor: Tensor) -> None:
-    grad.copy_(reference.add_masked_decay(grad, weight, factor))
+def _add_masked_decay_eager(grad: Tensor, weight: Tensor, factor: Tensor, masks: Tensor | None = None) -> None:
+    mask = reference.top2_mask(weight) if masks is None else reference_transposable.dense_mask(masks)
+    grad.copy_(reference.add_masked_decay(grad, weight, factor, mask))
 
 
 add_masked_decay_ = _op(
-    "add_masked_decay_(Tensor(a!) grad, Tensor weight, Tensor factor) -> ()",
+    "add_masked_decay_(Tensor(a!) grad, Tensor weight, Tensor factor, Tensor? masks=None) -> ()",
     _add_masked_decay_eager,
     _launch("decay.launch_add_masked_decay", _no_results),
     _no_results,

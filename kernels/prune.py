@@ -4,6 +4,7 @@
             payload = e4m3(S * scale),  scale_inv = beta / scale,  amax = max |S|
             soft (S-STE):  S(w) = sign(w) * max(|w| - t, 0),  t the second smallest magnitude
             hard (top-2):  S(w) = w for the two largest magnitudes, of equal ones the first, and 0 for the others
+    transposable:  W~ = mask * W, mask 2:4 along rows and columns; payload = e4m3(W * scale), amax = max |W|
     cast:   payload = e4m3(W * scale),  scale_inv = 1 / scale,  amax = max |W|
 
 ``scale`` is the largest power of two with ``amax * scale <= 448``.  ``weight [N, K]`` may have any strides.  Pruning
@@ -23,27 +24,42 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sparse_compile.kernels.formats import AMAX_FLOOR, E4M3, check_buffer, metadata_shape, padded, values_shape
-from sparse_compile.kernels.groups import bits, groups, maximum, project
+from sparse_compile.kernels.formats import (
+    AMAX_FLOOR,
+    E4M3,
+    check_buffer,
+    check_weight,
+    metadata_shape,
+    padded,
+    values_shape,
+)
+from sparse_compile.kernels.groups import bits, groups, maximum, project, reduce_amax
 from sparse_compile.kernels.launch import Once, Plan, allocator, plan_kernel, planned
 from sparse_compile.kernels.tiles import (
     cast_words,
     column_layout,
     load_tile,
-    permute_bytes,
     row_layout,
+    split_columns,
+    split_rows,
+    store_compressed,
     store_tile,
     transpose_words,
+    with_layout_of,
+    word_ptr,
 )
+from sparse_compile.kernels.transposable import encode_columns, encode_rows, search
 
 # Rows, columns and warps of a tile, and the most registers of a thread.
 _ROW_MAJOR_TILE = (64, 128, 4, 80)
 _COLUMN_MAJOR_TILE = (128, 128, 8, None)
+# Both copies that it writes are compressed, in blocks of 128.
+_TRANSPOSABLE_TILE = (128, 128, 8)
 # Programs of the second launch: one for each multiprocessor of an H100 or H200.
 _CORRECT_PROGRAMS = 132
-# Rows of N or K bytes must start on 16-byte boundaries.
-_SIZE_MULTIPLE = 16
 
+# What is made of the weight: those up to _HARD have a beta; transposable masks are found, or read.
+_SOFT, _HARD, _CAST, _SEARCH, _MASKS = map(gl.constexpr, range(5))
 _AMAX_FLOOR_BITS = gl.constexpr(int(torch.tensor(AMAX_FLOOR).view(torch.int32)))
 _ONE_BITS = gl.constexpr(0x3F800000)
 _INFINITY_BITS = gl.constexpr(0x7F800000)
@@ -80,22 +96,9 @@ def _transposed_layout(shape, warps, column_major):
 
 
 @gluon.jit
-def _word_ptr(ptr):
-    return ptr.to(gl.pointer_type(gl.int32), bitcast=True)
-
-
-@gluon.jit
 def _cast_positive_words(x0, x1, x2, x3, signs):
     """e4m3 of ``copysign(max(x, 0), sign)``, four fp32 and the bytes of ``signs`` to a word; NaN stays NaN."""
     return gl.inline_asm_elementwise(_CAST_POSITIVE_ASM, "=r,f,f,f,f,r", [x0, x1, x2, x3, signs], gl.int32, True, 1)
-
-
-@gluon.jit
-def _reduce_amax(amax):
-    """int32, the bits of the largest magnitude of the tile.  Unsigned, NaN of either sign is the largest."""
-    bits = amax.to(gl.uint32, bitcast=True)
-    largest = gl.max(gl.reshape(bits, [bits.shape[0] * bits.shape[1]]), 0)
-    return largest.to(gl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @gluon.jit
@@ -104,35 +107,59 @@ def _prune_tile(
     HARD: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """Prune, cast and store a tile; the bits of its amax."""
-    BLOCK_N: gl.constexpr = w.shape[0]
-    BLOCK_K: gl.constexpr = w.shape[1]
     w0, w1, w2, w3, signs = groups(w)  # [BLOCK_N, BLOCK_K / 4]
     b0, b1, b2, b3 = gl.abs(w0), gl.abs(w1), gl.abs(w2), gl.abs(w3)
     m0, m1, m2, m3, amax, choice = project(b0, b1, b2, b3, HARD)
     dense = _cast_positive_words(m0 * scale, m1 * scale, m2 * scale, m3 * scale, signs)
-    dense_a, dense_b = gl.split(gl.reshape(dense, [BLOCK_N, BLOCK_K // 8, 2]))
-    choice_a, choice_b = gl.split(gl.reshape(choice, [BLOCK_N, BLOCK_K // 8, 2]))
-    choices = choice_a + choice_b * 256
-    values = permute_bytes(dense_a, dense_b, choices + 0x4400)  # the second group's bytes are 4 to 7
-    nibbles = (choices >> 16 | choices >> 20).to(gl.int8)
-    values_columns = gl.cdiv(columns, 128) * 16
-    values_layout: gl.constexpr = _words_layout(values.shape, 1, gl.num_warps(), COLUMN_MAJOR)
-    store_tile(_word_ptr(values_ptr), values, row, column // 8, rows, values_columns, EVEN, values_layout)
-
     # Rows and columns beyond the weight were loaded as zeros, whose groups name positions 0 and 1: the padding word.
-    blocks = gl.reshape(nibbles, [BLOCK_N // 16, 2, 8, BLOCK_K // 128, 2, 2, 4])  # r//16, r//8%2, r%8, block, p//2, p%2
-    blocks = gl.reshape(gl.permute(blocks, [3, 0, 2, 5, 1, 4, 6]), [BLOCK_K // 128, BLOCK_N * 16])
-    metadata_columns = gl.cdiv(rows, 128) * 2048
-    metadata_layout: gl.constexpr = gl.BlockedLayout([1, 16], [1, 32], [1, gl.num_warps()], [1, 0])
-    store_tile(
-        metadata_ptr.to(gl.pointer_type(gl.int8), bitcast=True), blocks, column // 128, row * 16,
-        gl.cdiv(columns, 128), metadata_columns, EVEN, metadata_layout,
-    )  # fmt: skip
-
+    values_layout: gl.constexpr = _words_layout([dense.shape[0], dense.shape[1] // 2], 1, gl.num_warps(), COLUMN_MAJOR)
+    store_compressed(dense, choice, values_ptr, metadata_ptr, row, column, rows, columns, EVEN, values_layout)
     transposed = transpose_words(dense)
     transposed_layout: gl.constexpr = _transposed_layout(transposed.shape, gl.num_warps(), COLUMN_MAJOR)
-    store_tile(_word_ptr(weight_t_ptr), transposed, column, row // 4, columns, rows // 4, EVEN, transposed_layout)
-    return _reduce_amax(amax)
+    store_tile(word_ptr(weight_t_ptr), transposed, column, row // 4, columns, rows // 4, EVEN, transposed_layout)
+    return reduce_amax(amax)
+
+
+@gluon.jit
+def _prune_transposable_tile(
+    w, row, column, values_ptr, metadata_ptr, values_t_ptr, metadata_t_ptr, masks_ptr, scale, rows, columns, layout,
+    SEARCH: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """Find or read the masks of a tile, cast and store it both ways; the bits of its amax."""
+    BLOCK_N: gl.constexpr = w.shape[0]
+    BLOCK_K: gl.constexpr = w.shape[1]
+    w0, w1, w2, w3, _ = groups(w)  # [BLOCK_N, BLOCK_K / 4]
+    b0, b1, b2, b3 = gl.abs(w0), gl.abs(w1), gl.abs(w2), gl.abs(w3)
+    inside = b0
+    if not EVEN:
+        offs_n = row + gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
+        offs_k = column + gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
+        inside, _, _, _ = split_columns((offs_n < rows)[:, None] & (offs_k < columns)[None, :])
+        inside, _, _, _ = split_rows(inside)
+    masks_layout: gl.constexpr = row_layout([BLOCK_N // 4, BLOCK_K // 4], 1, 4, gl.num_warps())
+    if SEARCH:
+        mask = search(b0, b1, b2, b3)
+        store_tile(
+            masks_ptr, mask.to(gl.int16), row // 4, column // 4, rows // 4, columns // 4, EVEN, masks_layout
+        )  # fmt: skip
+    else:
+        mask = load_tile(
+            masks_ptr, row // 4, column // 4, rows // 4, columns // 4, columns // 4, 1, BLOCK_N // 4, BLOCK_K // 4,
+            EVEN, masks_layout,
+        )  # fmt: skip
+        like, _, _, _ = split_rows(b0)
+        mask = with_layout_of(mask.to(gl.int32), like)
+    words = cast_words(w0 * scale, w1 * scale, w2 * scale, w3 * scale)
+    values_layout: gl.constexpr = _words_layout([BLOCK_N, BLOCK_K // 8], 1, gl.num_warps(), COLUMN_MAJOR)
+    choice = with_layout_of(encode_rows(mask, inside, EVEN), words)
+    store_compressed(words, choice, values_ptr, metadata_ptr, row, column, rows, columns, EVEN, values_layout)
+    words_t = transpose_words(words)
+    choice_t = with_layout_of(encode_columns(mask, inside, EVEN), words_t)
+    values_t_layout: gl.constexpr = _transposed_layout([BLOCK_K, BLOCK_N // 8], gl.num_warps(), COLUMN_MAJOR)
+    store_compressed(
+        words_t, choice_t, values_t_ptr, metadata_t_ptr, column, row, columns, rows, EVEN, values_t_layout
+    )  # fmt: skip
+    return reduce_amax(maximum(maximum(b0, b1), maximum(b2, b3)))
 
 
 @gluon.jit
@@ -144,37 +171,44 @@ def _cast_tile(
     amax = maximum(maximum(gl.abs(w0), gl.abs(w1)), maximum(gl.abs(w2), gl.abs(w3)))
     words = cast_words(w0 * scale, w1 * scale, w2 * scale, w3 * scale)
     words_layout: gl.constexpr = _words_layout(words.shape, 2, gl.num_warps(), COLUMN_MAJOR)
-    store_tile(_word_ptr(payload_ptr), words, row, column // 4, rows, columns // 4, EVEN, words_layout)
+    store_tile(word_ptr(payload_ptr), words, row, column // 4, rows, columns // 4, EVEN, words_layout)
     transposed = transpose_words(words)
     transposed_layout: gl.constexpr = _transposed_layout(transposed.shape, gl.num_warps(), COLUMN_MAJOR)
-    store_tile(_word_ptr(payload_t_ptr), transposed, column, row // 4, columns, rows // 4, EVEN, transposed_layout)
-    return _reduce_amax(amax)
+    store_tile(word_ptr(payload_t_ptr), transposed, column, row // 4, columns, rows // 4, EVEN, transposed_layout)
+    return reduce_amax(amax)
 
 
 @gluon.jit
 def _write_tile(
-    tile, weight_ptr, payload_ptr, metadata_ptr, weight_t_ptr, scale, rows, columns, stride_wn, stride_wk, tiles_k,
-    PRUNE: gl.constexpr, HARD: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+    tile, weight_ptr, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr, scale,
+    rows, columns, stride_wn, stride_wk, tiles_k,
+    MODE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Read one tile of the weight and write all that is made of it; the bits of its amax."""
     row, column = tile // tiles_k * BLOCK_N, tile % tiles_k * BLOCK_K
     layout: gl.constexpr = _load_layout([BLOCK_N, BLOCK_K], gl.num_warps(), COLUMN_MAJOR)
     w = load_tile(weight_ptr, row, column, rows, columns, stride_wn, stride_wk, BLOCK_N, BLOCK_K, EVEN, layout)
-    if PRUNE:
-        bits = _prune_tile(
-            w, row, column, payload_ptr, metadata_ptr, weight_t_ptr, scale, rows, columns, HARD, COLUMN_MAJOR, EVEN
-        )
+    if MODE == _CAST:
+        amax_bits = _cast_tile(w, row, column, payload_ptr, weight_t_ptr, scale, rows, columns, COLUMN_MAJOR, EVEN)
+    elif MODE <= _HARD:
+        amax_bits = _prune_tile(
+            w, row, column, payload_ptr, metadata_ptr, weight_t_ptr, scale, rows, columns,
+            MODE == _HARD, COLUMN_MAJOR, EVEN,
+        )  # fmt: skip
     else:
-        bits = _cast_tile(w, row, column, payload_ptr, weight_t_ptr, scale, rows, columns, COLUMN_MAJOR, EVEN)
-    return bits
+        amax_bits = _prune_transposable_tile(
+            w, row, column, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr, scale, rows, columns,
+            layout, MODE == _SEARCH, COLUMN_MAJOR, EVEN,
+        )  # fmt: skip
+    return amax_bits
 
 
 @gluon.jit(do_not_specialize=["tiles", "tiles_k"])
 def _speculate_kernel(
-    weight_ptr, beta_ptr, payload_ptr, metadata_ptr, weight_t_ptr, scale_inv_ptr, partials_ptr,
-    rows, columns, stride_wn, stride_wk, tiles, tiles_k,
-    PRUNE: gl.constexpr, HARD: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+    weight_ptr, beta_ptr, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr, scale_inv_ptr,
+    partials_ptr, rows, columns, stride_wn, stride_wk, tiles, tiles_k,
+    MODE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """One tile, with the scale behind the old scale_inv.  Partials: the bits of the tiles' amax, then of that scale."""
@@ -182,13 +216,14 @@ def _speculate_kernel(
     gdc_launch_dependents()
     # beta / scale_inv, whose mantissas are equal; any other quotient will not be the true scale.
     beta_bits = _ONE_BITS
-    if PRUNE:
+    if MODE <= _HARD:
         beta_bits = bits(gl.load(beta_ptr))
     scale_bits = beta_bits - bits(gl.load(scale_inv_ptr)) + _ONE_BITS & _INFINITY_BITS
     tile = gl.program_id(0)
     amax_bits = _write_tile(
-        tile, weight_ptr, payload_ptr, metadata_ptr, weight_t_ptr, scale_bits.to(gl.float32, bitcast=True),
-        rows, columns, stride_wn, stride_wk, tiles_k, PRUNE, HARD, COLUMN_MAJOR, EVEN, BLOCK_N, BLOCK_K,
+        tile, weight_ptr, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr,
+        scale_bits.to(gl.float32, bitcast=True), rows, columns, stride_wn, stride_wk, tiles_k,
+        MODE, COLUMN_MAJOR, EVEN, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     gl.store(partials_ptr + tile, amax_bits)
     if tile == 0:
@@ -197,9 +232,9 @@ def _speculate_kernel(
 
 @gluon.jit(do_not_specialize=["tiles", "tiles_k"])
 def _correct_kernel(
-    weight_ptr, beta_ptr, payload_ptr, metadata_ptr, weight_t_ptr, scale_inv_ptr, partials_ptr,
-    rows, columns, stride_wn, stride_wk, tiles, tiles_k,
-    PRUNE: gl.constexpr, HARD: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+    weight_ptr, beta_ptr, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr, scale_inv_ptr,
+    partials_ptr, rows, columns, stride_wn, stride_wk, tiles, tiles_k,
+    MODE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Write scale_inv and, where the true scale is not the one that was assumed, all tiles again."""
@@ -221,14 +256,15 @@ def _correct_kernel(
         # NaN or infinity in the weight makes every product NaN.
         scale_inv_bits = gl.where(amax_bits < _INFINITY_BITS, exponent - 8 << 23, _NAN_BITS)
         scale_inv = scale_inv_bits.to(gl.float32, bitcast=True)
-        if PRUNE:
+        if MODE <= _HARD:
             scale_inv = gl.load(beta_ptr) * scale_inv
         gl.store(scale_inv_ptr, scale_inv)
     if scale_bits != gl.load(partials_ptr + tiles):
         for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
             _write_tile(
-                tile, weight_ptr, payload_ptr, metadata_ptr, weight_t_ptr, scale_bits.to(gl.float32, bitcast=True),
-                rows, columns, stride_wn, stride_wk, tiles_k, PRUNE, HARD, COLUMN_MAJOR, EVEN, BLOCK_N, BLOCK_K,
+                tile, weight_ptr, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr,
+                scale_bits.to(gl.float32, bitcast=True), rows, columns, stride_wn, stride_wk, tiles_k,
+                MODE, COLUMN_MAJOR, EVEN, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 
 
@@ -252,7 +288,7 @@ def launch_prune_weight(
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
     """
-    _check_weight(weight)
+    check_weight(weight)
     n, k = weight.shape
     check_buffer("beta", beta, (1,), torch.float32, weight.device)
     check_buffer("values", values, values_shape(n, k), E4M3, weight.device)
@@ -262,7 +298,46 @@ def launch_prune_weight(
     if weight.numel() == 0:
         return Once(scale_inv.zero_)
     # Metadata is written for the padding too.
-    return _plan(weight, beta, values, metadata, weight_t, scale_inv, (padded(n), padded(k)), hard)
+    mode = _HARD if hard else _SOFT
+    prune = _plan(mode, weight, beta, values, metadata, weight_t, None, None, scale_inv, (padded(n), padded(k)))
+    return lambda weight, beta, values, metadata, weight_t, scale_inv: prune(
+        weight, beta, values, metadata, weight_t, None, None, scale_inv
+    )
+
+
+@planned
+def launch_prune_transposable(
+    weight: Tensor, values: Tensor, metadata: Tensor, values_t: Tensor, metadata_t: Tensor, scale_inv: Tensor,
+    masks: Tensor, search: bool,
+) -> Plan:  # fmt: skip
+    """Prune ``weight`` by transposable masks, and cast it, into the buffers, which are written in full.
+
+    Args:
+        weight: ``[N, K]``, any strides, bf16, fp16 or fp32; N and K multiples of 16.
+        values, metadata: e4m3 ``[N, padded(K) / 2]`` and int32 ``[padded(K) / 128, padded(N) / 16, 32, 2]``.
+        values_t, metadata_t: e4m3 ``[K, padded(N) / 2]`` and int32 ``[padded(N) / 128, padded(K) / 16, 32, 2]``.
+        scale_inv: fp32 ``[1]``; as for ``launch_prune_weight``.
+        masks: int16 ``[N / 4, K / 4]``, a bit for each element of a tile.
+        search: whether the best masks are found and written to ``masks``, instead of being read from there.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype, layout or device.
+    """
+    check_weight(weight)
+    n, k = weight.shape
+    check_buffer("values", values, values_shape(n, k), E4M3, weight.device)
+    check_buffer("metadata", metadata, metadata_shape(n, k), torch.int32, weight.device)
+    check_buffer("values_t", values_t, values_shape(k, n), E4M3, weight.device)
+    check_buffer("metadata_t", metadata_t, metadata_shape(k, n), torch.int32, weight.device)
+    check_buffer("scale_inv", scale_inv, (1,), torch.float32, weight.device)
+    check_buffer("masks", masks, (n // 4, k // 4), torch.int16, weight.device)
+    if weight.numel() == 0:
+        return Once(scale_inv.zero_)
+    mode, covered = _SEARCH if search else _MASKS, (padded(n), padded(k))
+    prune = _plan(mode, weight, None, values, metadata, values_t, metadata_t, masks, scale_inv, covered)
+    return lambda weight, values, metadata, values_t, metadata_t, scale_inv, masks: prune(
+        weight, None, values, metadata, values_t, metadata_t, masks, scale_inv
+    )
 
 
 @planned
@@ -279,32 +354,35 @@ def launch_cast_weight(weight: Tensor, payload: Tensor, payload_t: Tensor, scale
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
     """
-    _check_weight(weight)
+    check_weight(weight)
     n, k = weight.shape
     check_buffer("payload", payload, (n, k), E4M3, weight.device)
     check_buffer("payload_t", payload_t, (k, n), E4M3, weight.device)
     check_buffer("scale_inv", scale_inv, (1,), torch.float32, weight.device)
     if weight.numel() == 0:
         return Once(scale_inv.zero_)
-    cast = _plan(weight, None, payload, None, payload_t, scale_inv, (n, k))
-    return lambda weight, payload, payload_t, scale_inv: cast(weight, None, payload, None, payload_t, scale_inv)
+    cast = _plan(_CAST, weight, None, payload, None, payload_t, None, None, scale_inv, (n, k))
+    return lambda weight, payload, payload_t, scale_inv: cast(
+        weight, None, payload, None, payload_t, None, None, scale_inv
+    )
 
 
 def _plan(
-    weight: Tensor, beta: Tensor | None, payload: Tensor, metadata: Tensor | None, weight_t: Tensor, scale_inv: Tensor,
-    covered: tuple[int, int], hard: bool = False,
+    mode: gl.constexpr, weight: Tensor, beta: Tensor | None, payload: Tensor, metadata: Tensor | None,
+    weight_t: Tensor, metadata_t: Tensor | None, masks: Tensor | None, scale_inv: Tensor, covered: tuple[int, int],
 ) -> Plan:  # fmt: skip
     """Of both launches, over tiles that cover ``covered`` rows and columns; called with all tensors' addresses."""
     column_major = weight.stride(0) == 1 and weight.stride(1) != 1
     block_n, block_k, warps, registers = _COLUMN_MAJOR_TILE if column_major else _ROW_MAJOR_TILE
+    if masks is not None:
+        (block_n, block_k, warps), registers = _TRANSPOSABLE_TILE, None if mode == _SEARCH else 128
     tiles_n, tiles_k = triton.cdiv(covered[0], block_n), triton.cdiv(covered[1], block_k)
     tiles = tiles_n * tiles_k
     new_partials = allocator(torch.empty(tiles + 1, dtype=torch.int32, device=weight.device))
-    tensors = (weight, beta, payload, metadata, weight_t, scale_inv, new_partials())
+    tensors = (weight, beta, payload, metadata, weight_t, metadata_t, masks, scale_inv, new_partials())
     sizes = (*weight.shape, *weight.stride(), tiles, tiles_k)
     options = {
-        "PRUNE": metadata is not None,
-        "HARD": hard,
+        "MODE": mode.value,
         "COLUMN_MAJOR": column_major,
         "EVEN": (tiles_n * block_n, tiles_k * block_k) == tuple(weight.shape),
         "BLOCK_N": block_n,
@@ -322,10 +400,3 @@ def _plan(
         correct(*addresses, partials.data_ptr())
 
     return run
-
-
-def _check_weight(weight: Tensor) -> None:
-    if weight.dim() != 2 or weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}; allowed is bf16, fp16 or fp32 [N, K]")
-    if any(size % _SIZE_MULTIPLE != 0 for size in weight.shape):
-        raise ValueError(f"weight is {tuple(weight.shape)}; needed are multiples of {_SIZE_MULTIPLE}")

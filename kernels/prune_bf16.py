@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from sparse_compile.kernels.formats import check_buffer, metadata_shape, padded, values_shape
+from sparse_compile.kernels.formats import check_buffer, check_weight, metadata_shape, padded, values_shape
 from sparse_compile.kernels.groups import bits, groups, maximum, pair, project
 from sparse_compile.kernels.launch import Once, Plan, plan_kernel, planned
 from sparse_compile.kernels.tiles import column_layout, join_columns, load_tile, row_layout, store_tile
@@ -21,7 +21,6 @@ from sparse_compile.kernels.tiles import column_layout, join_columns, load_tile,
 # Rows, columns and warps of a tile.
 _ROW_MAJOR_TILE = (64, 128, 4)
 _COLUMN_MAJOR_TILE = (128, 64, 4)
-_SIZE_MULTIPLE = 16
 
 
 @gluon.constexpr_function
@@ -96,10 +95,7 @@ def launch_prune_weight_bf16(
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
     """
-    if weight.dim() != 2 or weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}; allowed is bf16, fp16 or fp32 [N, K]")
-    if any(size % _SIZE_MULTIPLE != 0 for size in weight.shape):
-        raise ValueError(f"weight is {tuple(weight.shape)}; needed are multiples of {_SIZE_MULTIPLE}")
+    check_weight(weight)
     n, k = weight.shape
     check_buffer("beta", beta, (1,), torch.float32, weight.device)
     check_buffer("values", values, values_shape(n, k), torch.bfloat16, weight.device)

@@ -94,7 +94,7 @@ def prune_weight(weight: Tensor, beta: Tensor, hard: bool = False) -> tuple[Tens
     """
     w = weight.float()
     projected = hard_threshold24(w) if hard else soft_threshold24(w)
-    scale, scale_inv = _tensorwise_scale(projected)
+    scale, scale_inv = tensorwise_scale(projected)
     payload = saturating_cast(projected * scale)
     values, metadata = compress24(payload, _kept_positions(w, hard))
     return values, metadata, payload.t().contiguous(), beta * scale_inv
@@ -120,15 +120,16 @@ def _kept_positions(weight: Tensor, hard: bool) -> Tensor:
     return order[..., :2].sort(dim=-1).values
 
 
-def add_masked_decay(grad: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
-    """``grad + factor * (1 - mask) * weight``, mask the ``top2_mask`` of the weight (SR-STE, arXiv 2102.04010).
+def add_masked_decay(grad: Tensor, weight: Tensor, factor: Tensor, mask: Tensor) -> Tensor:
+    """``grad + factor * (1 - mask) * weight`` (SR-STE, Zhou et al., ICLR 2021, arXiv 2102.04010).
 
     Args:
         grad, weight: ``[N, K]``, any strides, bf16, fp16 or fp32 each.
         factor: fp32 ``[1]``.
+        mask: bool ``[N, K]``.
     """
     decayed = grad.float() + factor * weight.float()
-    return grad.where(top2_mask(weight), decayed.to(grad.dtype))
+    return grad.where(mask, decayed.to(grad.dtype))
 
 
 def cast_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,12 +142,12 @@ def cast_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         payload e4m3 ``[N, K]``, the same transposed ``[K, N]``, and ``scale_inv``, fp32 ``[1]``.
     """
     w = weight.float()
-    scale, scale_inv = _tensorwise_scale(w)
+    scale, scale_inv = tensorwise_scale(w)
     payload = saturating_cast(w * scale).contiguous()
     return payload, payload.t().contiguous(), scale_inv
 
 
-def _tensorwise_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+def tensorwise_scale(x: Tensor) -> tuple[Tensor, Tensor]:
     """The largest power of two that keeps x within e4m3, and its inverse, NaN unless all x are finite; fp32 ``[1]``."""
     amax = x.abs().amax().reshape(1)
     bounded = amax.nan_to_num(nan=torch.finfo(torch.float32).max).clamp_min(AMAX_FLOOR)

@@ -107,6 +107,52 @@ def split_rows(tile):
 
 
 @gluon.jit
+def join_rows(x0, x1, x2, x3):
+    """The inverse of ``split_rows``."""
+    groups = gl.permute(gl.join(gl.join(x0, x2), gl.join(x1, x3)), [0, 2, 3, 1])  # [R, 2, 2, C]
+    return gl.reshape(groups, [4 * x0.shape[0], x0.shape[1]])
+
+
+@gluon.jit
+def with_layout_of(x, y):
+    """``x``, held by the threads as ``y`` is."""
+    return gl.convert_layout(x, y.type.layout)
+
+
+@gluon.jit
+def word_ptr(ptr):
+    return ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+
+
+@gluon.jit
+def store_compressed(
+    words, choice, values_ptr, metadata_ptr, row, column, rows, columns, EVEN: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Store two of each four columns, and where they stood, of the tile at (row, column) of a matrix [rows, columns].
+
+    Args:
+        words: [R, C / 4], of four columns each, C a multiple of 128.
+        choice: which two of a word are kept, as ``groups.encode`` says; of padding the first two.
+        LAYOUT: of the values, words [R, C / 8].
+    """
+    R: gl.constexpr = words.shape[0]
+    C: gl.constexpr = words.shape[1] * 4
+    words_a, words_b = gl.split(gl.reshape(words, [R, C // 8, 2]))
+    choice_a, choice_b = gl.split(gl.reshape(choice, [R, C // 8, 2]))
+    choices = choice_a + choice_b * 256
+    values = permute_bytes(words_a, words_b, choices + 0x4400)  # the second group's bytes are 4 to 7
+    nibbles = (choices >> 16 | choices >> 20).to(gl.int8)
+    store_tile(word_ptr(values_ptr), values, row, column // 8, rows, gl.cdiv(columns, 128) * 16, EVEN, LAYOUT)
+    blocks = gl.reshape(nibbles, [R // 16, 2, 8, C // 128, 2, 2, 4])  # r // 16, r // 8 % 2, r % 8, block, p // 2, p % 2
+    blocks = gl.reshape(gl.permute(blocks, [3, 0, 2, 5, 1, 4, 6]), [C // 128, R * 16])
+    metadata_layout: gl.constexpr = gl.BlockedLayout([1, 16], [1, 32], [1, gl.num_warps()], [1, 0])
+    store_tile(
+        metadata_ptr.to(gl.pointer_type(gl.int8), bitcast=True), blocks, column // 128, row * 16,
+        gl.cdiv(columns, 128), gl.cdiv(rows, 128) * 2048, EVEN, metadata_layout,
+    )  # fmt: skip
+
+
+@gluon.jit
 def cast_words(x0, x1, x2, x3):
     """Four fp32 in e4m3: a word.  It saturates, and NaN stays NaN."""
     return gl.inline_asm_elementwise(_CAST_ASM, "=r,f,f,f,f", [x0, x1, x2, x3], gl.int32, True, 1)

@@ -28,13 +28,15 @@ _DENSE_PIECES = ("hp fprop", "hp dgrad", "hp wgrad")
 # Ops whose times count once, whatever linears share.
 _OPS = (
     "prune_weight_", "prune_weight_, hard", "prune_weight_bf16_", "prune_weight_bf16_, hard", "cast_weight_",
-    "add_masked_decay_", "cast_transpose", "cast_mvue, exact mvue", "cast_mvue, approximate mvue",
+    "prune_transposable_", "add_masked_decay_", "cast_transpose", "cast_mvue, exact mvue",
+    "cast_mvue, approximate mvue",
 )  # fmt: skip
 _DENSE = (Gemm.HP, Gemm.BF16)
 _WEIGHT_OPS = {
     (Projection.NONE, False): "cast_weight_",
     (Projection.SSTE, False): "prune_weight_",
     (Projection.TOP2, False): "prune_weight_, hard",
+    (Projection.TRANSPOSABLE, False): "prune_transposable_",
     (Projection.SSTE, True): "prune_weight_bf16_",
     (Projection.TOP2, True): "prune_weight_bf16_, hard",
 }
@@ -186,9 +188,10 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
         total += times[f"{recipe.dgrad.value} dgrad"]
         if recipe.dgrad is Gemm.FP8:
             total += inputs * _PRODUCT_BYTES * byte
-    if recipe.dgrad is Gemm.FP8 or recipe.wgrad not in _DENSE:
+    casts_gradient = recipe.dgrad in (Gemm.FP8, Gemm.SPARSE24)
+    if casts_gradient or recipe.wgrad not in _DENSE:
         total += outputs * _GRADIENT_BYTES * byte
-    if recipe.dgrad is Gemm.FP8 and recipe.wgrad is Gemm.HP:
+    if casts_gradient and recipe.wgrad is Gemm.HP:
         total += outputs * _INPUT_BYTES * byte  # the cast, which is no op then
     return total
 

@@ -8,7 +8,7 @@ region is recomputed.  ``%operands`` are new inputs of the graph that hold what 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,13 +37,18 @@ class WeightSlot:
     in_features: int
     device: torch.device
     decay: float = 0.0
+    refresh: int = 0
     bf16: bool = False  # whether it is kept in bf16 instead of FP8
 
     def new_operands(self) -> tuple[Tensor, ...]:
         """Uninitialised operands; fake ones under a FakeTensorMode."""
-        new = ops.new_pruned_weight if self.projection.prunes else ops.new_cast_weight
-        if self.bf16:
-            new = ops.new_pruned_weight_bf16
+        new: Callable[[int, int, torch.device], tuple[Tensor, ...]]
+        if self.projection is Projection.TRANSPOSABLE:
+            new = ops.new_transposable_weight
+        elif self.projection.prunes:
+            new = ops.new_pruned_weight_bf16 if self.bf16 else ops.new_pruned_weight
+        else:
+            new = ops.new_cast_weight
         return new(self.out_features, self.in_features, self.device)
 
 
@@ -90,6 +95,7 @@ def _slot(plan: Plan, position: int) -> WeightSlot:
         in_features=plan.site.in_features,
         device=example_value(plan.site.weight).device,
         decay=plan.recipe.decay,
+        refresh=plan.recipe.refresh,
         bf16=plan.recipe.is_bf16,
     )
 

@@ -41,6 +41,17 @@ def _problems(plan: Plan) -> Iterator[Problem]:
             transpose=True,
             use_fast_accum=True,
         )
+    if plan.recipe.dgrad is Gemm.SPARSE24:
+        yield Problem(
+            rows=site.in_features,
+            columns=tokens,
+            contraction=site.out_features,
+            dtype=E4M3,
+            out_dtype=example_value(site.input).dtype,
+            scaled=True,
+            transpose=True,
+            use_fast_accum=True,
+        )
     if plan.recipe.wgrad is Gemm.SPARSE24:
         yield Problem(
             rows=site.out_features,

@@ -27,11 +27,12 @@ from sparse_compile.passes.rewrite import rewrite
 from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
 from sparse_compile.pattern import is_24
+from sparse_compile.phases import follow
 from sparse_compile.progress import announced
 from sparse_compile.record import record, write_to
 from sparse_compile.report import GraphReport
 from sparse_compile.runtime import Runtime
-from sparse_compile.state import follow, is_pruned
+from sparse_compile.state import is_pruned
 from sparse_compile.step_times import time_steps
 from sparse_compile.torch_internals import (
     backend_fake_mode,

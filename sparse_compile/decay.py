@@ -27,6 +27,7 @@ class Decay:
 
     decay: float
     transposed: bool  # whether the weight is stored [in_features, out_features]
+    masks: Callable[[], Tensor | None]  # transposable ones; None where the largest elements are kept
 
 
 class MaskedDecay:
@@ -84,9 +85,9 @@ class MaskedDecay:
         if scale is not None:
             factor = factor * scale.to(grad.device)
         if decay.transposed:
-            ops.add_masked_decay_(grad.t(), matrix.t(), factor.reshape(1))
+            ops.add_masked_decay_(grad.t(), matrix.t(), factor.reshape(1), decay.masks())
         else:
-            ops.add_masked_decay_(grad, matrix, factor.reshape(1))
+            ops.add_masked_decay_(grad, matrix, factor.reshape(1), decay.masks())
         self._added[weight] = (ref(grad), grad._version)
 
 

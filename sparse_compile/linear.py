@@ -44,8 +44,9 @@ def linear(
         recipe_name: key into ``VARIANTS``.
         out_dtype: dtype of the result.
         operands: what ``state`` keeps of the weight for this recipe: ``values, metadata, weight_t, scale_inv`` where
-            it is projected to 2:4, ``values, metadata, dense, scale_inv`` where that is in bf16, ``payload, payload_t,
-            scale_inv`` where it is cast only.
+            it is projected to 2:4, ``values, metadata, dense, scale_inv`` where that is in bf16, ``values, metadata,
+            values_t, metadata_t, scale_inv`` where it is 2:4 both ways, ``payload, payload_t, scale_inv`` where it is
+            cast only.
     """
     result: Tensor
     if VARIANTS[recipe_name].is_bf16:
@@ -79,8 +80,8 @@ class _Linear(torch.autograd.Function):
             output = output + bias.to(out_dtype)
         # What the backward products read, and nothing more.
         saved_input = (tokens, None) if recipe.wgrad is Gemm.HP else (x_fp8, scale_inv)
-        saved_weight = (weight, None) if recipe.dgrad is Gemm.HP else operands[-2:]
-        ctx.save_for_backward(*saved_input, *saved_weight, seed)
+        saved_weight = {Gemm.HP: (weight,), Gemm.FP8: operands[-2:], Gemm.SPARSE24: operands[-3:]}[recipe.dgrad]
+        ctx.save_for_backward(*saved_input, seed, *saved_weight)
         ctx.recipe, ctx.index, ctx.transposed = recipe, index, transposed
         ctx.input_shape, ctx.input_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -89,7 +90,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, x_scale_inv, weight, weight_scale_inv, seed = ctx.saved_tensors
+        x, x_scale_inv, seed, *weight = ctx.saved_tensors
         recipe = ctx.recipe
         grad = grad_output.reshape(-1, grad_output.shape[-1]).contiguous()
         grad_input = grad_weight = grad_bias = None
@@ -103,9 +104,14 @@ class _Linear(torch.autograd.Function):
             grad_fp8, operand, wgrad_scale_inv = _cast_grad(ctx, grad, row_scale, x_scale_inv, bound, seed)
         if ctx.needs_input_grad[0]:
             if recipe.dgrad is Gemm.HP:
-                product = grad @ (weight.t() if ctx.transposed else weight).to(grad.dtype)
+                product = grad @ (weight[0].t() if ctx.transposed else weight[0]).to(grad.dtype)
+            elif recipe.dgrad is Gemm.SPARSE24:
+                values, metadata, scale_inv = weight
+                product = ops.sparse_mm(
+                    values, metadata, grad_fp8, scale_inv, row_scale_inv, ctx.input_dtype, True, True
+                )  # fmt: skip
             else:
-                product = _scaled_mm(grad_fp8, weight, weight_scale_inv, row_scale_inv, ctx.input_dtype)
+                product = _scaled_mm(grad_fp8, weight[0], weight[1], row_scale_inv, ctx.input_dtype)
             grad_input = product.to(ctx.input_dtype).reshape(ctx.input_shape)
         if ctx.needs_input_grad[1]:
             if recipe.wgrad is Gemm.HP:
@@ -142,7 +148,7 @@ def _fprop(
 ) -> Tensor:
     """output = input @ weight.T"""
     if recipe.fprop is Gemm.SPARSE24:
-        values, metadata, _, weight_scale_inv = operands
+        values, metadata, *_, weight_scale_inv = operands
         return ops.sparse_mm(values, metadata, x_fp8, weight_scale_inv, scale_inv, out_dtype, True, True)
     payload, _, weight_scale_inv = operands
     return _scaled_mm(x_fp8, payload, weight_scale_inv, scale_inv, out_dtype)

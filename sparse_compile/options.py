@@ -17,7 +17,7 @@ from sparse_compile.torch_internals import inductor_option_names, inductor_patch
 # A row of activations is cast in one reading where its registers allow it: Inductor tries, and takes the faster way.
 _INDUCTOR_DEFAULTS = {"triton.multi_kernel": 1}
 _NAMES = (
-    "sste.recipe", "sste.mvue", "sste.decay", "sste.warmup", "sste.tail", "sste.total_steps",
+    "sste.recipe", "sste.mvue", "sste.decay", "sste.refresh", "sste.warmup", "sste.tail", "sste.total_steps",
     "sste.targets", "sste.head", "sste.frozen", "sste.when", "sste.memory", "sste.executor", "sste.tune",
     "sste.report", "sste.report_measure", "sste.health",
 )  # fmt: skip
@@ -116,6 +116,13 @@ def _recipe(options: Mapping[str, Any]) -> Recipe:
             with_decay = _listed([name for name, other in RECIPES.items() if other.decay])
             raise ValueError(f"recipe {recipe.name!r} has no decay; option 'sste.decay' is for {with_decay}")
         recipe = replace(recipe, decay=decay)
+    if "sste.refresh" in options:
+        if not recipe.refresh:
+            raise ValueError(f"recipe {recipe.name!r} has no masks that are kept; 'sste.refresh' is for 't-sr-ste'")
+        refresh = _steps(options, "sste.refresh")
+        if refresh == 0:
+            raise ValueError("option 'sste.refresh' is 0; allowed is a number of optimizer steps, 1 for every step")
+        recipe = replace(recipe, refresh=refresh)
     return recipe
 
 

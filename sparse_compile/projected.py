@@ -4,30 +4,37 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.reference import hard_threshold24, soft_threshold24
+from sparse_compile.kernels.reference_transposable import dense_mask, transposable_masks
 from sparse_compile.recipe import Projection
 
 # Elements that are projected at once: bounds the memory that it takes.
 _ELEMENTS = 2**22
 
 
-def project(matrix: Tensor, projection: Projection, beta: float | None) -> Tensor:
+def project(matrix: Tensor, projection: Projection, beta: float | None, masks: Tensor | None) -> Tensor:
     """``beta * S(W)`` of ``matrix [N, K]``, fp32.
 
     Args:
         beta: for projections that have one; None for a weight that never had any, S(W) being zero all over.
+        masks: transposable ones, int16 ``[N / 4, K / 4]``; without them they are found.
     """
     w = matrix.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if projection is Projection.TRANSPOSABLE:
+        return w.where(dense_mask(transposable_masks(w) if masks is None else masks), 0)
     if projection is Projection.TOP2:
         return hard_threshold24(w)
     return soft_threshold24(w) * (1.0 if beta is None else beta)
 
 
-def write_projected(matrix: Tensor, projection: Projection, beta: float | None) -> None:
-    """Overwrite ``matrix [N, K]``, of any strides, with its projection, rounded once."""
+def write_projected(matrix: Tensor, projection: Projection, beta: float | None, masks: Tensor | None) -> None:
+    """Overwrite ``matrix [N, K]``, of any strides, with its projection, rounded once; arguments as of ``project``."""
+    if projection is Projection.TRANSPOSABLE:
+        matrix.copy_(project(matrix, projection, beta, masks))
+        return
     if matrix.shape[1] % 4 != 0:
         raise ValueError(
             f"a shard of {matrix.shape[1]} in_features ends within a group of four, so this process cannot write what "
             "its linear computed with; shard along out_features, or leave the dense tail away"
         )
     for rows in matrix.split(max(1, _ELEMENTS // matrix.shape[1])):
-        rows.copy_(project(rows, projection, beta))
+        rows.copy_(project(rows, projection, beta, None))

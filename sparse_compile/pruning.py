@@ -14,10 +14,11 @@ class Pruning:
 
     projection: Projection
     beta: float | None  # of S-STE; None while S(W) is zero everywhere
+    masks: Tensor | None  # transposable ones that are kept for some steps
     transposed: bool | None  # whether the weight is stored [in_features, out_features]; None where no call has told
     finalized: bool  # whether the weight was made its own projection, and no training has used it since
 
     def project(self, weight: Tensor, *, transposed: bool) -> Tensor:
         """The projected weight in the layout and dtype of the weight, computed in fp32."""
-        projected = project(weight.t() if transposed else weight, self.projection, self.beta)
+        projected = project(weight.t() if transposed else weight, self.projection, self.beta, self.masks)
         return (projected.t() if transposed else projected).to(weight.dtype)

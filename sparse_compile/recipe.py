@@ -11,6 +11,7 @@ class Projection(Enum):
     NONE = "none"
     SSTE = "s-ste"  # beta * S(W), 2:4 along in_features
     TOP2 = "top-2"  # the two largest magnitudes of each four along in_features, as they are
+    TRANSPOSABLE = "transposable"  # by masks that are 2:4 along both dimensions, as it is
 
     @property
     def prunes(self) -> bool:
@@ -44,9 +45,9 @@ class Estimator(Enum):
 class Recipe:
     """The arithmetic of one linear, ``output = input @ weight.T``.
 
-    fprop is 2:4 exactly where the weight is projected, wgrad exactly where an estimator prunes grad_output.  dgrad is
-    dense in every recipe so far: the weight's groups run along in_features, dgrad contracts over out_features.  It
-    reads the projected weight where there is one, which exists in FP8 or, for all three products, in bf16.
+    fprop is 2:4 exactly where the weight is projected, wgrad exactly where an estimator prunes grad_output.  dgrad
+    contracts over out_features, so it is 2:4 exactly where the weight is so along these, too.  It reads the projected
+    weight where there is one, which exists in FP8 or, for all three products, in bf16.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Recipe:
     wgrad: Gemm
     estimator: Estimator | None
     decay: float = 0.0  # of what the mask drops, added to the gradient
+    refresh: int = 0  # optimizer steps between two searches for transposable masks
     tail: float = 0.0  # share of the optimizer steps, the last ones, in which it is dense
 
     def __post_init__(self) -> None:
@@ -67,11 +69,15 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: all three products are in bf16, or none")
         if self.fprop is Gemm.HP:
             raise ValueError(f"recipe {self.name!r}: fprop must be 2:4 or dense fp8")
-        if self.dgrad is Gemm.SPARSE24 or (self.dgrad is Gemm.HP and self.projection.prunes):
+        if (self.dgrad is Gemm.SPARSE24) != (self.projection is Projection.TRANSPOSABLE):
+            raise ValueError(f"recipe {self.name!r}: dgrad is 2:4 if and only if the masks are transposable")
+        if self.dgrad is Gemm.HP and self.projection.prunes:
             raise ValueError(f"recipe {self.name!r}: dgrad must be dense fp8, or hp where the weight is not projected")
 
-        if self.decay and self.projection is not Projection.TOP2:
+        if self.decay and self.projection not in (Projection.TOP2, Projection.TRANSPOSABLE):
             raise ValueError(f"recipe {self.name!r}: a decay needs a mask, and so hard pruning")
+        if (self.projection is Projection.TRANSPOSABLE) != (self.refresh > 0):
+            raise ValueError(f"recipe {self.name!r}: masks are refreshed if and only if they are transposable")
 
     @property
     def is_bf16(self) -> bool:
@@ -119,6 +125,9 @@ SSTE = Recipe(
 SSTE_APPROXIMATE = replace(SSTE, name="s-ste-approximate", estimator=Estimator.APPROXIMATE_MVUE)
 STE = replace(SSTE, name="ste", projection=Projection.TOP2)
 SR_STE = replace(STE, name="sr-ste", decay=2e-4)
+T_SR_STE = replace(
+    SR_STE, name="t-sr-ste", projection=Projection.TRANSPOSABLE, dgrad=Gemm.SPARSE24, refresh=40
+)  # fmt: skip
 STE_DENSE_TAIL = replace(STE, name="ste-dense-tail", tail=1 / 6)
 FP8 = Recipe(name="fp8", projection=Projection.NONE, fprop=Gemm.FP8, dgrad=Gemm.FP8, wgrad=Gemm.FP8, estimator=None)
 
@@ -130,7 +139,7 @@ STE_BF16 = replace(SSTE_BF16, name="ste-bf16", projection=Projection.TOP2)
 # By the names that the user may say.
 RECIPES = {
     recipe.name: recipe
-    for recipe in (SSTE, SSTE_APPROXIMATE, SSTE_BF16, STE, STE_BF16, SR_STE, STE_DENSE_TAIL, FP8)
+    for recipe in (SSTE, SSTE_APPROXIMATE, SSTE_BF16, STE, STE_BF16, SR_STE, T_SR_STE, STE_DENSE_TAIL, FP8)
 }  # fmt: skip
 # What the user may say of the estimator.
 MVUE = {"exact": Estimator.EXACT_MVUE, "approximate": Estimator.APPROXIMATE_MVUE, "off": None}

@@ -20,25 +20,21 @@ from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sparse_compile.betas import KEY, PRUNED, STEPS, Kept, SavedBetas, keep_with
-from sparse_compile.courses import Course, Schedule, count_steps
+from sparse_compile.courses import Course
 from sparse_compile.decay import Decay, MaskedDecay
 from sparse_compile.edits import find_edited, take_samples
 from sparse_compile.kernels import ops, reference
 from sparse_compile.passes.rewrite import WeightSlot
-from sparse_compile.projected import write_projected
 from sparse_compile.pruning import Pruning
 from sparse_compile.recipe import Projection
 from sparse_compile.steps import OptimizerSteps
 from sparse_compile.torch_internals import (
-    PRUNED_NOW,
     WeakTensorKeyDictionary,
     call_when_freed,
     is_held,
-    local_tensor,
     sharded_parameter,
     versions_kept,
 )
@@ -83,7 +79,8 @@ class WeightState:
     """
 
     __slots__ = (
-        "__weakref__", "beta", "freed", "operands", "refreshes", "reuses", "sample", "shards", "stamp", "trained"
+        "__weakref__", "beta", "freed", "masks", "operands", "refreshes", "reuses", "sample", "shards", "stamp",
+        "steps", "trained",
     )  # fmt: skip
 
     def __init__(self, beta: Beta, shards: ref[Tensor] | None) -> None:
@@ -91,6 +88,8 @@ class WeightState:
         self.shards = shards
         self.operands: tuple[Tensor, ...] = ()
         self.freed = False
+        self.masks: Tensor | None = None  # transposable ones, and the optimizer steps since they were found
+        self.steps = 0
         self.stamp: _Stamp | None = None
         self.sample: Tensor | None = None  # of the weight that the operands were made from
         self.refreshes = 0  # how often the operands were made
@@ -114,7 +113,7 @@ class WeightState:
         self.freed = False
 
 
-class _Derived:
+class Derived:
     """All that is derived from one weight, in shards and gathered."""
 
     __slots__ = ("beta", "course", "finalized", "shards", "states")
@@ -166,7 +165,7 @@ def has_no_beta(weight: Tensor) -> bool:
 
 def give_beta(weight: Tensor, value: float) -> None:
     """Set the S-STE scale of a weight, from now on."""
-    derived = _derived_from(weight)
+    derived = derived_from(weight)
     if derived.beta.value != value:
         forget(weight)
     derived.beta.set(value, frozen=True)
@@ -179,11 +178,11 @@ def pruning_of(weight: Tensor, moment: Hashable) -> Pruning | None:
     Args:
         moment: optimizers are searched for a saved beta once in each (``SavedBetas.find``).
     """
-    derived: _Derived = _derived.get(weight) or _Derived()
+    derived: Derived = _derived.get(weight) or Derived()
     pruned = {key: state for key, state in derived.states.items() if key[0].prunes}
     beta = derived.beta.value
     if beta is None:
-        kept, _ = _saved_betas.find(_owned(weight), moment)
+        kept, _ = _saved_betas.find(owned_by_optimizer(weight), moment)
         beta = kept.get(KEY)
     if beta is None and not pruned:
         return None
@@ -191,7 +190,8 @@ def pruning_of(weight: Tensor, moment: Hashable) -> Pruning | None:
     projection, transposed = (Projection.SSTE, None) if last is None else (last[0], last[2])
     trained = max((state.trained for state in pruned.values()), default=0)
     finalized = derived.finalized is not None and trained <= derived.finalized
-    return Pruning(projection=projection, beta=beta, transposed=transposed, finalized=finalized)
+    masks = None if last is None else pruned[last].masks
+    return Pruning(projection=projection, beta=beta, masks=masks, transposed=transposed, finalized=finalized)
 
 
 def mark_finalized(weight: Tensor, pruning: Pruning) -> None:
@@ -199,83 +199,32 @@ def mark_finalized(weight: Tensor, pruning: Pruning) -> None:
     if pruning.beta is not None:
         give_beta(weight, 1.0)
     forget(weight)
-    _derived_from(weight).finalized = next(_clock)
+    derived_from(weight).finalized = next(_clock)
 
 
 def forget(weight: Tensor) -> None:
     """Let the next call make the weight's operands again; beta stays."""
-    derived: _Derived | None = _derived.get(weight)
+    derived: Derived | None = _derived.get(weight)
     for state in derived.states.values() if derived is not None else ():
         if state.stamp is not None:
             state.stamp = _NEVER
 
 
-def follow(weight: Tensor, schedule: Schedule, projection: Projection, transposed: bool) -> bool:
-    """Let a weight follow a schedule; whether it is pruned now."""
-    global _schedule
-    _schedule = schedule
-    if not hasattr(Parameter, PRUNED_NOW):
-        setattr(Parameter, PRUNED_NOW, property(_is_pruned_now))
-        count_steps(_course_of, _switch)
-    course = _course(weight)
-    course.schedule, course.projection, course.transposed = schedule, projection, transposed
-    _settle(weight, course)
-    return course.prunes
-
-
-def _is_pruned_now(weight: Tensor) -> bool | None:
-    """What a graph is guarded by; asked of all that may use it, as the weights of blocks that are alike.
-
-    None, for which no graph is compiled, where a checkpoint of a pruned weight goes on dense, as no step has seen.
-    """
-    course = _course(weight)
-    return None if course.pruned and not course.prunes else course.prunes
-
-
-def _course_of(weight: Tensor) -> Course | None:
-    derived: _Derived | None = _derived.get(weight)
+def course_of(weight: Tensor) -> Course | None:
+    derived: Derived | None = _derived.get(weight)
     return None if derived is None else derived.course
 
 
-def _course(weight: Tensor) -> Course:
-    """The course of a weight; of a new one as far as its checkpoint says, by the last schedule."""
-    derived = _derived_from(weight)
-    if derived.course is None:
-        assert _schedule is not None  # nobody asks before there is one
-        kept, _ = _saved_betas.find(_owned(weight), (_steps.count, torch.is_grad_enabled()))
-        derived.course = Course(_schedule, int(kept.get(STEPS, 0)), bool(kept.get(PRUNED, 0)))
-    return derived.course
-
-
-def _switch(weight: Tensor, course: Course) -> None:
-    """A step has ended a phase."""
-    _settle(weight, course)
-    _release(weight)
-
-
-def _release(weight: Tensor) -> None:
+def release(weight: Tensor) -> None:
     """Give back what linears computed with in the last phase."""
-    _derived_from(weight).states.clear()
+    derived_from(weight).states.clear()
     _decays.remove(weight)
-
-
-def _settle(weight: Tensor, course: Course) -> None:
-    """Where a weight was trained pruned and is dense from now on, write into it what linears computed with."""
-    if course.prunes or not course.pruned:
-        return
-    derived, owned = _derived_from(weight), _owned(weight)
-    with _plain_tensors():
-        for tensor in (weight,) if owned is weight else (weight, owned):  # gathered, and in shards
-            local = local_tensor(tensor)
-            write_projected(local.t() if course.transposed else local, course.projection, derived.beta.value)
-    course.pruned = False
-    derived.beta.forget()
 
 
 def _kept_of(weight: Tensor) -> Kept:
     """What checkpoints hold of a weight."""
     kept: dict[str, float] = {}
-    beta, course = beta_of(weight), _course_of(weight)
+    beta, course = beta_of(weight), course_of(weight)
     if beta is not None:
         kept[KEY] = beta
     if course is not None:
@@ -285,15 +234,21 @@ def _kept_of(weight: Tensor) -> Kept:
 
 def _take(weight: Tensor, kept: Kept) -> None:
     """A checkpoint is loaded after the first call: it replaces what was derived from the weights before."""
-    course = _course_of(weight)
+    course = course_of(weight)
     if course is not None and STEPS in kept:
         before = course.prunes
         course.steps, course.pruned = int(kept[STEPS]), bool(kept.get(PRUNED, 0))
         if course.prunes != before:
             # What must be written into the weight waits for the next call: the model may be loaded after its optimizer.
-            _release(weight)
+            release(weight)
     if KEY in kept and beta_of(weight) is not None:
         give_beta(weight, kept[KEY])
+
+
+def saved_with(weight: Tensor, training: bool) -> tuple[Kept, bool]:
+    """What a checkpoint of the weight's optimizer held of it; and whether an optimizer has stepped with it."""
+    # Between two of these moments no optimizer has stepped.
+    return _saved_betas.find(owned_by_optimizer(weight), (_steps.count, training))
 
 
 def _watch(optimizer: Optimizer) -> None:
@@ -306,17 +261,16 @@ _lock = RLock()
 _watched: WeakSet[Optimizer] = WeakSet()
 _steps = OptimizerSteps(on_first=_watch)
 _decays = MaskedDecay()
-_schedule: Schedule | None = None  # the last that was followed
 _saved_betas = SavedBetas(found=_watch)
 _derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _clock = count(1)
 
 
-def _derived_from(weight: Tensor) -> _Derived:
-    derived: _Derived | None = _derived.get(weight)
+def derived_from(weight: Tensor) -> Derived:
+    derived: Derived | None = _derived.get(weight)
     if derived is None:
-        owned = _owned(weight)
-        derived = _derived[weight] = _derived.setdefault(owned, _Derived())
+        owned = owned_by_optimizer(weight)
+        derived = _derived[weight] = _derived.setdefault(owned, Derived())
         if owned is not weight:
             derived.shards = ref(owned)
             call_when_freed(weight, derived.free)
@@ -325,11 +279,21 @@ def _derived_from(weight: Tensor) -> _Derived:
 
 def weight_state(weight: Tensor, slot: WeightSlot) -> WeightState:
     """The state of a weight for a slot's projection and orientation, made at first use."""
-    derived = _derived_from(weight)
-    if slot.decay:
-        _decays.set(_owned(weight), Decay(decay=slot.decay, transposed=slot.transposed))
+    derived = derived_from(weight)
     key = (slot.projection, slot.bf16, slot.transposed, slot.device)
-    return derived.states.setdefault(key, WeightState(derived.beta, derived.shards))
+    state = derived.states.setdefault(key, WeightState(derived.beta, derived.shards))
+    if slot.refresh and owned_by_optimizer(weight) is not weight:
+        raise ValueError(
+            f"FSDP2 gathers the weight of {slot.name!r} anew for each forward, but transposable masks stay with one; "
+            "take recipe 'sr-ste', or leave it out by 'sste.targets'"
+        )
+    if slot.decay:
+        known = ref(state)
+        decay = Decay(
+            decay=slot.decay, transposed=slot.transposed, masks=lambda: s.masks if (s := known()) is not None else None
+        )
+        _decays.set(owned_by_optimizer(weight), decay)
+    return state
 
 
 def current_operands(
@@ -337,7 +301,7 @@ def current_operands(
 ) -> list[Tensor]:
     """The operands of the weights as they are now: all of the first weight, then of the next."""
     training = torch.is_grad_enabled()
-    with _lock, _plain_tensors():
+    with _lock, plain_tensors():
         stamps = [_stamp(weight, state) for weight, state in zip(weights, states, strict=True)]
         stale = _find_stale(weights, states, stamps, training)
         for index in stale:
@@ -353,7 +317,7 @@ def restore_operands(weights: Sequence[Tensor], slots: Sequence[WeightSlot], sta
     Raises:
         RuntimeError: FSDP2 has not gathered a weight.
     """
-    with _lock, _plain_tensors():
+    with _lock, plain_tensors():
         for weight, slot, state in zip(weights, slots, states, strict=True):
             if state.freed:
                 if weight.untyped_storage().size() == 0:
@@ -412,13 +376,14 @@ def _refresh(weight: Tensor, slot: WeightSlot, state: WeightState, stamp: _Stamp
         state.operands = slot.new_operands()
     matrix = _matrix(weight, slot)
     beta = _beta(weight, matrix, slot, state.beta, training) if slot.projection.has_beta else None
-    course = _course_of(weight) if slot.projection.prunes else None
+    course = course_of(weight) if slot.projection.prunes else None
     if course is not None:
         course.pruned = course.pruned or training
         course.projection, course.transposed = slot.projection, slot.transposed
+    search = _needs_masks(slot, state, stepped)
     same = freed and not stepped  # as for the gathered weight itself, being freed and made again is no change
     with versions_kept(state.operands) if same else nullcontext():
-        _fill(slot, matrix, beta, state.operands)
+        _fill(slot, matrix, beta, state.operands, state.masks, search)
     if in_place and not same:
         # A backward that comes after the optimizer step must fail as it does for a dense weight.
         torch.autograd.graph.increment_version(state.operands)
@@ -430,8 +395,9 @@ def _refresh(weight: Tensor, slot: WeightSlot, state: WeightState, stamp: _Stamp
 
 def fill_operands(weight: Tensor, slot: WeightSlot, operands: tuple[Tensor, ...]) -> None:
     """Make operands of a weight with beta = 1, to see how long that takes; the weight's state is not touched."""
-    with _plain_tensors():
-        _fill(slot, _matrix(weight, slot), None, operands)
+    with plain_tensors():
+        masks = ops.new_masks(slot.out_features, slot.in_features, slot.device) if slot.refresh else None
+        _fill(slot, _matrix(weight, slot), None, operands, masks, True)
 
 
 def _matrix(weight: Tensor, slot: WeightSlot) -> Tensor:
@@ -439,8 +405,30 @@ def _matrix(weight: Tensor, slot: WeightSlot) -> Tensor:
     return weight.detach().t() if slot.transposed else weight.detach()
 
 
-def _fill(slot: WeightSlot, matrix: Tensor, beta: Tensor | None, operands: tuple[Tensor, ...]) -> None:
-    if slot.projection.prunes:
+def _needs_masks(slot: WeightSlot, state: WeightState, stepped: bool) -> bool:
+    """Whether transposable masks must be found: at first, after so many optimizer steps, and for an edited weight."""
+    if not slot.refresh:
+        return False
+    state.steps += stepped
+    if state.masks is None:
+        state.masks = ops.new_masks(slot.out_features, slot.in_features, slot.device)
+    elif stepped and state.steps < slot.refresh:
+        return False
+    state.steps = 0
+    return True
+
+
+def _fill(
+    slot: WeightSlot,
+    matrix: Tensor,
+    beta: Tensor | None,
+    operands: tuple[Tensor, ...],
+    masks: Tensor | None,
+    search: bool,
+) -> None:
+    if masks is not None:
+        ops.prune_transposable_(matrix, *operands, masks, search)
+    elif slot.projection.prunes:
         scale = ops.unit_scale(matrix.device) if beta is None else beta
         prune = ops.prune_weight_bf16_ if slot.bf16 else ops.prune_weight_
         prune(matrix, scale, *operands, slot.projection is Projection.TOP2)
@@ -467,9 +455,8 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, beta: Beta, training
         computed = reference.sste_beta(matrix)
         if computed is None:
             return ops.unit_scale(weight.device)
-        owned = _owned(weight)
-        kept, stepped = _saved_betas.find(owned, (_steps.count, training))
-        saved, course = kept.get(KEY), _course_of(owned)
+        kept, stepped = saved_with(weight, training)
+        saved, course = kept.get(KEY), course_of(weight)
         # After a dense warm-up there is none yet.
         dense_so_far = course is not None and course.steps > 0 and not course.pruned
         if saved is None and stepped and not dense_so_far:
@@ -496,7 +483,7 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, beta: Beta, training
     return beta.on(weight.device)
 
 
-def _owned(weight: Tensor) -> Tensor:
+def owned_by_optimizer(weight: Tensor) -> Tensor:
     """What an optimizer holds of the weight: its shards, where FSDP2 gathers it."""
     sharded = sharded_parameter(weight)
     return weight if sharded is None else sharded
@@ -508,7 +495,7 @@ def _capturing(weight: Tensor) -> bool:
 
 
 @contextmanager
-def _plain_tensors() -> Iterator[None]:
+def plain_tensors() -> Iterator[None]:
     """Operands made under inference_mode could not be saved for a later backward."""
     with torch.inference_mode(False), torch.no_grad():
         yield

@@ -2,7 +2,7 @@
 
 The interpreter must be chosen before Triton is imported, so the tests run this file as a program of its own:
 
-    TRITON_INTERPRET=1 python -m tests.interpreted_kernels {prune,prune_bf16,decay,quantize,mvue}
+    TRITON_INTERPRET=1 python -m tests.interpreted_kernels {prune,prune_bf16,transposable,decay,quantize,mvue}
 
 The interpreter rounds fp32 to e4m3 wrongly.  So torch casts here, in place of the assembly of Gluon kernels; the other
 kernels write their payloads as fp32.
@@ -18,7 +18,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from sparse_compile.kernels import decay, groups, mvue, prune, prune_bf16, quantize, reference, tiles
+from sparse_compile.kernels import (
+    decay,
+    groups,
+    mvue,
+    prune,
+    prune_bf16,
+    quantize,
+    reference,
+    reference_transposable,
+    tiles,
+    transposable,
+)
 from sparse_compile.kernels.formats import E4M3, metadata_shape, padded, values_shape
 from sparse_compile.testing import assert_same_bits, hard_groups
 from tests.gluon_interpreter import e4m3_word, elementwise, interpret, prmt
@@ -56,8 +67,9 @@ def interpret_weight_kernels() -> None:
         return words | (signs & -2139062144)
 
     interpret(
-        tiles, groups, decay, prune, prune_bf16, quantize,
+        tiles, groups, transposable, decay, prune, prune_bf16, quantize,
         cast_words=elementwise(e4m3_word, tl.int32), permute_bytes=elementwise(prmt, tl.int32),
+        with_layout_of=lambda x, y: x,
         _widen=widen, _cast_positive_words=cast_positive,
         gdc_launch_dependents=lambda: None, gdc_wait=lambda: None,  # one launch after the other
     )  # fmt: skip
@@ -134,6 +146,45 @@ def check_prune() -> None:
             assert_same_bits(scale_inv, expected[2], f"cast scale_inv, {name}")
 
 
+def check_transposable() -> None:
+    interpret_weight_kernels()
+    torch.manual_seed(0)
+    with_nan = torch.randn(32, 48)
+    with_nan[3, 4] = float("nan")
+    weights = {
+        **{
+            f"random {shape} {dtype}": torch.randn(shape).to(dtype)
+            for shape in ((16, 16), (80, 144), (128, 256))
+            for dtype in DTYPES
+        },
+        "transposed": torch.randn(144, 80).bfloat16().t(),
+        "strided": torch.randn(96, 160).bfloat16()[::2, ::2],
+        "ties": torch.randint(-3, 4, (64, 128)).bfloat16(),
+        "zero": torch.zeros(16, 32),
+        "negative zero": torch.full((16, 32), -0.0),
+        "NaN": with_nan,
+    }
+    for name, weight in weights.items():
+        n, k = weight.shape
+        masks = reference_transposable.transposable_masks(weight)
+        other = reference_transposable.transposable_masks(torch.randn(n, k))
+        for search, wanted in ((True, masks), (False, other)):
+            expected = reference_transposable.prune_transposable(weight, wanted)
+            for hint in hints(float(expected[-1]))[:3]:
+                found = torch.full_like(masks, -1) if search else other.clone()
+                buffers = (
+                    poisoned_payload(*values_shape(n, k)),
+                    poisoned(*metadata_shape(n, k), dtype=torch.int32),
+                    poisoned_payload(*values_shape(k, n)),
+                    poisoned(*metadata_shape(k, n), dtype=torch.int32),
+                    torch.tensor([hint]),
+                )
+                prune.launch_prune_transposable(weight, *buffers, found, search)
+                assert torch.equal(found, wanted), f"masks, {name}, search {search}"
+                for index, (actual, right) in enumerate(zip(buffers, expected, strict=True)):
+                    assert_same_bits(actual, right, f"{name}, search {search}, result {index}")
+
+
 def check_prune_bf16() -> None:
     round_in_torch()
     interpret_weight_kernels()
@@ -186,9 +237,13 @@ def check_decay() -> None:
             for dtype in DTYPES:
                 factor = torch.tensor([0.37])
                 grad = torch.randn(weight.t().shape).to(dtype).t() if transposed else torch.randn_like(weight).to(dtype)
-                expected = reference.add_masked_decay(grad, weight, factor)
-                decay.launch_add_masked_decay(grad, weight, factor)
-                assert_same_bits(grad, expected, f"{name}, grad {dtype}, transposed {transposed}")
+                masks = reference_transposable.transposable_masks(weight) if weight.shape[0] % 4 == 0 else None
+                for given in {None, masks}:
+                    mask = reference.top2_mask(weight) if given is None else reference_transposable.dense_mask(given)
+                    decayed = grad.clone()
+                    decay.launch_add_masked_decay(decayed, weight, factor, given)
+                    expected = reference.add_masked_decay(grad, weight, factor, mask)
+                    assert_same_bits(decayed, expected, f"{name}, grad {dtype}, {given is not None}, {transposed}")
 
 
 def check_quantize() -> None:
@@ -269,6 +324,7 @@ if __name__ == "__main__":
     {
         "prune": check_prune,
         "prune_bf16": check_prune_bf16,
+        "transposable": check_transposable,
         "decay": check_decay,
         "quantize": check_quantize,
         "mvue": check_mvue,

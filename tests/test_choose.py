@@ -14,7 +14,7 @@ from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import _pieces, choose
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import Reason, find
-from sparse_compile.recipe import FP8, SSTE, SSTE_BF16, STE_BF16, VARIANTS, Gemm, Projection
+from sparse_compile.recipe import FP8, SSTE, SSTE_BF16, STE_BF16, T_SR_STE, VARIANTS, Gemm, Projection
 
 DENSE = {"hp fprop": 100.0, "hp dgrad": 100.0, "hp wgrad": 100.0}
 PIECES = {
@@ -22,7 +22,7 @@ PIECES = {
     "2:4 bf16 fprop": 60.0, "bf16 dgrad": 100.0, "bf16 wgrad": 100.0,
     "cast_mvue, exact mvue": 10.0, "cast_mvue, approximate mvue": 10.0, "cast_transpose": 10.0,
     "transpose_tokens": 8.0, "prune_weight_": 2.0, "prune_weight_, hard": 2.0, "add_masked_decay_": 3.0,
-    "prune_weight_bf16_": 2.0, "prune_weight_bf16_, hard": 2.0,
+    "prune_transposable_": 2.0, "2:4 fp8 dgrad": 40.0, "prune_weight_bf16_": 2.0, "prune_weight_bf16_, hard": 2.0,
     "cast_weight_": 2.0, "copy": 0.0,
 }  # fmt: skip
 
@@ -76,6 +76,15 @@ def test_bf16_casts_nothing(kernels, trace, small_gpt, batch, recipe):
     )
     kept, _ = choose(plans, clock(copy=1000.0))
     assert [plan.price.rewritten for plan in kept] == [60.0 + 100.0 + 100.0 + 2.0] * 2
+
+
+def test_transposable_masks_make_dgrad_sparse(kernels, trace, small_gpt, batch):
+    plans, _ = decide(find(trace(small_gpt(depth=1), *batch))[0], T_SR_STE, "ffn", ParameterOwners())
+    kept = {plan.site.name: plan for plan in choose(plans, clock())[0]}
+    assert kept["blocks.0.up"].recipe is T_SR_STE
+    assert kept["blocks.0.up"].price.rewritten == 3 * 40.0 + 10.0 + 8.0 + 2.0 + 3.0
+    slow = {plan.site.name: plan for plan in choose(plans, clock(**{"cast_mvue, exact mvue": 100.0}))[0]}
+    assert (slow["blocks.0.up"].recipe.dgrad, slow["blocks.0.up"].recipe.wgrad) == (Gemm.SPARSE24, Gemm.FP8)
 
 
 def test_what_is_slower_stays_dense_and_says_the_times(kernels, plans):

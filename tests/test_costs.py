@@ -69,7 +69,8 @@ class TestPieces:
         gradient = (64, 48) if transposed else (48, 64)
         expected = {
             "hp fprop": [(100, 48)], "fp8 fprop": [(100, 48)], "2:4 fp8 fprop": [(100, 48)],
-            "hp dgrad": [(100, 64)], "fp8 dgrad": [(100, 64)],
+            "2:4 bf16 fprop": [(100, 48)], "bf16 dgrad": [(100, 64)], "bf16 wgrad": [gradient],
+            "2:4 fp8 dgrad": [(100, 64)], "hp dgrad": [(100, 64)], "fp8 dgrad": [(100, 64)],
             "hp wgrad": [gradient], "fp8 wgrad": [gradient], "2:4 fp8 wgrad": [gradient],
             "transpose_tokens": [(64, padded(100))], "cast_transpose": [(100, 48), (48, padded(100))],
             "copy": [(100, 48)],

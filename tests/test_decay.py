@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_compile.kernels import decay, ops, reference
+from sparse_compile.kernels import decay, ops, reference, reference_transposable
 from sparse_compile.testing import assert_same_bits
 
 DECAY = 0.25
@@ -31,7 +31,7 @@ def test_interpreted_kernel_matches_the_reference():
 
 def test_the_reference_is_the_definition():
     grad, weight = torch.randn(2, 48, 80)
-    actual = reference.add_masked_decay(grad, weight, torch.tensor([DECAY]))
+    actual = reference.add_masked_decay(grad, weight, torch.tensor([DECAY]), reference.top2_mask(weight))
     torch.testing.assert_close(actual, grad + DECAY * dropped(weight))
     kept = dropped(weight) == 0
     assert torch.equal(actual[kept], grad[kept])
@@ -52,10 +52,14 @@ def test_kernel_matches_the_reference(size, dtype, grad_dtype, layout):
             return torch.randn(k, n, device="cuda").to(dtype).t()
         return torch.randn(2 * n, 3 * k, device="cuda").to(dtype)[::2, ::3]
 
-    weight, grad, factor = make(dtype), make(grad_dtype), torch.tensor([DECAY], device="cuda")
-    expected = reference.add_masked_decay(grad, weight, factor)
-    decay.launch_add_masked_decay(grad, weight, factor)
-    assert_same_bits(grad, expected)
+    weight, factor = make(dtype), torch.tensor([DECAY], device="cuda")
+    masks = reference_transposable.transposable_masks(weight) if n % 4 == 0 else None
+    for given in {None, masks}:
+        grad = make(grad_dtype)
+        mask = reference.top2_mask(weight) if given is None else reference_transposable.dense_mask(given)
+        expected = reference.add_masked_decay(grad, weight, factor, mask)
+        decay.launch_add_masked_decay(grad, weight, factor, given)
+        assert_same_bits(grad, expected)
 
 
 @pytest.mark.gpu
@@ -65,7 +69,9 @@ def test_offsets_beyond_32_bits():
     weight[-128:] = torch.randn(128, k, device="cuda")
     factor = torch.tensor([DECAY], device="cuda")
     decay.launch_add_masked_decay(grad, weight, factor)
-    assert_same_bits(grad[-128:], reference.add_masked_decay(torch.zeros_like(grad[-128:]), weight[-128:], factor))
+    last = weight[-128:]
+    expected = reference.add_masked_decay(torch.zeros_like(last), last, factor, reference.top2_mask(last))
+    assert_same_bits(grad[-128:], expected)
     assert not grad[:-128].any()
 
 
@@ -242,6 +248,6 @@ def gradients_of(model, recipe):
 
 def test_the_op_runs_its_reference_off_the_gpu():
     grad, weight, factor = torch.randn(64, 48).t(), torch.randn(48, 64), torch.tensor([DECAY])
-    expected = reference.add_masked_decay(grad, weight, factor)
+    expected = reference.add_masked_decay(grad, weight, factor, reference.top2_mask(weight))
     ops.add_masked_decay_(grad, weight, factor)
     assert torch.equal(grad, expected)

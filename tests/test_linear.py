@@ -4,15 +4,31 @@ import pytest
 import torch
 
 from sparse_compile.kernels import ops, reference
+from sparse_compile.kernels.reference_transposable import dense_mask, transposable_masks
 from sparse_compile.linear import linear
-from sparse_compile.recipe import FP8, SSTE, SSTE_APPROXIMATE, SSTE_BF16, STE, STE_BF16, VARIANTS, Gemm, Projection
+from sparse_compile.recipe import (
+    FP8,
+    SSTE,
+    SSTE_APPROXIMATE,
+    SSTE_BF16,
+    STE,
+    STE_BF16,
+    T_SR_STE,
+    VARIANTS,
+    Gemm,
+    Projection,
+)
 
 SEED = torch.tensor([42])
 
 
 def operands_of(weight, recipe):
     """What the state keeps of ``weight [N, K]``."""
-    if recipe.projection.prunes:
+    if recipe.projection is Projection.TRANSPOSABLE:
+        operands = ops.new_transposable_weight(*weight.shape, weight.device)
+        masks = ops.new_masks(*weight.shape, weight.device)
+        ops.prune_transposable_(weight.detach(), *operands, masks, True)
+    elif recipe.projection.prunes:
         new, prune = ops.new_pruned_weight, ops.prune_weight_
         if recipe.is_bf16:
             new, prune = ops.new_pruned_weight_bf16, ops.prune_weight_bf16_
@@ -28,6 +44,7 @@ PROJECTIONS = {
     Projection.NONE: lambda weight: weight,
     Projection.SSTE: reference.soft_threshold24,
     Projection.TOP2: reference.hard_threshold24,
+    Projection.TRANSPOSABLE: lambda weight: weight * dense_mask(transposable_masks(weight)),
 }
 
 
@@ -55,11 +72,12 @@ def test_dense_fp8_is_exact_on_small_integers(transposed):
     assert torch.equal(bias.grad, grad_output.sum(0))
 
 
-@pytest.mark.parametrize("recipe", [SSTE, SSTE_APPROXIMATE, STE], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [SSTE, SSTE_APPROXIMATE, STE, T_SR_STE], ids=lambda recipe: recipe.name)
 def test_pruned_is_exact_on_small_integers_but_for_the_sampling(recipe):
     x = small_integers(40, 64).requires_grad_()
     weight = 2 * small_integers(32, 64)
     weight[0, :4] = torch.tensor([14.0, 0.0, 0.0, 1.0])  # max |S| = 14 = 2 * 7
+    weight[1:4, 0] = 0.0
     pruned = PROJECTIONS[recipe.projection](weight)
     assert pruned.abs().max() == 14
     parameter = weight.clone().requires_grad_()

@@ -34,6 +34,11 @@ def cases():
     yield "prune_weight_bf16_", (torch.randn(48, 80), torch.ones(1), *bf16)
     yield "prune_weight_bf16_", (torch.randn(80, 48).t(), torch.ones(1), *(b.clone() for b in bf16), True)
     yield "cast_weight_", (torch.randn(48, 80), *ops.new_cast_weight(48, 80, torch.device("cpu")))
+    masks, cpu = torch.full((12, 20), 0x5A5A, dtype=torch.int16), torch.device("cpu")
+    for search in (False, True):
+        buffers = ops.new_transposable_weight(48, 80, cpu)
+        yield "prune_transposable_", (torch.randn(80, 48).t(), *buffers, masks.clone(), search)
+    yield "add_masked_decay_", (torch.randn(48, 80), torch.randn(48, 80), torch.ones(1), masks)
     yield "add_masked_decay_", (torch.randn(80, 48).t(), torch.randn(48, 80), torch.ones(1))
     yield "cast_mvue", (torch.randn(20, 48).bfloat16(), tokens, tokens, SEED, 3, True)
     for count in (20, 128):  # padded, and not

@@ -68,8 +68,13 @@ def test_modes_are_inductors():
             {"sste.mvue": "of"},
             r"option 'sste.mvue' is 'of'; did you mean 'off'\? allowed are 'approximate', 'exact', 'off'",
         ),
+        ({"sste.refresh": 2}, r"recipe 's-ste' has no masks that are kept; 'sste.refresh' is for 't-sr-ste'"),
+        (
+            {"sste.recipe": "t-sr-ste", "sste.refresh": 0},
+            r"'sste.refresh' is 0; allowed is a number of",
+        ),
         ({"sste.recipe": "fp8", "sste.mvue": "off"}, r"recipe 'fp8' samples no gradients, so that 'sste.mvue' would"),
-        ({"sste.decay": 1e-4}, r"recipe 's-ste' has no decay; option 'sste.decay' is for 'sr-ste'"),
+        ({"sste.decay": 1e-4}, r"recipe 's-ste' has no decay; option 'sste.decay' is for 'sr-ste', 't-sr-ste'"),
         ({"sste.recipe": "sr-ste", "sste.decay": -1}, r"option 'sste.decay' is -1; allowed is a finite number from 0"),
         (
             {"sste.recipe": "sr-ste", "sste.decay": "x"},
@@ -91,8 +96,8 @@ def test_unknown_names_and_values(options, message):
 
 
 def test_the_user_of_torch_compile_sees_the_error():
-    model = torch.compile(nn.Linear(64, 64), backend="sste", options={"sste.recipe": "t-sr-ste"})
-    with pytest.raises(Exception, match=r"option 'sste\.recipe' is 't-sr-ste'"):
+    model = torch.compile(nn.Linear(64, 64), backend="sste", options={"sste.recipe": "t-srste"})
+    with pytest.raises(Exception, match=r"option 'sste\.recipe' is 't-srste'"):
         model(torch.randn(8, 64))
 
 
@@ -101,7 +106,11 @@ def test_the_user_of_torch_compile_sees_the_error():
     [
         ({"fprop": Gemm.FP8}, "fprop is 2:4 if and only if the weight is projected"),
         ({"estimator": None}, "wgrad is 2:4 if and only if an estimator is named"),
-        ({"dgrad": Gemm.SPARSE24}, "dgrad must be dense fp8"),
+        ({"dgrad": Gemm.SPARSE24}, "dgrad is 2:4 if and only if the masks are transposable"),
+        ({"dgrad": Gemm.HP}, "dgrad must be dense fp8"),
+        ({"decay": 1.0}, "a decay needs a mask"),
+        ({"refresh": 1}, "masks are refreshed if and only if they are transposable"),
+        ({"fprop": Gemm.SPARSE24_BF16}, "all three products are in bf16, or none"),
     ],
 )
 def test_recipes_are_consistent(field, message):

@@ -376,11 +376,12 @@ def test_both_launches_share_partials_of_their_own(monkeypatch) -> None:
         (first, addresses), (second, again) = launches[-2:]
         assert (first, second) == (False, True)
         assert addresses == again
-        assert addresses[:-1] == tuple(tensor.data_ptr() for tensor in (weight, beta, *buffers))
+        *written, scale_inv = (tensor.data_ptr() for tensor in (weight, beta, *buffers))
+        assert addresses[:-1] == (*written, None, None, scale_inv)
     payload, payload_t, scale_inv = buffers = cast_buffers(16, 48)
     prune.launch_cast_weight(weight, *buffers)
     assert launches[-1][1][:-1] == (
-        (weight.data_ptr(), None, payload.data_ptr(), None, payload_t.data_ptr(), scale_inv.data_ptr())
+        (weight.data_ptr(), None, payload.data_ptr(), None, payload_t.data_ptr(), None, None, scale_inv.data_ptr())
     )
     assert len(launches) == 6
 

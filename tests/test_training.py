@@ -14,6 +14,8 @@ import sparse_compile
 from sparse_compile import backend
 from sparse_compile.kernels import ops
 
+RECIPES = ["s-ste", "s-ste-approximate", "ste", "sr-ste", "t-sr-ste", "s-ste-bf16", "ste-bf16", "fp8"]
+
 
 def text(count):
     """Batches of a language with structure to learn: each token follows from the two before it, with some noise."""
@@ -43,7 +45,9 @@ def losses(model, device, steps, **compile_options):
     return results
 
 
-@pytest.mark.parametrize("recipe", ["s-ste", "s-ste-approximate", "ste", "sr-ste", "s-ste-bf16", "ste-bf16", "fp8"])
+@pytest.mark.parametrize(
+    "recipe", ["s-ste", "s-ste-approximate", "ste", "sr-ste", "t-sr-ste", "s-ste-bf16", "ste-bf16", "fp8"]
+)
 def test_loss_follows_dense(small_gpt, recipe):
     """After the steep part of the curve each recipe is within a tenth of the dense loss, far below the start's."""
     torch.manual_seed(0)
@@ -57,7 +61,7 @@ def test_loss_follows_dense(small_gpt, recipe):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", ["s-ste", "s-ste-approximate", "ste", "sr-ste", "s-ste-bf16", "ste-bf16", "fp8"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_kernels_train_like_their_definitions(small_gpt, recipe):
     """Same seed, same data, same samples: the curves part only by the accumulation of the tensor cores."""
     curves = []
