@@ -125,8 +125,8 @@ def _take(state: WeightState, watched: _Watched) -> tuple[Tensor, Tensor, int] |
     """Counts, a copy of the metadata, and the address by which its gradients are kept; None before it was pruned."""
     if not state.operands:
         return None
-    values, metadata, weight_t, _ = state.operands
-    return _counts(values, metadata, watched.last), metadata.clone(), weight_t.data_ptr()
+    values, metadata, for_dgrad, *_ = state.operands
+    return _counts(values, metadata, watched.last), metadata.clone(), for_dgrad.data_ptr()
 
 
 def mask_flips(before: Tensor, after: Tensor) -> Tensor:
