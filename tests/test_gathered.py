@@ -2,6 +2,7 @@
 
 import gc
 from itertools import chain
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -14,11 +15,15 @@ from sparse_compile.state import WeightState
 from sparse_compile.torch_internals import instances_of
 
 
+_of_other_tests: WeakSet[WeightState] = WeakSet()
+
+
 @pytest.fixture(autouse=True)
 def one_process():
     """A process group of one, in which FSDP2 frees and gathers as in any other."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    _of_other_tests.update(instances_of(WeightState))
     yield
     torch.distributed.destroy_process_group()
 
@@ -41,7 +46,7 @@ def make(small_gpt):
 
 def operand_bytes():
     """What the operands of all weights take, but for their scales."""
-    states = list(instances_of(WeightState))
+    states = [state for state in instances_of(WeightState) if state not in _of_other_tests]
     assert states
     return sum(operand.untyped_storage().size() for state in states for operand in state.operands[:-1])
 
