@@ -14,7 +14,6 @@ from sparse_compile import weight_health
 from sparse_compile.state import WeightState
 from sparse_compile.torch_internals import instances_of
 
-
 _of_other_tests: WeakSet[WeightState] = WeakSet()
 
 
