@@ -24,6 +24,16 @@ VOCABULARY = 8192
 # Options of the backend, from the number of optimizer steps.
 ARMS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "s-ste": lambda steps: {"sste.recipe": "s-ste"},
+    "s-ste, no MVUE": lambda steps: {"sste.recipe": "s-ste", "sste.mvue": "off"},
+    "s-ste, approximate MVUE": lambda steps: {"sste.recipe": "s-ste", "sste.mvue": "approximate"},
+    "s-ste, bf16": lambda steps: {"sste.recipe": "s-ste-bf16"},
+    "s-ste, dense tail": lambda steps: {"sste.recipe": "s-ste", "sste.tail": 1 / 6, "sste.total_steps": steps},
+    "ste": lambda steps: {"sste.recipe": "ste"},
+    "ste, no MVUE": lambda steps: {"sste.recipe": "ste", "sste.mvue": "off"},
+    "ste-dense-tail": lambda steps: {"sste.recipe": "ste-dense-tail", "sste.total_steps": steps},
+    "sr-ste": lambda steps: {"sste.recipe": "sr-ste"},
+    "t-sr-ste": lambda steps: {"sste.recipe": "t-sr-ste"},
+    "t-sr-ste, dense tail": lambda steps: {"sste.recipe": "t-sr-ste", "sste.tail": 1 / 6, "sste.total_steps": steps},
     "fp8": lambda steps: {"sste.recipe": "fp8"},
 }
 _WINDOW = 100  # steps whose losses are averaged

@@ -6,10 +6,10 @@ from torch.nn import Parameter
 
 from sparse_compile.betas import PRUNED, STEPS
 from sparse_compile.courses import Course, Schedule, count_steps
+from sparse_compile.derived import Derived
 from sparse_compile.projected import write_projected
 from sparse_compile.recipe import Projection
 from sparse_compile.state import (
-    Derived,
     course_of,
     derived_from,
     owned_by_optimizer,

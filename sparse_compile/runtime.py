@@ -7,10 +7,11 @@ from weakref import ref
 from torch import Tensor
 
 from sparse_compile.clock import capturing
+from sparse_compile.derived import WeightState
 from sparse_compile.measure import Twin, measure
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.report import GraphReport
-from sparse_compile.state import WeightState, current_operands, restore_operands, weight_state
+from sparse_compile.state import current_operands, restore_operands, weight_state
 from sparse_compile.torch_internals import FakeTensor
 from sparse_compile.weight_health import watch
 

@@ -18,12 +18,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparse_compile.clock import capturing
+from sparse_compile.derived import WeightState, before_freeing
 from sparse_compile.grad_noise import GradNoise, noise_and_underflow
 from sparse_compile.kernels.formats import padded
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.record import record_health
 from sparse_compile.report_health import Health
-from sparse_compile.state import WeightState, before_freeing, optimizer_steps, optimizers_stepped
+from sparse_compile.state import optimizer_steps, optimizers_stepped
 
 Listener = Callable[[str, float, int], object]
 

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 import sparse_compile
 from sparse_compile import weight_health
-from sparse_compile.state import WeightState
+from sparse_compile.derived import WeightState
 from sparse_compile.torch_internals import instances_of
 
 _of_other_tests: WeakSet[WeightState] = WeakSet()
