@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 STEPS = 24
 # Saves everything after every step, in one file that is replaced at once, and goes on from it when started again.
@@ -26,27 +28,30 @@ class FFN(nn.Module):
     def forward(self, x):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
-file, steps = Path(sys.argv[1]), int(sys.argv[2])
+file, steps, device = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.use_deterministic_algorithms(True)
 torch.manual_seed(0)
-model = FFN()
+model = FFN().to(device)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-step = torch.compile(model, backend="sste", options={"sste.executor": "eager"})
+# Measured times, which differ between runs, would choose other arithmetic.
+step = torch.compile(model, backend="sste", options={"sste.executor": "eager", "sste.when": "always"})
 losses = []
 if file.exists():
     saved = torch.load(file)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["generator"])
+    torch.cuda.set_rng_state_all(saved["generators"])
     losses = saved["losses"]
 while len(losses) < steps:
-    loss = (step(torch.randn(32, 64)) - 1).square().mean()
+    loss = (step(torch.randn(32, 64).to(device)) - 1).square().mean()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     losses.append(loss.item())
     torch.save(
         {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": torch.get_rng_state(),
-         "losses": losses},
+         "generators": torch.cuda.get_rng_state_all(), "losses": losses},
         file.with_suffix(".new"),
     )
     os.replace(file.with_suffix(".new"), file)
@@ -55,11 +60,12 @@ print(json.dumps(losses))
 """
 
 
-def start(folder: Path, file: str) -> subprocess.Popen[str]:
+def start(folder: Path, file: str, device: str) -> subprocess.Popen[str]:
     (folder / "train.py").write_text(TRAIN)
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "train.py", file, str(STEPS)]
+    # The last is what cuBLAS needs to be deterministic.
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    command = [sys.executable, "train.py", file, str(STEPS), device]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
 
@@ -74,9 +80,11 @@ def finish(run: subprocess.Popen[str]) -> tuple[int, list[float]]:
     return int(first), json.loads(losses)
 
 
-def test_killed_and_resumed_is_uninterrupted(tmp_path: Path) -> None:
-    whole = start(tmp_path, "whole.pt")
-    killed = start(tmp_path, "killed.pt")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_killed_and_resumed_is_uninterrupted(tmp_path: Path, device: str) -> None:
+    """To the last bit, on a GPU with deterministic algorithms."""
+    whole = start(tmp_path, "whole.pt", device)
+    killed = start(tmp_path, "killed.pt", device)
     seed = random.randrange(2**32)
     chance = random.Random(seed)
     last = chance.randrange(1, STEPS - 2)
@@ -92,6 +100,6 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path: Path) -> None:
     assert first == 1
     assert len(losses) == STEPS
     assert losses[-1] < losses[0]
-    first, resumed = finish(start(tmp_path, "killed.pt"))
+    first, resumed = finish(start(tmp_path, "killed.pt", device))
     assert first > last
     assert resumed == losses, f"seed {seed}"
