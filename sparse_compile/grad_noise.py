@@ -25,7 +25,7 @@ class _Draw:
         columns: int64 ``[n]``, those that are compared.
         scaled: fp32 ``[T, n]``, the gradient as the product reads it where it is not pruned.
         counts: ``[2]``: elements that are not zero, those of them that FP8 makes zero.
-        weight: address of the transposed weight that dgrad multiplies the same gradient with.
+        weight: address of the weight that dgrad multiplies the same gradient with.
         squares: ``[2]``: of the error, and of the exact elements.
     """
 
@@ -36,15 +36,23 @@ class _Draw:
     squares: Tensor | None = None
 
 
+# Memory is used again, by tensors of other shapes too: of a draw that no product has taken the address is not enough.
+_Key = tuple[int, torch.Size]
+
+
+def _key(operand: Tensor) -> _Key:
+    return operand.data_ptr(), operand.shape
+
+
 class GradNoise:
-    """Sums over the backward passes that it watched, for each weight that a dgrad in FP8 identifies."""
+    """Sums over the backward passes that it watched, for each weight that a dgrad in FP8 or 2:4 identifies."""
 
     def __init__(self) -> None:
         self._watching = False
         self._sums: dict[int, Tensor] = {}
         # A product does not say which linear it belongs to: these know by the addresses of its operands.
-        self._payloads: dict[int, _Draw] = {}
-        self._values: dict[int, _Draw] = {}
+        self._payloads: dict[_Key, _Draw] = {}
+        self._values: dict[_Key, _Draw] = {}
 
     def watch(self, on: bool) -> None:
         """Watch from now on, or no longer."""
@@ -55,7 +63,7 @@ class GradNoise:
             self._values.clear()
 
     def take(self) -> dict[int, Tensor]:
-        """By the address of a weight's transposed payload: the ``[4]`` sums since the last time, see ``_Draw``."""
+        """By the address of what dgrad reads of a weight: the ``[4]`` sums since the last time, see ``_Draw``."""
         sums, self._sums = self._sums, {}
         return sums
 
@@ -69,17 +77,24 @@ class GradNoise:
             if op == "cast_mvue":
                 self._begin(*arguments[:3], *result[:2])
             elif op == "scaled_mm":
-                draw = self._payloads.pop(arguments[0].data_ptr(), None)
-                if draw is not None:
-                    draw.weight = arguments[1].data_ptr()
+                draw = self._dgrad(arguments[0], arguments[1])
+            elif op == "sparse_mm" and arguments[4] is not None:  # the scale of each token, which wgrad has not
+                draw = self._dgrad(arguments[2], arguments[0])
             elif op == "sparse_mm":
-                draw = self._values.pop(arguments[0].data_ptr(), None)
+                draw = self._values.pop(_key(arguments[0]), None)
                 if draw is not None:
                     draw.squares = _squares(draw, arguments[2], arguments[3], result, transposed=arguments[6])
             if draw is not None and draw.weight is not None and draw.squares is not None:
                 sums = torch.cat([draw.squares, draw.counts])
                 self._sums[draw.weight] = self._sums[draw.weight] + sums if draw.weight in self._sums else sums
         return result
+
+    def _dgrad(self, payload: Tensor, weight: Tensor) -> _Draw | None:
+        """The draw of which ``payload`` is the other half, told the weight."""
+        draw = self._payloads.pop(_key(payload), None)
+        if draw is not None:
+            draw.weight = weight.data_ptr()
+        return draw
 
     def _begin(self, grad: Tensor, row_scale: Tensor, token_scale: Tensor, payload: Tensor, values: Tensor) -> None:
         if not grad.numel():
@@ -89,7 +104,7 @@ class GradNoise:
         there = chosen != 0
         lost = there & (payload.view(torch.uint8)[:, columns] & _MAGNITUDE == 0)
         draw = _Draw(columns, chosen * token_scale[:, None], torch.stack([there.sum(), lost.sum()]).float())
-        self._payloads[payload.data_ptr()] = self._values[values.data_ptr()] = draw
+        self._payloads[_key(payload)] = self._values[_key(values)] = draw
 
 
 def noise_and_underflow(sums: list[float]) -> tuple[float | None, float | None]:

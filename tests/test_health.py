@@ -120,6 +120,24 @@ def test_samples_at_steps_go_to_listeners_and_the_report():
     assert len(written) == 2 * (3 * 4 - 1) + 3 * 2
 
 
+def test_noise_where_dgrad_is_24():
+    """It tells the weight as one in FP8 does, and is not taken for a product that makes a weight's gradient."""
+    tokens, out_features, in_features = 32, 48, 80
+    weight, grad = torch.randn(out_features, in_features), torch.randn(tokens, out_features)
+    operands = ops.new_transposable_weight(out_features, in_features, weight.device)
+    masks = ops.new_masks(out_features, in_features, weight.device)
+    ops.prune_transposable_(weight, *operands, masks, True)
+    _, _, values_t, metadata_t, weight_scale_inv = operands
+    scale, seed, x_t = torch.ones(tokens), torch.zeros(1, dtype=torch.int64), torch.randn(in_features, 128)
+    noise = GradNoise()
+    noise.watch(True)
+    payload, *operand = ops.cast_mvue(grad, scale, scale, seed, 0, False)
+    ops.sparse_mm(values_t, metadata_t, payload, weight_scale_inv, scale, torch.float32, True, True)
+    ops.sparse_mm(*operand, x_t.to(torch.float8_e4m3fn), torch.ones(1), None, torch.float32, False, False)
+    noise.watch(False)
+    assert list(noise.take()) == [values_t.data_ptr()]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_noise_is_the_error_of_the_weights_gradient(device, transposed):

@@ -308,7 +308,7 @@ def test_weights_made_under_inference_mode(x):
 def test_cuda_graphs_see_every_update(how, monkeypatch):
     """Steps of a fused optimizer, averages that are swapped in for evaluation, and the way back."""
 
-    def without_randomness(plans):
+    def without_randomness(plans, training):
         return [dataclasses.replace(plan, recipe=plan.recipe.variants()[1]) for plan in plans], []
 
     monkeypatch.setattr(backend, "choose", without_randomness)
