@@ -9,7 +9,8 @@ if [ "${NO_VENV:-0}" = 1 ]; then
   echo "NO_VENV=1: tests only; ruff, mypy and codespell run where .venv is set up"
 else
   pre-commit run --all-files --show-diff-on-failure
-  # Two tests at a time: many wait for processes that they start.
+  # Two tests at a time, as many wait for processes that they start; of one thread each, or two cores have four to run.
   WORKERS=(-n 2)
+  export OMP_NUM_THREADS=1
 fi
 exec "$PYTHON" -m pytest "${WORKERS[@]}" "$@"
