@@ -112,7 +112,8 @@ def table(runs: Sequence[Run]) -> str:
 
 def seconds_to(run: Run, loss: float) -> float | None:
     """Seconds of training, without compilation, until the mean of the last losses is no higher; None if never."""
-    seconds_a_step = run["training"]["batch"] * 1024 / run["tokens_per_second"]
+    shape, _ = train_gpt.PRESETS["gpt2-small"]
+    seconds_a_step = run["training"]["batch"] * shape.context / run["tokens_per_second"]
     for step, value in enumerate(_smoothed(run), start=_WINDOW):
         if value <= loss:
             return step * seconds_a_step

@@ -146,12 +146,9 @@ def check_prune() -> None:
             assert_same_bits(scale_inv, expected[2], f"cast scale_inv, {name}")
 
 
-def check_transposable() -> None:
-    interpret_weight_kernels()
-    torch.manual_seed(0)
-    with_nan = torch.randn(32, 48)
-    with_nan[3, 4] = float("nan")
-    weights = {
+def various_weights() -> dict[str, torch.Tensor]:
+    """Of all dtypes, with tails, of any strides; with groups that tie, and without anything in them."""
+    return {
         **{
             f"random {shape} {dtype}": torch.randn(shape).to(dtype)
             for shape in ((16, 16), (80, 144), (128, 256))
@@ -162,8 +159,15 @@ def check_transposable() -> None:
         "ties": torch.randint(-3, 4, (64, 128)).bfloat16(),
         "zero": torch.zeros(16, 32),
         "negative zero": torch.full((16, 32), -0.0),
-        "NaN": with_nan,
     }
+
+
+def check_transposable() -> None:
+    interpret_weight_kernels()
+    torch.manual_seed(0)
+    with_nan = torch.randn(32, 48)
+    with_nan[3, 4] = float("nan")
+    weights = {**various_weights(), "NaN": with_nan}
     for name, weight in weights.items():
         n, k = weight.shape
         masks = reference_transposable.transposable_masks(weight)
@@ -191,19 +195,7 @@ def check_prune_bf16() -> None:
     torch.manual_seed(0)
     with_nan = torch.randn(32, 48)
     with_nan[3, 5:7], with_nan[3, 4] = float("nan"), float("-inf")
-    weights = {
-        **{
-            f"random {shape} {dtype}": torch.randn(shape).to(dtype)
-            for shape in ((16, 16), (80, 144), (128, 256))
-            for dtype in DTYPES
-        },
-        "transposed": torch.randn(144, 80).bfloat16().t(),
-        "strided": torch.randn(96, 160).bfloat16()[::2, ::2],
-        "ties": torch.randint(-3, 4, (64, 128)).bfloat16(),
-        "zero": torch.zeros(16, 32),
-        "negative zero": torch.full((16, 32), -0.0),
-        "NaN": with_nan,
-    }
+    weights = {**various_weights(), "NaN": with_nan}
     beta = torch.tensor([1.4839])
     for name, weight in weights.items():
         n, k = weight.shape

@@ -65,17 +65,21 @@ def saved(model):
     return torch.load(file, weights_only=False)
 
 
+def compiled_by(what, model):
+    """A compiled model beside the module, or the module itself, compiled in place."""
+    if what == "torch.compile":
+        return compiled(model)
+    model.compile(backend="sste", options=EAGER)
+    return model
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, saved])
 @pytest.mark.parametrize("what", ["torch.compile", "module.compile"])
 def test_copies_train_on_their_own(x, what, make_copy, when):
     """Of the compiled model, or of the module whose forward is compiled."""
     model = FFN()
-    if what == "torch.compile":
-        step = compiled(model)
-    else:
-        step = model
-        model.compile(backend="sste", options=EAGER)
+    step = compiled_by(what, model)
     optimizer = adamw(model)
     if when == "after":
         train(step, optimizer, x)
@@ -112,11 +116,7 @@ def test_two_compiled_copies_of_a_module_share_its_weights(x):
 @pytest.mark.parametrize("what", ["torch.compile", "module.compile"])
 def test_nothing_outlives_a_model(x, what):
     model = FFN()
-    if what == "torch.compile":
-        step = compiled(model)
-    else:
-        step = model
-        model.compile(backend="sste", options=EAGER)
+    step = compiled_by(what, model)
     optimizer = adamw(model)
     train(step, optimizer, x)
     watched = [weakref.ref(thing) for kept in states(model).values() for thing in (kept, *kept.operands)]
