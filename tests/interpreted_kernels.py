@@ -94,14 +94,9 @@ def hints(scale_inv: float) -> tuple[float, ...]:
     return scale_inv, 2 * scale_inv, 0.9 * scale_inv, -scale_inv, 0.0, float("nan"), float("inf"), 1e-42
 
 
-def check_prune() -> None:
-    interpret_weight_kernels()
-    torch.manual_seed(0)
-    with_nan, with_infinity, infinities = torch.randn(3, 32, 48).unbind()
-    with_nan[3, 5:7], with_nan[3, 4] = float("nan"), float("-inf")
-    with_infinity[7, 12] = float("-inf")
-    infinities[20, 4:8] = float("inf")
-    cases = {
+def various_weights() -> dict[str, torch.Tensor]:
+    """Of all dtypes, with tails, of any strides; with groups that tie, and without anything in them."""
+    return {
         **{
             f"random {shape} {dtype}": torch.randn(shape).to(dtype)
             for shape in ((16, 16), (80, 144), (128, 256))
@@ -110,10 +105,22 @@ def check_prune() -> None:
         "transposed": torch.randn(144, 80).bfloat16().t(),
         "strided": torch.randn(96, 160).bfloat16()[::2, ::2],
         "ties": torch.randint(-3, 4, (64, 128)).bfloat16(),
-        "448": torch.full((16, 16), 448.0),
-        "above 448": torch.full((16, 16), 448.0).nextafter(torch.tensor(500.0)),
         "zero": torch.zeros(16, 32),
         "negative zero": torch.full((16, 32), -0.0),
+    }
+
+
+def check_prune() -> None:
+    interpret_weight_kernels()
+    torch.manual_seed(0)
+    with_nan, with_infinity, infinities = torch.randn(3, 32, 48).unbind()
+    with_nan[3, 5:7], with_nan[3, 4] = float("nan"), float("-inf")
+    with_infinity[7, 12] = float("-inf")
+    infinities[20, 4:8] = float("inf")
+    cases = {
+        **various_weights(),
+        "448": torch.full((16, 16), 448.0),
+        "above 448": torch.full((16, 16), 448.0).nextafter(torch.tensor(500.0)),
         "tiny": torch.randn(16, 32) * 1e-38,
         "huge": torch.rand(16, 32) * 3e38,
         "NaN": with_nan,
@@ -144,22 +151,6 @@ def check_prune() -> None:
             assert_same_bits(payload, expected[0], f"payload, {name}")
             assert_same_bits(payload_t, expected[1], f"payload_t, {name}")
             assert_same_bits(scale_inv, expected[2], f"cast scale_inv, {name}")
-
-
-def various_weights() -> dict[str, torch.Tensor]:
-    """Of all dtypes, with tails, of any strides; with groups that tie, and without anything in them."""
-    return {
-        **{
-            f"random {shape} {dtype}": torch.randn(shape).to(dtype)
-            for shape in ((16, 16), (80, 144), (128, 256))
-            for dtype in DTYPES
-        },
-        "transposed": torch.randn(144, 80).bfloat16().t(),
-        "strided": torch.randn(96, 160).bfloat16()[::2, ::2],
-        "ties": torch.randint(-3, 4, (64, 128)).bfloat16(),
-        "zero": torch.zeros(16, 32),
-        "negative zero": torch.full((16, 32), -0.0),
-    }
 
 
 def check_transposable() -> None:
