@@ -3,9 +3,12 @@
     python benchmarks/bench_quality.py loss       do the kernels train as their definitions do?  300 steps, byte by byte
     python benchmarks/bench_quality.py head       what does a vocabulary head in FP8 cost?  65,536 tokens, three seeds
     python benchmarks/bench_quality.py recipes    each recipe against dense training, by tokens of a byte-pair encoding
+    python benchmarks/bench_quality.py clock      the same time for dense and pruned training of a wide model
+    python benchmarks/bench_quality.py search     why pruned training trails, in many short runs of a small model
     python benchmarks/bench_quality.py tasks      each recipe on handwritten digits, and on naming the package of source
 
-``recipes`` trains what ``--arms``, ``--seeds`` and ``--tokens`` say, and adds it to the runs that the results hold.
+``recipes`` trains what ``--arms``, ``--seeds`` and ``--tokens`` say, and adds it to the runs that the results hold;
+so does ``search`` with ``--trials``.
 """
 
 import argparse
@@ -28,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import recipe_runs
+import recipe_search
 import task_runs
 import train_gpt
 from harness import RESULTS, Report, keep_parts
@@ -37,6 +41,7 @@ from sparse_compile.kernels import ops
 
 DEVICE = torch.device("cuda")
 STEPS = 300
+CLOCK_STEPS = 800
 TOLERANCE = 0.02
 
 
@@ -130,14 +135,36 @@ def _step(name: str, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
 def recipes_part(arms: Sequence[str], seeds: Sequence[int], at_least: int, folder: Path) -> Report:
     """Runs of each arm and seed, beside those that the results hold already."""
+    runs = recipe_runs.merged(_kept(folder, "recipes"), recipe_runs.train_arms(arms, seeds, at_least, DEVICE))
+    return {"runs": runs, "failed": _worse_than_guessing(runs)}, recipe_runs.table(runs)
+
+
+def clock_part(arms: Sequence[str]) -> Report:
+    """Losses of a wide model after the same time; seed 0."""
+    runs = recipe_runs.train_for_as_long([arm for arm in arms if arm != recipe_runs.DENSE], CLOCK_STEPS, DEVICE)
+    return {"runs": runs, "failed": _worse_than_guessing(runs)}, recipe_runs.clock_table(runs)
+
+
+def search_part(trials: Sequence[str], seeds: Sequence[int], at_least: int, jobs: int, folder: Path) -> Report:
+    """Losses of each trial and seed, beside those that the results hold already."""
+    new = recipe_search.run_trials(trials, seeds, at_least, str(DEVICE), jobs)
+    runs = recipe_search.merged(_kept(folder, "search"), new)
+    return {"runs": runs, "failed": _worse_than_guessing(new)}, recipe_search.table(runs)
+
+
+def _kept(folder: Path, part: str) -> list[dict[str, Any]]:
+    """The runs of earlier calls."""
     path = folder / "bench_quality.json"
-    old = json.loads(path.read_text()).get("recipes", {}).get("runs", []) if path.exists() else []
-    runs = recipe_runs.merged(old, recipe_runs.train_arms(arms, seeds, at_least, DEVICE))
+    runs: list[dict[str, Any]] = json.loads(path.read_text()).get(part, {}).get("runs", []) if path.exists() else []
+    return runs
+
+
+def _worse_than_guessing(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     # NaN must fail, too.
-    failed = [
-        f"{run['arm']}, {run['seed']}" for run in runs if not run["validation_loss"] < math.log(run["vocabulary"])
+    guessing = math.log(recipe_runs.VOCABULARY)
+    return [
+        f"{run.get('arm', run.get('trial'))}, {run['seed']}" for run in runs if not run["validation_loss"] < guessing
     ]
-    return {"runs": runs, "failed": failed}, recipe_runs.table(runs)
 
 
 def tasks_part(arms: Sequence[str], seeds: Sequence[int]) -> Report:
@@ -150,9 +177,11 @@ def tasks_part(arms: Sequence[str], seeds: Sequence[int]) -> Report:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["loss", "head", "recipes", "tasks"])
+    parser.add_argument("parts", nargs="+", choices=["loss", "head", "recipes", "clock", "search", "tasks"])
     every = [recipe_runs.DENSE, recipe_runs.TORCHAO, *recipe_runs.ARMS]
     parser.add_argument("--arms", nargs="+", choices=every, default=every)
+    parser.add_argument("--trials", nargs="+", choices=recipe_search.TRIALS, default=[*recipe_search.TRIALS])
+    parser.add_argument("--jobs", type=int, default=4, help="trials that run side by side (default: %(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=50_000_000, help="that each run reads (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -161,6 +190,8 @@ def main() -> None:
         "loss": loss_part,
         "head": head_part,
         "recipes": partial(recipes_part, args.arms, args.seeds, args.tokens, args.out),
+        "clock": partial(clock_part, args.arms),
+        "search": partial(search_part, args.trials, args.seeds, args.tokens, args.jobs, args.out),
         "tasks": partial(tasks_part, args.arms, args.seeds),
     }
     keep_parts("bench_quality", {part: parts[part] for part in args.parts}, args.out)

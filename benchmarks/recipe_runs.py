@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import train_gpt
 
 import sparse_compile  # noqa: F401 - registers the backend where it is not installed
+from sparse_compile.options import read_options
 
 DENSE = "bf16"
 TORCHAO = "torchao tensorwise"
@@ -37,6 +38,7 @@ ARMS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "fp8": lambda steps: {"sste.recipe": "fp8"},
 }
 _WINDOW = 100  # steps whose losses are averaged
+_SHORT = 50  # steps that are enough to know the speed
 Run = dict[str, Any]
 
 
@@ -47,41 +49,73 @@ def train_arms(arms: Sequence[str], seeds: Sequence[int], at_least: int, device:
     steps = -(-at_least // (config.batch * shape.context))
     data = tokens(VOCABULARY, at_least)
     print(f"{len(data[0]):,} tokens to train on, {len(data[1]):,} held out, {steps} steps", flush=True)
-    runs = []
-    for seed in seeds:
-        for arm in arms:
-            seeded = replace(config, steps=steps, seed=seed, validation_batches=64)
-            result = train_gpt.train(
-                f"{arm}, {seed}", shape, seeded, data, device, lambda model, arm=arm: _compiled(arm, model, steps)
-            )
-            runs.append(
-                {
-                    "arm": arm,
-                    "seed": seed,
-                    "steps": steps,
-                    "vocabulary": VOCABULARY,
-                    "training": asdict(seeded),
-                    **asdict(result),
-                }
-            )
-            print(
-                f"{arm}, seed {seed}: {result.validation_loss:.4f}, {result.tokens_per_second:,.0f} tokens/s",
-                flush=True,
-            )
+    config = replace(config, steps=steps, validation_batches=64)
+    return [_train(arm, shape, replace(config, seed=seed), data, device) for seed in seeds for arm in arms]
+
+
+def train_for_as_long(arms: Sequence[str], steps: int, device: torch.device) -> list[Run]:
+    """A dense run of a wide model, and one of each arm which is given about the time that the dense steps took.
+
+    How many steps that is follows from short runs of both; dense phases are taken to be as slow as the dense run.
+    """
+    shape, config = train_gpt.PRESETS["wide"]
+    shape = replace(shape, vocabulary=VOCABULARY)
+    config = replace(config, learning_rate=3e-4, validation_batches=32)
+    data = tokens(VOCABULARY, 2 * steps * config.batch * shape.context)
+    runs = [_train(DENSE, shape, replace(config, steps=steps), data, device)]
+    for arm in arms:
+        short = replace(config, steps=_SHORT)
+        speed = _train(arm, shape, short, data, device, scheduled_for=2**30)["tokens_per_second"]
+        schedule = read_options(None, ARMS[arm](1000)).schedule if arm in ARMS else None
+        dense_share = sum(not schedule.prunes_at(step) for step in range(1000)) / 1000 if schedule is not None else 0.0
+        seconds = (1 - dense_share) / speed + dense_share / runs[0]["tokens_per_second"]  # a token
+        as_many = int(steps / (seconds * runs[0]["tokens_per_second"]))
+        runs.append(_train(arm, shape, replace(config, steps=as_many), data, device))
     return runs
+
+
+def _train(
+    arm: str,
+    shape: train_gpt.GPTConfig,
+    config: train_gpt.TrainConfig,
+    data: tuple[Tensor, Tensor],
+    device: torch.device,
+    scheduled_for: int | None = None,
+) -> Run:
+    """One run; its schedule is that of a run of ``scheduled_for`` steps, by default its own."""
+    steps = scheduled_for or config.steps
+    name = f"{arm}, seed {config.seed}"
+    result = train_gpt.train(name, shape, config, data, device, lambda model: _compiled(arm, model, steps))
+    print(f"{name}: {result.validation_loss:.4f}, {result.tokens_per_second:,.0f} tokens/s", flush=True)
+    tokens_a_step = config.batch * shape.context
+    return {
+        "arm": arm, "seed": config.seed, "steps": config.steps, "vocabulary": shape.vocabulary,
+        "tokens_a_step": tokens_a_step, "training_seconds": config.steps * tokens_a_step / result.tokens_per_second,
+        "training": asdict(config), **asdict(result),
+    }  # fmt: skip
+
+
+def compiled_dense(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """With CUDA graphs, like every arm: else small models wait for the host, and some recipes more than others."""
+    return torch.compile(model, mode="reduce-overhead")
+
+
+def compiled_sste(model: nn.Module, options: Mapping[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Always: what is compared is how the arithmetic learns, whether or not it is faster for this model."""
+    options = {"sste.when": "always", "triton.cudagraphs": True, **options}
+    return torch.compile(model, backend="sste", options=options)
 
 
 def _compiled(arm: str, model: nn.Module, steps: int) -> Callable[[Tensor, Tensor], Tensor]:
     if arm == DENSE:
-        return torch.compile(model)
+        return compiled_dense(model)
     if arm == TORCHAO:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
         config = Float8LinearConfig.from_recipe_name("tensorwise")
         convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name != "head")
-        return torch.compile(model)
-    # Always: what is compared is how the arithmetic learns, whether or not it is faster for this model.
-    return torch.compile(model, backend="sste", options={"sste.when": "always", **ARMS[arm](steps)})
+        return compiled_dense(model)
+    return compiled_sste(model, ARMS[arm](steps))
 
 
 def merged(old: Sequence[Run], new: Sequence[Run]) -> list[Run]:
@@ -108,6 +142,17 @@ def table(runs: Sequence[Run]) -> str:
     )  # fmt: skip
     formats = ("", "", "", ".4f", "+.4f", "+.2f", ",.0f", ".1f")
     return tabulate(rows, headers=headers, floatfmt=formats, missingval="-", tablefmt="github")
+
+
+def clock_table(runs: Sequence[Run]) -> str:
+    """Losses at about the same time."""
+    rows = [
+        (run["arm"], run["steps"], run["steps"] * run["tokens_a_step"] / 1e6, run["training_seconds"],
+         run["tokens_per_second"], run["validation_loss"])
+        for run in runs
+    ]  # fmt: skip
+    headers = ("arm", "steps", "million tokens", "seconds", "tokens a second", "validation loss")
+    return tabulate(rows, headers=headers, floatfmt=("", "", ".1f", ".1f", ",.0f", ".4f"), tablefmt="github")
 
 
 def seconds_to(run: Run, loss: float) -> float | None:

@@ -235,7 +235,7 @@ def train(
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.detach())
+        losses.append(loss.detach().clone())  # a CUDA graph writes its next loss where the last one was
         if step % 10 == 9:
             progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     end = _now(device)
@@ -244,7 +244,7 @@ def train(
     with torch.no_grad(), autocast:
         # The same held-out windows for every run, whatever its seed.
         for tokens, targets in batches(data[1], steps=config.validation_batches, seed=0, **shape):
-            validation.append(step_model(tokens, targets))
+            validation.append(step_model(tokens, targets).clone())
     return TrainResult(
         losses=torch.stack(losses).tolist(),
         validation_loss=torch.stack(validation).mean().item(),

@@ -176,7 +176,8 @@ def test_a_trained_model_of_transformers_goes_all_the_way() -> None:
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         pruned = model(input_ids=ids).logits
         expected = plain(input_ids=ids).logits
-        assert (pruned - expected).norm() < 0.03 * expected.norm()
+        # Rounding to e4m3 is an error of 2.5 % of each operand, 3.6 % of a product.
+        assert (pruned - expected).norm() < 0.05 * expected.norm()
     plain.to(torch.bfloat16)
     with torch.no_grad():
         expected = plain(input_ids=ids).logits

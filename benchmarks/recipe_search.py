@@ -1,0 +1,171 @@
+"""Why pruned training trails dense training, and what closes the gap: many short runs of a small GPT.
+
+A trial differs from the plain run of its recipe in one thing.  Several run side by side, so no speed is measured.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import recipe_runs
+import torch
+from source_text import tokens
+from tabulate import tabulate
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import train_gpt
+
+from sparse_compile.state import give_beta
+
+DENSE = "bf16"
+SHAPE = train_gpt.GPTConfig(layers=6, heads=6, width=384, context=512, vocabulary=recipe_runs.VOCABULARY)
+BATCH, LEARNING_RATE = 32, 1e-3
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One way to train.
+
+    Args:
+        options: of the backend, but ``sste.total_steps``; None trains dense, in bf16.
+        learning_rate: times the usual one.
+        weight_decay: of all matrices.
+        grad: what the gradients of the FFN's weights are multiplied with, before they are clipped.
+        beta: the S-STE scale of all pruned weights, instead of the one that follows from each.
+    """
+
+    options: Mapping[str, Any] | None = field(default_factory=dict)
+    learning_rate: float = 1.0
+    weight_decay: float = 0.1
+    grad: float = 1.0
+    beta: float | None = None
+
+
+def _recipe(name: str, **options: Any) -> dict[str, Any]:
+    return {"sste.recipe": name, **{f"sste.{option}": value for option, value in options.items()}}
+
+
+STE, SSTE = _recipe("ste"), _recipe("s-ste")
+TRIALS: Mapping[str, Trial] = {
+    DENSE: Trial(options=None),
+    "fp8": Trial(options=_recipe("fp8")),
+    "s-ste": Trial(options=SSTE),
+    "ste": Trial(options=STE),
+    # The learning rate that suits each.
+    **{
+        f"{name}, learning rate x {factor:g}": Trial(options=options, learning_rate=factor)
+        for factor in (0.5, 2.0, 4.0)
+        for name, options in ((DENSE, None), ("s-ste", SSTE), ("ste", STE))
+    },
+    # Where the loss is lost: the estimator, the precision, the layers.
+    "s-ste, no MVUE": Trial(options=_recipe("s-ste", mvue="off")),
+    "s-ste, bf16": Trial(options=_recipe("s-ste-bf16")),
+    "s-ste, ffn.up alone": Trial(options=_recipe("s-ste", targets="*.ffn.up")),
+    "s-ste, ffn.down alone": Trial(options=_recipe("s-ste", targets="*.ffn.down")),
+    "s-ste, not the last block": Trial(options=_recipe("s-ste", targets="blocks.[0-4].ffn.*")),
+    "s-ste, not the first block": Trial(options=_recipe("s-ste", targets="blocks.[1-5].ffn.*")),
+    # What S-STE adds to its definition.
+    "s-ste, gradient x beta": Trial(options=SSTE, grad=1.484),
+    "s-ste, beta 1": Trial(options=SSTE, beta=1.0),
+    "s-ste, beta 2": Trial(options=SSTE, beta=2.0),
+    "bf16, no weight decay": Trial(options=None, weight_decay=0.0),
+    "s-ste, no weight decay": Trial(options=SSTE, weight_decay=0.0),
+    "ste, no weight decay": Trial(options=STE, weight_decay=0.0),
+    # Phases.
+    "s-ste, tail 1/6": Trial(options=_recipe("s-ste", tail=1 / 6)),
+    "s-ste, tail 1/3": Trial(options=_recipe("s-ste", tail=1 / 3)),
+    "s-ste, warm-up 1/6": Trial(options=_recipe("s-ste", warmup=1 / 6)),
+    "ste, warm-up 1/6": Trial(options=_recipe("ste", warmup=1 / 6)),
+    "ste, warm-up 1/3": Trial(options=_recipe("ste", warmup=1 / 3)),
+    "ste, tail 1/6": Trial(options=_recipe("ste", tail=1 / 6)),
+    "ste, tail 1/4": Trial(options=_recipe("ste", tail=1 / 4)),
+    "ste, tail 1/3": Trial(options=_recipe("ste", tail=1 / 3)),
+    "ste, tail 1/2": Trial(options=_recipe("ste", tail=1 / 2)),
+    "ste, warm-up 1/6, tail 1/6": Trial(options=_recipe("ste", warmup=1 / 6, tail=1 / 6)),
+    "ste, tail 1/3, no MVUE": Trial(options=_recipe("ste", tail=1 / 3, mvue="off")),
+    # The other recipes.
+    "sr-ste": Trial(options=_recipe("sr-ste")),
+    "sr-ste, decay 2e-5": Trial(options=_recipe("sr-ste", decay=2e-5)),
+    "sr-ste, tail 1/3": Trial(options=_recipe("sr-ste", tail=1 / 3)),
+    "t-sr-ste": Trial(options=_recipe("t-sr-ste")),
+    "t-sr-ste, tail 1/3": Trial(options=_recipe("t-sr-ste", tail=1 / 3)),
+}
+
+
+def run_trials(names: Sequence[str], seeds: Sequence[int], at_least: int, device: str, jobs: int) -> list[Run]:
+    """One run for each trial and seed, ``jobs`` at a time, each in a process of its own.
+
+    Args:
+        at_least: tokens that each run reads.
+    """
+    tokens(recipe_runs.VOCABULARY, at_least)  # made once, for all processes
+    runs = []
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        started = {
+            pool.submit(run_trial, name, seed, at_least, device): (name, seed) for seed in seeds for name in names
+        }
+        for future in as_completed(started):
+            runs.append(future.result())
+            print("{}, seed {}: {:.4f}".format(*started[future], runs[-1]["validation_loss"]), flush=True)
+    return runs
+
+
+def run_trial(name: str, seed: int, at_least: int, device: str, shape: train_gpt.GPTConfig = SHAPE) -> Run:
+    """One run."""
+    trial = TRIALS[name]
+    steps = -(-at_least // (BATCH * shape.context))
+    config = train_gpt.TrainConfig(
+        steps=steps, batch=BATCH, learning_rate=LEARNING_RATE * trial.learning_rate, weight_decay=trial.weight_decay,
+        seed=seed, validation_batches=64,
+    )  # fmt: skip
+    data = tokens(recipe_runs.VOCABULARY, at_least)
+
+    def compiled(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        if trial.options is None:
+            return recipe_runs.compiled_dense(model)
+        ffn = [parameter for key, parameter in model.named_parameters() if key.endswith(("up.weight", "down.weight"))]
+        for weight in ffn:
+            if trial.grad != 1.0:
+                weight.register_hook(lambda grad: grad * trial.grad)
+            if trial.beta is not None:
+                give_beta(weight, trial.beta)
+        options = dict(trial.options)
+        if options.keys() & {"sste.tail", "sste.warmup"}:
+            options["sste.total_steps"] = steps
+        return recipe_runs.compiled_sste(model, options)
+
+    result = train_gpt.train(f"{name}, {seed}", shape, config, data, torch.device(device), compiled)
+    return {
+        "trial": name, "seed": seed, "steps": steps, "training": asdict(config),
+        "validation_loss": result.validation_loss, "training_loss": result.training_loss,
+    }  # fmt: skip
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Losses against the plain dense run of the same seed, means over seeds; in the order of the trials."""
+    dense = {run["seed"]: run["validation_loss"] for run in runs if run["trial"] == DENSE}
+    rows = []
+    for name in TRIALS:
+        of_trial = [run for run in runs if run["trial"] == name]
+        if of_trial:
+            gaps = [run["validation_loss"] - dense[run["seed"]] for run in of_trial if run["seed"] in dense]
+            loss = mean(run["validation_loss"] for run in of_trial)
+            percent = 100 * mean(gaps) / (loss - mean(gaps)) if gaps else None
+            spread = max(gaps) - min(gaps) if len(gaps) > 1 else None
+            rows.append((name, len(of_trial), loss, mean(gaps) if gaps else None, percent, spread))
+    headers = ("trial", "seeds", "validation loss", f"over {DENSE}", "%", "largest less smallest gap")
+    formats = ("", "", ".4f", "+.4f", "+.2f", ".4f")
+    return tabulate(rows, headers=headers, floatfmt=formats, missingval="-", tablefmt="github")
+
+
+def merged(old: Sequence[Run], new: Sequence[Run]) -> list[Run]:
+    """The new runs in place of old ones of the same trial, seed and length."""
+    return list({(run["trial"], run["seed"], run["steps"]): run for run in (*old, *new)}.values())
