@@ -145,9 +145,11 @@ def clock_part(arms: Sequence[str]) -> Report:
     return {"runs": runs, "failed": _worse_than_guessing(runs)}, recipe_runs.clock_table(runs)
 
 
-def search_part(trials: Sequence[str], seeds: Sequence[int], at_least: int, jobs: int, folder: Path) -> Report:
-    """Losses of each trial and seed, beside those that the results hold already."""
-    new = recipe_search.run_trials(trials, seeds, at_least, str(DEVICE), jobs)
+def search_part(
+    trials: Sequence[str], rates: Sequence[float], seeds: Sequence[int], at_least: int, jobs: int, folder: Path
+) -> Report:
+    """Losses of each trial, learning rate and seed, beside those that the results hold already."""
+    new = recipe_search.run_trials(trials, rates, seeds, at_least, str(DEVICE), jobs)
     runs = recipe_search.merged(_kept(folder, "search"), new)
     return {"runs": runs, "failed": _worse_than_guessing(new)}, recipe_search.table(runs)
 
@@ -181,6 +183,7 @@ def main() -> None:
     every = [recipe_runs.DENSE, recipe_runs.TORCHAO, *recipe_runs.ARMS]
     parser.add_argument("--arms", nargs="+", choices=every, default=every)
     parser.add_argument("--trials", nargs="+", choices=recipe_search.TRIALS, default=[*recipe_search.TRIALS])
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3, 2e-3], help="of the trials")
     parser.add_argument("--jobs", type=int, default=4, help="trials that run side by side (default: %(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=50_000_000, help="that each run reads (default: %(default)s)")
@@ -191,7 +194,7 @@ def main() -> None:
         "head": head_part,
         "recipes": partial(recipes_part, args.arms, args.seeds, args.tokens, args.out),
         "clock": partial(clock_part, args.arms),
-        "search": partial(search_part, args.trials, args.seeds, args.tokens, args.jobs, args.out),
+        "search": partial(search_part, args.trials, args.learning_rates, args.seeds, args.tokens, args.jobs, args.out),
         "tasks": partial(tasks_part, args.arms, args.seeds),
     }
     keep_parts("bench_quality", {part: parts[part] for part in args.parts}, args.out)

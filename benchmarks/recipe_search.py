@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
@@ -26,7 +27,7 @@ from sparse_compile.state import give_beta
 
 DENSE = "bf16"
 SHAPE = train_gpt.GPTConfig(layers=6, heads=6, width=384, context=512, vocabulary=recipe_runs.VOCABULARY)
-BATCH, LEARNING_RATE = 32, 1e-3
+BATCH = 32
 Run = dict[str, Any]
 
 
@@ -36,14 +37,12 @@ class Trial:
 
     Args:
         options: of the backend, but ``sste.total_steps``; None trains dense, in bf16.
-        learning_rate: times the usual one.
         weight_decay: of all matrices.
         grad: what the gradients of the FFN's weights are multiplied with, before they are clipped.
         beta: the S-STE scale of all pruned weights, instead of the one that follows from each.
     """
 
     options: Mapping[str, Any] | None = field(default_factory=dict)
-    learning_rate: float = 1.0
     weight_decay: float = 0.1
     grad: float = 1.0
     beta: float | None = None
@@ -59,13 +58,8 @@ TRIALS: Mapping[str, Trial] = {
     "fp8": Trial(options=_recipe("fp8")),
     "s-ste": Trial(options=SSTE),
     "ste": Trial(options=STE),
-    # The learning rate that suits each.
-    **{
-        f"{name}, learning rate x {factor:g}": Trial(options=options, learning_rate=factor)
-        for factor in (0.5, 2.0, 4.0)
-        for name, options in ((DENSE, None), ("s-ste", SSTE), ("ste", STE))
-    },
     # Where the loss is lost: the estimator, the precision, the layers.
+    "ste, no MVUE": Trial(options=_recipe("ste", mvue="off")),
     "s-ste, no MVUE": Trial(options=_recipe("s-ste", mvue="off")),
     "s-ste, bf16": Trial(options=_recipe("s-ste-bf16")),
     "s-ste, ffn.up alone": Trial(options=_recipe("s-ste", targets="*.ffn.up")),
@@ -100,8 +94,10 @@ TRIALS: Mapping[str, Trial] = {
 }
 
 
-def run_trials(names: Sequence[str], seeds: Sequence[int], at_least: int, device: str, jobs: int) -> list[Run]:
-    """One run for each trial and seed, ``jobs`` at a time, each in a process of its own.
+def run_trials(
+    names: Sequence[str], rates: Sequence[float], seeds: Sequence[int], at_least: int, device: str, jobs: int
+) -> list[Run]:
+    """One run for each trial, learning rate and seed, ``jobs`` at a time, each in a process of its own.
 
     Args:
         at_least: tokens that each run reads.
@@ -109,21 +105,20 @@ def run_trials(names: Sequence[str], seeds: Sequence[int], at_least: int, device
     tokens(recipe_runs.VOCABULARY, at_least)  # made once, for all processes
     runs = []
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        started = {
-            pool.submit(run_trial, name, seed, at_least, device): (name, seed) for seed in seeds for name in names
-        }
+        wanted = product(seeds, rates, names)
+        started = {pool.submit(run_trial, name, rate, seed, at_least, device) for seed, rate, name in wanted}
         for future in as_completed(started):
             runs.append(future.result())
-            print("{}, seed {}: {:.4f}".format(*started[future], runs[-1]["validation_loss"]), flush=True)
+            print("{trial}, {learning_rate:g}, seed {seed}: {validation_loss:.4f}".format(**runs[-1]), flush=True)
     return runs
 
 
-def run_trial(name: str, seed: int, at_least: int, device: str, shape: train_gpt.GPTConfig = SHAPE) -> Run:
+def run_trial(name: str, rate: float, seed: int, at_least: int, device: str, shape: train_gpt.GPTConfig = SHAPE) -> Run:
     """One run."""
     trial = TRIALS[name]
     steps = -(-at_least // (BATCH * shape.context))
     config = train_gpt.TrainConfig(
-        steps=steps, batch=BATCH, learning_rate=LEARNING_RATE * trial.learning_rate, weight_decay=trial.weight_decay,
+        steps=steps, batch=BATCH, learning_rate=rate, weight_decay=trial.weight_decay,
         seed=seed, validation_batches=64,
     )  # fmt: skip
     data = tokens(recipe_runs.VOCABULARY, at_least)
@@ -144,28 +139,32 @@ def run_trial(name: str, seed: int, at_least: int, device: str, shape: train_gpt
 
     result = train_gpt.train(f"{name}, {seed}", shape, config, data, torch.device(device), compiled)
     return {
-        "trial": name, "seed": seed, "steps": steps, "training": asdict(config),
+        "trial": name, "learning_rate": rate, "seed": seed, "steps": steps, "training": asdict(config),
         "validation_loss": result.validation_loss, "training_loss": result.training_loss,
     }  # fmt: skip
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Losses against the plain dense run of the same seed, means over seeds; in the order of the trials."""
-    dense = {run["seed"]: run["validation_loss"] for run in runs if run["trial"] == DENSE}
+    """Losses against the plain dense run of the same learning rate and seed, means over seeds."""
+    dense = {(run["learning_rate"], run["seed"]): run["validation_loss"] for run in runs if run["trial"] == DENSE}
     rows = []
-    for name in TRIALS:
-        of_trial = [run for run in runs if run["trial"] == name]
+    for rate, name in product(sorted({run["learning_rate"] for run in runs}), TRIALS):
+        of_trial = [run for run in runs if (run["trial"], run["learning_rate"]) == (name, rate)]
         if of_trial:
-            gaps = [run["validation_loss"] - dense[run["seed"]] for run in of_trial if run["seed"] in dense]
             loss = mean(run["validation_loss"] for run in of_trial)
+            compared = [run for run in of_trial if (rate, run["seed"]) in dense]
+            gaps = [run["validation_loss"] - dense[rate, run["seed"]] for run in compared]
             percent = 100 * mean(gaps) / (loss - mean(gaps)) if gaps else None
             spread = max(gaps) - min(gaps) if len(gaps) > 1 else None
-            rows.append((name, len(of_trial), loss, mean(gaps) if gaps else None, percent, spread))
-    headers = ("trial", "seeds", "validation loss", f"over {DENSE}", "%", "largest less smallest gap")
-    formats = ("", "", ".4f", "+.4f", "+.2f", ".4f")
+            rows.append((f"{rate:g}", name, len(of_trial), loss, mean(gaps) if gaps else None, percent, spread))
+    headers = (
+        "learning rate", "trial", "seeds", "validation loss", f"over {DENSE}", "%", "largest less smallest gap"
+    )  # fmt: skip
+    formats = ("", "", "", ".4f", "+.4f", "+.2f", ".4f")
     return tabulate(rows, headers=headers, floatfmt=formats, missingval="-", tablefmt="github")
 
 
 def merged(old: Sequence[Run], new: Sequence[Run]) -> list[Run]:
-    """The new runs in place of old ones of the same trial, seed and length."""
-    return list({(run["trial"], run["seed"], run["steps"]): run for run in (*old, *new)}.values())
+    """The new runs in place of old ones of the same trial, learning rate, seed and length."""
+    runs = {(run["trial"], run["learning_rate"], run["seed"], run["steps"]): run for run in (*old, *new)}
+    return list(runs.values())

@@ -47,8 +47,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return seen
 
 
-def run(name: str) -> recipe_search.Run:
-    return recipe_search.run_trial(name, 0, TOKENS, "cpu", TINY)
+def run(name: str, rate: float = 1e-3) -> recipe_search.Run:
+    return recipe_search.run_trial(name, rate, 0, TOKENS, "cpu", TINY)
 
 
 def test_trials_are_options_that_exist() -> None:
@@ -59,9 +59,8 @@ def test_trials_are_options_that_exist() -> None:
 
 
 def test_a_dense_trial_and_its_learning_rate(seen: dict[str, Any]) -> None:
-    plain, faster = run("bf16"), run("bf16, learning rate x 4")
+    plain, faster = run("bf16"), run("bf16", 4e-3)
     assert plain["steps"] == 6
-    assert faster["training"]["learning_rate"] == 4 * plain["training"]["learning_rate"]
     assert faster["validation_loss"] != plain["validation_loss"]
     assert "options" not in seen
 
@@ -100,10 +99,19 @@ def test_a_schedule_knows_the_steps(seen: dict[str, Any]) -> None:
 
 
 def test_table_of_trials() -> None:
-    losses = {("bf16", 0): 2.0, ("bf16", 1): 2.2, ("ste", 0): 2.1, ("ste", 1): 2.4}
+    losses = {
+        ("bf16", 1e-3, 0): 2.0, ("bf16", 1e-3, 1): 2.2, ("ste", 1e-3, 0): 2.1, ("ste", 1e-3, 1): 2.4,
+        ("bf16", 2e-3, 0): 1.0, ("ste", 2e-3, 0): 1.2, ("ste", 4e-3, 0): 1.2,
+    }  # fmt: skip
     runs = [
-        {"trial": trial, "seed": seed, "steps": 6, "validation_loss": loss} for (trial, seed), loss in losses.items()
+        {"trial": trial, "learning_rate": rate, "seed": seed, "steps": 6, "validation_loss": loss}
+        for (trial, rate, seed), loss in losses.items()
     ]
-    dense, ste = recipe_search.table(recipe_search.merged(runs[:1], runs)).splitlines()[2:]
-    assert [cell.strip() for cell in dense.split("|")[1:-1]] == ["bf16", "2", "2.1000", "+0.0000", "+0.00", "0.0000"]
-    assert [cell.strip() for cell in ste.split("|")[1:-1]] == ["ste", "2", "2.2500", "+0.1500", "+7.14", "0.1000"]
+    lines = recipe_search.table(recipe_search.merged(runs[:1], runs)).splitlines()[2:]
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines] == [
+        ["0.001", "bf16", "2", "2.1000", "+0.0000", "+0.00", "0.0000"],
+        ["0.001", "ste", "2", "2.2500", "+0.1500", "+7.14", "0.1000"],
+        ["0.002", "bf16", "1", "1.0000", "+0.0000", "+0.00", "-"],
+        ["0.002", "ste", "1", "1.2000", "+0.2000", "+20.00", "-"],
+        ["0.004", "ste", "1", "1.2000", "-", "-", "-"],
+    ]
