@@ -41,7 +41,7 @@ from sparse_compile.kernels import ops
 
 DEVICE = torch.device("cuda")
 STEPS = 300
-CLOCK_STEPS = 800
+CLOCK_STEPS = 500
 TOLERANCE = 0.02
 
 

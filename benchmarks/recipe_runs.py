@@ -32,6 +32,7 @@ ARMS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "ste": lambda steps: {"sste.recipe": "ste"},
     "ste, no MVUE": lambda steps: {"sste.recipe": "ste", "sste.mvue": "off"},
     "ste-dense-tail": lambda steps: {"sste.recipe": "ste-dense-tail", "sste.total_steps": steps},
+    "ste, dense half": lambda steps: {"sste.recipe": "ste", "sste.tail": 1 / 2, "sste.total_steps": steps},
     "sr-ste": lambda steps: {"sste.recipe": "sr-ste"},
     "t-sr-ste": lambda steps: {"sste.recipe": "t-sr-ste"},
     "t-sr-ste, dense tail": lambda steps: {"sste.recipe": "t-sr-ste", "sste.tail": 1 / 6, "sste.total_steps": steps},

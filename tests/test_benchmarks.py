@@ -417,6 +417,29 @@ class TestRecipeRuns:
         assert recipe_runs.seconds_to(self.run("bf16", losses, speed=32768.0), 3.0) == 100.0
         assert recipe_runs.seconds_to(self.run("bf16", losses), 1.9) is None
 
+    def test_an_arm_is_given_the_time_of_the_dense_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Twice as fast while pruned; in a dense half as fast as the dense run."""
+        monkeypatch.setattr(recipe_runs, "tokens", lambda vocabulary, at_least: None)
+        trained = []
+
+        def train(arm: str, shape: Any, config: Any, *rest: Any, scheduled_for: int = 0) -> dict[str, Any]:
+            trained.append((arm, config.steps, scheduled_for > 0))
+            speed = 1000.0 if arm == recipe_runs.DENSE else 2000.0
+            seconds = config.steps * config.batch * shape.context / speed
+            return {
+                "arm": arm, "steps": config.steps, "tokens_a_step": 16384, "training_seconds": seconds,
+                "tokens_per_second": speed, "validation_loss": 2.0,
+            }  # fmt: skip
+
+        monkeypatch.setattr(recipe_runs, "_train", train)
+        runs = recipe_runs.train_for_as_long(["s-ste", "ste, dense half"], 600, CPU)
+        assert trained == [
+            ("bf16", 600, False), ("s-ste", 50, True), ("s-ste", 1200, False), ("ste, dense half", 50, True),
+            ("ste, dense half", 800, False),
+        ]  # fmt: skip
+        assert [run["steps"] for run in runs] == [600, 1200, 800]
+        assert recipe_runs.clock_table(runs).count("2.0000") == 3
+
     def test_the_gap_is_to_the_dense_run_of_the_same_seed(self) -> None:
         runs = [
             self.run("bf16", [2.0]),
