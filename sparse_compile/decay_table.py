@@ -74,8 +74,8 @@ class DecayTable:
             raise ValueError(f"there are {self.steps} optimizer steps to compare, and at least 2 are needed")
         if self.mean(self.dense) == 0:
             raise ValueError(
-                f"no mask changes in the dense run, in {self._which_steps}: the learning rate may be too small so early; "
-                "raise --steps"
+                f"no mask changes in the dense run, in {self._which_steps}: the learning rate may be too small so "
+                "early; raise --steps"
             )
 
     @property
@@ -105,8 +105,8 @@ class DecayTable:
         decay = self.recommended()
         if decay is not None:
             return (
-                f"recommended: {decay:g}, of the accepted the one whose mu is nearest to their middle, "
-                f"{(LOWEST + HIGHEST) / 2:g}\n"
+                f"recommended: {decay:g}, whose mu is the nearest to {(LOWEST + HIGHEST) / 2:g}, the middle of what is "
+                "accepted\n"
                 f'    options={{"sste.recipe": "{self.recipe}", "sste.decay": {decay:g}}}'
             )
         above = [run.decay or 0.0 for run in self.runs if self.mu(run) > HIGHEST]
@@ -123,7 +123,8 @@ class DecayTable:
     def notes(self) -> list[str]:
         """What a reader must know of the numbers."""
         early = [run for run in (self.dense, *self.runs) if not run.stopped]
-        notes = [f"flip rates are means over {self._which_steps}, of {len(self.dense.elements)} weights"]
+        weights = "1 weight" if len(self.dense.elements) == 1 else f"{len(self.dense.elements)} weights"
+        notes = [f"flip rates are means over {self._which_steps}, of {weights}"]
         if early:
             notes.append(f"the script ended by itself before all steps in: {', '.join(run.name for run in early)}")
         return notes

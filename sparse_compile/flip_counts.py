@@ -30,7 +30,8 @@ class _Counted:
     __slots__ = ("elements", "flips", "metadata", "slot", "weight")
 
     def __init__(self, slot: WeightSlot, weight: Tensor) -> None:
-        self.slot = replace(slot, projection=_projection(slot), refresh=int(_projection(slot) is Projection.TRANSPOSABLE))
+        projection = _projection(slot)
+        self.slot = replace(slot, projection=projection, refresh=int(projection is Projection.TRANSPOSABLE))
         self.weight = ref(weight)
         self.elements = weight.numel()
         self.metadata = self._mask(weight)

@@ -18,9 +18,9 @@ _DESCRIPTION = f"""\
 Search the decay of a recipe by flip rates (T-SR-STE, arXiv 2404.01847).
 
 The script runs once dense, where the masks that pruning would give are only looked at, and once with each decay; each
-run is stopped after some optimizer steps, and its output is kept back. mu is the share of mask bits that flip in a step,
-over that of the dense run, both means over the last half of the steps. Decays with mu in [{LOWEST:.2f}, {HIGHEST:.2f}]
-are accepted.
+run is stopped after some optimizer steps, and its output is kept back. mu is the share of mask bits that flip in a
+step, over that of the dense run, both means over the last half of the steps. Decays with mu in
+[{LOWEST:.2f}, {HIGHEST:.2f}] are accepted.
 
 The exit status is 0 if a decay is accepted, 1 if none is or a run fails.
 """
@@ -154,9 +154,12 @@ def _check_options(options: Mapping[str, Any], recipe: str) -> None:
 def _decays(text: str) -> list[float]:
     try:
         decays = [float(decay) for decay in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, as 2e-5,6e-5,2e-4") from None
+    try:
         check_decays(decays)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}, as 2e-5,6e-5,2e-4") from None
+        raise argparse.ArgumentTypeError(str(error)) from None
     return decays
 
 
