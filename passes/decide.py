@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.find import LinearSite, Reason, Rejection
 from sparse_compile.passes.roles import Role
-from sparse_compile.recipe import FP8, Gemm, Recipe
+from sparse_compile.recipe import FP8, Gemm, Projection, Recipe
 from sparse_compile.report import Row
 from sparse_compile.torch_internals import example_value, is_fake, real_parameter
 
@@ -39,6 +39,7 @@ class Plan:
     named: bool = False  # by the user
     pruned: bool = False  # whether its weight was trained pruned: dense products would compute another function
     price: Price | None = None  # where it was measured
+    virtual: Projection = Projection.NONE  # what prunes its weight in another phase than this dense one
     advice: str = ""  # how it could gain more
 
     def row(self) -> Row:

@@ -29,5 +29,6 @@ def phase(
             advice = "'sste.warmup' and 'sste.tail' say when it is pruned"
             rejections.append(plan.site.reject(Reason.DENSE_PHASE, f"{when}, by its schedule", advice))
         else:
-            scheduled.append(replace(plan, recipe=FP8, advice=f"{when}, by its schedule"))
+            virtual = plan.recipe.projection
+            scheduled.append(replace(plan, recipe=FP8, advice=f"{when}, by its schedule", virtual=virtual))
     return scheduled, rejections

@@ -39,6 +39,7 @@ class WeightSlot:
     decay: float = 0.0
     refresh: int = 0
     bf16: bool = False  # whether it is kept in bf16 instead of FP8
+    virtual: Projection = Projection.NONE  # what prunes it in another phase than this dense one
 
     def new_operands(self) -> tuple[Tensor, ...]:
         """Uninitialised operands; fake ones under a FakeTensorMode."""
@@ -97,6 +98,7 @@ def _slot(plan: Plan, position: int) -> WeightSlot:
         decay=plan.recipe.decay,
         refresh=plan.recipe.refresh,
         bf16=plan.recipe.is_bf16,
+        virtual=plan.virtual,
     )
 
 

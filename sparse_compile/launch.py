@@ -16,6 +16,7 @@ def run(
     module: bool = False,
     auto: bool = False,
     options: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
     report_file: Path | None = None,
 ) -> None:
     """Run a script as ``python script arguments...`` would, or a module as ``python -m``, through this backend.
@@ -23,9 +24,10 @@ def run(
     Args:
         auto: whether models that the script does not compile are compiled as well.
         options: for every compilation; those that the script itself gives come first.
+        overrides: options that come before the script's own.
         report_file: where the report is written when the process ends, see ``record.write_to``.
     """
-    route(auto=auto, options=options, report_file=report_file, launched=True)
+    route(auto=auto, options=options, overrides=overrides, report_file=report_file, launched=True)
     sys.argv = [script, *arguments]
     if module:
         # As with python -m, the current folder comes first among the paths already.

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 from sparse_compile.html_page import Markup, page, table, tag
+from sparse_compile.html_plot import Line, keys, plot
 from sparse_compile.report import (
     GraphReport,
     Measurement,
@@ -252,24 +253,15 @@ def _plot(over_time: Sequence[tuple[int, float, float]], limit: float, title: st
     first, last = over_time[0][0], over_time[-1][0]
     top = 1.1 * max(limit, *(largest for _, _, largest in over_time))
 
-    def line(points: Iterable[tuple[float, float]], **attributes: str) -> Markup:
-        drawn = " ".join(
-            f"{1000 * (x - first) / max(1, last - first):.1f},{100 * (1 - y / top):.2f}" for x, y in points
-        )
-        return tag("polyline", points=drawn, fill="none", vector_effect="non-scaling-stroke", **attributes)
-
     lines = [
-        line([(first, limit), (last, limit)], stroke="var(--faint)", stroke_dasharray="6 4"),
-        line([(x, largest) for x, _, largest in over_time], stroke="var(--dense)", stroke_width="2"),
-        line([(x, median) for x, median, _ in over_time], stroke="var(--sparse)", stroke_width="2"),
+        Line(points=[(first, limit), (last, limit)], colour="var(--faint)", dashed=True),
+        Line(points=[(x, largest) for x, _, largest in over_time], colour="var(--dense)"),
+        Line(points=[(x, median) for x, median, _ in over_time], colour="var(--sparse)"),
     ]
-    plot = tag("svg", tag("title", title), *lines, viewBox="0 0 1000 100", preserveAspectRatio="none", role="img")
-    height = tag("div", tag("span", precise(top)), class_="axis")
-    axis = tag("div", tag("span", f"0 %, step {first}"), tag("span", f"step {last}"), class_="axis")
-    keys = _keys([("sparse", "median of the weights"), ("dense", "largest")])
-    return tag("div", height, plot, axis, keys)
+    plotted = plot(lines, title, top=top, labels=(precise(top), f"0 %, step {first}", f"step {last}"))
+    return tag("div", plotted, keys([("var(--sparse)", "median of the weights"), ("var(--dense)", "largest")]))
 
 
-def _keys(keys: Iterable[tuple[str, str]]) -> Markup:
+def _keys(classes: Iterable[tuple[str, str]]) -> Markup:
     """What the colours mean."""
-    return tag("ul", *(tag("li", tag("span", class_=f"key {colour}"), text) for colour, text in keys), class_="keys")
+    return tag("ul", *(tag("li", tag("span", class_=f"key {colour}"), text) for colour, text in classes), class_="keys")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,20 +38,27 @@ class _Seen:
 
 
 def route(
-    *, auto: bool, options: Mapping[str, Any] | None = None, report_file: Path | None = None, launched: bool
+    *,
+    auto: bool,
+    options: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    report_file: Path | None = None,
+    launched: bool,
 ) -> None:
     """Let torch.compile mean this backend where its caller names none, until the process ends.
 
     Args:
         auto: compile models that the script does not compile, at their first call in training.
-        options: for every compilation by this backend.
+        options: for every compilation by this backend; those that the script itself gives come first.
+        overrides: options that come before the script's own.
         report_file: where the report is written at the end.
         launched: whether this process is known to run a training script.
     """
     seen = _Seen(launched)
     compile = torch.compile
-    automatic = AutoCompile(lambda call: compile(call, backend="sste", options=dict(options or {}))) if auto else None
-    torch.compile = _routed(compile, dict(options or {}), seen, automatic)
+    given, forced = dict(options or {}), dict(overrides or {})
+    automatic = AutoCompile(lambda call: compile(call, backend="sste", options=given | forced)) if auto else None
+    torch.compile = _routed(compile, given, seen, automatic, forced)
     accept_in_accelerate()
 
     def on_step(*_: Any) -> None:
@@ -64,7 +72,11 @@ def route(
 
 
 def _routed(
-    compile: Callable[..., Any], options: dict[str, Any], seen: _Seen, automatic: AutoCompile | None
+    compile: Callable[..., Any],
+    options: dict[str, Any],
+    seen: _Seen,
+    automatic: AutoCompile | None,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[..., Any]:
     """torch.compile with backend "sste" where its caller names none, or "inductor"; other names stay."""
 
@@ -74,9 +86,10 @@ def _routed(
             return lambda model: routed(model, **named)
         if named.get("backend") in _DEFAULTS:
             named["backend"] = "sste"
-        if options and named["backend"] == "sste":
+        if (options or overrides) and named["backend"] == "sste":
             # torch.compile takes a mode or options.
-            named["options"] = {**mode_options(named.pop("mode", None)), **options, **(named.get("options") or {})}
+            mode, own = mode_options(named.pop("mode", None)), named.get("options") or {}
+            named["options"] = {**mode, **options, **own, **overrides}
         seen.backends.append(str(named["backend"]))
         if automatic is not None and isinstance(getattr(model, "__self__", model), Module):
             automatic.stop()

@@ -15,6 +15,9 @@ from sparse_compile.state import current_operands, restore_operands, weight_stat
 from sparse_compile.torch_internals import FakeTensor
 from sparse_compile.weight_health import watch
 
+# Called with each weight that a rewritten linear reads, before its first call.
+on_weight: list[Callable[[WeightSlot, Tensor], object]] = []
+
 
 class Runtime:
     """A prologue, which brings the operands of every rewritten weight up to date, then the compiled graph.
@@ -88,4 +91,6 @@ class Runtime:
         self._met_gathered = self._met_gathered or state.shards is not None
         if slot.projection.prunes:
             watch(slot, weight, state)
+        for listener in on_weight:
+            listener(slot, weight)
         return state
