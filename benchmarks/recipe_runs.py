@@ -27,6 +27,7 @@ ARMS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "s-ste": lambda steps: {"sste.recipe": "s-ste"},
     "s-ste, no MVUE": lambda steps: {"sste.recipe": "s-ste", "sste.mvue": "off"},
     "s-ste, approximate MVUE": lambda steps: {"sste.recipe": "s-ste", "sste.mvue": "approximate"},
+    "s-ste, 2:4 dgrad": lambda steps: {"sste.recipe": "s-ste", "sste.dgrad": "mvue"},
     "s-ste, bf16": lambda steps: {"sste.recipe": "s-ste-bf16"},
     "s-ste, dense tail": lambda steps: {"sste.recipe": "s-ste", "sste.tail": 1 / 6, "sste.total_steps": steps},
     "ste": lambda steps: {"sste.recipe": "ste"},

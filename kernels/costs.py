@@ -232,9 +232,13 @@ def _fp8_wgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
 
 
 def _scaled_mm(rows: int, columns: int, contraction: int, dtype: torch.dtype, make: _Operands) -> Callable[[], object]:
-    out_dtype = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
     a, b = make.e4m3(rows, contraction), make.e4m3(columns, contraction)
-    return partial(ops.scaled_mm, a, b, make.ones(1, 2.0**-12), out_dtype)
+    return partial(ops.scaled_mm, a, b, make.ones(1, 2.0**-12), _unscaled_dtype(dtype))
+
+
+def _unscaled_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a product whose rows are scaled after it."""
+    return torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
 
 
 def _sparse_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
@@ -244,6 +248,11 @@ def _sparse_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
 
 def _sparse_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
     return _sparse_fprop(replace(s, in_features=s.out_features, out_features=s.in_features), make)
+
+
+def _sampled_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    operands = (*make.sparse(padded(s.tokens), s.out_features), make.e4m3(s.in_features, s.out_features))
+    return partial(ops.sparse_mm, *operands, make.ones(1, 2.0**-12), None, _unscaled_dtype(s.dtype), False, True)
 
 
 def _sparse_bf16_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
@@ -280,6 +289,12 @@ def _cast_transpose(s: LinearShape, make: _Operands) -> Callable[[], object]:
 
 def _cast_mvue(s: LinearShape, make: _Operands, approximate: bool) -> Callable[[], object]:
     return partial(ops.cast_mvue, *_gradient(s, make), make.seed(), 0, approximate)
+
+
+def _cast_mvue_for_dgrad(s: LinearShape, make: _Operands, approximate: bool) -> Callable[[], object]:
+    """Of the transpose in fp32, without the transposing copy."""
+    transposed = replace(s, tokens=s.out_features, out_features=padded(s.tokens), dtype=torch.float32)
+    return _cast_mvue(transposed, make, approximate)
 
 
 def _gradient(s: LinearShape, make: _Operands) -> tuple[Tensor, Tensor, Tensor]:
@@ -335,11 +350,14 @@ _KERNELS: dict[str, Callable[[LinearShape, _Operands], Callable[[], Any]]] = {
     "bf16 dgrad": _bf16_dgrad,
     "bf16 wgrad": _bf16_wgrad,
     "2:4 fp8 dgrad": _sparse_dgrad,
+    "2:4 fp8 mvue dgrad": _sampled_dgrad,
     "2:4 fp8 wgrad": _sparse_wgrad,
     "transpose_tokens": _transpose_tokens,
     "cast_transpose": _cast_transpose,
     "cast_mvue, exact mvue": partial(_cast_mvue, approximate=False),
     "cast_mvue, approximate mvue": partial(_cast_mvue, approximate=True),
+    "cast_mvue for dgrad, exact mvue": partial(_cast_mvue_for_dgrad, approximate=False),
+    "cast_mvue for dgrad, approximate mvue": partial(_cast_mvue_for_dgrad, approximate=True),
     "prune_weight_": partial(_prune, hard=False),
     "prune_weight_, hard": partial(_prune, hard=True),
     "prune_weight_bf16_": partial(_prune, hard=False, bf16=True),

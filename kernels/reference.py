@@ -194,14 +194,14 @@ def _bits(x: Tensor) -> torch.dtype:
 
 def _to_lanes(nibbles: Tensor, dtype: torch.dtype) -> Tensor:
     """``[R / 16, 16, C / 4]`` in the order of metadata: ``[column block, R / 16, lane, word, nibble of the word]``."""
-    row_blocks = nibbles.shape[0]
+    row_blocks, _, groups = nibbles.shape  # none of which reshape could infer where there are no rows
     if dtype.itemsize == 1:
         # row block, row // 8, row % 8, column block, part // 2, part % 2, nibble
-        parts = nibbles.reshape(row_blocks, 2, 8, -1, 2, 2, 8)
-        return parts.permute(3, 0, 2, 5, 1, 4, 6).reshape(-1, row_blocks, 32, 2, 8)
+        parts = nibbles.reshape(row_blocks, 2, 8, groups // 32, 2, 2, 8)
+        return parts.permute(3, 0, 2, 5, 1, 4, 6).reshape(groups // 32, row_blocks, 32, 2, 8)
     # row block, row // 8, row % 8, column block, part, nibble
-    parts = nibbles.reshape(row_blocks, 2, 8, -1, 4, 4)
-    return parts.permute(3, 0, 2, 4, 1, 5).reshape(-1, row_blocks, 32, 1, 8)
+    parts = nibbles.reshape(row_blocks, 2, 8, groups // 16, 4, 4)
+    return parts.permute(3, 0, 2, 4, 1, 5).reshape(groups // 16, row_blocks, 32, 1, 8)
 
 
 def philox4x32(seed: Tensor, c0: Tensor, c1: Tensor, c2: int) -> list[Tensor]:
@@ -352,7 +352,7 @@ def cast_mvue(
     uniforms = group_uniforms(seed, index, padded(tokens) // 4, columns)
     kept, positions = mvue24(groups.permute(2, 0, 1), uniforms.t(), approximate)
     payload = torch.zeros(columns, padded(tokens) // 4, 4, device=grad.device).scatter_(-1, positions, kept)
-    values, metadata = compress24(saturating_cast(payload.reshape(columns, -1)), positions)
+    values, metadata = compress24(saturating_cast(payload.reshape(columns, padded(tokens))), positions)
     return row, values, metadata
 
 

@@ -42,9 +42,10 @@ _WEIGHT_OPS = {
 }
 # A linear is rewritten if it is faster by this share of its dense time: what measurements and prices may be off by.
 _MARGIN = 0.05
-# Bytes an element, of what Inductor fuses: fitted to the profiles of a Llama and of a GPT-2 step.
+# Bytes an element, of what Inductor generates: fitted to the profiles of a Llama and of a GPT-2 step.
 _INPUT_BYTES = 1.0  # written by the kernel that makes the input
 _GRADIENT_BYTES = 1.0  # the maximum of each token is found on the way, or in another reading
+_TRANSPOSE_BYTES = 4.0  # the fp32 copy of the gradient that a sampled dgrad reads; not fitted
 _PRODUCT_BYTES = 2.0  # the scale of each token is applied by the reader, or in another pass
 
 
@@ -166,7 +167,14 @@ def _pieces(recipe: Recipe) -> list[str]:
         pieces.append("cast_transpose")
     if recipe.estimator is not None:
         pieces.append(f"cast_mvue, {recipe.estimator.value}")
+    if recipe.dgrad is Gemm.MVUE24:
+        pieces.append(_cast_for_dgrad(recipe))
     return pieces
+
+
+def _cast_for_dgrad(recipe: Recipe) -> str:
+    assert recipe.estimator is not None  # a sampled dgrad has one
+    return f"cast_mvue for dgrad, {recipe.estimator.value}"
 
 
 def _dense_microseconds(site: LinearSite, times: Mapping[str, float]) -> float:
@@ -186,8 +194,10 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
     total += times[f"{recipe.wgrad.value} wgrad"] + times.get("transpose_tokens", 0.0) / sharing
     if _needs_dgrad(site):
         total += times[f"{recipe.dgrad.value} dgrad"]
-        if recipe.dgrad is Gemm.FP8:
+        if recipe.dgrad in (Gemm.FP8, Gemm.MVUE24):
             total += inputs * _PRODUCT_BYTES * byte
+        if recipe.dgrad is Gemm.MVUE24:
+            total += times[_cast_for_dgrad(recipe)] + outputs * (shape.dtype.itemsize + _TRANSPOSE_BYTES) * byte
     casts_gradient = recipe.dgrad in (Gemm.FP8, Gemm.SPARSE24)
     if casts_gradient or recipe.wgrad not in _DENSE:
         total += outputs * _GRADIENT_BYTES * byte

@@ -8,6 +8,7 @@ import torch
 from sparse_compile.kernels import ops, tuning
 from sparse_compile.kernels.formats import E4M3, padded
 from sparse_compile.kernels.problem import Problem
+from sparse_compile.linear import gemm_dtype
 from sparse_compile.passes.decide import Plan
 from sparse_compile.recipe import Gemm
 from sparse_compile.torch_internals import example_value, hint
@@ -50,6 +51,17 @@ def _problems(plan: Plan) -> Iterator[Problem]:
             out_dtype=example_value(site.input).dtype,
             scaled=True,
             transpose=True,
+            use_fast_accum=True,
+        )
+    if plan.recipe.dgrad is Gemm.MVUE24:
+        yield Problem(
+            rows=padded(tokens),
+            columns=site.in_features,
+            contraction=site.out_features,
+            dtype=E4M3,
+            out_dtype=gemm_dtype(example_value(site.input).dtype),
+            scaled=False,
+            transpose=False,
             use_fast_accum=True,
         )
     if plan.recipe.wgrad is Gemm.SPARSE24:

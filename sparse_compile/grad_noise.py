@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3
+from sparse_compile.linear import DGRAD_DRAWS
 
 _SAMPLED = 256  # rows, and columns, of a weight's gradient
 _MAGNITUDE = 0x7F  # bits of e4m3 without the sign
@@ -38,6 +39,8 @@ class _Draw:
 
 # Memory is used again, by tensors of other shapes too: of a draw that no product has taken the address is not enough.
 _Key = tuple[int, torch.Size]
+# A linear in a backward pass: the address of its seed, its index, its out_features.
+_Linear = tuple[int, int, int]
 
 
 def _key(operand: Tensor) -> _Key:
@@ -53,6 +56,8 @@ class GradNoise:
         # A product does not say which linear it belongs to: these know by the addresses of its operands.
         self._payloads: dict[_Key, _Draw] = {}
         self._values: dict[_Key, _Draw] = {}
+        # A sampled dgrad reads, in place of the payload, what a second call makes of the same gradient.
+        self._linears: dict[_Linear, _Key] = {}
 
     def watch(self, on: bool) -> None:
         """Watch from now on, or no longer."""
@@ -61,6 +66,7 @@ class GradNoise:
             ops.observe(self._see if on else None)
             self._payloads.clear()
             self._values.clear()
+            self._linears.clear()
 
     def take(self) -> dict[int, Tensor]:
         """By the address of what dgrad reads of a weight: the ``[4]`` sums since the last time, see ``_Draw``."""
@@ -75,11 +81,18 @@ class GradNoise:
         draw = None
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             if op == "cast_mvue":
-                self._begin(*arguments[:3], *result[:2])
+                grad, _, token_scale, seed, index, _ = arguments
+                if index < DGRAD_DRAWS:
+                    self._begin(grad, token_scale, *result[:2])
+                    self._linears[seed.data_ptr(), index, grad.shape[1]] = _key(result[0])
+                else:
+                    self._replace_payload((seed.data_ptr(), index - DGRAD_DRAWS, grad.shape[0]), result[1])
             elif op == "scaled_mm":
                 draw = self._dgrad(arguments[0], arguments[1])
             elif op == "sparse_mm" and arguments[4] is not None:  # the scale of each token, which wgrad has not
                 draw = self._dgrad(arguments[2], arguments[0])
+            elif op == "sparse_mm" and _key(arguments[0]) in self._payloads:
+                draw = self._dgrad(arguments[0], arguments[2])
             elif op == "sparse_mm":
                 draw = self._values.pop(_key(arguments[0]), None)
                 if draw is not None:
@@ -96,7 +109,13 @@ class GradNoise:
             draw.weight = weight.data_ptr()
         return draw
 
-    def _begin(self, grad: Tensor, row_scale: Tensor, token_scale: Tensor, payload: Tensor, values: Tensor) -> None:
+    def _replace_payload(self, linear: _Linear, values: Tensor) -> None:
+        """dgrad reads ``values`` instead of the cast that came with the draw."""
+        payload = self._linears.pop(linear, None)
+        if payload is not None and payload in self._payloads:
+            self._payloads[_key(values)] = self._payloads.pop(payload)
+
+    def _begin(self, grad: Tensor, token_scale: Tensor, payload: Tensor, values: Tensor) -> None:
         if not grad.numel():
             return
         columns = _spread(grad.shape[1], grad.device)

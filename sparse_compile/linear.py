@@ -11,14 +11,18 @@ dequantising.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparse_compile.kernels import ops
-from sparse_compile.kernels.formats import AMAX_FLOOR, E4M3_MAX, MVUE_GAIN
+from sparse_compile.kernels.formats import AMAX_FLOOR, E4M3_MAX, MVUE_GAIN, padded
 from sparse_compile.kernels.reference import saturating_cast
 from sparse_compile.linear_bf16 import LinearBF16
 from sparse_compile.recipe import VARIANTS, Estimator, Gemm, Recipe
+
+# Added to the index of a linear where it samples grad_output for dgrad: other random numbers than any wgrad's.
+DGRAD_DRAWS = 2**30
 
 
 def linear(
@@ -80,8 +84,10 @@ class _Linear(torch.autograd.Function):
             output = output + bias.to(out_dtype)
         # What the backward products read, and nothing more.
         saved_input = (tokens, None) if recipe.wgrad is Gemm.HP else (x_fp8, scale_inv)
-        saved_weight = {Gemm.HP: (weight,), Gemm.FP8: operands[-2:], Gemm.SPARSE24: operands[-3:]}[recipe.dgrad]
-        ctx.save_for_backward(*saved_input, seed, *saved_weight)
+        saved_weight = {
+            Gemm.HP: (weight,), Gemm.FP8: operands[-2:], Gemm.SPARSE24: operands[-3:], Gemm.MVUE24: operands[-2:]
+        }  # fmt: skip
+        ctx.save_for_backward(*saved_input, seed, *saved_weight[recipe.dgrad])
         ctx.recipe, ctx.index, ctx.transposed = recipe, index, transposed
         ctx.input_shape, ctx.input_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -110,6 +116,8 @@ class _Linear(torch.autograd.Function):
                 product = ops.sparse_mm(
                     values, metadata, grad_fp8, scale_inv, row_scale_inv, ctx.input_dtype, True, True
                 )  # fmt: skip
+            elif recipe.dgrad is Gemm.MVUE24:
+                product = _sampled_dgrad(ctx, grad, amax, weight[0], weight[1], seed)
             else:
                 product = _scaled_mm(grad_fp8, weight[0], weight[1], row_scale_inv, ctx.input_dtype)
             grad_input = product.to(ctx.input_dtype).reshape(ctx.input_shape)
@@ -125,10 +133,10 @@ class _Linear(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
-def token_scale(amax: Tensor) -> tuple[Tensor, Tensor]:
-    """``(scale, scale_inv)``, fp32 ``[T]``, that map ``amax [T]`` to the largest e4m3 value."""
+def token_scale(amax: Tensor, limit: float = E4M3_MAX) -> tuple[Tensor, Tensor]:
+    """``(scale, scale_inv)``, fp32 ``[T]``, that map ``amax [T]`` to ``limit``, the largest e4m3 value or less."""
     amax = amax.float().clamp_min(AMAX_FLOOR)
-    return E4M3_MAX / amax, amax / E4M3_MAX
+    return limit / amax, amax / limit
 
 
 def cast(x: Tensor, scale: Tensor) -> Tensor:
@@ -160,12 +168,12 @@ def _scaled_mm(a: Tensor, b: Tensor, scale_inv: Tensor, row_scale_inv: Tensor, o
     The rows are scaled after the GEMM, where Inductor fuses the multiplication into whatever reads the result: the
     GEMM with one scale is faster than the one with a scale per row.
     """
-    product = ops.scaled_mm(a, b, scale_inv, _gemm_dtype(out_dtype))
+    product = ops.scaled_mm(a, b, scale_inv, gemm_dtype(out_dtype))
     return (product.float() * row_scale_inv[:, None]).to(out_dtype)
 
 
-def _gemm_dtype(out_dtype: torch.dtype) -> torch.dtype:
-    """What a dense fp8 GEMM writes for ``out_dtype``: fp16 could not hold rows that are not scaled yet."""
+def gemm_dtype(out_dtype: torch.dtype) -> torch.dtype:
+    """What an fp8 GEMM writes for ``out_dtype`` before rows are scaled: fp16 could not hold them."""
     return torch.bfloat16 if out_dtype is torch.bfloat16 else torch.float32
 
 
@@ -183,11 +191,34 @@ def _cast_grad(
     scale_inv = bound / limit
     if ctx.recipe.wgrad is Gemm.SPARSE24:
         assert seed is not None  # rewrite hands one to every recipe with an estimator
-        approximate = ctx.recipe.estimator is Estimator.APPROXIMATE_MVUE
-        grad_fp8, *operand = ops.cast_mvue(grad, row_scale, token_scales, seed, ctx.index, approximate)
+        grad_fp8, *operand = ops.cast_mvue(grad, row_scale, token_scales, seed, ctx.index, _is_approximate(ctx))
     else:
         grad_fp8, *operand = ops.cast_transpose(grad, row_scale, token_scales)
     return grad_fp8, tuple(operand), scale_inv
+
+
+def _is_approximate(ctx: Any) -> bool:
+    return ctx.recipe.estimator is Estimator.APPROXIMATE_MVUE
+
+
+def _sampled_dgrad(
+    ctx: Any, grad: Tensor, amax: Tensor, weight_t: Tensor, weight_scale_inv: Tensor, seed: Tensor
+) -> Tensor:
+    """grad_input = MVUE(grad_output) @ weight, 2:4 along out_features.
+
+    With the scale of each token applied, grad_output is transposed, so that the op that prunes along tokens prunes
+    along out_features, and its operand is that of the product as it lies.  The scales leave after the product.
+    """
+    scale, scale_inv = token_scale(amax, E4M3_MAX / MVUE_GAIN)
+    tokens, out_features = grad.shape
+    # Whole tiles, and kernels for few numbers of tokens: they are compiled for each number of columns.
+    scaled_t = F.pad((grad.float() * scale[:, None]).t(), (0, padded(tokens) - tokens)).contiguous()
+    ones = torch.ones(out_features, device=grad.device)
+    index = ctx.index + DGRAD_DRAWS
+    _, values, metadata = ops.cast_mvue(scaled_t, ones, ones, seed, index, _is_approximate(ctx))
+    out_dtype = gemm_dtype(ctx.input_dtype)
+    product = ops.sparse_mm(values, metadata, weight_t, weight_scale_inv, None, out_dtype, False, True)
+    return product[:tokens].float() * scale_inv[:, None]
 
 
 def _wgrad(ctx: Any, operand: tuple[Tensor, ...], x_fp8: Tensor, scale_inv: Tensor) -> Tensor:
@@ -198,4 +229,4 @@ def _wgrad(ctx: Any, operand: tuple[Tensor, ...], x_fp8: Tensor, scale_inv: Tens
         return ops.sparse_mm(values, metadata, x_t, scale_inv, None, ctx.weight_dtype, ctx.transposed, False)
     (grad_t,) = operand
     a, b = (x_t, grad_t) if ctx.transposed else (grad_t, x_t)
-    return ops.scaled_mm(a, b, scale_inv, _gemm_dtype(ctx.weight_dtype)).to(ctx.weight_dtype)
+    return ops.scaled_mm(a, b, scale_inv, gemm_dtype(ctx.weight_dtype)).to(ctx.weight_dtype)

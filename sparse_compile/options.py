@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from sparse_compile.courses import Schedule
-from sparse_compile.recipe import MVUE, RECIPES, SSTE, Recipe
+from sparse_compile.recipe import MVUE, RECIPES, SSTE, Gemm, Recipe
 from sparse_compile.report import check_file
 from sparse_compile.torch_internals import inductor_option_names, inductor_patches
 
 # A row of activations is cast in one reading where its registers allow it: Inductor tries, and takes the faster way.
 _INDUCTOR_DEFAULTS = {"triton.multi_kernel": 1}
 _NAMES = (
-    "sste.recipe", "sste.mvue", "sste.decay", "sste.refresh", "sste.warmup", "sste.tail", "sste.total_steps",
-    "sste.targets", "sste.head", "sste.frozen", "sste.when", "sste.memory", "sste.executor", "sste.tune",
-    "sste.report", "sste.report_measure", "sste.health",
+    "sste.recipe", "sste.mvue", "sste.dgrad", "sste.decay", "sste.refresh", "sste.warmup", "sste.tail",
+    "sste.total_steps", "sste.targets", "sste.head", "sste.frozen", "sste.when", "sste.memory", "sste.executor",
+    "sste.tune", "sste.report", "sste.report_measure", "sste.health",
 )  # fmt: skip
 
 
@@ -110,6 +110,13 @@ def _recipe(options: Mapping[str, Any]) -> Recipe:
         if recipe.estimator is None:
             raise ValueError(f"recipe {recipe.name!r} samples no gradients, so that 'sste.mvue' would change nothing")
         recipe = recipe.with_estimator(estimator)
+    if "sste.dgrad" in options:
+        sampled = _choice(options, "sste.dgrad", "dense", ["dense", "mvue"]) == "mvue"
+        if recipe.dgrad is Gemm.SPARSE24:
+            raise ValueError(f"dgrad of recipe {recipe.name!r} is 2:4 by its masks; leave 'sste.dgrad' out")
+        if sampled and recipe.estimator is None:
+            raise ValueError(f"option 'sste.dgrad' is 'mvue', {_why_not_sampled(options, recipe)}")
+        recipe = recipe.with_sampled_dgrad() if sampled else recipe
     if "sste.decay" in options:
         decay = _number(options, "sste.decay", 0.0)
         if not recipe.decay:
@@ -124,6 +131,13 @@ def _recipe(options: Mapping[str, Any]) -> Recipe:
             raise ValueError("option 'sste.refresh' is 0; allowed is a number of optimizer steps, 1 for every step")
         recipe = replace(recipe, refresh=refresh)
     return recipe
+
+
+def _why_not_sampled(options: Mapping[str, Any], recipe: Recipe) -> str:
+    if "sste.mvue" in options:
+        return "but 'sste.mvue' is 'off': its estimator prunes for dgrad, too; say 'exact' or 'approximate'"
+    could = _listed([name for name, other in RECIPES.items() if other.estimator and other.dgrad is Gemm.FP8])
+    return f"but recipe {recipe.name!r} samples no gradients; it is for {could}"
 
 
 def _schedule(options: Mapping[str, Any], recipe: Recipe) -> Schedule | None:

@@ -30,12 +30,13 @@ class Gemm(Enum):
     HP = "hp"  # in the dtype of the activations, as without us
     FP8 = "fp8"
     SPARSE24 = "2:4 fp8"
+    MVUE24 = "2:4 fp8 mvue"  # of dgrad: grad_output is sampled along out_features
     BF16 = "bf16"
     SPARSE24_BF16 = "2:4 bf16"
 
 
 class Estimator(Enum):
-    """How wgrad's grad_output is made 2:4 along tokens."""
+    """How grad_output is made 2:4: along tokens for wgrad, along out_features for a dgrad that is so by sampling."""
 
     EXACT_MVUE = "exact mvue"
     APPROXIMATE_MVUE = "approximate mvue"
@@ -46,8 +47,9 @@ class Recipe:
     """The arithmetic of one linear, ``output = input @ weight.T``.
 
     fprop is 2:4 exactly where the weight is projected, wgrad exactly where an estimator prunes grad_output.  dgrad
-    contracts over out_features, so it is 2:4 exactly where the weight is so along these, too.  It reads the projected
-    weight where there is one, which exists in FP8 or, for all three products, in bf16.
+    contracts over out_features, so it is 2:4 where the weight is so along these, too, or, as an experiment, where the
+    estimator of wgrad prunes another copy of grad_output along them.  It reads the projected weight where there is one,
+    which exists in FP8 or, for all three products, in bf16.
     """
 
     name: str
@@ -71,6 +73,8 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: fprop must be 2:4 or dense fp8")
         if (self.dgrad is Gemm.SPARSE24) != (self.projection is Projection.TRANSPOSABLE):
             raise ValueError(f"recipe {self.name!r}: dgrad is 2:4 if and only if the masks are transposable")
+        if self.dgrad is Gemm.MVUE24 and not (self.projection.prunes and self.estimator):
+            raise ValueError(f"recipe {self.name!r}: dgrad is sampled only beside a pruned weight and a sampled wgrad")
         if self.dgrad is Gemm.HP and self.projection.prunes:
             raise ValueError(f"recipe {self.name!r}: dgrad must be dense fp8, or hp where the weight is not projected")
 
@@ -92,6 +96,10 @@ class Recipe:
             return next(v for v in self.variants() if (v.dgrad, v.wgrad) == (self.dgrad, Gemm.FP8))
         return replace(self, name=f"{self.name}/{estimator.value}", estimator=estimator)
 
+    def with_sampled_dgrad(self) -> "Recipe":
+        """This recipe with a dgrad that is 2:4 by its estimator.  Only of recipes that have one and a dense dgrad."""
+        return replace(self, name=f"{self.name}/mvue dgrad", dgrad=Gemm.MVUE24)
+
     def short_str(self) -> str:
         """``fprop/dgrad/wgrad`` in a few characters, for the report."""
         return f"{self.name.split('/')[0]} ({self.fprop.value}, {self.dgrad.value}, {self.wgrad.value})"
@@ -103,12 +111,19 @@ class Recipe:
         """
         if self.is_bf16:
             return (self,)
-        backward = [(self.dgrad, Gemm.FP8), (self.dgrad, Gemm.HP)]
+        dgrad = Gemm.FP8 if self.dgrad is Gemm.MVUE24 else self.dgrad
+        backward = [(dgrad, self.wgrad), (dgrad, Gemm.FP8), (dgrad, Gemm.HP)]
         if not self.projection.prunes:
             backward.append((Gemm.HP, Gemm.HP))
         others = (
-            replace(self, name=f"{self.name}/{dgrad.value}/{wgrad.value}", dgrad=dgrad, wgrad=wgrad, estimator=None)
-            for dgrad, wgrad in backward
+            replace(
+                self,
+                name=f"{self.name}/{dgrad.value}/{wgrad.value}",
+                dgrad=dgrad,
+                wgrad=wgrad,
+                estimator=self.estimator if wgrad is self.wgrad else None,
+            )
+            for dgrad, wgrad in dict.fromkeys(backward)
             if (dgrad, wgrad) != (self.dgrad, self.wgrad)
         )
         return (self, *others)
@@ -149,7 +164,11 @@ def _named() -> Iterator[Recipe]:
     for recipe in RECIPES.values():
         yield recipe
         if recipe.estimator is not None:
-            yield from (recipe.with_estimator(estimator) for estimator in MVUE.values())
+            for estimator in MVUE.values():
+                chosen = recipe.with_estimator(estimator)
+                yield chosen
+                if chosen.estimator is not None and chosen.dgrad is Gemm.FP8:
+                    yield chosen.with_sampled_dgrad()
 
 
 # By the names that graphs hold.

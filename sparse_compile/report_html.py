@@ -91,7 +91,9 @@ def _said(coverage: Mapping[str, float]) -> list[str]:
 
 
 def _colour(precision: str) -> str:
-    return {"2:4 fp8": "sparse", "2:4 bf16": "sparse", "fp8": "fp8"}.get(precision, "dense")
+    if precision.startswith("2:4"):
+        return "sparse"
+    return "fp8" if precision == "fp8" else "dense"
 
 
 def _piece(share: float, colour: str) -> Markup:

@@ -27,6 +27,7 @@ import recipe_runs
 
 from sparse_compile.kernels.formats import E4M3
 from sparse_compile.options import read_options
+from sparse_compile.recipe import SSTE
 
 CPU = torch.device("cpu")
 FPROP, WGRAD = gemm_libraries.fprop(256, 96, tokens=128), gemm_libraries.wgrad(256, 96, tokens=128)
@@ -410,6 +411,7 @@ class TestRecipeRuns:
         assert recipes["ste-dense-tail"].schedule == recipes["s-ste, dense tail"].schedule is not None
         assert recipes["s-ste, no MVUE"].recipe.estimator is None
         assert {options.recipe.name for options in recipes.values()} >= {"ste", "sr-ste", "t-sr-ste", "s-ste-bf16"}
+        assert recipes["s-ste, 2:4 dgrad"].recipe == SSTE.with_sampled_dgrad()
 
     def test_seconds_until_the_mean_loss_is_reached(self) -> None:
         losses = [4.0] * 150 + [2.0] * 150

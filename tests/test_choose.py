@@ -23,7 +23,8 @@ PIECES = {
     "cast_mvue, exact mvue": 10.0, "cast_mvue, approximate mvue": 10.0, "cast_transpose": 10.0,
     "transpose_tokens": 8.0, "prune_weight_": 2.0, "prune_weight_, hard": 2.0, "add_masked_decay_": 3.0,
     "prune_transposable_": 2.0, "2:4 fp8 dgrad": 40.0, "prune_weight_bf16_": 2.0, "prune_weight_bf16_, hard": 2.0,
-    "cast_weight_": 2.0, "copy": 0.0,
+    "cast_weight_": 2.0, "copy": 0.0, "2:4 fp8 mvue dgrad": 40.0,
+    "cast_mvue for dgrad, exact mvue": 10.0, "cast_mvue for dgrad, approximate mvue": 10.0,
 }  # fmt: skip
 
 
@@ -85,6 +86,23 @@ def test_transposable_masks_make_dgrad_sparse(kernels, trace, small_gpt, batch):
     assert kept["blocks.0.up"].price.rewritten == 3 * 40.0 + 10.0 + 8.0 + 2.0 + 3.0
     slow = {plan.site.name: plan for plan in choose(plans, clock(**{"cast_mvue, exact mvue": 100.0}))[0]}
     assert (slow["blocks.0.up"].recipe.dgrad, slow["blocks.0.up"].recipe.wgrad) == (Gemm.SPARSE24, Gemm.FP8)
+
+
+def test_a_sampled_dgrad_pays_for_its_cast(kernels, trace, small_gpt, batch):
+    sampled = SSTE.with_sampled_dgrad()
+    plans, _ = decide(find(trace(small_gpt(depth=1), *batch))[0], sampled, "ffn", ParameterOwners())
+    kept = {plan.site.name: plan for plan in choose(plans, clock())[0]}
+    assert kept["blocks.0.up"].recipe is sampled
+    assert kept["blocks.0.up"].price.rewritten == 3 * 40.0 + 10.0 + 10.0 + 8.0 + 2.0
+    # A copy of grad_output at 2 units an element and byte: it is read in fp32 and written, transposed, in fp32.
+    slower = {plan.site.name: plan for plan in choose(plans, clock(copy=1.0, hp_fprop=1000.0))[0]}
+    up, tokens = slower["blocks.0.up"].site, 64
+    byte = 1.0 / (2 * 4 * tokens * up.out_features)
+    fused = tokens * (up.in_features + up.out_features + 2 * up.in_features + 8 * up.out_features) * byte
+    assert slower["blocks.0.up"].price.rewritten == pytest.approx(150.0 + fused)
+    dense = {p.site.name: p for p in choose(plans, clock(**{"cast_mvue for dgrad, exact mvue": 31.0}))[0]}
+    recipe = dense["blocks.0.up"].recipe
+    assert (recipe.dgrad, recipe.wgrad, recipe.estimator) == (Gemm.FP8, Gemm.SPARSE24, SSTE.estimator)
 
 
 def test_what_is_slower_stays_dense_and_says_the_times(kernels, plans):

@@ -70,6 +70,7 @@ class TestPieces:
         expected = {
             "hp fprop": [(100, 48)], "fp8 fprop": [(100, 48)], "2:4 fp8 fprop": [(100, 48)],
             "2:4 bf16 fprop": [(100, 48)], "bf16 dgrad": [(100, 64)], "bf16 wgrad": [gradient],
+            "2:4 fp8 mvue dgrad": [(padded(100), 64)],
             "2:4 fp8 dgrad": [(100, 64)], "hp dgrad": [(100, 64)], "fp8 dgrad": [(100, 64)],
             "hp wgrad": [gradient], "fp8 wgrad": [gradient], "2:4 fp8 wgrad": [gradient],
             "transpose_tokens": [(64, padded(100))], "cast_transpose": [(100, 48), (48, padded(100))],
@@ -77,6 +78,8 @@ class TestPieces:
         }  # fmt: skip
         if name in expected:
             assert shapes == expected[name]
+        elif name.startswith("cast_mvue for dgrad"):
+            assert shapes[:2] == [(48, padded(100)), (padded(100), padded(48) // 2)]
         elif name.startswith("cast_mvue"):
             assert shapes[:2] == [(100, 48), (48, padded(100) // 2)]
         else:

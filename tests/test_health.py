@@ -138,6 +138,31 @@ def test_noise_where_dgrad_is_24():
     assert list(noise.take()) == [values_t.data_ptr()]
 
 
+def test_noise_where_dgrad_is_sampled():
+    """Its product is told from wgrad's: the noise is that of the weight's gradient, as with a dense dgrad."""
+    noises = []
+    for options in ({}, {"sste.dgrad": "mvue"}):
+        health._noise.take()
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = ffn(64)
+        compiled = torch.compile(model.forward, backend="sste", options=EAGER | {"sste.health": 1} | options)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        x = torch.randn(200, 64, requires_grad=True)
+        torch.manual_seed(1)
+        for _ in range(3):
+            compiled(x).square().sum().backward()
+            optimizer.step()
+        (first, second) = sparse_compile.report().health.values()
+        noises.append([(sample.noise, sample.grad_underflow) for sample in (*first, *second)][-6:])
+        assert health._noise._payloads == health._noise._values == {}
+    dense, sampled = noises
+    assert all(noise is not None and 0.05 < noise < 1.0 for noise, _ in dense + sampled)
+    # The last linear has the same gradient either way; the first one's comes from a sampled dgrad.
+    assert sampled[3:] == dense[3:]
+    assert sampled[:3] != dense[:3]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_noise_is_the_error_of_the_weights_gradient(device, transposed):

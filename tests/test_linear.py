@@ -116,7 +116,10 @@ def test_weight_gradient_is_unbiased(recipe):
 @pytest.mark.parametrize("recipe", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_close_to_the_dense_product_of_the_projected_weight(recipe, dtype):
-    """Output and input gradient within the noise of e4m3: about 2^-4 / sqrt(3) relative for each operand."""
+    """Output and input gradient within the noise of e4m3: about 2^-4 / sqrt(3) relative for each operand.
+
+    The gradient within that of MVUE where dgrad is sampled.
+    """
     x = torch.randn(3, 24, 64).to(dtype).requires_grad_()
     weight = (torch.randn(48, 64) / 8).to(dtype)
     parameter = weight.clone().requires_grad_()
@@ -127,7 +130,8 @@ def test_close_to_the_dense_product_of_the_projected_weight(recipe, dtype):
     assert y.dtype is x.grad.dtype is parameter.grad.dtype is dtype
     expected, expected_grad = x.double() @ projected.t(), grad_output.double() @ projected
     assert (y - expected).norm() < 0.05 * expected.norm()
-    assert (x.grad - expected_grad).norm() < 0.05 * expected_grad.norm()
+    noise = 0.8 if recipe.dgrad is Gemm.MVUE24 else 0.05
+    assert (x.grad - expected_grad).norm() < noise * expected_grad.norm()
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -99,6 +99,10 @@ def test_few_tokens(tokens):
     assert row.shape == (tokens, 48)
     grad_weight = ops.sparse_mm(*operand, ops.transpose_tokens(x), scale_inv, None, torch.float32, False, False)
     assert grad_weight.shape == (48, 80)
+    # As dgrad samples: tokens are the columns that are cast, and rows of the product.
+    out_features = torch.ones(48)
+    _, *operand = ops.cast_mvue(torch.randn(48, tokens), out_features, out_features, SEED, 0, False)
+    assert ops.sparse_mm(*operand, weight_t, scale_inv, None, torch.float32, False, True).shape == (tokens, 80)
     if tokens == 0:
         assert torch.equal(grad_weight, torch.zeros(48, 80))
 

@@ -107,6 +107,11 @@ def test_the_user_of_torch_compile_sees_the_error():
         ({"fprop": Gemm.FP8}, "fprop is 2:4 if and only if the weight is projected"),
         ({"estimator": None}, "wgrad is 2:4 if and only if an estimator is named"),
         ({"dgrad": Gemm.SPARSE24}, "dgrad is 2:4 if and only if the masks are transposable"),
+        ({"dgrad": Gemm.MVUE24, "wgrad": Gemm.FP8, "estimator": None}, "dgrad is sampled only beside"),
+        (
+            {"dgrad": Gemm.MVUE24, "projection": Projection.NONE, "fprop": Gemm.FP8},
+            "dgrad is sampled only beside a pruned weight",
+        ),
         ({"dgrad": Gemm.HP}, "dgrad must be dense fp8"),
         ({"decay": 1.0}, "a decay needs a mask"),
         ({"refresh": 1}, "masks are refreshed if and only if they are transposable"),

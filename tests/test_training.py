@@ -14,7 +14,13 @@ import sparse_compile
 from sparse_compile import backend
 from sparse_compile.kernels import ops
 
-RECIPES = ["s-ste", "s-ste-approximate", "ste", "sr-ste", "t-sr-ste", "s-ste-bf16", "ste-bf16", "fp8"]
+ARMS = {
+    **{
+        name: {"sste.recipe": name}
+        for name in ("s-ste", "s-ste-approximate", "ste", "sr-ste", "t-sr-ste", "s-ste-bf16", "ste-bf16", "fp8")
+    },
+    "s-ste, 2:4 dgrad": {"sste.recipe": "s-ste", "sste.dgrad": "mvue"},
+}
 
 
 def text(count):
@@ -45,15 +51,13 @@ def losses(model, device, steps, **compile_options):
     return results
 
 
-@pytest.mark.parametrize(
-    "recipe", ["s-ste", "s-ste-approximate", "ste", "sr-ste", "t-sr-ste", "s-ste-bf16", "ste-bf16", "fp8"]
-)
-def test_loss_follows_dense(small_gpt, recipe):
+@pytest.mark.parametrize("arm", ARMS)
+def test_loss_follows_dense(small_gpt, arm):
     """After the steep part of the curve each recipe is within a tenth of the dense loss, far below the start's."""
     torch.manual_seed(0)
     dense = losses(small_gpt(), "cpu", 60)
     torch.manual_seed(0)
-    options = {"sste.executor": "eager", "sste.recipe": recipe}
+    options = {"sste.executor": "eager", **ARMS[arm]}
     sparse = losses(small_gpt(), "cpu", 60, backend="sste", options=options)
     last, last_dense = sum(sparse[-10:]) / 10, sum(dense[-10:]) / 10
     assert last_dense < 0.75 * dense[0]
@@ -61,15 +65,15 @@ def test_loss_follows_dense(small_gpt, recipe):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_kernels_train_like_their_definitions(small_gpt, recipe):
+@pytest.mark.parametrize("arm", ARMS)
+def test_kernels_train_like_their_definitions(small_gpt, arm):
     """Same seed, same data, same samples: the curves part only by the accumulation of the tensor cores."""
     curves = []
     for reference in (False, True):
         torch.manual_seed(0)
         with ops.force_reference() if reference else nullcontext():
             # Always: the definitions are slower than dense products, and a model as small as this may be.
-            options = {"sste.executor": "eager", "sste.recipe": recipe, "sste.when": "always"}
+            options = {"sste.executor": "eager", "sste.when": "always", **ARMS[arm]}
             model = small_gpt(width=128).bfloat16()
             curves.append(losses(model, "cuda", 40, backend="sste", options=options))
     executions = [graph.execution for graph in sparse_compile.report().graphs]

@@ -352,6 +352,18 @@ class TestGraph:
         assert set(asked) == multiplied
         assert {problem.contraction for problem in asked} == {64, 256, padded(64)}
 
+    @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+    def test_a_sampled_dgrad(self, asked, multiplied, small_gpt, batch, autocast) -> None:
+        """Tokens are its rows, padded, and the scales leave after it."""
+        options = {"sste.executor": "eager", "sste.tune": True, "sste.dgrad": "mvue"}
+        compiled = torch.compile(small_gpt(), backend="sste", options=options)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = compiled(*batch)
+        loss.backward()
+        assert len(asked) == 6
+        assert set(asked) == multiplied
+        assert sum(problem.rows == padded(64) and not problem.transpose for problem in asked) == 2
+
     def test_symbolic_tokens_use_their_hint(self, asked, small_gpt, batch) -> None:
         model = small_gpt()
         options = {"sste.executor": "eager", "sste.tune": True}

@@ -1,0 +1,208 @@
+"""dgrad that is 2:4 by MVUE along out_features, an experiment: its definition, no bias, draws of its own, refusals."""
+
+import pytest
+import torch
+
+import sparse_compile
+from sparse_compile.kernels import ops, reference
+from sparse_compile.linear import DGRAD_DRAWS, linear
+from sparse_compile.options import read_options
+from sparse_compile.recipe import RECIPES, SSTE, SSTE_APPROXIMATE, STE, Estimator, Gemm, Projection
+from test_backend import sampled
+
+SAMPLED = [recipe.with_sampled_dgrad() for recipe in (SSTE, SSTE_APPROXIMATE, STE)]
+
+
+def pruned(weight, recipe):
+    """Its operands, and the projection in full precision of what they hold."""
+    operands = ops.new_pruned_weight(*weight.shape, weight.device)
+    beta = torch.ones(1, device=weight.device)
+    ops.prune_weight_(weight, beta, *operands, recipe.projection is Projection.TOP2)
+    _, _, weight_t, scale_inv = operands
+    return operands, weight_t.float().t() * scale_inv
+
+
+def input_gradient(grad_output, weight, recipe, seed=0, index=0, dtype=torch.float32):
+    operands, _ = pruned(weight, recipe)
+    x = torch.ones(len(grad_output), weight.shape[1], dtype=dtype, device=weight.device, requires_grad=True)
+    parameter = weight.clone().requires_grad_()
+    seed = torch.tensor([seed], device=weight.device)
+    linear(x, parameter, None, seed, index, recipe.name, False, dtype, *operands).backward(grad_output)
+    return x.grad
+
+
+@pytest.mark.parametrize("tokens", [20, 128, 130])
+@pytest.mark.parametrize("out_features", [48, 128, 144])
+def test_equals_its_definition(tokens, out_features):
+    """By masks and dense products in fp64, with samples by a search in cumulative probabilities."""
+    recipe, index = SAMPLED[0], 3
+    weight, grad = torch.randn(out_features, 64), torch.randn(tokens, out_features)
+    grad *= torch.logspace(-12, 4, tokens)[:, None]
+    scale = 224 / grad.abs().amax(dim=1, keepdim=True)
+    kept = sampled((grad * scale).t(), torch.tensor([7]), index + DGRAD_DRAWS).t()
+    assert kept.abs().max() <= 448
+    assert bool(((kept.reshape(tokens, -1, 4) != 0).sum(-1) <= 2).all())
+    expected = kept.to(torch.float8_e4m3fn).double() @ pruned(weight, recipe)[1].double() / scale
+    actual = input_gradient(grad, weight, recipe, 7, index)
+    # fp32 numbers that differ in their last bit may round to neighbours in e4m3, in few of the tokens.
+    error = (actual - expected).norm(dim=1) / expected.norm(dim=1)
+    assert (error > 1e-5).float().mean() < 0.05, error
+    assert error.max() < 0.05
+
+
+@pytest.mark.parametrize("recipe", SAMPLED, ids=lambda recipe: recipe.name)
+def test_is_unbiased(recipe):
+    """The mean over many seeds approaches the product of the gradient itself as 1 / sqrt(samples)."""
+    samples = 400
+    weight, grad_output = torch.randn(64, 16), torch.randn(32, 64)
+    stacked = torch.stack([input_gradient(grad_output, weight, recipe, seed) for seed in range(samples)])
+    _, projected = pruned(weight, recipe)
+    bias = stacked.mean(0) - grad_output @ projected
+    # Rounding samples to e4m3 moves each product by a relative 2^-4 / sqrt(3) at random.
+    rounding = (2.0**-4 / 3**0.5) ** 2 * (grad_output.square() @ projected.square())
+    deviation = (stacked.var(0) / samples + rounding).sqrt()
+    assert (bias / deviation).square().mean() < 1.0
+    assert bool((bias.abs() < 5 * deviation).all())
+    # It does sample: on one gradient the error is that of MVUE, far beyond that of e4m3.
+    error = (stacked[0] - grad_output @ projected).norm() / (grad_output @ projected).norm()
+    assert 0.3 < error < 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_scales_follow_each_token(dtype):
+    """Tokens that differ by orders of magnitude keep their relative precision; none saturates, and zeros stay zero.
+
+    Weights so large that fp16 could not hold the product before its scales.
+    """
+    recipe, weight = SAMPLED[0], (300 * torch.randn(64, 16)).to(dtype)
+    # Two equal of four, which MVUE keeps: no noise but that of FP8.
+    grad = torch.zeros(36, 16, 4)
+    grad[..., 1:3] = torch.randn(36, 16, 1)
+    grad = (grad.reshape(36, 64) * torch.logspace(-4, 0, 36)[:, None]).to(dtype)
+    grad[5] = 0.0
+    actual = input_gradient(grad, weight, recipe, dtype=dtype).double()
+    expected = grad.double() @ pruned(weight, recipe)[1].double()
+    assert bool((actual[5] == 0).all())
+    assert bool(((actual - expected).norm(dim=1) <= 0.05 * expected.norm(dim=1)).all())
+
+
+def test_draws_are_its_own(monkeypatch):
+    """Of any linear's wgrad and dgrad no two share their random numbers, and those of wgrad stay what they were."""
+    indices = []
+
+    def recorded(grad, row_scale, token_scale, seed, index, approximate):
+        indices.append(index)
+        return reference.cast_mvue(grad, row_scale, token_scale, seed, index, approximate)
+
+    monkeypatch.setattr(ops, "cast_mvue", recorded)
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+    options = {"sste.executor": "eager", "sste.targets": "all", "sste.dgrad": "mvue"}
+    compiled = torch.compile(model, backend="sste", options=options)
+    compiled(torch.randn(8, 64, requires_grad=True)).sum().backward()
+    assert sorted(indices) == [0, 1, 2, 3, *(DGRAD_DRAWS + index for index in range(4))]
+    uniforms = torch.stack([reference.group_uniforms(torch.tensor([5]), i, 64, 64).flatten() for i in indices])
+    correlation = torch.corrcoef(uniforms) - torch.eye(len(indices))
+    assert correlation.abs().max() < 5 / 64  # five standard deviations of 4096 pairs
+
+    monkeypatch.undo()
+    gradients = []
+    for recipe in (SSTE, SAMPLED[0]):
+        weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        x, operands = torch.ones(8, 64, requires_grad=True), pruned(weight.detach(), recipe)[0]
+        y = linear(x, weight, None, torch.tensor([3]), 1, recipe.name, False, torch.float32, *operands)
+        (y * torch.arange(64.0)).sum().backward()
+        gradients.append(weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_nothing_is_sampled_for_an_input_without_gradient(monkeypatch):
+    weight, calls = torch.randn(64, 64), []
+    cast_mvue = ops.cast_mvue
+    monkeypatch.setattr(ops, "cast_mvue", lambda *arguments: calls.append(arguments[4]) or cast_mvue(*arguments))
+    parameter, operands = weight.clone().requires_grad_(), pruned(weight, SSTE)[0]
+    arguments = (torch.tensor([0]), 2, SAMPLED[0].name, False, torch.float32, *operands)
+    linear(torch.randn(8, 64), parameter, None, *arguments).sum().backward()
+    assert calls == [2]
+
+
+class TestOption:
+    @pytest.mark.parametrize("mvue", ["exact", "approximate"])
+    @pytest.mark.parametrize("name", ["s-ste", "s-ste-approximate", "ste", "sr-ste", "ste-dense-tail"])
+    def test_changes_dgrad_alone(self, name, mvue):
+        given = {"sste.recipe": name, "sste.mvue": mvue, "sste.total_steps": 6, "sste.tail": 1}
+        dense = read_options(None, given | {"sste.dgrad": "dense"}).recipe
+        assert dense == read_options(None, given).recipe
+        recipe = read_options(None, given | {"sste.dgrad": "mvue"}).recipe
+        assert recipe == dense.with_sampled_dgrad()
+        assert (recipe.dgrad, recipe.wgrad, recipe.estimator) == (Gemm.MVUE24, Gemm.SPARSE24, dense.estimator)
+
+    def test_choosing_may_make_it_precise_again(self):
+        variants = SAMPLED[1].variants()
+        assert [(v.dgrad, v.wgrad, v.estimator) for v in variants] == [
+            (Gemm.MVUE24, Gemm.SPARSE24, Estimator.APPROXIMATE_MVUE),
+            (Gemm.FP8, Gemm.SPARSE24, Estimator.APPROXIMATE_MVUE),
+            (Gemm.FP8, Gemm.FP8, None),
+            (Gemm.FP8, Gemm.HP, None),
+        ]
+        assert len({v.name for v in variants}) == 4
+
+    def test_no_recipe_has_it_by_itself(self):
+        assert all(recipe.dgrad is not Gemm.MVUE24 for recipe in RECIPES.values())
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"sste.dgrad": "mvu"}, r"'sste.dgrad' is 'mvu'; did you mean 'mvue'\? allowed are 'dense', 'mvue'"),
+            ({"sste.dgrad": True}, r"option 'sste.dgrad' is True; allowed are 'dense', 'mvue'"),
+            ({"sste.dgard": "mvue"}, r"unknown option 'sste.dgard'; did you mean 'sste.dgrad'\?"),
+            ({"sste.mvue": "off"}, r"'sste.dgrad' is 'mvue', but 'sste.mvue' is 'off'.*say 'exact' or 'approximate'"),
+            ({"sste.recipe": "fp8"}, r"but recipe 'fp8' samples no gradients; it is for 's-ste', 's-ste-approximate'"),
+            ({"sste.recipe": "s-ste-bf16"}, r"but recipe 's-ste-bf16' samples no gradients; it is for 's-ste'"),
+            ({"sste.recipe": "ste-bf16"}, r"but recipe 'ste-bf16' samples no gradients"),
+            ({"sste.recipe": "t-sr-ste"}, r"dgrad of recipe 't-sr-ste' is 2:4 by its masks; leave 'sste.dgrad' out"),
+            ({"sste.recipe": "t-sr-ste", "sste.dgrad": "dense"}, r"dgrad of recipe 't-sr-ste' is 2:4 by its masks"),
+        ],
+    )
+    def test_refusals(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            read_options(None, {"sste.dgrad": "mvue"} | options)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpoint"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["", "dynamic"])
+def test_runs_through_the_backend(small_gpt, batch, checkpoint, dynamic):
+    """As the report says; recomputed forwards and symbolic sizes draw the same samples."""
+    gradients = []
+    for options in ({"checkpoint": checkpoint}, {}):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = small_gpt(depth=1, **options)
+        compiled = torch.compile(
+            model, backend="sste", dynamic=dynamic, options={"sste.executor": "eager", "sste.dgrad": "mvue"}
+        )
+        torch.manual_seed(1)
+        compiled(*batch).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
+    rows = {row.module: row for row in sparse_compile.report().rows}
+    up = rows["blocks.0.up"]
+    assert up.decision == "s-ste (2:4 fp8, 2:4 fp8 mvue, 2:4 fp8)"
+    assert (up.fprop, up.dgrad, up.wgrad) == ("2:4 fp8", "2:4 fp8 mvue", "2:4 fp8")
+    assert rows["blocks.0.qkv"].decision == "fp8 (fp8, fp8, fp8)"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("recipe", SAMPLED, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("size", [(1, 64, 64), (100, 144, 80), (1000, 512, 768)], ids=str)
+def test_kernels_equal_their_definition(size, recipe, dtype):
+    """The same samples; sums by tensor cores keep about 14 bits."""
+    tokens, out_features, in_features = size
+    weight = torch.randn(out_features, in_features, device="cuda").to(dtype)
+    grad = torch.randn(tokens, out_features, device="cuda").to(dtype)
+    actual = input_gradient(grad, weight, recipe, 5, 3, dtype).double()
+    with ops.force_reference():
+        expected = input_gradient(grad, weight, recipe, 5, 3, dtype).double()
+    band = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-11}[dtype]
+    assert (actual - expected).norm() < band * expected.norm()
