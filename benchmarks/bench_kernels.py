@@ -31,7 +31,7 @@ from sparse_compile.kernels.reference import saturating_cast
 from sparse_compile.testing import assert_same_bits
 
 DEVICE = torch.device("cuda")
-WEIGHTS = ((4096, 14336), (768, 3072))  # out_features, in_features
+WEIGHTS = ((4096, 14336), (8192, 8192), (768, 3072))  # out_features, in_features
 ACTIVATIONS = ((16384, 14336), (16384, 4096), (16384, 3072), (16384, 768))  # tokens, features
 ROUNDS = 20
 _GRAPH_BYTES = 5 * 10**9  # about what a graph moves, in more than 1 ms: its launch is nothing against that
@@ -78,6 +78,28 @@ def _cast_weight(weight: Tensor, *buffers: Tensor) -> Tensors:
     return buffers
 
 
+def _transposable_inputs(n: int, k: int, device: torch.device) -> Tensors:
+    masks = ops.new_masks(n, k, device)
+    if device.type != "meta":
+        ops.prune_transposable_(_normal(n, k, device), *ops.new_transposable_weight(n, k, device), masks, True)
+    return _normal(n, k, device), *ops.new_transposable_weight(n, k, device), masks
+
+
+def _prune_transposable(search: bool, weight: Tensor, *buffers: Tensor) -> Tensors:
+    ops.prune_transposable_(weight, *buffers, search)
+    return buffers
+
+
+def _decay_inputs(n: int, k: int, device: torch.device) -> Tensors:
+    """A decay of 0: the gradient stays what it was however often it is added, and the time does not depend on it."""
+    return _normal(n, k, device), _normal(n, k, device), torch.zeros(1, device=device)
+
+
+def _add_masked_decay(grad: Tensor, weight: Tensor, factor: Tensor) -> Tensors:
+    ops.add_masked_decay_(grad, weight, factor)
+    return (grad.view_as(grad),)  # a tensor of its own, as it is written besides being read
+
+
 def _activation(tokens: int, columns: int, device: torch.device) -> Tensors:
     """bf16 ``[tokens, columns]``, a scale for each token, and a scale that no sample of MVUE exceeds."""
     x = _normal(tokens, columns, device)
@@ -109,7 +131,10 @@ WEIGHT_OPS = {
     "prune_weight_": Op(make=_prune_inputs, run=_prune),
     "prune_weight_, hard": Op(make=_prune_inputs, run=partial(_prune, hard=True)),
     "prune_weight_bf16_": Op(make=_prune_bf16_inputs, run=_prune_bf16),
+    "prune_transposable_, search": Op(make=_transposable_inputs, run=partial(_prune_transposable, True)),
+    "prune_transposable_, kept masks": Op(make=_transposable_inputs, run=partial(_prune_transposable, False)),
     "cast_weight_": Op(make=_cast_weight_inputs, run=_cast_weight),
+    "add_masked_decay_": Op(make=_decay_inputs, run=_add_masked_decay),
 }
 ACTIVATION_OPS = {
     "cast_mvue, exact": Op(make=_gradient, run=partial(_cast_mvue, False)),

@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -34,11 +34,12 @@ import recipe_runs
 import recipe_search
 import task_runs
 import train_gpt
-from harness import RESULTS, Report, keep_parts
+from harness import RESULTS, Report, keep_parts, write
 
 import sparse_compile
 from sparse_compile.kernels import ops
 
+Run = dict[str, Any]
 DEVICE = torch.device("cuda")
 STEPS = 300
 CLOCK_STEPS = 500
@@ -135,14 +136,14 @@ def _step(name: str, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
 def recipes_part(arms: Sequence[str], seeds: Sequence[int], at_least: int, folder: Path) -> Report:
     """Runs of each arm and seed, beside those that the results hold already."""
-    runs = recipe_runs.merged(_kept(folder, "recipes"), recipe_runs.train_arms(arms, seeds, at_least, DEVICE))
-    return {"runs": runs, "failed": _worse_than_guessing(runs)}, recipe_runs.table(runs)
+    new = recipe_runs.train_arms(arms, seeds, at_least, DEVICE)
+    return _kept("recipes", _runs_in(folder, "recipes"), new, recipe_runs.merged, recipe_runs.table, folder)
 
 
-def clock_part(arms: Sequence[str]) -> Report:
+def clock_part(arms: Sequence[str], folder: Path) -> Report:
     """Losses of a wide model after the same time; seed 0."""
-    runs = recipe_runs.train_for_as_long([arm for arm in arms if arm != recipe_runs.DENSE], CLOCK_STEPS, DEVICE)
-    return {"runs": runs, "failed": _worse_than_guessing(runs)}, recipe_runs.clock_table(runs)
+    new = recipe_runs.train_for_as_long([arm for arm in arms if arm != recipe_runs.DENSE], CLOCK_STEPS, DEVICE)
+    return _kept("clock", [], new, recipe_runs.merged, recipe_runs.clock_table, folder)
 
 
 def search_part(
@@ -150,23 +151,35 @@ def search_part(
 ) -> Report:
     """Losses of each trial, learning rate and seed, beside those that the results hold already."""
     new = recipe_search.run_trials(trials, rates, seeds, at_least, str(DEVICE), jobs)
-    runs = recipe_search.merged(_kept(folder, "search"), new)
-    return {"runs": runs, "failed": _worse_than_guessing(new)}, recipe_search.table(runs)
+    return _kept("search", _runs_in(folder, "search"), new, recipe_search.merged, recipe_search.table, folder)
 
 
-def _kept(folder: Path, part: str) -> list[dict[str, Any]]:
+def _runs_in(folder: Path, part: str) -> list[Run]:
     """The runs of earlier calls."""
     path = folder / "bench_quality.json"
-    runs: list[dict[str, Any]] = json.loads(path.read_text()).get(part, {}).get("runs", []) if path.exists() else []
+    runs: list[Run] = json.loads(path.read_text()).get(part, {}).get("runs", []) if path.exists() else []
     return runs
 
 
-def _worse_than_guessing(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+def _kept(
+    part: str,
+    old: Sequence[Run],
+    new: Iterable[Run],
+    merged: Callable[[Sequence[Run], Sequence[Run]], list[Run]],
+    table: Callable[[Sequence[Run]], str],
+    folder: Path,
+) -> Report:
+    """All runs.  Each is written as soon as it has ended: a program that is stopped loses one run, not all."""
+    runs = list(old)
+    for run in new:
+        runs = merged(runs, [run])
+        write("bench_quality", part, {"runs": runs}, table(runs), folder)
     # NaN must fail, too.
     guessing = math.log(recipe_runs.VOCABULARY)
-    return [
+    failed = [
         f"{run.get('arm', run.get('trial'))}, {run['seed']}" for run in runs if not run["validation_loss"] < guessing
     ]
+    return {"runs": runs, "failed": failed}, table(runs)
 
 
 def tasks_part(arms: Sequence[str], seeds: Sequence[int]) -> Report:
@@ -193,7 +206,7 @@ def main() -> None:
         "loss": loss_part,
         "head": head_part,
         "recipes": partial(recipes_part, args.arms, args.seeds, args.tokens, args.out),
-        "clock": partial(clock_part, args.arms),
+        "clock": partial(clock_part, args.arms, args.out),
         "search": partial(search_part, args.trials, args.learning_rates, args.seeds, args.tokens, args.jobs, args.out),
         "tasks": partial(tasks_part, args.arms, args.seeds),
     }

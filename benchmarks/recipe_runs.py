@@ -1,8 +1,9 @@
 """Training runs that differ by their recipe alone: a GPT-2-small shape, the same tokens in the same order."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -44,7 +45,7 @@ _SHORT = 50  # steps that are enough to know the speed
 Run = dict[str, Any]
 
 
-def train_arms(arms: Sequence[str], seeds: Sequence[int], at_least: int, device: torch.device) -> list[Run]:
+def train_arms(arms: Sequence[str], seeds: Sequence[int], at_least: int, device: torch.device) -> Iterator[Run]:
     """One run for each arm and seed, of as many steps as there are tokens asked for."""
     shape, config = train_gpt.PRESETS["gpt2-small"]
     shape = replace(shape, vocabulary=VOCABULARY)
@@ -52,10 +53,11 @@ def train_arms(arms: Sequence[str], seeds: Sequence[int], at_least: int, device:
     data = tokens(VOCABULARY, at_least)
     print(f"{len(data[0]):,} tokens to train on, {len(data[1]):,} held out, {steps} steps", flush=True)
     config = replace(config, steps=steps, validation_batches=64)
-    return [_train(arm, shape, replace(config, seed=seed), data, device) for seed in seeds for arm in arms]
+    for seed, arm in product(seeds, arms):
+        yield _train(arm, shape, replace(config, seed=seed), data, device)
 
 
-def train_for_as_long(arms: Sequence[str], steps: int, device: torch.device) -> list[Run]:
+def train_for_as_long(arms: Sequence[str], steps: int, device: torch.device) -> Iterator[Run]:
     """A dense run of a wide model, and one of each arm which is given about the time that the dense steps took.
 
     How many steps that is follows from short runs of both; dense phases are taken to be as slow as the dense run.
@@ -64,16 +66,16 @@ def train_for_as_long(arms: Sequence[str], steps: int, device: torch.device) -> 
     shape = replace(shape, vocabulary=VOCABULARY)
     config = replace(config, learning_rate=3e-4, validation_batches=32)
     data = tokens(VOCABULARY, 2 * steps * config.batch * shape.context)
-    runs = [_train(DENSE, shape, replace(config, steps=steps), data, device)]
+    dense = _train(DENSE, shape, replace(config, steps=steps), data, device)
+    yield dense
     for arm in arms:
         short = replace(config, steps=_SHORT)
         speed = _train(arm, shape, short, data, device, scheduled_for=2**30)["tokens_per_second"]
         schedule = read_options(None, ARMS[arm](1000)).schedule if arm in ARMS else None
         dense_share = sum(not schedule.prunes_at(step) for step in range(1000)) / 1000 if schedule is not None else 0.0
-        seconds = (1 - dense_share) / speed + dense_share / runs[0]["tokens_per_second"]  # a token
-        as_many = int(steps / (seconds * runs[0]["tokens_per_second"]))
-        runs.append(_train(arm, shape, replace(config, steps=as_many), data, device))
-    return runs
+        seconds = (1 - dense_share) / speed + dense_share / dense["tokens_per_second"]  # a token
+        as_many = int(steps / (seconds * dense["tokens_per_second"]))
+        yield _train(arm, shape, replace(config, steps=as_many), data, device)
 
 
 def _train(

@@ -4,7 +4,7 @@ A trial differs from the plain run of its recipe in one thing.  Several run side
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -96,21 +96,20 @@ TRIALS: Mapping[str, Trial] = {
 
 def run_trials(
     names: Sequence[str], rates: Sequence[float], seeds: Sequence[int], at_least: int, device: str, jobs: int
-) -> list[Run]:
+) -> Iterator[Run]:
     """One run for each trial, learning rate and seed, ``jobs`` at a time, each in a process of its own.
 
     Args:
         at_least: tokens that each run reads.
     """
     tokens(recipe_runs.VOCABULARY, at_least)  # made once, for all processes
-    runs = []
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         wanted = product(seeds, rates, names)
         started = {pool.submit(run_trial, name, rate, seed, at_least, device) for seed, rate, name in wanted}
         for future in as_completed(started):
-            runs.append(future.result())
-            print("{trial}, {learning_rate:g}, seed {seed}: {validation_loss:.4f}".format(**runs[-1]), flush=True)
-    return runs
+            run = future.result()
+            print("{trial}, {learning_rate:g}, seed {seed}: {validation_loss:.4f}".format(**run), flush=True)
+            yield run
 
 
 def run_trial(name: str, rate: float, seed: int, at_least: int, device: str, shape: train_gpt.GPTConfig = SHAPE) -> Run:

@@ -20,6 +20,7 @@ import bench_distributed
 import bench_gemm
 import bench_inference
 import bench_kernels
+import bench_quality
 import bench_step
 import gemm_libraries
 import harness
@@ -289,7 +290,10 @@ def test_accuracy_of_the_reference_is_that_of_a_sum_in_fp32(mean: float) -> None
         ("prune_weight_", 2 + 0.5 + 0.125 + 1),
         ("prune_weight_, hard", 2 + 0.5 + 0.125 + 1),
         ("prune_weight_bf16_", 2 + 1 + 0.125 + 2),
+        ("prune_transposable_, search", 2 + 2 * (0.5 + 0.125) + 0.125),
+        ("prune_transposable_, kept masks", 2 + 2 * (0.5 + 0.125) + 0.125),
         ("cast_weight_", 2 + 1 + 1),
+        ("add_masked_decay_", 2 + 2 + 2),
         ("cast_mvue, exact", 2 + 1 + 0.5 + 0.125),
         ("cast_mvue, approximate", 2 + 1 + 0.5 + 0.125),
         ("cast_transpose", 2 + 1 + 1),
@@ -434,13 +438,30 @@ class TestRecipeRuns:
             }  # fmt: skip
 
         monkeypatch.setattr(recipe_runs, "_train", train)
-        runs = recipe_runs.train_for_as_long(["s-ste", "ste, dense half"], 600, CPU)
+        runs = list(recipe_runs.train_for_as_long(["s-ste", "ste, dense half"], 600, CPU))
         assert trained == [
             ("bf16", 600, False), ("s-ste", 50, True), ("s-ste", 1200, False), ("ste, dense half", 50, True),
             ("ste, dense half", 800, False),
         ]  # fmt: skip
         assert [run["steps"] for run in runs] == [600, 1200, 800]
         assert recipe_runs.clock_table(runs).count("2.0000") == 3
+
+    def test_a_stopped_program_keeps_the_runs_that_have_ended(self, tmp_path: Path) -> None:
+        def runs() -> Any:
+            yield self.run("bf16", [2.0])
+            yield self.run("ste", [3.0])
+            raise KeyboardInterrupt
+
+        arguments = ("recipes", [self.run("s-ste", [2.5])], runs(), recipe_runs.merged, recipe_runs.table, tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            bench_quality._kept(*arguments)
+        assert [run["arm"] for run in bench_quality._runs_in(tmp_path, "recipes")] == ["bf16", "s-ste", "ste"]
+        assert "+0.5000" in (tmp_path / "bench_quality.md").read_text()
+
+    def test_a_run_that_has_learned_nothing_is_a_failure(self, tmp_path: Path) -> None:
+        new = [self.run("ste", [float("nan")]), self.run("s-ste", [9.1]), self.run("bf16", [2.0])]
+        results, _ = bench_quality._kept("recipes", [], new, recipe_runs.merged, recipe_runs.table, tmp_path)
+        assert results["failed"] == ["s-ste, 0", "ste, 0"]
 
     def test_the_gap_is_to_the_dense_run_of_the_same_seed(self) -> None:
         runs = [
