@@ -20,15 +20,11 @@ import bench_distributed
 import bench_gemm
 import bench_inference
 import bench_kernels
-import bench_quality
 import bench_step
 import gemm_libraries
 import harness
-import recipe_runs
 
 from sparse_compile.kernels.formats import E4M3
-from sparse_compile.options import read_options
-from sparse_compile.recipe import SSTE
 
 CPU = torch.device("cpu")
 FPROP, WGRAD = gemm_libraries.fprop(256, 96, tokens=128), gemm_libraries.wgrad(256, 96, tokens=128)
@@ -392,88 +388,6 @@ class TestSteps:
             monkeypatch.setattr(torch.cuda, name, lambda: 0)
         with pytest.raises(SystemExit, match=r"FAILED: the first loss of gpt2-small is 10.0 in bf16, nan in sste"):
             bench_step.candidates("gpt2-small", ["bf16", "sste"])
-
-
-class TestRecipeRuns:
-    @staticmethod
-    def run(arm: str, losses: list[float], *, seed: int = 0, speed: float = 16384.0) -> dict[str, Any]:
-        training = {"batch": 16}
-        return {
-            "arm": arm, "seed": seed, "steps": len(losses), "losses": losses, "validation_loss": losses[-1],
-            "tokens_per_second": speed, "training": training,
-        }  # fmt: skip
-
-    def test_a_run_takes_the_place_of_an_older_one(self) -> None:
-        old = [self.run("s-ste", [3.0]), self.run("bf16", [2.0]), self.run("s-ste", [9.0, 9.0])]
-        runs = recipe_runs.merged(old, [self.run("s-ste", [4.0]), self.run("s-ste", [5.0], seed=1)])
-        assert [(run["arm"], run["seed"], run["validation_loss"]) for run in runs] == [
-            ("bf16", 0, 2.0), ("s-ste", 0, 4.0), ("s-ste", 1, 5.0), ("s-ste", 0, 9.0)
-        ]  # fmt: skip
-
-    def test_every_arm_is_one_the_backend_knows(self) -> None:
-        recipes = {arm: read_options(None, options(600)) for arm, options in recipe_runs.ARMS.items()}
-        assert recipes["ste-dense-tail"].schedule == recipes["s-ste, dense tail"].schedule is not None
-        assert recipes["s-ste, no MVUE"].recipe.estimator is None
-        assert {options.recipe.name for options in recipes.values()} >= {"ste", "sr-ste", "t-sr-ste", "s-ste-bf16"}
-        assert recipes["s-ste, 2:4 dgrad"].recipe == SSTE.with_sampled_dgrad()
-
-    def test_seconds_until_the_mean_loss_is_reached(self) -> None:
-        losses = [4.0] * 150 + [2.0] * 150
-        assert recipe_runs.seconds_to(self.run("bf16", losses), 3.0) == 200.0, "half of the last hundred"
-        assert recipe_runs.seconds_to(self.run("bf16", losses, speed=32768.0), 3.0) == 100.0
-        assert recipe_runs.seconds_to(self.run("bf16", losses), 1.9) is None
-
-    def test_an_arm_is_given_the_time_of_the_dense_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Twice as fast while pruned; in a dense half as fast as the dense run."""
-        monkeypatch.setattr(recipe_runs, "tokens", lambda vocabulary, at_least: None)
-        trained = []
-
-        def train(arm: str, shape: Any, config: Any, *rest: Any, scheduled_for: int = 0) -> dict[str, Any]:
-            trained.append((arm, config.steps, scheduled_for > 0))
-            speed = 1000.0 if arm == recipe_runs.DENSE else 2000.0
-            seconds = config.steps * config.batch * shape.context / speed
-            return {
-                "arm": arm, "steps": config.steps, "tokens_a_step": 16384, "training_seconds": seconds,
-                "tokens_per_second": speed, "validation_loss": 2.0,
-            }  # fmt: skip
-
-        monkeypatch.setattr(recipe_runs, "_train", train)
-        runs = list(recipe_runs.train_for_as_long(["s-ste", "ste, dense half"], 600, CPU))
-        assert trained == [
-            ("bf16", 600, False), ("s-ste", 50, True), ("s-ste", 1200, False), ("ste, dense half", 50, True),
-            ("ste, dense half", 800, False),
-        ]  # fmt: skip
-        assert [run["steps"] for run in runs] == [600, 1200, 800]
-        assert recipe_runs.clock_table(runs).count("2.0000") == 3
-
-    def test_a_stopped_program_keeps_the_runs_that_have_ended(self, tmp_path: Path) -> None:
-        def runs() -> Any:
-            yield self.run("bf16", [2.0])
-            yield self.run("ste", [3.0])
-            raise KeyboardInterrupt
-
-        arguments = ("recipes", [self.run("s-ste", [2.5])], runs(), recipe_runs.merged, recipe_runs.table, tmp_path)
-        with pytest.raises(KeyboardInterrupt):
-            bench_quality._kept(*arguments)
-        assert [run["arm"] for run in bench_quality._runs_in(tmp_path, "recipes")] == ["bf16", "s-ste", "ste"]
-        assert "+0.5000" in (tmp_path / "bench_quality.md").read_text()
-
-    def test_a_run_that_has_learned_nothing_is_a_failure(self, tmp_path: Path) -> None:
-        new = [self.run("ste", [float("nan")]), self.run("s-ste", [9.1]), self.run("bf16", [2.0])]
-        results, _ = bench_quality._kept("recipes", [], new, recipe_runs.merged, recipe_runs.table, tmp_path)
-        assert results["failed"] == ["s-ste, 0", "ste, 0"]
-
-    def test_the_gap_is_to_the_dense_run_of_the_same_seed(self) -> None:
-        runs = [
-            self.run("bf16", [2.0]),
-            self.run("bf16", [4.0], seed=1),
-            self.run("ste", [3.0]),
-            self.run("ste", [4.1], seed=1),
-        ]
-        text = recipe_runs.table(runs)
-        assert "+1.0000" in text
-        assert "+50.00" in text
-        assert "+0.1000" in text
 
 
 class TestDistributed:
