@@ -1,0 +1,198 @@
+"""How recipes learn, emulated: pruned weights and straight-through gradients, everything else dense and in fp32.
+
+    python benchmarks/emulate_recipes.py --seeds 1 2 3 --jobs 2
+
+Without FP8 and MVUE a small GPT trains in a minute on one core of a CPU.  So there can be seeds enough to tell recipes
+apart, and things to vary that are no options of the backend.  Runs are added to those that the results hold.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import train_gpt
+from harness import RESULTS, write
+
+from sparse_compile.kernels.reference import sste_beta
+from sparse_compile.projected import project
+from sparse_compile.recipe import Projection
+
+SHAPE = train_gpt.GPTConfig(layers=3, heads=4, width=96, context=64)
+STEPS, BATCH = 1600, 16
+DENSE = "dense"
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One way to train.
+
+    Args:
+        projection: what the FFN's weights become; in dense phases nothing.
+        warmup, tail: shares of the steps, the first and the last ones, that are dense.
+        beta: the S-STE scale; None for the one that follows from each weight at its first use.
+        layers: which linears of an FFN are pruned.
+        weight_decay: of all matrices.
+        grad: what the gradients of pruned weights are multiplied with, before they are clipped.
+    """
+
+    projection: Projection = Projection.NONE
+    warmup: float = 0.0
+    tail: float = 0.0
+    beta: float | None = None
+    layers: tuple[str, ...] = ("up", "down")
+    weight_decay: float = 0.1
+    grad: float = 1.0
+
+
+def _trials() -> Iterator[tuple[str, Trial]]:
+    yield DENSE, Trial()
+    yield "dense, no weight decay", Trial(weight_decay=0.0)
+    for name, projection in (("ste", Projection.TOP2), ("s-ste", Projection.SSTE)):
+        yield name, Trial(projection=projection)
+        for share, tail in (("1/6", 1 / 6), ("1/3", 1 / 3), ("1/2", 1 / 2)):
+            yield f"{name}, tail {share}", Trial(projection=projection, tail=tail)
+        yield f"{name}, warm-up 1/6", Trial(projection=projection, warmup=1 / 6)
+        yield f"{name}, ffn.up alone", Trial(projection=projection, layers=("up",))
+        yield f"{name}, ffn.down alone", Trial(projection=projection, layers=("down",))
+        yield f"{name}, no weight decay", Trial(projection=projection, weight_decay=0.0)
+    for beta in (1.0, 1.25, 2.0, 2.5):
+        yield f"s-ste, beta {beta:g}", Trial(projection=Projection.SSTE, beta=beta)
+    yield "s-ste, gradient x 1.484", Trial(projection=Projection.SSTE, grad=1.484)
+
+
+TRIALS: Mapping[str, Trial] = dict(_trials())
+
+
+class PrunedLinear(nn.Linear):
+    """A linear whose weight is pruned while ``prunes``; the gradient goes straight through."""
+
+    projection: Projection
+    beta: float | None
+    prunes: bool
+
+    def become(self, trial: Trial) -> None:
+        self.projection, self.beta, self.prunes = trial.projection, trial.beta, False
+        if trial.grad != 1.0:
+            self.weight.register_hook(lambda grad: grad * trial.grad if self.prunes else grad)
+
+    def projected(self) -> Tensor:
+        if self.projection.has_beta and self.beta is None:
+            self.beta = sste_beta(self.weight.detach())
+        return project(self.weight, self.projection, self.beta, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight + (self.projected() - self.weight).detach() if self.prunes else self.weight
+        return F.linear(x, weight, self.bias)
+
+
+def run_trial(
+    name: str, rate: float, seed: int, steps: int = STEPS, shape: train_gpt.GPTConfig = SHAPE
+) -> Run:  # fmt: skip
+    """One run."""
+    torch.set_num_threads(1)
+    trial = TRIALS[name]
+    config = train_gpt.TrainConfig(
+        steps=steps, batch=BATCH, learning_rate=rate, seed=seed, weight_decay=trial.weight_decay, validation_batches=100
+    )
+    result = train_gpt.train(
+        f"{name}, {seed}",
+        shape,
+        config,
+        train_gpt.corpus(),
+        torch.device("cpu"),
+        lambda model: scheduled(model, trial, steps),
+    )
+    return {
+        "trial": name, "learning_rate": rate, "seed": seed, "steps": steps,
+        "validation_loss": result.validation_loss, "training_loss": result.training_loss,
+    }  # fmt: skip
+
+
+def scheduled(model: nn.Module, trial: Trial, steps: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model, which goes through the phases of the trial as it is called in training."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("blocks") and parameter.dim() == 2:
+                parameter *= (768 / SHAPE.width) ** 0.5  # its initial standard deviation is for 768 features
+    pruned = []
+    for name, module in model.named_modules():
+        if trial.projection.prunes and name.endswith(tuple(f"ffn.{layer}" for layer in trial.layers)):
+            module.__class__ = PrunedLinear
+            assert isinstance(module, PrunedLinear)
+            module.become(trial)
+            pruned.append(module)
+    begin, end = round(trial.warmup * steps), steps - round(trial.tail * steps)
+    step = 0
+
+    def call(tokens: Tensor, targets: Tensor) -> Tensor:
+        nonlocal step
+        for linear in pruned:
+            if linear.prunes and step == end < steps:  # the tail goes on from what it computed with
+                linear.weight.data.copy_(linear.projected())
+            linear.prunes = begin <= step < end or step == end == steps
+        step += torch.is_grad_enabled()
+        loss: Tensor = model(tokens, targets)
+        return loss
+
+    return call
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Losses against the plain dense run of the same learning rate and seed."""
+    dense = {(run["learning_rate"], run["seed"]): run["validation_loss"] for run in runs if run["trial"] == DENSE}
+    rows = []
+    for rate, name in product(sorted({run["learning_rate"] for run in runs}), TRIALS):
+        of_trial = [run for run in runs if (run["trial"], run["learning_rate"]) == (name, rate)]
+        compared = [run for run in of_trial if (rate, run["seed"]) in dense]
+        percents = [100 * (run["validation_loss"] / dense[rate, run["seed"]] - 1) for run in compared]
+        if of_trial:
+            gap, spread = mean(percents) if percents else None, stdev(percents) if len(percents) > 1 else None
+            rows.append(
+                (f"{rate:g}", name, len(of_trial), mean(run["validation_loss"] for run in of_trial), gap, spread)
+            )
+    headers = ("learning rate", "trial", "seeds", "validation loss", f"% over {DENSE}", "standard deviation")
+    return tabulate(
+        rows, headers=headers, floatfmt=("", "", "", ".4f", "+.2f", ".2f"), missingval="-", tablefmt="github"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", nargs="+", choices=TRIALS, default=[*TRIALS])
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=[3e-3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one core each (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    args = parser.parse_args()
+    path = args.out / "emulate_recipes.json"
+    kept = json.loads(path.read_text())["emulated"]["runs"] if path.exists() else []
+    runs = {(run["trial"], run["learning_rate"], run["seed"], run["steps"]): run for run in kept}
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        wanted = product(args.seeds, args.learning_rates, args.trials)
+        for future in as_completed([pool.submit(run_trial, name, rate, seed) for seed, rate, name in wanted]):
+            run = future.result()
+            runs[run["trial"], run["learning_rate"], run["seed"], run["steps"]] = run
+            print("{trial}, {learning_rate:g}, seed {seed}: {validation_loss:.4f}".format(**run), flush=True)
+            write("emulate_recipes", "emulated", {"runs": list(runs.values())}, table(list(runs.values())), args.out)
+    print(table(list(runs.values())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The emulation of recipes: what its linears compute, and when."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import emulate_recipes
+import train_gpt
+from emulate_recipes import PrunedLinear, Trial
+
+from sparse_compile.kernels.reference import hard_threshold24, soft_threshold24, sste_beta
+from sparse_compile.recipe import Projection
+
+TINY = train_gpt.GPTConfig(layers=1, heads=1, width=16, context=8)
+
+
+def model() -> train_gpt.GPT:
+    torch.manual_seed(0)
+    return train_gpt.GPT(TINY)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("beta", [None, 2.0])
+def test_gradients_go_straight_through_the_projection(beta: float | None) -> None:
+    linear = nn.Linear(16, 8)
+    linear.__class__ = PrunedLinear
+    assert isinstance(linear, PrunedLinear)
+    linear.become(Trial(projection=Projection.SSTE, beta=beta))
+    linear.prunes = True
+    x = torch.randn(4, 16)
+    out = linear(x)
+    weight = linear.weight.detach()
+    scale = sste_beta(weight) if beta is None else beta
+    torch.testing.assert_close(out, x @ (scale * soft_threshold24(weight)).t() + linear.bias)
+    (grad,) = torch.autograd.grad(out.square().sum(), [linear.weight])
+    torch.testing.assert_close(grad, 2 * out.detach().t() @ x)
+
+
+def test_phases_and_what_a_tail_begins_with() -> None:
+    gpt = model()
+    call = emulate_recipes.scheduled(gpt, Trial(projection=Projection.TOP2, warmup=0.25, tail=0.5), 4)
+    up = gpt.blocks[0].ffn.up
+    assert isinstance(up, PrunedLinear)
+    phases = []
+    before = up.weight.detach().clone()
+    for _ in range(4):
+        call(tokens(), tokens())
+        phases.append(up.prunes)
+    assert phases == [False, True, False, False]
+    assert torch.equal(up.weight, hard_threshold24(before))
+    with torch.no_grad():
+        call(tokens(), tokens())
+    assert not up.prunes
+
+
+def test_without_a_tail_evaluation_is_pruned() -> None:
+    gpt = model()
+    call = emulate_recipes.scheduled(gpt, Trial(projection=Projection.TOP2, layers=("down",)), 1)
+    call(tokens(), tokens())
+    with torch.no_grad():
+        loss = call(tokens(), tokens())
+    down = gpt.blocks[0].ffn.down
+    assert isinstance(down, PrunedLinear)
+    assert down.prunes
+    assert not isinstance(gpt.blocks[0].ffn.up, PrunedLinear)
+    down.prunes = False
+    assert gpt(tokens(), tokens()) != loss
+
+
+def test_runs_of_a_seed_start_alike_and_the_table_compares_them() -> None:
+    runs = [emulate_recipes.run_trial(name, 1e-3, seed, 3, TINY) for name in ("dense", "ste") for seed in (0, 1)]
+    assert runs[0] == emulate_recipes.run_trial("dense", 1e-3, 0, 3, TINY)
+    assert len({run["validation_loss"] for run in runs}) == 4
+    gaps = [100 * (runs[2 + seed]["validation_loss"] / runs[seed]["validation_loss"] - 1) for seed in (0, 1)]
+    cells = [cell.strip() for cell in emulate_recipes.table(runs).splitlines()[-1].split("|")[1:-1]]
+    assert cells[:3] == ["0.001", "ste", "2"]
+    assert float(cells[4]) == pytest.approx(sum(gaps) / 2, abs=0.006)
