@@ -50,6 +50,7 @@ class Trial:
         layers: which linears of an FFN are pruned.
         weight_decay: of all matrices.
         grad: what the gradients of pruned weights are multiplied with, before they are clipped.
+        gain: what weights that are not pruned are multiplied with, as those that are may be by beta.
     """
 
     projection: Projection = Projection.NONE
@@ -59,6 +60,7 @@ class Trial:
     layers: tuple[str, ...] = ("up", "down")
     weight_decay: float = 0.1
     grad: float = 1.0
+    gain: float = 1.0
 
 
 def _trials() -> Iterator[tuple[str, Trial]]:
@@ -72,8 +74,12 @@ def _trials() -> Iterator[tuple[str, Trial]]:
         yield f"{name}, ffn.up alone", Trial(projection=projection, layers=("up",))
         yield f"{name}, ffn.down alone", Trial(projection=projection, layers=("down",))
         yield f"{name}, no weight decay", Trial(projection=projection, weight_decay=0.0)
-    for beta in (1.0, 1.25, 2.0, 2.5):
+    for beta in (1.0, 1.25, 2.0, 2.5, 3.0, 4.0):
         yield f"s-ste, beta {beta:g}", Trial(projection=Projection.SSTE, beta=beta)
+    yield "s-ste, beta 2.5, tail 1/6", Trial(projection=Projection.SSTE, beta=2.5, tail=1 / 6)
+    # Is it the scale alone?
+    for gain in (1.5, 2.0):
+        yield f"dense, FFN's weights x {gain:g}", Trial(gain=gain)
     yield "s-ste, gradient x 1.484", Trial(projection=Projection.SSTE, grad=1.484)
 
 
@@ -85,14 +91,17 @@ class PrunedLinear(nn.Linear):
 
     projection: Projection
     beta: float | None
+    gain: float
     prunes: bool
 
     def become(self, trial: Trial) -> None:
-        self.projection, self.beta, self.prunes = trial.projection, trial.beta, False
+        self.projection, self.beta, self.gain, self.prunes = trial.projection, trial.beta, trial.gain, False
         if trial.grad != 1.0:
             self.weight.register_hook(lambda grad: grad * trial.grad if self.prunes else grad)
 
     def projected(self) -> Tensor:
+        if not self.projection.prunes:
+            return self.weight.detach() * self.gain
         if self.projection.has_beta and self.beta is None:
             self.beta = sste_beta(self.weight.detach())
         return project(self.weight, self.projection, self.beta, None)
@@ -131,9 +140,9 @@ def scheduled(model: nn.Module, trial: Trial, steps: int) -> Callable[[Tensor, T
         for name, parameter in model.named_parameters():
             if name.startswith("blocks") and parameter.dim() == 2:
                 parameter *= (768 / SHAPE.width) ** 0.5  # its initial standard deviation is for 768 features
-    pruned = []
+    pruned, changes = [], trial.projection.prunes or trial.gain != 1.0
     for name, module in model.named_modules():
-        if trial.projection.prunes and name.endswith(tuple(f"ffn.{layer}" for layer in trial.layers)):
+        if changes and name.endswith(tuple(f"ffn.{layer}" for layer in trial.layers)):
             module.__class__ = PrunedLinear
             assert isinstance(module, PrunedLinear)
             module.become(trial)

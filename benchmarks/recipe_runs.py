@@ -31,6 +31,7 @@ ARMS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "s-ste, 2:4 dgrad": lambda steps: {"sste.recipe": "s-ste", "sste.dgrad": "mvue"},
     "s-ste, bf16": lambda steps: {"sste.recipe": "s-ste-bf16"},
     "s-ste, dense tail": lambda steps: {"sste.recipe": "s-ste", "sste.tail": 1 / 6, "sste.total_steps": steps},
+    "s-ste, beta x 1.7": lambda steps: {"sste.recipe": "s-ste", "sste.beta": 1.7},
     "ste": lambda steps: {"sste.recipe": "ste"},
     "ste, no MVUE": lambda steps: {"sste.recipe": "ste", "sste.mvue": "off"},
     "ste-dense-tail": lambda steps: {"sste.recipe": "ste-dense-tail", "sste.total_steps": steps},

@@ -38,6 +38,7 @@ class WeightSlot:
     device: torch.device
     decay: float = 0.0
     refresh: int = 0
+    beta_factor: float = 1.0
     bf16: bool = False  # whether it is kept in bf16 instead of FP8
     virtual: Projection = Projection.NONE  # what prunes it in another phase than this dense one
 
@@ -97,6 +98,7 @@ def _slot(plan: Plan, position: int) -> WeightSlot:
         device=example_value(plan.site.weight).device,
         decay=plan.recipe.decay,
         refresh=plan.recipe.refresh,
+        beta_factor=plan.recipe.beta_factor,
         bf16=plan.recipe.is_bf16,
         virtual=plan.virtual,
     )

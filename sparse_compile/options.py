@@ -17,7 +17,7 @@ from sparse_compile.torch_internals import inductor_option_names, inductor_patch
 # A row of activations is cast in one reading where its registers allow it: Inductor tries, and takes the faster way.
 _INDUCTOR_DEFAULTS = {"triton.multi_kernel": 1}
 _NAMES = (
-    "sste.recipe", "sste.mvue", "sste.dgrad", "sste.decay", "sste.refresh", "sste.warmup", "sste.tail",
+    "sste.recipe", "sste.mvue", "sste.dgrad", "sste.beta", "sste.decay", "sste.refresh", "sste.warmup", "sste.tail",
     "sste.total_steps", "sste.targets", "sste.head", "sste.frozen", "sste.when", "sste.memory", "sste.executor",
     "sste.tune", "sste.report", "sste.report_measure", "sste.health",
 )  # fmt: skip
@@ -117,6 +117,14 @@ def _recipe(options: Mapping[str, Any]) -> Recipe:
         if sampled and recipe.estimator is None:
             raise ValueError(f"option 'sste.dgrad' is 'mvue', {_why_not_sampled(options, recipe)}")
         recipe = recipe.with_sampled_dgrad() if sampled else recipe
+    if "sste.beta" in options:
+        factor = _number(options, "sste.beta", 0.0)
+        if factor == 0.0:
+            raise ValueError(f"option 'sste.beta' is {options['sste.beta']!r}; allowed is a factor above 0")
+        if not recipe.projection.has_beta:
+            with_beta = _listed([name for name, other in RECIPES.items() if other.projection.has_beta])
+            raise ValueError(f"recipe {recipe.name!r} has no beta; option 'sste.beta' is for {with_beta}")
+        recipe = replace(recipe, beta_factor=factor)
     if "sste.decay" in options:
         decay = _number(options, "sste.decay", 0.0)
         if not recipe.decay:

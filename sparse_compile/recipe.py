@@ -60,6 +60,7 @@ class Recipe:
     estimator: Estimator | None
     decay: float = 0.0  # of what the mask drops, added to the gradient
     refresh: int = 0  # optimizer steps between two searches for transposable masks
+    beta_factor: float = 1.0  # times the beta that is the best fit of a weight that is not 2:4 yet
     tail: float = 0.0  # share of the optimizer steps, the last ones, in which it is dense
 
     def __post_init__(self) -> None:
@@ -80,6 +81,8 @@ class Recipe:
 
         if self.decay and self.projection not in (Projection.TOP2, Projection.TRANSPOSABLE):
             raise ValueError(f"recipe {self.name!r}: a decay needs a mask, and so hard pruning")
+        if self.beta_factor != 1.0 and not self.projection.has_beta:
+            raise ValueError(f"recipe {self.name!r}: a factor of beta is for a projection that has one")
         if (self.projection is Projection.TRANSPOSABLE) != (self.refresh > 0):
             raise ValueError(f"recipe {self.name!r}: masks are refreshed if and only if they are transposable")
 

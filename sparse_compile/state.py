@@ -380,7 +380,9 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, beta: Beta, training
                 f"state_dict holds {saved}: the weight was saved after finalize, the optimizer before. Load those that "
                 "were saved together, or begin with a new optimizer"
             )
-        value = computed if saved is None else saved
+        # A weight that is 2:4 already goes on as what it is.
+        fitted = computed if computed == 1.0 else computed * slot.beta_factor
+        value = fitted if saved is None else saved
         if not math.isfinite(value):
             raise ValueError(
                 f"the weight of {slot.name!r} holds NaN or infinite values at its first use, so its S-STE scale beta "

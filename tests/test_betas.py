@@ -50,6 +50,31 @@ def saved(*parts: Any) -> list[Any]:
     return torch.load(file, weights_only=True)
 
 
+def test_a_factor_of_what_fits_best(small_gpt, batch) -> None:
+    """Of fresh weights; a checkpoint's scale and a weight that is 2:4 are taken as they are."""
+    model, plain = small_gpt(), small_gpt()
+    plain.load_state_dict(model.state_dict())
+    compiled(plain)(*batch).backward()
+    fitted = sparse_compile.beta(plain)
+    options = {**OPTIONS, "sste.beta": 1.5}
+    optimizer = OPTIMIZERS["AdamW"](model.parameters())
+    step = torch.compile(model, backend="sste", options=options)
+    train(step, optimizer, batch)
+    scaled = sparse_compile.beta(model)
+    assert scaled == pytest.approx({name: 1.5 * value for name, value in fitted.items()})
+
+    resumed = copy.deepcopy(model)
+    later = OPTIMIZERS["AdamW"](resumed.parameters())
+    later.load_state_dict(optimizer.state_dict())
+    train(torch.compile(resumed, backend="sste", options=options), later, batch)
+    assert sparse_compile.beta(resumed) == scaled
+
+    sparse_compile.finalize(model)
+    finalized = copy.deepcopy(model)
+    torch.compile(finalized, backend="sste", options=options)(*batch).backward()
+    assert set(sparse_compile.beta(finalized).values()) == {1.0}
+
+
 def interrupted(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> tuple[list[Any], list[float]]:
     """A checkpoint of model and optimizer after some steps, and the losses with which the run went on."""
     step = compiled(model)

@@ -44,6 +44,21 @@ def test_gradients_go_straight_through_the_projection(beta: float | None) -> Non
     torch.testing.assert_close(grad, 2 * out.detach().t() @ x)
 
 
+def test_weights_that_are_not_pruned_may_be_multiplied() -> None:
+    gpt = model()
+    plain = gpt(tokens(), tokens())
+    call = emulate_recipes.scheduled(gpt, Trial(gain=2.0), 1)
+    doubled = call(tokens(), tokens())
+    (grad,) = torch.autograd.grad(doubled, [gpt.blocks[0].ffn.up.weight])
+    other = model()
+    emulate_recipes.scheduled(other, Trial(), 1)
+    for layer in ("up", "down"):
+        getattr(other.blocks[0].ffn, layer).weight.data *= 2
+    expected = other(tokens(), tokens())
+    assert doubled == expected != plain
+    assert torch.equal(grad, torch.autograd.grad(expected, [other.blocks[0].ffn.up.weight])[0])
+
+
 def test_phases_and_what_a_tail_begins_with() -> None:
     gpt = model()
     call = emulate_recipes.scheduled(gpt, Trial(projection=Projection.TOP2, warmup=0.25, tail=0.5), 4)

@@ -68,6 +68,9 @@ def test_modes_are_inductors():
             {"sste.mvue": "of"},
             r"option 'sste.mvue' is 'of'; did you mean 'off'\? allowed are 'approximate', 'exact', 'off'",
         ),
+        ({"sste.recipe": "ste", "sste.beta": 2}, r"recipe 'ste' has no beta; option 'sste.beta' is for 's-ste', "),
+        ({"sste.beta": 0}, r"option 'sste.beta' is 0; allowed is a factor above 0"),
+        ({"sste.beta": "much"}, r"option 'sste.beta' is 'much'; allowed is a finite number"),
         ({"sste.refresh": 2}, r"recipe 's-ste' has no masks that are kept; 'sste.refresh' is for 't-sr-ste'"),
         (
             {"sste.recipe": "t-sr-ste", "sste.refresh": 0},
@@ -114,6 +117,7 @@ def test_the_user_of_torch_compile_sees_the_error():
         ),
         ({"dgrad": Gemm.HP}, "dgrad must be dense fp8"),
         ({"decay": 1.0}, "a decay needs a mask"),
+        ({"beta_factor": 2.0, "projection": Projection.TOP2}, "a factor of beta is for a projection that has one"),
         ({"refresh": 1}, "masks are refreshed if and only if they are transposable"),
         ({"fprop": Gemm.SPARSE24_BF16}, "all three products are in bf16, or none"),
     ],
