@@ -16,7 +16,6 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import train_gpt
 from harness import RESULTS, write
+from recipe_search import Run, compared, merged
 
+from sparse_compile.courses import Schedule
 from sparse_compile.kernels.reference import sste_beta
 from sparse_compile.projected import project
 from sparse_compile.recipe import Projection
@@ -36,7 +37,6 @@ from sparse_compile.recipe import Projection
 SHAPE = train_gpt.GPTConfig(layers=3, heads=4, width=96, context=64)
 STEPS, BATCH = 1600, 16
 DENSE = "dense"
-Run = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,22 +111,16 @@ class PrunedLinear(nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
-def run_trial(
-    name: str, rate: float, seed: int, steps: int = STEPS, shape: train_gpt.GPTConfig = SHAPE
-) -> Run:  # fmt: skip
+def run_trial(name: str, rate: float, seed: int, steps: int = STEPS, shape: train_gpt.GPTConfig = SHAPE) -> Run:
     """One run."""
     torch.set_num_threads(1)
     trial = TRIALS[name]
     config = train_gpt.TrainConfig(
         steps=steps, batch=BATCH, learning_rate=rate, seed=seed, weight_decay=trial.weight_decay, validation_batches=100
     )
+    cpu = torch.device("cpu")
     result = train_gpt.train(
-        f"{name}, {seed}",
-        shape,
-        config,
-        train_gpt.corpus(),
-        torch.device("cpu"),
-        lambda model: scheduled(model, trial, steps),
+        f"{name}, {seed}", shape, config, train_gpt.corpus(), cpu, lambda model: scheduled(model, trial, steps)
     )
     return {
         "trial": name, "learning_rate": rate, "seed": seed, "steps": steps,
@@ -134,12 +128,14 @@ def run_trial(
     }  # fmt: skip
 
 
-def scheduled(model: nn.Module, trial: Trial, steps: int) -> Callable[[Tensor, Tensor], Tensor]:
+def scheduled(model: train_gpt.GPT, trial: Trial, steps: int) -> Callable[[Tensor, Tensor], Tensor]:
     """The model, which goes through the phases of the trial as it is called in training."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("blocks") and parameter.dim() == 2:
-                parameter *= (768 / SHAPE.width) ** 0.5  # its initial standard deviation is for 768 features
+                parameter *= (
+                    768 / model.embedding.embedding_dim
+                ) ** 0.5  # its initial standard deviation is for 768 features
     pruned, changes = [], trial.projection.prunes or trial.gain != 1.0
     for name, module in model.named_modules():
         if changes and name.endswith(tuple(f"ffn.{layer}" for layer in trial.layers)):
@@ -147,15 +143,18 @@ def scheduled(model: nn.Module, trial: Trial, steps: int) -> Callable[[Tensor, T
             assert isinstance(module, PrunedLinear)
             module.become(trial)
             pruned.append(module)
-    begin, end = round(trial.warmup * steps), steps - round(trial.tail * steps)
+    schedule = Schedule(begin=round(trial.warmup * steps), end=steps - round(trial.tail * steps))
     step = 0
 
     def call(tokens: Tensor, targets: Tensor) -> Tensor:
         nonlocal step
         for linear in pruned:
-            if linear.prunes and step == end < steps:  # the tail goes on from what it computed with
+            before, linear.prunes = (
+                linear.prunes,
+                schedule.prunes_at(min(step, steps - 1)),
+            )  # evaluation as the last step
+            if before and not linear.prunes:  # the tail goes on from what it computed with
                 linear.weight.data.copy_(linear.projected())
-            linear.prunes = begin <= step < end or step == end == steps
         step += torch.is_grad_enabled()
         loss: Tensor = model(tokens, targets)
         return loss
@@ -165,17 +164,11 @@ def scheduled(model: nn.Module, trial: Trial, steps: int) -> Callable[[Tensor, T
 
 def table(runs: Sequence[Run]) -> str:
     """Losses against the plain dense run of the same learning rate and seed."""
-    dense = {(run["learning_rate"], run["seed"]): run["validation_loss"] for run in runs if run["trial"] == DENSE}
     rows = []
-    for rate, name in product(sorted({run["learning_rate"] for run in runs}), TRIALS):
-        of_trial = [run for run in runs if (run["trial"], run["learning_rate"]) == (name, rate)]
-        compared = [run for run in of_trial if (rate, run["seed"]) in dense]
-        percents = [100 * (run["validation_loss"] / dense[rate, run["seed"]] - 1) for run in compared]
-        if of_trial:
-            gap, spread = mean(percents) if percents else None, stdev(percents) if len(percents) > 1 else None
-            rows.append(
-                (f"{rate:g}", name, len(of_trial), mean(run["validation_loss"] for run in of_trial), gap, spread)
-            )
+    for rate, name, losses, pairs in compared(runs, TRIALS, DENSE):
+        percents = [100 * (loss / dense - 1) for loss, dense in pairs]
+        gap, spread = mean(percents) if percents else None, stdev(percents) if len(percents) > 1 else None
+        rows.append((f"{rate:g}", name, len(losses), mean(losses), gap, spread))
     headers = ("learning rate", "trial", "seeds", "validation loss", f"% over {DENSE}", "standard deviation")
     return tabulate(
         rows, headers=headers, floatfmt=("", "", "", ".4f", "+.2f", ".2f"), missingval="-", tablefmt="github"
@@ -191,16 +184,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
     path = args.out / "emulate_recipes.json"
-    kept = json.loads(path.read_text())["emulated"]["runs"] if path.exists() else []
-    runs = {(run["trial"], run["learning_rate"], run["seed"], run["steps"]): run for run in kept}
+    runs: list[Run] = json.loads(path.read_text())["emulated"]["runs"] if path.exists() else []
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         wanted = product(args.seeds, args.learning_rates, args.trials)
         for future in as_completed([pool.submit(run_trial, name, rate, seed) for seed, rate, name in wanted]):
             run = future.result()
-            runs[run["trial"], run["learning_rate"], run["seed"], run["steps"]] = run
+            runs = merged(runs, [run])
             print("{trial}, {learning_rate:g}, seed {seed}: {validation_loss:.4f}".format(**run), flush=True)
-            write("emulate_recipes", "emulated", {"runs": list(runs.values())}, table(list(runs.values())), args.out)
-    print(table(list(runs.values())))
+            write("emulate_recipes", "emulated", {"runs": runs}, table(runs), args.out)
+    print(table(runs))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A trial differs from the plain run of its recipe in one thing.  Several run side
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -145,22 +145,30 @@ def run_trial(name: str, rate: float, seed: int, at_least: int, device: str, sha
 
 def table(runs: Sequence[Run]) -> str:
     """Losses against the plain dense run of the same learning rate and seed, means over seeds."""
-    dense = {(run["learning_rate"], run["seed"]): run["validation_loss"] for run in runs if run["trial"] == DENSE}
     rows = []
-    for rate, name in product(sorted({run["learning_rate"] for run in runs}), TRIALS):
-        of_trial = [run for run in runs if (run["trial"], run["learning_rate"]) == (name, rate)]
-        if of_trial:
-            loss = mean(run["validation_loss"] for run in of_trial)
-            compared = [run for run in of_trial if (rate, run["seed"]) in dense]
-            gaps = [run["validation_loss"] - dense[rate, run["seed"]] for run in compared]
-            percent = 100 * mean(gaps) / (loss - mean(gaps)) if gaps else None
-            spread = max(gaps) - min(gaps) if len(gaps) > 1 else None
-            rows.append((f"{rate:g}", name, len(of_trial), loss, mean(gaps) if gaps else None, percent, spread))
+    for rate, name, losses, pairs in compared(runs, TRIALS, DENSE):
+        gaps = [loss - dense for loss, dense in pairs]
+        gap = mean(gaps) if gaps else None
+        percent = 100 * mean(gaps) / mean(dense for _, dense in pairs) if gaps else None
+        spread = max(gaps) - min(gaps) if len(gaps) > 1 else None
+        rows.append((f"{rate:g}", name, len(losses), mean(losses), gap, percent, spread))
     headers = (
         "learning rate", "trial", "seeds", "validation loss", f"over {DENSE}", "%", "largest less smallest gap"
     )  # fmt: skip
     formats = ("", "", "", ".4f", "+.4f", "+.2f", ".4f")
     return tabulate(rows, headers=headers, floatfmt=formats, missingval="-", tablefmt="github")
+
+
+def compared(
+    runs: Sequence[Run], trials: Iterable[str], dense: str
+) -> Iterator[tuple[float, str, list[float], list[tuple[float, float]]]]:
+    """By learning rate and trial: its losses, and pairs of them with that of ``dense`` of the same rate and seed."""
+    losses = {(run["trial"], run["learning_rate"], run["seed"]): run["validation_loss"] for run in runs}
+    for rate, name in product(sorted({run["learning_rate"] for run in runs}), trials):
+        of_trial = {key[2]: loss for key, loss in losses.items() if key[:2] == (name, rate)}
+        if of_trial:
+            pairs = [(of_trial[s], losses[dense, rate, s]) for s in of_trial if (dense, rate, s) in losses]
+            yield rate, name, list(of_trial.values()), pairs
 
 
 def merged(old: Sequence[Run], new: Sequence[Run]) -> list[Run]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels import ops
-from sparse_compile.kernels.formats import E4M3, metadata_shape, padded, values_shape
+from sparse_compile.kernels.formats import E4M3, metadata_shape, padded, unscaled_dtype, values_shape
 from sparse_compile.kernels.measured import keep, kept, median_microseconds, path_of, round_up
 from sparse_compile.kernels.selfcheck import undisturbed
 from sparse_compile.progress import tracked
@@ -233,12 +233,7 @@ def _fp8_wgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
 
 def _scaled_mm(rows: int, columns: int, contraction: int, dtype: torch.dtype, make: _Operands) -> Callable[[], object]:
     a, b = make.e4m3(rows, contraction), make.e4m3(columns, contraction)
-    return partial(ops.scaled_mm, a, b, make.ones(1, 2.0**-12), _unscaled_dtype(dtype))
-
-
-def _unscaled_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of a product whose rows are scaled after it."""
-    return torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
+    return partial(ops.scaled_mm, a, b, make.ones(1, 2.0**-12), unscaled_dtype(dtype))
 
 
 def _sparse_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
@@ -252,7 +247,7 @@ def _sparse_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
 
 def _sampled_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
     operands = (*make.sparse(padded(s.tokens), s.out_features), make.e4m3(s.in_features, s.out_features))
-    return partial(ops.sparse_mm, *operands, make.ones(1, 2.0**-12), None, _unscaled_dtype(s.dtype), False, True)
+    return partial(ops.sparse_mm, *operands, make.ones(1, 2.0**-12), None, unscaled_dtype(s.dtype), False, True)
 
 
 def _sparse_bf16_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:

@@ -49,6 +49,11 @@ def metadata_shape(rows: int, columns: int, dtype: torch.dtype = E4M3) -> tuple[
     return (padded(columns) // (64 * words), padded(rows) // 16, 32, words)
 
 
+def unscaled_dtype(out_dtype: torch.dtype) -> torch.dtype:
+    """What an fp8 GEMM writes for ``out_dtype`` before rows are scaled: fp16 could not hold them."""
+    return torch.bfloat16 if out_dtype is torch.bfloat16 else torch.float32
+
+
 def check_buffer(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """Raise ValueError unless ``tensor`` is contiguous and has this shape, dtype and device."""
     if (tuple(tensor.shape), tensor.dtype, tensor.device) != (shape, dtype, device) or not tensor.is_contiguous():

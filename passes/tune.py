@@ -6,9 +6,8 @@ from math import prod
 import torch
 
 from sparse_compile.kernels import ops, tuning
-from sparse_compile.kernels.formats import E4M3, padded
+from sparse_compile.kernels.formats import E4M3, padded, unscaled_dtype
 from sparse_compile.kernels.problem import Problem
-from sparse_compile.linear import gemm_dtype
 from sparse_compile.passes.decide import Plan
 from sparse_compile.recipe import Gemm
 from sparse_compile.torch_internals import example_value, hint
@@ -59,7 +58,7 @@ def _problems(plan: Plan) -> Iterator[Problem]:
             columns=site.in_features,
             contraction=site.out_features,
             dtype=E4M3,
-            out_dtype=gemm_dtype(example_value(site.input).dtype),
+            out_dtype=unscaled_dtype(example_value(site.input).dtype),
             scaled=False,
             transpose=False,
             use_fast_accum=True,

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sparse_compile.derived import WeightState
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.recipe import Projection
 from sparse_compile.runtime import on_weight
-from sparse_compile.state import fill_operands, owned_by_optimizer
+from sparse_compile.state import fill_operands
 from sparse_compile.weight_health import mask_flips
 
 
@@ -68,10 +69,10 @@ class FlipCounts:
             for name, counted in self._counted.items()
         }
 
-    def _see(self, slot: WeightSlot, weight: Tensor) -> None:
+    def _see(self, slot: WeightSlot, weight: Tensor, state: WeightState) -> None:
         if not _projection(slot).prunes or any(counted.weight() is weight for counted in self._counted.values()):
             return
-        if owned_by_optimizer(weight) is not weight:
+        if state.shards is not None:
             raise ValueError(f"FSDP2 holds the weight of {slot.name!r} in shards: flips are counted without it")
         # Blocks that share a graph share its names.
         names = (slot.name if number == 1 else f"{slot.name} ({number})" for number in range(1, len(self._counted) + 2))

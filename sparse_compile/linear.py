@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparse_compile.kernels import ops
-from sparse_compile.kernels.formats import AMAX_FLOOR, E4M3_MAX, MVUE_GAIN, padded
+from sparse_compile.kernels.formats import AMAX_FLOOR, E4M3_MAX, MVUE_GAIN, padded, unscaled_dtype
 from sparse_compile.kernels.reference import saturating_cast
 from sparse_compile.linear_bf16 import LinearBF16
 from sparse_compile.recipe import VARIANTS, Estimator, Gemm, Recipe
@@ -168,13 +168,8 @@ def _scaled_mm(a: Tensor, b: Tensor, scale_inv: Tensor, row_scale_inv: Tensor, o
     The rows are scaled after the GEMM, where Inductor fuses the multiplication into whatever reads the result: the
     GEMM with one scale is faster than the one with a scale per row.
     """
-    product = ops.scaled_mm(a, b, scale_inv, gemm_dtype(out_dtype))
+    product = ops.scaled_mm(a, b, scale_inv, unscaled_dtype(out_dtype))
     return (product.float() * row_scale_inv[:, None]).to(out_dtype)
-
-
-def gemm_dtype(out_dtype: torch.dtype) -> torch.dtype:
-    """What an fp8 GEMM writes for ``out_dtype`` before rows are scaled: fp16 could not hold them."""
-    return torch.bfloat16 if out_dtype is torch.bfloat16 else torch.float32
 
 
 def _cast_grad(
@@ -216,7 +211,7 @@ def _sampled_dgrad(
     ones = torch.ones(out_features, device=grad.device)
     index = ctx.index + DGRAD_DRAWS
     _, values, metadata = ops.cast_mvue(scaled_t, ones, ones, seed, index, _is_approximate(ctx))
-    out_dtype = gemm_dtype(ctx.input_dtype)
+    out_dtype = unscaled_dtype(ctx.input_dtype)
     product = ops.sparse_mm(values, metadata, weight_t, weight_scale_inv, None, out_dtype, False, True)
     return product[:tokens].float() * scale_inv[:, None]
 
@@ -229,4 +224,4 @@ def _wgrad(ctx: Any, operand: tuple[Tensor, ...], x_fp8: Tensor, scale_inv: Tens
         return ops.sparse_mm(values, metadata, x_t, scale_inv, None, ctx.weight_dtype, ctx.transposed, False)
     (grad_t,) = operand
     a, b = (x_t, grad_t) if ctx.transposed else (grad_t, x_t)
-    return ops.scaled_mm(a, b, scale_inv, gemm_dtype(ctx.weight_dtype)).to(ctx.weight_dtype)
+    return ops.scaled_mm(a, b, scale_inv, unscaled_dtype(ctx.weight_dtype)).to(ctx.weight_dtype)

@@ -15,8 +15,8 @@ from sparse_compile.state import current_operands, restore_operands, weight_stat
 from sparse_compile.torch_internals import FakeTensor
 from sparse_compile.weight_health import watch
 
-# Called with each weight that a rewritten linear reads, before its first call.
-on_weight: list[Callable[[WeightSlot, Tensor], object]] = []
+# Called with each weight that a rewritten linear reads, and its state, before its first call.
+on_weight: list[Callable[[WeightSlot, Tensor, WeightState], object]] = [watch]
 
 
 class Runtime:
@@ -89,8 +89,6 @@ class Runtime:
         state = weight_state(weight, slot)
         self._last[index] = (ref(weight), ref(state))
         self._met_gathered = self._met_gathered or state.shards is not None
-        if slot.projection.prunes:
-            watch(slot, weight, state)
         for listener in on_weight:
-            listener(slot, weight)
+            listener(slot, weight, state)
         return state

@@ -60,8 +60,8 @@ _noise_until = 0  # the optimizer step up to which it was asked for
 
 
 def watch(slot: WeightSlot, weight: Tensor, state: WeightState) -> None:
-    """Let samples include a weight."""
-    if state not in _watched:
+    """Let samples include a weight, if it is pruned."""
+    if slot.projection.prunes and state not in _watched:
         # A weight that was moved keeps its name.
         taken = {watched.name for watched in _watched.values() if watched.is_there() or watched.weight() is not weight}
         names = (slot.name if number == 1 else f"{slot.name} ({number})" for number in range(1, len(taken) + 2))
