@@ -130,12 +130,11 @@ def run_trial(name: str, rate: float, seed: int, steps: int = STEPS, shape: trai
 
 def scheduled(model: train_gpt.GPT, trial: Trial, steps: int) -> Callable[[Tensor, Tensor], Tensor]:
     """The model, which goes through the phases of the trial as it is called in training."""
+    wider = (768 / model.embedding.embedding_dim) ** 0.5  # the initial standard deviation is for 768 features
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("blocks") and parameter.dim() == 2:
-                parameter *= (
-                    768 / model.embedding.embedding_dim
-                ) ** 0.5  # its initial standard deviation is for 768 features
+                parameter *= wider
     pruned, changes = [], trial.projection.prunes or trial.gain != 1.0
     for name, module in model.named_modules():
         if changes and name.endswith(tuple(f"ffn.{layer}" for layer in trial.layers)):
@@ -149,11 +148,9 @@ def scheduled(model: train_gpt.GPT, trial: Trial, steps: int) -> Callable[[Tenso
     def call(tokens: Tensor, targets: Tensor) -> Tensor:
         nonlocal step
         for linear in pruned:
-            before, linear.prunes = (
-                linear.prunes,
-                schedule.prunes_at(min(step, steps - 1)),
-            )  # evaluation as the last step
-            if before and not linear.prunes:  # the tail goes on from what it computed with
+            pruned_before = linear.prunes
+            linear.prunes = schedule.prunes_at(min(step, steps - 1))  # in evaluation as in the last step
+            if pruned_before and not linear.prunes:  # the tail goes on from what it computed with
                 linear.weight.data.copy_(linear.projected())
         step += torch.is_grad_enabled()
         loss: Tensor = model(tokens, targets)
