@@ -43,7 +43,7 @@ Run = dict[str, Any]
 DEVICE = torch.device("cuda")
 STEPS = 300
 CLOCK_STEPS = 500
-TOLERANCE = 0.02
+TOLERANCE = 0.01
 
 
 def loss_part() -> Report:
@@ -54,9 +54,8 @@ def loss_part() -> Report:
     runs = {}
     for name in ("kernels", "reference"):
         with ops.force_reference() if name == "reference" else nullcontext():
-            runs[name] = train_gpt.train(
-                name, model_config, config, data, DEVICE, lambda model: train_gpt.sste_step(model, DEVICE, "s-ste")
-            )
+            sste_step = partial(train_gpt.sste_step, device=DEVICE, recipe="s-ste", when="always")
+            runs[name] = train_gpt.train(name, model_config, config, data, DEVICE, sste_step)
     difference = runs["kernels"].training_loss - runs["reference"].training_loss
     validation = runs["kernels"].validation_loss - runs["reference"].validation_loss
     marks = train_gpt.milestones(STEPS)
@@ -134,10 +133,17 @@ def _step(name: str, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     return torch.compile(model, backend="sste", options=options)
 
 
-def recipes_part(arms: Sequence[str], seeds: Sequence[int], at_least: int, folder: Path) -> Report:
-    """Runs of each arm and seed, beside those that the results hold already."""
-    new = recipe_runs.train_arms(arms, seeds, at_least, DEVICE)
-    return _kept("recipes", _runs_in(folder, "recipes"), new, recipe_runs.merged, recipe_runs.table, folder)
+def recipes_part(
+    arms: Sequence[str], seeds: Sequence[int], at_least: int, jobs: int, speeds: bool, folder: Path
+) -> Report:
+    """Runs of each arm and seed, beside those that the results hold already; with ``speeds``, the speeds of all."""
+    new = recipe_runs.train_arms(arms, seeds, at_least, DEVICE, jobs)
+    report = _kept("recipes", _runs_in(folder, "recipes"), new, recipe_runs.merged, recipe_runs.table, folder)
+    if speeds:
+        runs = _runs_in(folder, "recipes")
+        timed = recipe_runs.measure_speeds(runs, at_least, DEVICE)
+        report = _kept("recipes", runs, timed, recipe_runs.merged, recipe_runs.table, folder)
+    return report
 
 
 def clock_part(arms: Sequence[str], folder: Path) -> Report:
@@ -194,10 +200,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=["loss", "head", "recipes", "clock", "search", "tasks"])
     every = [recipe_runs.DENSE, recipe_runs.TORCHAO, *recipe_runs.ARMS]
-    parser.add_argument("--arms", nargs="+", choices=every, default=every)
+    parser.add_argument("--arms", nargs="*", choices=every, default=every)
     parser.add_argument("--trials", nargs="+", choices=recipe_search.TRIALS, default=[*recipe_search.TRIALS])
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3, 2e-3], help="of the trials")
-    parser.add_argument("--jobs", type=int, default=4, help="trials that run side by side (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=4, help="runs of recipes and search that run side by side")
+    parser.add_argument("--speeds", action="store_true", help="time the arms of recipes alone, after all runs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=50_000_000, help="that each run reads (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -205,7 +212,7 @@ def main() -> None:
     parts = {
         "loss": loss_part,
         "head": head_part,
-        "recipes": partial(recipes_part, args.arms, args.seeds, args.tokens, args.out),
+        "recipes": partial(recipes_part, args.arms, args.seeds, args.tokens, args.jobs, args.speeds, args.out),
         "clock": partial(clock_part, args.arms, args.out),
         "search": partial(search_part, args.trials, args.learning_rates, args.seeds, args.tokens, args.jobs, args.out),
         "tasks": partial(tasks_part, args.arms, args.seeds),

@@ -2,8 +2,10 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,7 +33,9 @@ ARMS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "s-ste, 2:4 dgrad": lambda steps: {"sste.recipe": "s-ste", "sste.dgrad": "mvue"},
     "s-ste, bf16": lambda steps: {"sste.recipe": "s-ste-bf16"},
     "s-ste, dense tail": lambda steps: {"sste.recipe": "s-ste", "sste.tail": 1 / 6, "sste.total_steps": steps},
+    "s-ste, dense half": lambda steps: {"sste.recipe": "s-ste", "sste.tail": 1 / 2, "sste.total_steps": steps},
     "s-ste, beta x 1.7": lambda steps: {"sste.recipe": "s-ste", "sste.beta": 1.7},
+    "s-ste, beta x 1.7, no MVUE": lambda steps: {"sste.recipe": "s-ste", "sste.beta": 1.7, "sste.mvue": "off"},
     "ste": lambda steps: {"sste.recipe": "ste"},
     "ste, no MVUE": lambda steps: {"sste.recipe": "ste", "sste.mvue": "off"},
     "ste-dense-tail": lambda steps: {"sste.recipe": "ste-dense-tail", "sste.total_steps": steps},
@@ -46,16 +50,58 @@ _SHORT = 50  # steps that are enough to know the speed
 Run = dict[str, Any]
 
 
-def train_arms(arms: Sequence[str], seeds: Sequence[int], at_least: int, device: torch.device) -> Iterator[Run]:
-    """One run for each arm and seed, of as many steps as there are tokens asked for."""
-    shape, config = train_gpt.PRESETS["gpt2-small"]
-    shape = replace(shape, vocabulary=VOCABULARY)
+def train_arms(
+    arms: Sequence[str], seeds: Sequence[int], at_least: int, device: torch.device, jobs: int
+) -> Iterator[Run]:
+    """One run for each arm and seed, of as many steps as there are tokens asked for, ``jobs`` at a time.
+
+    Those that run side by side know no speed, None; ``measure_speeds`` tells it.
+    """
+    shape, config = _gpt2_small()
     steps = -(-at_least // (config.batch * shape.context))
-    data = tokens(VOCABULARY, at_least)
+    data = tokens(VOCABULARY, at_least)  # made once, for all processes
     print(f"{len(data[0]):,} tokens to train on, {len(data[1]):,} held out, {steps} steps", flush=True)
-    config = replace(config, steps=steps, validation_batches=64)
-    for seed, arm in product(seeds, arms):
-        yield _train(arm, shape, replace(config, seed=seed), data, device)
+    config = replace(config, steps=steps)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        wanted = [(arm, shape, replace(config, seed=seed)) for seed, arm in product(seeds, arms)]
+        started = [pool.submit(_train_alone, *of_run, at_least, device) for of_run in wanted]
+        for future in as_completed(started):
+            run = future.result()
+            yield run if jobs == 1 else {**run, "tokens_per_second": None, "seconds": None, "training_seconds": None}
+
+
+def measure_speeds(runs: Sequence[Run], at_least: int, device: torch.device) -> Iterator[Run]:
+    """The runs with the speed of a short run of their arm, alone on this machine; dense phases are as fast as bf16."""
+    shape, config = _gpt2_small()
+    data = tokens(VOCABULARY, at_least)
+    dense = None
+    for arm in dict.fromkeys([DENSE, *(run["arm"] for run in runs)]):
+        short = _train(arm, shape, replace(config, steps=_SHORT), data, device, scheduled_for=2**30)
+        dense = dense or short["tokens_per_second"]
+        speed = 1 / _seconds_a_token(arm, short["tokens_per_second"], dense)
+        for run in runs:
+            if run["arm"] == arm:
+                seconds = run["steps"] * run["tokens_a_step"] / speed
+                yield {**run, "tokens_per_second": speed, "training_seconds": seconds}
+
+
+def _gpt2_small() -> tuple[train_gpt.GPTConfig, train_gpt.TrainConfig]:
+    shape, config = train_gpt.PRESETS["gpt2-small"]
+    return replace(shape, vocabulary=VOCABULARY), replace(config, validation_batches=64)
+
+
+def _train_alone(
+    arm: str, shape: train_gpt.GPTConfig, config: train_gpt.TrainConfig, at_least: int, device: torch.device
+) -> Run:
+    """``_train`` in a process of its own, which reads the tokens itself."""
+    return _train(arm, shape, config, tokens(VOCABULARY, at_least), device)
+
+
+def _seconds_a_token(arm: str, pruned: float, dense: float) -> float:
+    """On the average of the arm's phases, from the tokens a second of each."""
+    schedule = read_options(None, ARMS[arm](1000)).schedule if arm in ARMS else None
+    dense_share = sum(not schedule.prunes_at(step) for step in range(1000)) / 1000 if schedule is not None else 0.0
+    return (1 - dense_share) / pruned + dense_share / dense
 
 
 def train_for_as_long(arms: Sequence[str], steps: int, device: torch.device) -> Iterator[Run]:
@@ -72,10 +118,7 @@ def train_for_as_long(arms: Sequence[str], steps: int, device: torch.device) -> 
     for arm in arms:
         short = replace(config, steps=_SHORT)
         speed = _train(arm, shape, short, data, device, scheduled_for=2**30)["tokens_per_second"]
-        schedule = read_options(None, ARMS[arm](1000)).schedule if arm in ARMS else None
-        dense_share = sum(not schedule.prunes_at(step) for step in range(1000)) / 1000 if schedule is not None else 0.0
-        seconds = (1 - dense_share) / speed + dense_share / dense["tokens_per_second"]  # a token
-        as_many = int(steps / (seconds * dense["tokens_per_second"]))
+        as_many = int(steps / (_seconds_a_token(arm, speed, dense["tokens_per_second"]) * dense["tokens_per_second"]))
         yield _train(arm, shape, replace(config, steps=as_many), data, device)
 
 
@@ -162,8 +205,9 @@ def clock_table(runs: Sequence[Run]) -> str:
 
 def seconds_to(run: Run, loss: float) -> float | None:
     """Seconds of training, without compilation, until the mean of the last losses is no higher; None if never."""
-    shape, _ = train_gpt.PRESETS["gpt2-small"]
-    seconds_a_step = run["training"]["batch"] * shape.context / run["tokens_per_second"]
+    if not run["tokens_per_second"]:
+        return None
+    seconds_a_step = run["tokens_a_step"] / run["tokens_per_second"]
     for step, value in enumerate(_smoothed(run), start=_WINDOW):
         if value <= loss:
             return step * seconds_a_step

@@ -17,10 +17,9 @@ from sparse_compile.recipe import SSTE
 
 
 def run(arm: str, losses: list[float], *, seed: int = 0, speed: float = 16384.0) -> dict[str, Any]:
-    training = {"batch": 16}
     return {
         "arm": arm, "seed": seed, "steps": len(losses), "losses": losses, "validation_loss": losses[-1],
-        "tokens_per_second": speed, "training": training,
+        "tokens_per_second": speed, "tokens_a_step": 16384,
     }  # fmt: skip
 
 
@@ -69,6 +68,28 @@ def test_an_arm_is_given_the_time_of_the_dense_run(monkeypatch: pytest.MonkeyPat
     ]  # fmt: skip
     assert [run["steps"] for run in runs] == [600, 1200, 800]
     assert recipe_runs.clock_table(runs).count("2.0000") == 3
+
+
+def test_speeds_are_those_of_short_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each arm once, and bf16 for the dense phases of the others."""
+    monkeypatch.setattr(recipe_runs, "tokens", lambda vocabulary, at_least: None)
+    trained = []
+
+    def train(arm: str, shape: Any, config: Any, *rest: Any, scheduled_for: int) -> dict[str, Any]:
+        trained.append((arm, config.steps))
+        return {"tokens_per_second": 1000.0 if arm == recipe_runs.DENSE else 2000.0}
+
+    monkeypatch.setattr(recipe_runs, "_train", train)
+    old = [{**run("ste, dense half", [2.0], seed=seed), "tokens_per_second": None} for seed in (0, 1)]
+    timed = list(recipe_runs.measure_speeds([*old, run("s-ste", [3.0])], 1, torch.device("cpu")))
+    assert trained == [("bf16", 50), ("ste, dense half", 50), ("s-ste", 50)]
+    assert [(run["arm"], round(run["tokens_per_second"], 3)) for run in timed] == [
+        ("ste, dense half", 1333.333), ("ste, dense half", 1333.333), ("s-ste", 2000.0)
+    ]  # fmt: skip
+    assert timed[2]["training_seconds"] == 16384 / 2000
+    table = recipe_runs.table(old + [run("bf16", [2.5])])
+    assert "2.0000" in table
+    assert "tokens a second" in table
 
 
 def test_a_stopped_program_keeps_the_runs_that_have_ended(tmp_path: Path) -> None:
