@@ -50,7 +50,7 @@ class Trial:
         layers: which linears of an FFN are pruned.
         weight_decay: of all matrices.
         grad: what the gradients of pruned weights are multiplied with, before they are clipped.
-        gain: what weights that are not pruned are multiplied with, as those that are may be by beta.
+        gain: what weights without beta are multiplied with, as beta multiplies those that have one.
     """
 
     projection: Projection = Projection.NONE
@@ -77,6 +77,11 @@ def _trials() -> Iterator[tuple[str, Trial]]:
     for beta in (1.0, 1.25, 2.0, 2.5, 3.0, 4.0):
         yield f"s-ste, beta {beta:g}", Trial(projection=Projection.SSTE, beta=beta)
     yield "s-ste, beta 2.5, tail 1/6", Trial(projection=Projection.SSTE, beta=2.5, tail=1 / 6)
+    yield "s-ste, beta 2.5, tail 1/2", Trial(projection=Projection.SSTE, beta=2.5, tail=1 / 2)
+    yield "s-ste, beta 2.5, warm-up 1/6", Trial(projection=Projection.SSTE, beta=2.5, warmup=1 / 6)
+    yield "s-ste, beta 2.5, ffn.up alone", Trial(projection=Projection.SSTE, beta=2.5, layers=("up",))
+    yield "s-ste, beta 2.5, ffn.down alone", Trial(projection=Projection.SSTE, beta=2.5, layers=("down",))
+    yield "ste, kept x 1.5", Trial(projection=Projection.TOP2, gain=1.5)
     # Is it the scale alone?
     for gain in (1.5, 2.0):
         yield f"dense, FFN's weights x {gain:g}", Trial(gain=gain)
@@ -104,7 +109,8 @@ class PrunedLinear(nn.Linear):
             return self.weight.detach() * self.gain
         if self.projection.has_beta and self.beta is None:
             self.beta = sste_beta(self.weight.detach())
-        return project(self.weight, self.projection, self.beta, None)
+        pruned = project(self.weight, self.projection, self.beta, None)
+        return pruned if self.projection.has_beta else pruned * self.gain
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight + (self.projected() - self.weight).detach() if self.prunes else self.weight

@@ -6,9 +6,12 @@ operator by operator, with the backend's kernels: what is compared is how the re
 
 import math
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 _BATCH, _LEARNING_RATE = 256, 1e-3
 _WINDOW = 128  # bytes of source that are classified
+Run = dict[str, Any]
 _PACKAGES = (
     "asyncio",
     "concurrent",
@@ -90,7 +94,10 @@ def digits() -> Task:
 
 
 def packages() -> Task:
-    """Pieces of the standard library's sources, and the package that each is from; every fifth file is held out."""
+    """Pieces of the standard library's sources, and the package that each is from.
+
+    Every fifth file is held out, but for those of its pieces that another file has, too, as tables of encodings do.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     pieces: dict[bool, list[tuple[Tensor, int]]] = {True: [], False: []}
     for number, package in enumerate(_PACKAGES):
@@ -98,6 +105,8 @@ def packages() -> Task:
             text = torch.frombuffer(bytearray(file.read_bytes() or b" "), dtype=torch.uint8)
             whole = text[: len(text) // _WINDOW * _WINDOW].view(-1, _WINDOW).int()
             pieces[index % 5 == 4] += [(piece, number) for piece in whole]
+    seen = {piece.numpy().tobytes() for piece, _ in pieces[False]}
+    pieces[True] = [(piece, number) for piece, number in pieces[True] if piece.numpy().tobytes() not in seen]
     train, test = (
         (torch.stack([piece for piece, _ in of_split]), torch.tensor([number for _, number in of_split]))
         for of_split in (pieces[False], pieces[True])
@@ -114,17 +123,26 @@ def _split(examples: Tensor, classes: Tensor) -> tuple[tuple[Tensor, Tensor], tu
 TASKS: Mapping[str, Callable[[], Task]] = {"digits": digits, "packages": packages}
 
 
-def train_tasks(arms: Sequence[str], seeds: Sequence[int], device: torch.device) -> list[dict[str, Any]]:
-    """Test loss and accuracy of each arm and seed on each task."""
-    runs = []
-    for name, make in TASKS.items():
-        task = make()
-        for seed in seeds:
-            for arm in arms:
-                loss, accuracy = _train(task, arm, seed, device)
-                runs.append({"task": name, "arm": arm, "seed": seed, "loss": loss, "accuracy": accuracy})
-                print(f"{name}, {arm}, seed {seed}: {loss:.4f}, {accuracy:.2%}", flush=True)
-    return runs
+def train_tasks(arms: Sequence[str], seeds: Sequence[int], device: torch.device, jobs: int) -> Iterator[Run]:
+    """Test loss and accuracy of each arm and seed on each task, ``jobs`` at a time, each in a process of its own."""
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        wanted = product(TASKS, seeds, arms)
+        for future in as_completed([pool.submit(run_task, name, arm, seed, device) for name, seed, arm in wanted]):
+            run = future.result()
+            print("{task}, {arm}, seed {seed}: {loss:.4f}, {accuracy:.2%}".format(**run), flush=True)
+            yield run
+
+
+def run_task(name: str, arm: str, seed: int, device: torch.device) -> Run:
+    """One run."""
+    loss, accuracy = _train(TASKS[name](), arm, seed, device)
+    return {"task": name, "arm": arm, "seed": seed, "loss": loss, "accuracy": accuracy}
+
+
+def merged(old: Sequence[Run], new: Sequence[Run]) -> list[Run]:
+    """The new runs in place of old ones of the same task, arm and seed."""
+    runs = {(run["task"], run["arm"], run["seed"]): run for run in (*old, *new)}
+    return [runs[key] for key in sorted(runs)]
 
 
 def _train(task: Task, arm: str, seed: int, device: torch.device) -> tuple[float, float]:
@@ -157,7 +175,7 @@ def _train(task: Task, arm: str, seed: int, device: torch.device) -> tuple[float
     return F.cross_entropy(answers, expected).item(), (answers.argmax(dim=1) == expected).float().mean().item()
 
 
-def table(runs: Sequence[Mapping[str, Any]]) -> str:
+def table(runs: Sequence[Run]) -> str:
     """Means over the seeds."""
     rows = []
     for task, arm in dict.fromkeys((run["task"], run["arm"]) for run in runs):
