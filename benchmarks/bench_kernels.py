@@ -1,9 +1,10 @@
 """The kernels other than the GEMM: how near they are to the speed of memory, and what a call costs the host.
 
     python benchmarks/bench_kernels.py memory    time against a copy of as many bytes
+    python benchmarks/bench_kernels.py masks     the same of the kernels that only recipes with masks run
     python benchmarks/bench_kernels.py host      host time of one call of each op, the GEMMs included
 
-Both parts can be named at once.  Data is random normal, in bf16.  The bytes of an op are those of its inputs and its
+Several parts can be named at once.  Data is random normal, in bf16.  The bytes of an op are those of its inputs and its
 outputs, each counted once; a copy of as many bytes reads one half and writes the other.
 """
 
@@ -11,9 +12,10 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +133,11 @@ WEIGHT_OPS = {
     "prune_weight_": Op(make=_prune_inputs, run=_prune),
     "prune_weight_, hard": Op(make=_prune_inputs, run=partial(_prune, hard=True)),
     "prune_weight_bf16_": Op(make=_prune_bf16_inputs, run=_prune_bf16),
+    "cast_weight_": Op(make=_cast_weight_inputs, run=_cast_weight),
+}
+MASK_OPS = {
     "prune_transposable_, search": Op(make=_transposable_inputs, run=partial(_prune_transposable, True)),
     "prune_transposable_, kept masks": Op(make=_transposable_inputs, run=partial(_prune_transposable, False)),
-    "cast_weight_": Op(make=_cast_weight_inputs, run=_cast_weight),
     "add_masked_decay_": Op(make=_decay_inputs, run=_add_masked_decay),
 }
 ACTIVATION_OPS = {
@@ -204,15 +208,14 @@ def _row(name: str, shape: tuple[int, int], size: int, op: Timing | str, copy: T
     }
 
 
-def memory_part() -> Report:
-    """Every op that is bound by memory, in every shape."""
-    cases = [(name, op, shape) for shape in WEIGHTS for name, op in WEIGHT_OPS.items()]
-    cases += [(name, op, shape) for shape in ACTIVATIONS for name, op in ACTIVATION_OPS.items()]
+def memory_part(*cases: tuple[Mapping[str, Op], Sequence[tuple[int, int]]]) -> Report:
+    """Ops that are bound by memory, each in each of its shapes."""
     rows = []
-    for name, op, shape in cases:
-        rows.append(compare(name, op, shape))
-        gc.collect()
-        torch.cuda.empty_cache()
+    for ops_of_shapes, shapes in cases:
+        for shape, (name, op) in product(shapes, ops_of_shapes.items()):
+            rows.append(compare(name, op, shape))
+            gc.collect()
+            torch.cuda.empty_cache()
     return {"rows": rows, "failed": failures(rows)}, memory_table(rows)
 
 
@@ -237,7 +240,7 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> str:
 def host_calls(device: torch.device) -> dict[str, Callable[[], object]]:
     """One call of each op, on operands of 256 x 256."""
     calls: dict[str, Callable[[], object]] = {}
-    for name, op in (WEIGHT_OPS | ACTIVATION_OPS).items():
+    for name, op in (WEIGHT_OPS | MASK_OPS | ACTIVATION_OPS).items():
         calls[name] = partial(op.run, *op.make(HOST_SIDE, HOST_SIDE, device))
     weight, beta, *buffers = _prune_inputs(HOST_SIDE, HOST_SIDE, device)
     values, metadata, weight_t, scale_inv = _prune(weight, beta, *buffers)
@@ -279,7 +282,12 @@ def host_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    run_parts("bench_kernels", __doc__, {"memory": memory_part, "host": host_part})
+    parts = {
+        "memory": partial(memory_part, (WEIGHT_OPS, WEIGHTS), (ACTIVATION_OPS, ACTIVATIONS)),
+        "masks": partial(memory_part, (MASK_OPS, WEIGHTS)),
+        "host": host_part,
+    }
+    run_parts("bench_kernels", __doc__, parts)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import sparse_compile
 from sparse_compile.kernels.ops import emulation_reason
+from sparse_compile.recipe import RECIPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,7 +316,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=PRESETS, help="default: gpt2-small on a GPU, tiny elsewhere")
     parser.add_argument("--steps", type=int, help="default: the preset's")
-    parser.add_argument("--recipe", default="s-ste", choices=["s-ste", "s-ste-approximate", "fp8"])
+    without_tail = [name for name, recipe in RECIPES.items() if not recipe.tail]  # a tail must know all steps
+    parser.add_argument("--recipe", default="s-ste", choices=without_tail)
     # What is compared is how a recipe learns, whether or not it is faster for this model.
     parser.add_argument("--when", default="always", choices=["always", "faster"], help="which linears are rewritten")
     parser.add_argument("--runs", nargs="+", default=["dense", "sste"], choices=["dense", "sste"])

@@ -141,6 +141,7 @@ SSTE = Recipe(
     estimator=Estimator.EXACT_MVUE,
 )
 SSTE_APPROXIMATE = replace(SSTE, name="s-ste-approximate", estimator=Estimator.APPROXIMATE_MVUE)
+SSTE_BOOSTED = replace(SSTE, name="s-ste-boosted", beta_factor=1.7)
 STE = replace(SSTE, name="ste", projection=Projection.TOP2)
 SR_STE = replace(STE, name="sr-ste", decay=2e-4)
 T_SR_STE = replace(
@@ -157,7 +158,9 @@ STE_BF16 = replace(SSTE_BF16, name="ste-bf16", projection=Projection.TOP2)
 # By the names that the user may say.
 RECIPES = {
     recipe.name: recipe
-    for recipe in (SSTE, SSTE_APPROXIMATE, SSTE_BF16, STE, STE_BF16, SR_STE, T_SR_STE, STE_DENSE_TAIL, FP8)
+    for recipe in (
+        SSTE, SSTE_APPROXIMATE, SSTE_BOOSTED, SSTE_BF16, STE, STE_BF16, SR_STE, T_SR_STE, STE_DENSE_TAIL, FP8
+    )
 }  # fmt: skip
 # What the user may say of the estimator.
 MVUE = {"exact": Estimator.EXACT_MVUE, "approximate": Estimator.APPROXIMATE_MVUE, "off": None}

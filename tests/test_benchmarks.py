@@ -298,7 +298,7 @@ def test_accuracy_of_the_reference_is_that_of_a_sum_in_fp32(mean: float) -> None
 )
 @pytest.mark.usefixtures("on_cpu")
 def test_bytes_of_an_op_and_its_check(name: str, bytes_an_element: float) -> None:
-    op = (bench_kernels.WEIGHT_OPS | bench_kernels.ACTIVATION_OPS)[name]
+    op = (bench_kernels.WEIGHT_OPS | bench_kernels.MASK_OPS | bench_kernels.ACTIVATION_OPS)[name]
     row = bench_kernels.compare(name, op, (256, 128), CPU)
     assert row["errors"] == []
     # Scales and the seed are the rest.
