@@ -14,7 +14,8 @@ from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import _pieces, choose
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import Reason, find
-from sparse_compile.recipe import FP8, SSTE, SSTE_BF16, STE_BF16, T_SR_STE, VARIANTS, Gemm, Projection
+from sparse_compile.recipe import FP8, SSTE, SSTE_BF16, STE_BF16, T_SR_STE, Gemm, Projection
+from variants import VARIANTS
 
 DENSE = {"hp fprop": 100.0, "hp dgrad": 100.0, "hp wgrad": 100.0}
 PIECES = {

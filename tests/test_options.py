@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from sparse_compile.options import Executor, read_options
-from sparse_compile.recipe import FP8, RECIPES, SSTE, VARIANTS, Estimator, Gemm, Projection, Recipe
+from sparse_compile.recipe import (
+    FP8,
+    RECIPES,
+    SSTE,
+    Estimator,
+    Gemm,
+    Projection,
+    Recipe,
+    recipe_named,
+)  # fmt: skip
 
 
 def test_defaults():
@@ -42,7 +51,7 @@ def test_the_estimator_of_any_recipe(recipe, mvue, estimator, wgrad):
     assert (chosen.estimator, chosen.wgrad) == (estimator, wgrad)
     # Nothing else, and graphs can name all that it may become.
     assert replace(chosen, name=recipe.name, estimator=recipe.estimator, wgrad=recipe.wgrad) == recipe
-    assert all(VARIANTS[variant.name] == variant for variant in chosen.variants())
+    assert all(recipe_named(variant.full_name) == variant for variant in chosen.variants())
 
 
 @pytest.mark.parametrize("given", [1e-5, "1e-5"], ids=["python", "command line"])
