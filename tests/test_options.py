@@ -13,10 +13,12 @@ from sparse_compile.recipe import (
     SSTE,
     Estimator,
     Gemm,
+    GradFormat,
     Projection,
     Recipe,
+    Rounding,
     recipe_named,
-)  # fmt: skip
+)
 
 
 def test_defaults():
@@ -129,6 +131,20 @@ def test_the_user_of_torch_compile_sees_the_error():
         ({"beta_factor": 2.0, "projection": Projection.TOP2}, "a factor of beta is for a projection that has one"),
         ({"refresh": 1}, "masks are refreshed if and only if they are transposable"),
         ({"fprop": Gemm.SPARSE24_BF16}, "all three products are in bf16, or none"),
+        (
+            {"wgrad": Gemm.FP8, "estimator": None, "rounding": Rounding.STOCHASTIC},
+            "rounding is of what an estimator keeps",
+        ),
+        (
+            {
+                "fprop": Gemm.SPARSE24_BF16,
+                "dgrad": Gemm.BF16,
+                "wgrad": Gemm.BF16,
+                "estimator": None,
+                "grad_format": GradFormat.E5M2,
+            },
+            "a format of gradients needs a product that reads them in FP8",
+        ),
     ],
 )
 def test_recipes_are_consistent(field, message):
