@@ -344,11 +344,13 @@ class TestGraph:
     @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
     @pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpoint"])
     @pytest.mark.parametrize("stored", ["linear", "conv1d"])
+    @pytest.mark.parametrize("grad_format", ["e4m3", "e5m2"])
     def test_the_products_of_the_graph(
-        self, asked, multiplied, small_gpt, conv1d, batch, stored, checkpoint, autocast
+        self, asked, multiplied, small_gpt, conv1d, batch, grad_format, stored, checkpoint, autocast
     ) -> None:
         model = small_gpt(nn.Linear if stored == "linear" else conv1d, checkpoint=checkpoint)
-        compiled = torch.compile(model, backend="sste", options={"sste.executor": "eager", "sste.tune": True})
+        options = {"sste.executor": "eager", "sste.tune": True, "sste.grad_format": grad_format}
+        compiled = torch.compile(model, backend="sste", options=options)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = compiled(*batch)
         loss.backward()
@@ -357,10 +359,25 @@ class TestGraph:
         assert set(asked) == multiplied
         assert {problem.contraction for problem in asked} == {64, 256, padded(64)}
 
+    @pytest.mark.parametrize("grad_format", ["e4m3", "e5m2"])
+    def test_a_dgrad_that_is_24_by_its_weight(self, asked, multiplied, small_gpt, batch, grad_format) -> None:
+        options = {
+            "sste.executor": "eager", "sste.tune": True, "sste.recipe": "t-sr-ste", "sste.grad_format": grad_format
+        }  # fmt: skip
+        torch.compile(small_gpt(depth=1), backend="sste", options=options)(*batch).backward()
+        assert set(asked) == multiplied
+        # Where all operands are e4m3, dgrad of one linear is fprop of the other.
+        assert len(asked) == (6 if grad_format == "e5m2" else 4)
+        gradients = [problem for problem in asked if E5M2 in (problem.dtype, problem.dense_dtype)]
+        assert len(gradients) == (4 if grad_format == "e5m2" else 0)
+
     @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-    def test_a_sampled_dgrad(self, asked, multiplied, small_gpt, batch, autocast) -> None:
+    @pytest.mark.parametrize("grad_format", ["e4m3", "e5m2"])
+    def test_a_sampled_dgrad(self, asked, multiplied, small_gpt, batch, grad_format, autocast) -> None:
         """Tokens are its rows, padded, and the scales leave after it."""
-        options = {"sste.executor": "eager", "sste.tune": True, "sste.dgrad": "mvue"}
+        options = {
+            "sste.executor": "eager", "sste.tune": True, "sste.dgrad": "mvue", "sste.grad_format": grad_format
+        }  # fmt: skip
         compiled = torch.compile(small_gpt(), backend="sste", options=options)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = compiled(*batch)
