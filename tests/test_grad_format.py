@@ -39,10 +39,11 @@ class TestNames:
     def test_are_known_in_a_fresh_process(self):
         """A graph that another process has compiled and kept."""
         recipe = replace(SSTE.with_sampled_dgrad(), grad_format=GradFormat.E5M2, rounding=Rounding.STOCHASTIC)
-        code = "import sys; from sparse_compile.recipe import recipe_named; print(recipe_named(sys.argv[1]))"
-        for variant in (recipe, *recipe.variants()):
-            command = [sys.executable, "-c", code, variant.full_name]
-            assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"{variant}\n"
+        variants = (recipe, *recipe.variants())
+        code = "import sys; from sparse_compile.recipe import recipe_named; print(*map(recipe_named, sys.argv[1:]))"
+        command = [sys.executable, "-c", code, *(variant.full_name for variant in variants)]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert printed == f"{' '.join(map(str, variants))}\n"
 
 
 class TestOptions:
