@@ -5,6 +5,7 @@ compute-sanitizer --tool racecheck --error-exitcode 1 python benchmarks/all_kern
 """
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -28,10 +29,11 @@ def memory_kernels() -> None:
             ops.cast_weight_(matrix, *ops.new_cast_weight(*matrix.shape, DEVICE))
     gradient = torch.randn(TOKENS, OUT_FEATURES, device=DEVICE, dtype=torch.bfloat16)
     scales = torch.ones(TOKENS, device=DEVICE)
-    payload, _ = ops.cast_transpose(gradient, scales, scales)
+    payload, _ = ops.cast_transpose(gradient, scales, scales, E4M3)
     ops.transpose_tokens(payload)
-    for approximate in (False, True):
-        ops.cast_mvue(gradient, scales, scales, torch.ones(1, dtype=torch.int64, device=DEVICE), 0, approximate)
+    seed = torch.ones(1, dtype=torch.int64, device=DEVICE)
+    for approximate, stochastic in product((False, True), repeat=2):
+        ops.cast_mvue(gradient, scales, scales, seed, 0, approximate, stochastic, E4M3)
 
 
 def sparse_gemms() -> None:

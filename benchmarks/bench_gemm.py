@@ -264,11 +264,11 @@ def accuracy_rows(tokens: int, mean: float, device: torch.device) -> list[dict[s
     for kind, limit in (("2:4", E4M3_MAX / MVUE_GAIN), ("dense", E4M3_MAX)):
         scales = scale_inv * (limit / bound)
         if kind == "2:4":
-            _, values, metadata = ops.cast_mvue(grad, scales, scales, seed, 0, False)
+            _, values, metadata = ops.cast_mvue(grad, scales, scales, seed, 0, False, False, E4M3)
             operand = decompress24(values, metadata)
             product = ops.sparse_mm(values, metadata, x_t, bound / limit, None, torch.float32, False, False)
         else:
-            _, operand = ops.cast_transpose(grad, scales, scales)
+            _, operand = ops.cast_transpose(grad, scales, scales, E4M3)
             product = ops.scaled_mm(operand, x_t, bound / limit, torch.float32)
         same = (operand.double() @ x_t.double().t()) * (bound.double() / limit)
         reference = (operand.float() @ x_t.float().t()) * (bound / limit)
@@ -325,7 +325,7 @@ def product(role: str, rows: int, columns: int, contraction: int) -> GemmProblem
     """What a linear asks of the GEMM."""
     form = {"scaled": role == "fprop", "transpose": role == "fprop", "use_fast_accum": role == "fprop"}
     sizes = {"rows": rows, "columns": columns, "contraction": contraction}
-    return GemmProblem(**sizes, dtype=E4M3, out_dtype=BF16, **form)
+    return GemmProblem(**sizes, dtype=E4M3, dense_dtype=E4M3, out_dtype=BF16, **form)
 
 
 def tile_name(config: Config) -> str:

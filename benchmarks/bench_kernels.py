@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from harness import Candidate, Report, Timing, brief, measure, run_parts, set_count, timing
 
 from sparse_compile.kernels import ops
-from sparse_compile.kernels.formats import E4M3_MAX, MVUE_GAIN
+from sparse_compile.kernels.formats import E4M3, E4M3_MAX, E5M2, MVUE_GAIN
 from sparse_compile.kernels.reference import saturating_cast
 from sparse_compile.testing import assert_same_bits
 
@@ -113,8 +113,15 @@ def _gradient(tokens: int, columns: int, device: torch.device) -> Tensors:
     return *_activation(tokens, columns, device), torch.randint(2**62, (1,), device=device)
 
 
-def _cast_mvue(approximate: bool, grad: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor) -> Tensors:
-    return ops.cast_mvue(grad, row_scale, token_scale, seed, 3, approximate)
+def _cast_mvue(
+    grad: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor,
+    approximate: bool = False, stochastic: bool = False, dtype: torch.dtype = E4M3,
+) -> Tensors:  # fmt: skip
+    return ops.cast_mvue(grad, row_scale, token_scale, seed, 3, approximate, stochastic, dtype)
+
+
+def _cast_transpose(x: Tensor, row_scale: Tensor, token_scale: Tensor) -> Tensors:
+    return ops.cast_transpose(x, row_scale, token_scale, E4M3)
 
 
 def _payload(tokens: int, columns: int, device: torch.device) -> Tensors:
@@ -141,9 +148,11 @@ MASK_OPS = {
     "add_masked_decay_": Op(make=_decay_inputs, run=_add_masked_decay),
 }
 ACTIVATION_OPS = {
-    "cast_mvue, exact": Op(make=_gradient, run=partial(_cast_mvue, False)),
-    "cast_mvue, approximate": Op(make=_gradient, run=partial(_cast_mvue, True)),
-    "cast_transpose": Op(make=_activation, run=ops.cast_transpose),
+    "cast_mvue, exact": Op(make=_gradient, run=_cast_mvue),
+    "cast_mvue, approximate": Op(make=_gradient, run=partial(_cast_mvue, approximate=True)),
+    "cast_mvue, exact, stochastic": Op(make=_gradient, run=partial(_cast_mvue, stochastic=True)),
+    "cast_mvue, exact, e5m2": Op(make=_gradient, run=partial(_cast_mvue, dtype=E5M2)),
+    "cast_transpose": Op(make=_activation, run=_cast_transpose),
     "transpose_tokens": Op(make=_payload, run=_transpose_tokens),
 }
 

@@ -119,7 +119,8 @@ def _pruned_gradient(n: int, tokens: int, device: torch.device) -> tuple[Tensor,
     """Values and metadata of the sampled transpose ``[n, tokens]`` of a gradient."""
     grad = torch.randn(tokens, n, device=device, dtype=BF16)
     scale = (E4M3_MAX / MVUE_GAIN / grad.abs().amax().float()).expand(tokens).contiguous()
-    _, values, metadata = ops.cast_mvue(grad, scale, scale, torch.zeros(1, dtype=torch.int64, device=device), 0, False)
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    _, values, metadata = ops.cast_mvue(grad, scale, scale, seed, 0, False, False, E4M3)
     return values, metadata
 
 

@@ -31,6 +31,8 @@ ARMS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "s-ste, no MVUE": lambda steps: {"sste.recipe": "s-ste", "sste.mvue": "off"},
     "s-ste, approximate MVUE": lambda steps: {"sste.recipe": "s-ste", "sste.mvue": "approximate"},
     "s-ste, 2:4 dgrad": lambda steps: {"sste.recipe": "s-ste", "sste.dgrad": "mvue"},
+    "s-ste, e5m2 gradients": lambda steps: {"sste.recipe": "s-ste", "sste.grad_format": "e5m2"},
+    "s-ste, stochastic rounding": lambda steps: {"sste.recipe": "s-ste", "sste.rounding": "stochastic"},
     "s-ste, bf16": lambda steps: {"sste.recipe": "s-ste-bf16"},
     "s-ste, dense tail": lambda steps: {"sste.recipe": "s-ste", "sste.tail": 1 / 6, "sste.total_steps": steps},
     "s-ste, dense half": lambda steps: {"sste.recipe": "s-ste", "sste.tail": 1 / 2, "sste.total_steps": steps},

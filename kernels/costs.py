@@ -45,6 +45,7 @@ class LinearShape:
         dtype: of its activations.
         weight_dtype: of its weight and the gradient of that.
         transposed: whether the weight is stored ``[in_features, out_features]``.
+        grad_dtype: FP8 of the gradient of its output, where that is in FP8.
     """
 
     tokens: int
@@ -53,9 +54,12 @@ class LinearShape:
     dtype: torch.dtype
     weight_dtype: torch.dtype
     transposed: bool
+    grad_dtype: torch.dtype = E4M3
 
     def __str__(self) -> str:
         form = " transposed" * self.transposed
+        if self.grad_dtype != E4M3:
+            form += f" {self.grad_dtype} gradients"
         text = f"{self.tokens}x{self.in_features}x{self.out_features} {self.dtype} {self.weight_dtype}{form}"
         return text.replace("torch.", "")
 
@@ -180,17 +184,17 @@ class _Operands:
     def normal(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=torch.float32, generator=self._generator).to(dtype)
 
-    def e4m3(self, *shape: int) -> Tensor:
+    def fp8(self, *shape: int, dtype: torch.dtype = E4M3) -> Tensor:
         drawn = torch.randn(shape, device=self.device, dtype=torch.bfloat16, generator=self._generator)
-        return (drawn * 80).clamp_(-448, 448).to(E4M3)
+        return (drawn * 80).clamp_(-448, 448).to(dtype)
 
     def ones(self, size: int, value: float = 1.0) -> Tensor:
         return torch.full((size,), value, device=self.device, dtype=torch.float32)
 
-    def sparse(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    def sparse(self, rows: int, columns: int, dtype: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
         """``values`` and ``metadata`` of a 2:4 operand."""
         metadata = torch.full(metadata_shape(rows, columns), _METADATA_WORD, device=self.device, dtype=torch.int32)
-        return self.e4m3(*values_shape(rows, columns)), metadata
+        return self.fp8(*values_shape(rows, columns), dtype=dtype), metadata
 
     def seed(self) -> Tensor:
         return torch.zeros(1, device=self.device, dtype=torch.int64)
@@ -219,34 +223,43 @@ def _weight(s: LinearShape, make: _Operands) -> Tensor:
 
 
 def _fp8_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
-    return _scaled_mm(s.tokens, s.out_features, s.in_features, s.dtype, make)
+    a, b = make.fp8(s.tokens, s.in_features), make.fp8(s.out_features, s.in_features)
+    return _scaled_mm(a, b, s.dtype, make)
 
 
 def _fp8_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
-    return _scaled_mm(s.tokens, s.in_features, s.out_features, s.dtype, make)
+    a, b = make.fp8(s.tokens, s.out_features, dtype=s.grad_dtype), make.fp8(s.in_features, s.out_features)
+    return _scaled_mm(a, b, s.dtype, make)
 
 
 def _fp8_wgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
-    sizes = (s.in_features, s.out_features) if s.transposed else (s.out_features, s.in_features)
-    return _scaled_mm(*sizes, padded(s.tokens), s.weight_dtype, make)
+    tokens = padded(s.tokens)
+    grad_t, x_t = make.fp8(s.out_features, tokens, dtype=s.grad_dtype), make.fp8(s.in_features, tokens)
+    a, b = (x_t, grad_t) if s.transposed else (grad_t, x_t)
+    return _scaled_mm(a, b, s.weight_dtype, make)
 
 
-def _scaled_mm(rows: int, columns: int, contraction: int, dtype: torch.dtype, make: _Operands) -> Callable[[], object]:
-    a, b = make.e4m3(rows, contraction), make.e4m3(columns, contraction)
+def _scaled_mm(a: Tensor, b: Tensor, dtype: torch.dtype, make: _Operands) -> Callable[[], object]:
     return partial(ops.scaled_mm, a, b, make.ones(1, 2.0**-12), unscaled_dtype(dtype))
 
 
 def _sparse_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
-    operands = (*make.sparse(s.out_features, s.in_features), make.e4m3(s.tokens, s.in_features))
-    return partial(ops.sparse_mm, *operands, make.ones(1, 2.0**-12), make.ones(s.tokens), s.dtype, True, True)
+    return _weight_mm(s.out_features, s.in_features, E4M3, s, make)
 
 
 def _sparse_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
-    return _sparse_fprop(replace(s, in_features=s.out_features, out_features=s.in_features), make)
+    return _weight_mm(s.in_features, s.out_features, s.grad_dtype, s, make)
+
+
+def _weight_mm(rows: int, columns: int, dtype: torch.dtype, s: LinearShape, make: _Operands) -> Callable[[], object]:
+    """A weight that is 2:4, times what has a scale for each token, in ``dtype``."""
+    operands = (*make.sparse(rows, columns), make.fp8(s.tokens, columns, dtype=dtype))
+    return partial(ops.sparse_mm, *operands, make.ones(1, 2.0**-12), make.ones(s.tokens), s.dtype, True, True)
 
 
 def _sampled_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
-    operands = (*make.sparse(padded(s.tokens), s.out_features), make.e4m3(s.in_features, s.out_features))
+    sampled = make.sparse(padded(s.tokens), s.out_features, s.grad_dtype)
+    operands = (*sampled, make.fp8(s.in_features, s.out_features))
     return partial(ops.sparse_mm, *operands, make.ones(1, 2.0**-12), None, unscaled_dtype(s.dtype), False, True)
 
 
@@ -270,26 +283,26 @@ def _bf16_wgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
 
 def _sparse_wgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
     tokens = padded(s.tokens)
-    operands = (*make.sparse(s.out_features, tokens), make.e4m3(s.in_features, tokens))
+    operands = (*make.sparse(s.out_features, tokens, s.grad_dtype), make.fp8(s.in_features, tokens))
     return partial(ops.sparse_mm, *operands, make.ones(1, 2.0**-12), None, s.weight_dtype, s.transposed, False)
 
 
 def _transpose_tokens(s: LinearShape, make: _Operands) -> Callable[[], object]:
-    return partial(ops.transpose_tokens, make.e4m3(s.tokens, s.in_features))
+    return partial(ops.transpose_tokens, make.fp8(s.tokens, s.in_features))
 
 
 def _cast_transpose(s: LinearShape, make: _Operands) -> Callable[[], object]:
-    return partial(ops.cast_transpose, *_gradient(s, make))
+    return partial(ops.cast_transpose, *_gradient(s, make), s.grad_dtype)
 
 
-def _cast_mvue(s: LinearShape, make: _Operands, approximate: bool) -> Callable[[], object]:
-    return partial(ops.cast_mvue, *_gradient(s, make), make.seed(), 0, approximate)
+def _cast_mvue(s: LinearShape, make: _Operands, approximate: bool, stochastic: bool) -> Callable[[], object]:
+    return partial(ops.cast_mvue, *_gradient(s, make), make.seed(), 0, approximate, stochastic, s.grad_dtype)
 
 
-def _cast_mvue_for_dgrad(s: LinearShape, make: _Operands, approximate: bool) -> Callable[[], object]:
+def _cast_mvue_for_dgrad(s: LinearShape, make: _Operands, approximate: bool, stochastic: bool) -> Callable[[], object]:
     """Of the transpose in fp32, without the transposing copy."""
     transposed = replace(s, tokens=s.out_features, out_features=padded(s.tokens), dtype=torch.float32)
-    return _cast_mvue(transposed, make, approximate)
+    return _cast_mvue(transposed, make, approximate, stochastic)
 
 
 def _gradient(s: LinearShape, make: _Operands) -> tuple[Tensor, Tensor, Tensor]:
@@ -349,10 +362,12 @@ _KERNELS: dict[str, Callable[[LinearShape, _Operands], Callable[[], Any]]] = {
     "2:4 fp8 wgrad": _sparse_wgrad,
     "transpose_tokens": _transpose_tokens,
     "cast_transpose": _cast_transpose,
-    "cast_mvue, exact mvue": partial(_cast_mvue, approximate=False),
-    "cast_mvue, approximate mvue": partial(_cast_mvue, approximate=True),
-    "cast_mvue for dgrad, exact mvue": partial(_cast_mvue_for_dgrad, approximate=False),
-    "cast_mvue for dgrad, approximate mvue": partial(_cast_mvue_for_dgrad, approximate=True),
+    **{
+        f"{name}, {estimator}{rounding}": partial(make, approximate=approximate, stochastic=stochastic)
+        for name, make in (("cast_mvue", _cast_mvue), ("cast_mvue for dgrad", _cast_mvue_for_dgrad))
+        for approximate, estimator in ((False, "exact mvue"), (True, "approximate mvue"))
+        for stochastic, rounding in ((False, ""), (True, ", stochastic"))
+    },
     "prune_weight_": partial(_prune, hard=False),
     "prune_weight_, hard": partial(_prune, hard=True),
     "prune_weight_bf16_": partial(_prune, hard=False, bf16=True),

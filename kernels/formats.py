@@ -2,15 +2,15 @@
 
 A 2:4 operand with ``rows`` rows and ``columns`` logical columns (the contraction) is stored as
 
-* ``values``   e4m3 or bf16 ``[rows, padded(columns) / 2]``: the two kept elements of each group of four, in order;
-* ``metadata`` int32 ``[padded(columns) / 128, padded(rows) / 16, 32, 2]`` with e4m3 and ``[padded(columns) / 64,
+* ``values``   FP8 or bf16 ``[rows, padded(columns) / 2]``: the two kept elements of each group of four, in order;
+* ``metadata`` int32 ``[padded(columns) / 128, padded(rows) / 16, 32, 2]`` with FP8 and ``[padded(columns) / 64,
   padded(rows) / 16, 32, 1]`` with bf16: where they stood.
 
 A group's four metadata bits ("nibble") are ``first | second << 2`` with ``first < second`` the positions of the kept
 elements, and nibbles fill a 32-bit word from its lowest bits.  The words lie in the order in which the 32 lanes of a
 warp hold them for ``wgmma.mma_async.sp`` (PTX ISA, "Sparse matrix storage").  Of a block of 16 rows,
 
-* e4m3: the eight nibbles of row ``r`` and 32-column part ``p`` are word ``p // 2`` of lane
+* FP8: the eight nibbles of row ``r`` and 32-column part ``p`` are word ``p // 2`` of lane
   ``4 * (r % 8) + 2 * (p % 2) + r // 8``;
 * bf16: the four nibbles of row ``r`` and 16-column part ``p`` are half ``r // 8`` of the word of lane
   ``4 * (r % 8) + p``.
@@ -23,6 +23,8 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
+E5M2 = torch.float8_e5m2  # of gradients, where it is asked for
+FP8 = (E4M3, E5M2)
 # A kept element of an MVUE group is at most twice the largest magnitude of its group (both estimators).
 MVUE_GAIN = 2.0
 # Floor of every amax: keeps the scale of an all-zero tensor, and its product with another scale, finite.
@@ -61,6 +63,12 @@ def check_buffer(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch
             f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}; "
             f"needed is {dtype} {shape}, contiguous, on {device}"
         )
+
+
+def check_fp8(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless ``tensor`` is e4m3 or e5m2."""
+    if tensor.dtype not in FP8:
+        raise ValueError(f"{name} is {tensor.dtype}; allowed are {' and '.join(map(str, FP8))}")
 
 
 def check_weight(weight: Tensor) -> None:

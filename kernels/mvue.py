@@ -1,10 +1,11 @@
-"""grad_output in one reading: its e4m3 cast for dgrad, and its MVUE-pruned transpose for wgrad.
+"""grad_output in one reading: its FP8 cast for dgrad, and its MVUE-pruned transpose for wgrad.
 
-    row[t, n] = e4m3(grad[t, n] * row_scale[t])
-    operand[n, t] = e4m3(MVUE24(grad[t, n] * token_scale[t])), pruned 2:4 along the tokens
+    row[t, n] = fp8(grad[t, n] * row_scale[t])
+    operand[n, t] = fp8(MVUE24(grad[t, n] * token_scale[t])), pruned 2:4 along the tokens
 
 ``grad [T, N]``, ``row [T, N]``; the operand ``[N, T]`` is stored as ``values [N, padded(T) / 2]`` and ``metadata`` (see
-``formats``).  Both estimators of ``MVUE24`` are in fp32, every operation in the order of their eager definition.
+``formats``).  FP8 is e4m3 or e5m2, as the buffers are.  Both estimators of ``MVUE24``, and the rounding of what they
+keep, are in fp32, every operation in the order of their eager definition.
 
 A program takes PARTS parts of 32 tokens, a word of metadata each.  With a warp for each part and 128 columns, a thread
 holds all tokens of four neighbouring columns: it samples, packs and describes their groups on its own, and only the
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_compile.kernels.formats import E4M3, PAD_WORD, check_buffer, metadata_shape, values_shape
+from sparse_compile.kernels.formats import PAD_WORD, check_buffer, check_fp8, metadata_shape, values_shape
 from sparse_compile.kernels.launch import NOTHING, Plan, plan_kernel, planned
 
 _PAD_WORD = tl.constexpr(PAD_WORD)
@@ -39,16 +40,16 @@ def _columns_of_threads(x0, x1, x2, x3, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _draw_words(seed, index, offs_part, start_n, BLOCK_N: tl.constexpr):
-    """The four words of Philox of each part of 32 tokens and column, ``[PARTS, BLOCK_N]`` each.
+def _draw_words(seed, index, offs_part, start_n, CALL: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The four words of one of Philox's calls for each part of 32 tokens and column, ``[PARTS, BLOCK_N]`` each.
 
     Drawn column by column of the threads, in the layout in which they hold grad.
     """
     offs_n = (start_n + 4 * tl.arange(0, BLOCK_N // 4))[None, :]
-    x0, y0, z0, w0 = tl.philox(seed, offs_n, offs_part[:, None], index, 0)
-    x1, y1, z1, w1 = tl.philox(seed, offs_n + 1, offs_part[:, None], index, 0)
-    x2, y2, z2, w2 = tl.philox(seed, offs_n + 2, offs_part[:, None], index, 0)
-    x3, y3, z3, w3 = tl.philox(seed, offs_n + 3, offs_part[:, None], index, 0)
+    x0, y0, z0, w0 = tl.philox(seed, offs_n, offs_part[:, None], index, CALL)
+    x1, y1, z1, w1 = tl.philox(seed, offs_n + 1, offs_part[:, None], index, CALL)
+    x2, y2, z2, w2 = tl.philox(seed, offs_n + 2, offs_part[:, None], index, CALL)
+    x3, y3, z3, w3 = tl.philox(seed, offs_n + 3, offs_part[:, None], index, CALL)
     return (
         _columns_of_threads(x0, x1, x2, x3, BLOCK_N),
         _columns_of_threads(y0, y1, y2, y3, BLOCK_N),
@@ -63,6 +64,18 @@ def _uniform(words, Q: tl.constexpr):
     half = words[Q // 2] >> 16 if Q % 2 else words[Q // 2] & 0xFFFF
     # As the low mantissa bits of 2^23, k is a float without a conversion; every operation is exact.
     return tl.fma((half | 0x4B000000).to(tl.float32, bitcast=True), 2.0**-16, 2.0**-17 - 2.0**7)
+
+
+@triton.jit
+def _rounding_uniforms(words, Q: tl.constexpr):
+    """(k + 1/2) / 2^8 for both kept elements of group Q, k the lower 8 of its 16 bits and the upper."""
+    half = words[Q // 2] >> 16 if Q % 2 else words[Q // 2] & 0xFFFF
+    low, high = half & 0xFF, half >> 8
+    # As in _uniform.
+    return (
+        tl.fma((low | 0x4B000000).to(tl.float32, bitcast=True), 2.0**-8, 2.0**-9 - 2.0**15),
+        tl.fma((high | 0x4B000000).to(tl.float32, bitcast=True), 2.0**-8, 2.0**-9 - 2.0**15),
+    )
 
 
 @triton.jit
@@ -135,10 +148,36 @@ def _mvue24_approximate(a0, a1, a2, a3, u):
     return a_first * (y_second * gain), a_second * (y_first * gain), _nibble(kept)
 
 
+@triton.constexpr_function
+def _mantissa_bits(dtype):
+    return dtype.fp_mantissa_width
+
+
+@triton.constexpr_function
+def _least_exponent(dtype):
+    """Of the smallest normal number, as fp32 has it."""
+    return 127 + 1 - dtype.exponent_bias
+
+
 @triton.jit
-def _pack(first, second):
-    """Both in e4m3, the first in the low byte."""
-    low, high = tl.split(tl.join(first, second).to(tl.float8e4nv).to(tl.uint8, bitcast=True))
+def _round(a, u, FORMAT: tl.constexpr):
+    """One of the neighbours of ``a`` in FORMAT: the larger magnitude if ``u`` is beyond what ``a`` lacks of it."""
+    MANTISSA: tl.constexpr = _mantissa_bits(FORMAT)
+    LEAST: tl.constexpr = _least_exponent(FORMAT)
+    bits = a.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # The distance of FORMAT's numbers where they are as large: a power of two, so that products with it are exact.
+    ulp = tl.maximum(magnitude & 0x7F800000, LEAST << 23) - (MANTISSA << 23)
+    ulp_inv = (254 << 23) - ulp
+    steps = tl.floor(tl.fma(magnitude.to(tl.float32, bitcast=True), ulp_inv.to(tl.float32, bitcast=True), u))
+    rounded = steps * ulp.to(tl.float32, bitcast=True)
+    return (rounded.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _pack(first, second, FORMAT: tl.constexpr):
+    """Both in FP8, the first in the low byte."""
+    low, high = tl.split(tl.join(first, second).to(FORMAT).to(tl.uint8, bitcast=True))
     return low.to(tl.uint16) | high.to(tl.uint16) << 8
 
 
@@ -151,13 +190,14 @@ def _load(ptrs, inside, EVEN: tl.constexpr):
 def _cast_mvue_kernel(
     grad_ptr, row_scale_ptr, token_scale_ptr, seed_ptr, index, row_ptr, values_ptr, metadata_ptr,
     tokens, values_stride, metadata_stride, columns: tl.constexpr,
-    APPROXIMATE: tl.constexpr, EVEN: tl.constexpr,
+    APPROXIMATE: tl.constexpr, STOCHASTIC: tl.constexpr, EVEN: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One tile of 32 * PARTS tokens by BLOCK_N columns of the padded operand; EVEN: none of them is padding.
 
     ``columns`` is a constant, so that the rows of a tile have constant distances: offsets within the instructions.
     """
+    FORMAT: tl.constexpr = row_ptr.dtype.element_ty
     column_tiles: tl.constexpr = (columns + BLOCK_N - 1) // BLOCK_N
     pid_t, pid_n = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
     offs_part = pid_t * PARTS + tl.arange(0, PARTS)
@@ -167,7 +207,9 @@ def _cast_mvue_kernel(
     offsets = offs_t.to(tl.int64)[:, None] * columns + offs_n[None, :]
     grad_ptrs, row_ptrs = grad_ptr + offsets, row_ptr + offsets
     row_scale_ptrs, token_scale_ptrs = row_scale_ptr + offs_t, token_scale_ptr + offs_t
-    words = _draw_words(tl.load(seed_ptr), index, offs_part, pid_n * BLOCK_N, BLOCK_N)
+    words = _draw_words(tl.load(seed_ptr), index, offs_part, pid_n * BLOCK_N, 0, BLOCK_N)
+    if STOCHASTIC:
+        rounding_words = _draw_words(tl.load(seed_ptr), index, offs_part, pid_n * BLOCK_N, 1, BLOCK_N)
 
     pairs = ()
     word = tl.zeros([PARTS, BLOCK_N], tl.int32)
@@ -184,8 +226,8 @@ def _cast_mvue_kernel(
             a = ()
             for t in tl.static_range(4 * q, 4 * q + 4):
                 grad = grads[t - start].to(tl.float32)
-                # No clamp: the conversion to e4m3 saturates in hardware and keeps NaN.
-                row = (grad * row_scales[t - start]).to(tl.float8e4nv)
+                # No clamp: the conversion to FP8 saturates in hardware and keeps NaN.
+                row = (grad * row_scales[t - start]).to(FORMAT)
                 if EVEN:
                     tl.store(row_ptrs + t * columns, row)
                 else:
@@ -195,7 +237,10 @@ def _cast_mvue_kernel(
                 first, second, nibble = _mvue24_approximate(a[0], a[1], a[2], a[3], _uniform(words, q))
             else:
                 first, second, nibble = _mvue24_exact(a[0], a[1], a[2], a[3], _uniform(words, q))
-            pairs += (_pack(first, second),)
+            if STOCHASTIC:
+                u_first, u_second = _rounding_uniforms(rounding_words, q)
+                first, second = _round(first, u_first, FORMAT), _round(second, u_second, FORMAT)
+            pairs += (_pack(first, second, FORMAT),)
             word |= nibble << 4 * q
 
     even = tl.join(tl.join(pairs[0], pairs[4]), tl.join(pairs[2], pairs[6]))
@@ -223,7 +268,7 @@ def _cast_mvue_kernel(
 
 @planned
 def launch_cast_mvue(
-    grad: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, index: int, approximate: bool,
+    grad: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, index: int, approximate: bool, stochastic: bool,
     row: Tensor, values: Tensor, metadata: Tensor,
 ) -> Plan:  # fmt: skip
     """Cast and prune ``grad`` into the buffers, all of which are written in full.
@@ -234,8 +279,9 @@ def launch_cast_mvue(
         seed: int64 ``[1]``.
         index: 0 <= index < 2**31, distinguishes the linears that share a seed.
         approximate: which of the two estimators.
-        row: e4m3 ``[T, N]``.
-        values: e4m3 ``[N, padded(T) / 2]``.
+        stochastic: whether what it keeps is rounded up or down at random, or to nearest.
+        row: e4m3 or e5m2 ``[T, N]``.
+        values: of the same dtype, ``[N, padded(T) / 2]``.
         metadata: int32 ``[padded(T) / 128, padded(N) / 16, 32, 2]``.
 
     Raises:
@@ -251,8 +297,9 @@ def launch_cast_mvue(
     check_buffer("row_scale", row_scale, (tokens,), torch.float32, grad.device)
     check_buffer("token_scale", token_scale, (tokens,), torch.float32, grad.device)
     check_buffer("seed", seed, (1,), torch.int64, grad.device)
-    check_buffer("row", row, (tokens, columns), E4M3, grad.device)
-    check_buffer("values", values, values_shape(columns, tokens), E4M3, grad.device)
+    check_fp8("row", row)
+    check_buffer("row", row, (tokens, columns), row.dtype, grad.device)
+    check_buffer("values", values, values_shape(columns, tokens), row.dtype, grad.device)
     check_buffer("metadata", metadata, metadata_shape(columns, tokens), torch.int32, grad.device)
     if grad.numel() == 0:
         return NOTHING
@@ -263,7 +310,8 @@ def launch_cast_mvue(
         (triton.cdiv(tokens, block_t) * triton.cdiv(columns, _BLOCK_N),),
         (grad, row_scale, token_scale, seed, index, row, values.view(torch.int16), metadata),
         (tokens, values.stride(0) // 2, metadata.stride(0)),
-        columns=columns, APPROXIMATE=approximate, EVEN=tokens % block_t == 0 and columns % _BLOCK_N == 0,
+        columns=columns, APPROXIMATE=approximate, STOCHASTIC=stochastic,
+        EVEN=tokens % block_t == 0 and columns % _BLOCK_N == 0,
         PARTS=_PARTS, BLOCK_N=_BLOCK_N, AHEAD=_AHEAD, num_warps=_PARTS, maxnreg=_REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip
 

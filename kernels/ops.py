@@ -286,15 +286,21 @@ add_masked_decay_ = _op(
 )
 
 
-def _cast_transpose_fake(x: Tensor, row_scale: Tensor, token_scale: Tensor) -> tuple[Tensor, Tensor]:
+def _cast_transpose_fake(
+    x: Tensor, row_scale: Tensor, token_scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     tokens, columns = x.shape
-    return _empty(x, (tokens, columns), E4M3), _empty(x, (columns, padded(tokens)), E4M3)
+    return _empty(x, (tokens, columns), dtype), _empty(x, (columns, padded(tokens)), dtype)
 
 
 cast_transpose = _op(
-    "cast_transpose(Tensor x, Tensor row_scale, Tensor token_scale) -> (Tensor, Tensor)",
+    "cast_transpose(Tensor x, Tensor row_scale, Tensor token_scale, ScalarType dtype) -> (Tensor, Tensor)",
     reference.cast_transpose,
-    _launch("quantize.launch_cast_transpose", _cast_transpose_fake),
+    _launch(
+        "quantize.launch_cast_transpose",
+        _cast_transpose_fake,
+        lambda x, row_scale, token_scale, dtype, *results: (x, row_scale, token_scale, *results),
+    ),
     _cast_transpose_fake,
 )
 
@@ -312,21 +318,34 @@ transpose_tokens = _op(
 
 
 def _cast_mvue_fake(
-    grad: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, index: int, approximate: bool
+    grad: Tensor,
+    row_scale: Tensor,
+    token_scale: Tensor,
+    seed: Tensor,
+    index: int,
+    approximate: bool,
+    stochastic: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, columns = grad.shape
     return (
-        _empty(grad, (tokens, columns), E4M3),
-        _empty(grad, values_shape(columns, tokens), E4M3),
+        _empty(grad, (tokens, columns), dtype),
+        _empty(grad, values_shape(columns, tokens), dtype),
         _empty(grad, metadata_shape(columns, tokens), torch.int32),
     )
 
 
 cast_mvue = _op(
-    "cast_mvue(Tensor grad, Tensor row_scale, Tensor token_scale, Tensor seed, int index, bool approximate) "
-    "-> (Tensor, Tensor, Tensor)",
+    "cast_mvue(Tensor grad, Tensor row_scale, Tensor token_scale, Tensor seed, int index, bool approximate, "
+    "bool stochastic, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     reference.cast_mvue,
-    _launch("mvue.launch_cast_mvue", _cast_mvue_fake),
+    _launch(
+        "mvue.launch_cast_mvue",
+        _cast_mvue_fake,
+        lambda grad, row_scale, token_scale, seed, index, approximate, stochastic, dtype, *results: (
+            (grad, row_scale, token_scale, seed, index, approximate, stochastic, *results)
+        ),
+    ),
     _cast_mvue_fake,
 )
 

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from sparse_compile.kernels.formats import E4M3
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
@@ -13,7 +11,7 @@ class Problem:
 
     Args:
         rows: of A; columns: rows of B; contraction: columns of B.
-        dtype: of A and B, e4m3 or bf16.
+        dtype, dense_dtype: of A and of B, FP8 or bf16 both.
         out_dtype: of out.
         scaled: whether each row of B has a scale.
         transpose: whether out is stored ``[columns, rows]``.
@@ -24,6 +22,7 @@ class Problem:
     columns: int
     contraction: int
     dtype: torch.dtype
+    dense_dtype: torch.dtype
     out_dtype: torch.dtype
     scaled: bool
     transpose: bool
@@ -32,9 +31,10 @@ class Problem:
     @property
     def accurate(self) -> bool:
         """Whether a carry keeps the bits of the sums."""
-        return self.dtype == E4M3 and not self.use_fast_accum
+        return self.dtype.itemsize == 1 and not self.use_fast_accum
 
     def __str__(self) -> str:
         sizes = f"{self.rows}x{self.columns}x{self.contraction}"
         form = " scaled" * self.scaled + " transposed" * self.transpose + " accurate" * self.accurate
-        return f"{sizes} {self.dtype} to {self.out_dtype}{form}".replace("torch.", "")
+        operands = str(self.dtype) if self.dense_dtype == self.dtype else f"{self.dtype} by {self.dense_dtype}"
+        return f"{sizes} {operands} to {self.out_dtype}{form}".replace("torch.", "")

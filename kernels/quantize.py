@@ -1,9 +1,10 @@
-"""Activations to e4m3, as they lie and token-major.
+"""Activations to FP8, as they lie and token-major.
 
-    cast_transpose:    row[t, c] = e4m3(x[t, c] * row_scale[t]),  column[c, t] = e4m3(x[t, c] * token_scale[t])
+    cast_transpose:    row[t, c] = fp8(x[t, c] * row_scale[t]),  column[c, t] = fp8(x[t, c] * token_scale[t])
     transpose_tokens:  out[c, t] = x[t, c]
 
-``x [T, C]``, ``row [T, C]``, ``column`` and ``out [C, padded(T)]``, zero beyond T.  Arithmetic is fp32.
+``x [T, C]``, ``row [T, C]``, ``column`` and ``out [C, padded(T)]``, zero beyond T.  FP8 is e4m3 or e5m2, as the
+buffers are.  Arithmetic is fp32.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from sparse_compile.kernels.formats import E4M3, check_buffer, padded
+from sparse_compile.kernels.formats import E4M3, check_buffer, check_fp8, padded
 from sparse_compile.kernels.launch import NOTHING, Plan, plan_kernel, planned
 from sparse_compile.kernels.tiles import (
     cast_words,
@@ -40,6 +41,7 @@ def _cast_transpose_kernel(
     EVEN: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_C: gl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_T tokens by BLOCK_C columns."""
+    FORMAT: gl.constexpr = row_ptr.dtype.element_ty
     # 16 neighbouring tokens a thread, so that it transposes to 16 bytes of a row.
     layout: gl.constexpr = row_layout([BLOCK_T, BLOCK_C], 16, 8, gl.num_warps())
     column_tiles = gl.cdiv(columns, BLOCK_C)
@@ -51,14 +53,14 @@ def _cast_transpose_kernel(
     token_scale = gl.load(token_scale_ptr + offs_t, mask=offs_t < tokens, other=0.0)[:, None]
 
     x0, x1, x2, x3 = split_columns(x * row_scale)
-    words = cast_words(x0, x1, x2, x3)  # [BLOCK_T, BLOCK_C / 4]
+    words = cast_words(x0, x1, x2, x3, FORMAT)  # [BLOCK_T, BLOCK_C / 4]
     words_layout: gl.constexpr = row_layout([BLOCK_T, BLOCK_C // 4], 16, 2, gl.num_warps())
     row_word_ptr = row_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     store_tile(row_word_ptr, words, token, column // 4, tokens, columns // 4, EVEN, words_layout)
 
     # BLOCK_T divides the padded number of tokens, and tokens beyond T were loaded as zeros.
     x0, x1, x2, x3 = split_rows(x * token_scale)
-    words = gl.permute(cast_words(x0, x1, x2, x3), [1, 0])  # [BLOCK_C, BLOCK_T / 4]
+    words = gl.permute(cast_words(x0, x1, x2, x3, FORMAT), [1, 0])  # [BLOCK_C, BLOCK_T / 4]
     column_layout: gl.constexpr = row_layout([BLOCK_C, BLOCK_T // 4], 1, 4, gl.num_warps())
     column_word_ptr = column_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     store_tile(column_word_ptr, words, column, token // 4, columns, tokens_padded // 4, EVEN, column_layout)
@@ -91,8 +93,8 @@ def launch_cast_transpose(x: Tensor, row_scale: Tensor, token_scale: Tensor, row
     Args:
         x: ``[T, C]`` contiguous, bf16, fp16 or fp32; C a multiple of 16.
         row_scale, token_scale: fp32 ``[T]``.
-        row: e4m3 ``[T, C]``.
-        column: e4m3 ``[C, padded(T)]``.
+        row: e4m3 or e5m2 ``[T, C]``.
+        column: of the same dtype, ``[C, padded(T)]``.
 
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
@@ -101,8 +103,9 @@ def launch_cast_transpose(x: Tensor, row_scale: Tensor, token_scale: Tensor, row
     tokens, columns = x.shape
     check_buffer("row_scale", row_scale, (tokens,), torch.float32, x.device)
     check_buffer("token_scale", token_scale, (tokens,), torch.float32, x.device)
-    check_buffer("row", row, (tokens, columns), E4M3, x.device)
-    check_buffer("column", column, (columns, padded(tokens)), E4M3, x.device)
+    check_fp8("row", row)
+    check_buffer("row", row, (tokens, columns), row.dtype, x.device)
+    check_buffer("column", column, (columns, padded(tokens)), row.dtype, x.device)
     if x.numel() == 0:
         return NOTHING
     return _plan(_cast_transpose_kernel, (x, row_scale, token_scale, row, column), _CAST_TILE)

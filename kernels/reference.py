@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_compile.kernels.formats import AMAX_FLOOR, E4M3, E4M3_MAX, PAD_NIBBLE, padded
+from sparse_compile.kernels.formats import AMAX_FLOOR, E4M3, PAD_NIBBLE, padded
 
 # Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
 _PHILOX_ROUND_A, _PHILOX_ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -22,9 +22,31 @@ _APPROX_EPS = 2.0**-23
 _TOTAL_FLOOR = 2.0**-100
 
 
-def saturating_cast(x: Tensor) -> Tensor:
-    """``x`` clamped to the e4m3 range and rounded to nearest even; NaN stays NaN."""
-    return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+def saturating_cast(x: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
+    """``x`` clamped to the range of an FP8 format and rounded to nearest even; NaN stays NaN."""
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype)
+
+
+def stochastic_round(x: Tensor, uniforms: Tensor, dtype: torch.dtype) -> Tensor:
+    """One of the two neighbours of ``x`` in an FP8 format, the upper magnitude as often as ``|x|`` is near to it.
+
+    ``floor(|x| / ulp + u) * ulp``, with ulp the distance of the format's numbers where ``|x|`` lies.  So the mean over
+    uniforms is x, where a cast to nearest would always err to the same side.  What is beyond the range stays there.
+
+    Args:
+        x: fp32.
+        uniforms: fp32 in (0, 1), of x's shape.
+
+    Returns:
+        fp32, which a cast to ``dtype`` does not round again, but for what saturates; NaN stays NaN.
+    """
+    info = torch.finfo(dtype)
+    magnitude = x.abs()
+    # The power of two below, at least that of the smallest normal number: subnormal ones are as far from each other.
+    binade = magnitude.clamp(info.smallest_normal, info.max).view(torch.int32).bitwise_and(0x7F800000)
+    ulp = binade.view(torch.float32) * info.eps
+    return ((magnitude / ulp + uniforms).floor() * ulp).copysign(x)
 
 
 def soft_threshold24(weight: Tensor) -> Tensor:
@@ -204,10 +226,10 @@ def _to_lanes(nibbles: Tensor, dtype: torch.dtype) -> Tensor:
     return parts.permute(3, 0, 2, 4, 1, 5).reshape(groups // 16, row_blocks, 32, 1, 8)
 
 
-def philox4x32(seed: Tensor, c0: Tensor, c1: Tensor, c2: int) -> list[Tensor]:
-    """Four 32-bit random words (as int64) per counter ``(c0, c1, c2, 0)``, keyed by the 64-bit ``seed [1]``."""
+def philox4x32(seed: Tensor, c0: Tensor, c1: Tensor, c2: int, c3: int = 0) -> list[Tensor]:
+    """Four 32-bit random words (as int64) per counter ``(c0, c1, c2, c3)``, keyed by the 64-bit ``seed [1]``."""
     key0, key1 = seed & _MASK32, seed >> 32 & _MASK32
-    words = [*torch.broadcast_tensors(c0, c1), torch.full((), c2, device=c0.device), torch.zeros((), device=c0.device)]
+    words = [*torch.broadcast_tensors(c0, c1), *(torch.full((), c, device=c0.device) for c in (c2, c3))]
     w0, w1, w2, w3 = (word.to(torch.int64) for word in words)
     for _ in range(10):
         product_a, product_b = _PHILOX_ROUND_A * w0, _PHILOX_ROUND_B * w2
@@ -225,12 +247,28 @@ def group_uniforms(seed: Tensor, index: int, token_groups: int, columns: int) ->
     takes 16 bits ``k``, half ``g % 2`` of word ``g % 8 // 2`` of counter ``(n, g // 8, index, 0)``.  Its uniform is
     ``(k + 1/2) / 2^16``: probabilities are off by at most 2^-16, where e4m3 then rounds to four binary digits.
     """
+    return _group_halves(seed, index, token_groups, columns, 0).float().add(0.5).mul(2.0**-16)
+
+
+def rounding_uniforms(seed: Tensor, index: int, token_groups: int, columns: int) -> Tensor:
+    """One uniform in (0, 1) for each kept element of a group of four tokens: fp32 ``[token_groups, columns, 2]``.
+
+    Of a further call of Philox, whose counter ends in 1: of the 16 bits that lie where those of ``group_uniforms`` do,
+    the first kept element takes the lower 8 bits ``k``, the second the upper.  Its uniform is ``(k + 1/2) / 2^8``: a
+    mean is off by at most 2^-9 of a distance of two numbers, where rounding to nearest is off by up to one half.
+    """
+    halves = _group_halves(seed, index, token_groups, columns, 1)
+    return torch.stack([halves & 0xFF, halves >> 8], dim=-1).float().add(0.5).mul(2.0**-8)
+
+
+def _group_halves(seed: Tensor, index: int, token_groups: int, columns: int, call: int) -> Tensor:
+    """16 random bits per group of four tokens and column, of one call of Philox: int64 ``[token_groups, columns]``."""
     blocks = (token_groups + 7) // 8
     c0 = torch.arange(columns, device=seed.device)
     c1 = torch.arange(blocks, device=seed.device)[:, None]
-    words = torch.stack(philox4x32(seed, c0, c1, index), dim=1)  # [blocks, word, columns]
+    words = torch.stack(philox4x32(seed, c0, c1, index, call), dim=1)  # [blocks, word, columns]
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=2)  # [blocks, word, half, columns]
-    return halves.reshape(blocks * 8, columns)[:token_groups].float().add(0.5).mul(2.0**-16)
+    return halves.reshape(blocks * 8, columns)[:token_groups]
 
 
 def mvue24(groups: Tensor, uniforms: Tensor, approximate: bool) -> tuple[Tensor, Tensor]:
@@ -308,51 +346,68 @@ def _systematic(w0: Tensor, w3: Tensor, w01: Tensor, w23: Tensor, unit: Tensor, 
     return torch.cat([first, second], dim=-1)
 
 
-def cast_transpose(x: Tensor, row_scale: Tensor, token_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Two e4m3 copies of ``x [T, C]``: ``x * row_scale`` as it lies, and ``x * token_scale`` token-major.
+def cast_transpose(
+    x: Tensor, row_scale: Tensor, token_scale: Tensor, dtype: torch.dtype = E4M3
+) -> tuple[Tensor, Tensor]:
+    """Two FP8 copies of ``x [T, C]``: ``x * row_scale`` as it lies, and ``x * token_scale`` token-major.
 
     Args:
         x: ``[T, C]`` contiguous, bf16, fp16 or fp32.
         row_scale, token_scale: fp32 ``[T]``, multipliers for each token.
+        dtype: e4m3 or e5m2.
 
     Returns:
-        e4m3 ``[T, C]`` and e4m3 ``[C, padded(T)]``, zero beyond T.
+        FP8 ``[T, C]`` and FP8 ``[C, padded(T)]``, zero beyond T.
     """
-    row = saturating_cast(x.float() * row_scale[:, None])
-    column = saturating_cast(x.float() * token_scale[:, None])
+    row = saturating_cast(x.float() * row_scale[:, None], dtype)
+    column = saturating_cast(x.float() * token_scale[:, None], dtype)
     return row, transpose_tokens(column)
 
 
 def transpose_tokens(x: Tensor) -> Tensor:
-    """``x [T, C]`` (e4m3) token-major: ``[C, padded(T)]``, zero beyond T."""
+    """``x [T, C]`` (FP8) token-major: ``[C, padded(T)]``, zero beyond T."""
     tokens = x.shape[0]
     # Without padding F.pad returns its input as it lies.
     return F.pad(x.view(torch.uint8).t(), (0, padded(tokens) - tokens)).contiguous().view(x.dtype)
 
 
 def cast_mvue(
-    grad: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, index: int, approximate: bool
+    grad: Tensor,
+    row_scale: Tensor,
+    token_scale: Tensor,
+    seed: Tensor,
+    index: int,
+    approximate: bool,
+    stochastic: bool = False,
+    dtype: torch.dtype = E4M3,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both uses of grad_output in one reading: its e4m3 cast for dgrad, its MVUE-pruned transpose for wgrad.
+    """Both uses of grad_output in one reading: its FP8 cast for dgrad, its MVUE-pruned transpose for wgrad.
 
     Args:
         grad: ``[T, N]`` contiguous, bf16, fp16 or fp32.
         row_scale: fp32 ``[T]``, multiplier of each token in the cast for dgrad.
         token_scale: fp32 ``[T]``, multiplier of each token before MVUE; the caller keeps ``|grad * token_scale|``
-            within ``448 / MVUE_GAIN``, so that no sampled value saturates.
+            within the format's largest number over ``MVUE_GAIN``, so that no sampled value saturates.
         seed: int64 ``[1]``; index: distinguishes the linears that share a seed.
+        approximate: which of the two estimators.
+        stochastic: whether what MVUE keeps is rounded up or down at random, see ``stochastic_round``, or to nearest.
+        dtype: e4m3 or e5m2.
 
     Returns:
-        e4m3 ``[T, N]``, and the ``values`` and ``metadata`` of the 2:4 matrix ``[N, T]`` pruned along tokens.
+        FP8 ``[T, N]``, and the ``values`` and ``metadata`` of the 2:4 matrix ``[N, T]`` pruned along tokens.
     """
     tokens, columns = grad.shape
-    row = saturating_cast(grad.float() * row_scale[:, None])
+    row = saturating_cast(grad.float() * row_scale[:, None], dtype)
     scaled = F.pad(grad.float() * token_scale[:, None], (0, 0, 0, padded(tokens) - tokens))
     groups = scaled.reshape(padded(tokens) // 4, 4, columns)
     uniforms = group_uniforms(seed, index, padded(tokens) // 4, columns)
     kept, positions = mvue24(groups.permute(2, 0, 1), uniforms.t(), approximate)
+    if stochastic:
+        kept = stochastic_round(
+            kept, rounding_uniforms(seed, index, padded(tokens) // 4, columns).transpose(0, 1), dtype
+        )
     payload = torch.zeros(columns, padded(tokens) // 4, 4, device=grad.device).scatter_(-1, positions, kept)
-    values, metadata = compress24(saturating_cast(payload.reshape(columns, padded(tokens))), positions)
+    values, metadata = compress24(saturating_cast(payload.reshape(columns, padded(tokens)), dtype), positions)
     return row, values, metadata
 
 
@@ -370,7 +425,7 @@ def sparse_mm(
 
     Args:
         values, metadata: the 2:4 operand A ``[R, C]``.
-        dense: B, of the same dtype, ``[D, c]`` contiguous, c <= C; columns beyond c count as zero.
+        dense: B, of the same dtype or both in FP8, ``[D, c]`` contiguous, c <= C; columns beyond c count as zero.
         scale_inv: fp32 ``[1]``; dense_scale_inv: fp32 ``[D]`` or None.
         transpose: store the product as ``[D, R]`` instead of ``[R, D]``.
         use_fast_accum: allow FP8 kernels to add up with fewer bits than fp32; here it changes nothing.
@@ -384,5 +439,5 @@ def sparse_mm(
 
 
 def scaled_mm(a: Tensor, b: Tensor, scale_inv: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """Dense ``(a @ b.T) * scale_inv`` of e4m3 ``a [M, C]`` and ``b [D, C]``; scale_inv fp32 ``[1]``."""
+    """Dense ``(a @ b.T) * scale_inv`` of FP8 ``a [M, C]`` and ``b [D, C]``, not both e5m2; scale_inv fp32 ``[1]``."""
     return ((a.float() @ b.float().t()) * scale_inv).to(out_dtype)

@@ -84,7 +84,7 @@ def _check(config: Config, problem: Problem, device: torch.device) -> None:
     with undisturbed(device):
         generator = torch.Generator(device).manual_seed(0)
         elements = torch.randint(-_LARGEST, _LARGEST + 1, (ELEMENTS,), generator=generator, device=device)
-        values, metadata, dense = random_operands(problem, elements.to(problem.dtype), generator)
+        values, metadata, dense = random_operands(problem, elements, generator)
         scale_inv = torch.full((1,), 0.75, device=device, dtype=torch.float32)
         scales = torch.randint(1, 256, (problem.columns,), generator=generator, device=device)
         dense_scale_inv = scales.float() / 256 if problem.scaled else None
@@ -136,7 +136,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def random_operands(problem: Problem, elements: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Operands made of ``elements``, a list of a prime length; the metadata is random and legal.
+    """Operands made of ``elements``, of a prime number, in the problem's dtypes; the metadata is random and legal.
 
     Returns:
         ``values`` and ``metadata`` of A ``[rows, contraction]`` (see ``formats``) and B ``[columns, contraction]``.
@@ -146,9 +146,9 @@ def random_operands(problem: Problem, elements: Tensor, generator: torch.Generat
     nibbles = torch.tensor(_NIBBLES, device=device)[chosen]
     words = (nibbles << torch.arange(0, 32, 4, device=device)).sum(dim=1).view(torch.int32)[::2]  # their lower halves
     return (
-        _repeated(elements, values_shape(problem.rows, problem.contraction)),
+        _repeated(elements.to(problem.dtype), values_shape(problem.rows, problem.contraction)),
         _repeated(words, metadata_shape(problem.rows, problem.contraction, problem.dtype)),
-        _repeated(elements, (problem.columns, problem.contraction)),
+        _repeated(elements.to(problem.dense_dtype), (problem.columns, problem.contraction)),
     )
 
 

@@ -3,9 +3,9 @@
     out[r, d] = (sum over c of A[r, c] * B[d, c]) * dense_scale_inv[d] * scale_inv
 
 A ``[R, C]`` is 2:4 along c, stored as ``values`` and ``metadata`` (see ``formats``); B ``[D, C]`` is dense, row-major,
-of A's dtype, e4m3 or bf16; out ``[R, D]`` or ``[D, R]`` in bf16, fp16 or fp32.  ``wgmma`` adds up FP8 products with
-about 14 bits, of the largest number at hand.  Without fast accumulation its sums are therefore kept small: every 2048
-columns they move to a bf16 carry, but for what bf16 does not hold of them, so that nothing is lost.
+both are bf16, or each is e4m3 or e5m2; out ``[R, D]`` or ``[D, R]`` in bf16, fp16 or fp32.  ``wgmma`` adds up FP8
+products with about 14 bits, of the largest number at hand.  Without fast accumulation its sums are therefore kept
+small: every 2048 columns they move to a bf16 carry, but for what bf16 does not hold of them, so that nothing is lost.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparse_compile.kernels.configs import STAGE_BYTES, Config, choose, contraction_stages
-from sparse_compile.kernels.formats import E4M3, PAD, check_buffer, metadata_shape
+from sparse_compile.kernels.formats import E4M3, E5M2, FP8, PAD, check_buffer, metadata_shape
 from sparse_compile.kernels.launch import NOTHING, Once, Plan, plan_kernel, planned
 from sparse_compile.kernels.problem import Problem
 from sparse_compile.kernels.selfcheck import check_variant
@@ -29,6 +29,8 @@ from sparse_compile.kernels.sparse_gemm_kernel import sparse_gemm_kernel
 from sparse_compile.kernels.tuning import lookup
 
 _OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# As PTX names them.
+_DTYPES = {E4M3: "e4m3", E5M2: "e5m2", torch.bfloat16: "bf16"}
 _MAX_STAGES = 2**16 - 1  # that the kernel can count
 
 
@@ -46,9 +48,10 @@ def launch_sparse_gemm(
     """Multiply into ``out``, which is written in full.
 
     Args:
-        values: A's kept elements, e4m3 or bf16 ``[R, C / 2]``, C a multiple of 128.
+        values: A's kept elements, e4m3, e5m2 or bf16 ``[R, C / 2]``, C a multiple of 128.
         metadata: where they stood, every word legal (see ``formats``).
-        dense: B, of the same dtype, ``[D, c]``, rows of a multiple of 16 bytes, c <= C; columns beyond c count as zero.
+        dense: B, of the same dtype or both in FP8, ``[D, c]``, rows of a multiple of 16 bytes, c <= C; columns beyond c
+            count as zero.
         scale_inv: fp32 ``[1]``.
         dense_scale_inv: fp32 ``[D]`` or None.
         out: bf16, fp16 or fp32 ``[R, D]``, or ``[D, R]`` with ``transpose``.
@@ -70,7 +73,8 @@ def launch_sparse_gemm(
         rows=rows,
         columns=columns,
         contraction=dense.shape[1],
-        dtype=dense.dtype,
+        dtype=values.dtype,
+        dense_dtype=dense.dtype,
         out_dtype=out.dtype,
         scaled=dense_scale_inv is not None,
         transpose=transpose,
@@ -101,7 +105,8 @@ def plan(
     tma_store = out.dtype != torch.float32 and out.shape[1] * out.element_size() % 16 == 0
     size = values.element_size()
     words = 2 // size
-    ring = Ring(block_d=config.block_d, stages=config.stages, cluster=config.cluster, words=words)
+    dtypes = f"{_DTYPES[values.dtype]}.{_DTYPES[dense.dtype]}"
+    ring = Ring(block_d=config.block_d, stages=config.stages, cluster=config.cluster, words=words, dtypes=dtypes)
     varying = (
         _descriptor(values, [64, 64 // size], gl.NVMMASharedLayout(64, 8 * size, 2)),
         _descriptor(metadata.flatten(1), [1, 128 * words], gl.NVMMASharedLayout(0, 32, 2)),
@@ -173,8 +178,9 @@ def _check(
 ) -> None:
     if values.dim() != 2 or dense.dim() != 2:
         raise ValueError(f"values {tuple(values.shape)} and dense {tuple(dense.shape)} must have two dimensions")
-    if values.dtype not in (E4M3, torch.bfloat16):
-        raise ValueError(f"values is {values.dtype}; allowed are {E4M3} and {torch.bfloat16}")
+    if values.dtype not in _DTYPES:
+        raise ValueError(f"values is {values.dtype}; allowed are {', '.join(map(str, _DTYPES))}")
+    dense_dtype = dense.dtype if dense.dtype in FP8 and values.dtype in FP8 else values.dtype
     (rows, kept), (columns, contraction), device = values.shape, dense.shape, dense.device
     if kept % (PAD // 2) != 0:
         raise ValueError(f"values has {kept} columns; needed is a multiple of {PAD // 2}")
@@ -188,7 +194,7 @@ def _check(
             f"dense has {contraction} columns; the kernel counts up to {_MAX_STAGES} times {STAGE_BYTES} bytes"
         )
     check_buffer("values", values, (rows, kept), values.dtype, device)
-    check_buffer("dense", dense, (columns, contraction), values.dtype, device)
+    check_buffer("dense", dense, (columns, contraction), dense_dtype, device)
     check_buffer("metadata", metadata, metadata_shape(rows, 2 * kept, values.dtype), torch.int32, device)
     check_buffer("scale_inv", scale_inv, (1,), torch.float32, device)
     check_buffer("out", out, (columns, rows) if transpose else (rows, columns), out.dtype, device)

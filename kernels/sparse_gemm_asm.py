@@ -27,6 +27,7 @@ class Ring:
         stages: stages in the ring.
         cluster: blocks of a cluster; each loads its share of B's rows for all of them.
         words: metadata words of a lane in a stage: 2 with 8-bit operands, 1 with 16-bit ones.
+        dtypes: of A and B, as PTX names them: "e5m2.e4m3".
         values, metadata, dense, barriers: offsets in shared memory, bytes.
         descriptors: which parameters of the compiled kernel are descriptors: those of values, metadata, dense, and
             maybe more.
@@ -36,6 +37,7 @@ class Ring:
     stages: int
     cluster: int
     words: int
+    dtypes: str
     values: int = 0
     metadata: int = 0
     dense: int = 0
@@ -196,12 +198,13 @@ def multiply_asm(ring, block, onto):
                 lines += ["add.s64 a, a, 2;", "add.s64 b, b, 4;"]
             instruction = f"wgmma.mma_async.sp.sync.aligned.m64n{ring.block_d}"
             if ring.words == 2:
-                suffix, word, selector, major = "k64.f32.e4m3.e4m3", words[step], 0, ""
+                depth, word, selector, major = "k64", words[step], 0, ""
             else:
                 # One word holds the metadata of both instructions, in different lanes.
-                suffix, word, selector, major = "k32.f32.bf16.bf16", words[0], step, ", 0, 0"
+                depth, word, selector, major = "k32", words[0], step, ", 0, 0"
             lines += [
-                f"{instruction}{suffix} {{{accumulators}}}, a, b, {word}, {selector}, accumulate, 1, 1{major};",
+                f"{instruction}{depth}.f32.{ring.dtypes} "
+                f"{{{accumulators}}}, a, b, {word}, {selector}, accumulate, 1, 1{major};",
                 "setp.eq.u32 accumulate, 0, 0;",
             ]
         return [

@@ -1,4 +1,4 @@
-"""Tiles of a matrix that a kernel reads once and stores as e4m3, as it lies and transposed.
+"""Tiles of a matrix that a kernel reads once and stores in FP8, as it lies and transposed.
 
 A thread holds blocks of whole 4 x 4 elements.  It casts four neighbours of a row into the bytes of an int32, a "word",
 the first lowest; it transposes 4 x 4 bytes in registers, and only words cross the threads, through shared memory, where
@@ -8,13 +8,17 @@ a store needs another layout than the load.  So every access to memory is wide, 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# PTX names the upper half first.
-_CAST_ASM = gl.constexpr("""{
+
+@gluon.constexpr_function
+def _cast_asm(dtype):
+    # PTX names the upper half first.
+    name = "e5m2" if dtype == gl.float8e5 else "e4m3"
+    return f"""{{
 .reg .b16 low, high;
-cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-mov.b32 $0, {low, high};
-}""")
+cvt.rn.satfinite.{name}x2.f32 low, $2, $1;
+cvt.rn.satfinite.{name}x2.f32 high, $4, $3;
+mov.b32 $0, {{low, high}};
+}}"""
 
 
 @gluon.constexpr_function
@@ -153,9 +157,9 @@ def store_compressed(
 
 
 @gluon.jit
-def cast_words(x0, x1, x2, x3):
-    """Four fp32 in e4m3: a word.  It saturates, and NaN stays NaN."""
-    return gl.inline_asm_elementwise(_CAST_ASM, "=r,f,f,f,f", [x0, x1, x2, x3], gl.int32, True, 1)
+def cast_words(x0, x1, x2, x3, FORMAT: gl.constexpr = gl.float8e4nv):
+    """Four fp32 in FP8: a word.  It saturates, and NaN stays NaN."""
+    return gl.inline_asm_elementwise(_cast_asm(FORMAT), "=r,f,f,f,f", [x0, x1, x2, x3], gl.int32, True, 1)
 
 
 @gluon.jit

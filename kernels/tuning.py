@@ -74,7 +74,7 @@ def measure(problem: Problem, candidates: Iterable[Config], device: torch.device
         generator = torch.Generator(device).manual_seed(0)
         # Normal, as trained weights and activations nearly are: how fast a GPU may run depends on its data.
         normal = torch.randn(ELEMENTS, generator=generator, device=device, dtype=torch.float32)
-        elements = (normal * 80).clamp(-448, 448).to(problem.dtype)
+        elements = (normal * 80).clamp(-448, 448)
         values, metadata, dense = random_operands(problem, elements, generator)
         scale_inv = torch.full((1,), 2.0**-12, device=device, dtype=torch.float32)
         dense_scale_inv = scale_inv.repeat(problem.columns) if problem.scaled else None

@@ -16,7 +16,7 @@ from sparse_compile.kernels import ops
 from sparse_compile.kernels.costs import LinearShape, Question, piece_times
 from sparse_compile.passes.decide import Plan, Price
 from sparse_compile.passes.find import LinearSite, Reason, Rejection
-from sparse_compile.recipe import Gemm, Projection, Recipe
+from sparse_compile.recipe import Gemm, Projection, Recipe, Rounding
 from sparse_compile.torch_internals import example_value, hint
 
 # Microseconds of pieces by name, for each linear that it is asked about.
@@ -29,7 +29,7 @@ _DENSE_PIECES = ("hp fprop", "hp dgrad", "hp wgrad")
 _OPS = (
     "prune_weight_", "prune_weight_, hard", "prune_weight_bf16_", "prune_weight_bf16_, hard", "cast_weight_",
     "prune_transposable_", "add_masked_decay_", "cast_transpose", "cast_mvue, exact mvue",
-    "cast_mvue, approximate mvue",
+    "cast_mvue, approximate mvue", "cast_mvue, exact mvue, stochastic", "cast_mvue, approximate mvue, stochastic",
 )  # fmt: skip
 _DENSE = (Gemm.HP, Gemm.BF16)
 _WEIGHT_OPS = {
@@ -71,7 +71,7 @@ def choose(
         training: price forward, backward and the casts of the weight; otherwise forward alone.
     """
     inputs = Counter(plan.site.input for plan in plans)
-    asked = [_question(plan.site) for plan in plans]
+    asked = [_question(plan) for plan in plans]
     pieces: dict[Question, dict[str, None]] = {}  # a set that keeps its order
     for plan, question in zip(plans, asked, strict=True):
         if question is not None:
@@ -88,7 +88,7 @@ def choose(
         site, (shape, _), sharing = plan.site, question, inputs[plan.site.input]
         answer = partial(_find, plan, question, sharing, times, training)
         fastest = _Fastest(**json.loads(agree(_agreed_on(plan, shape, sharing, training), answer)))
-        (recipe,) = (variant for variant in plan.recipe.variants() if variant.name == fastest.variant)
+        (recipe,) = (variant for variant in plan.recipe.variants() if variant.full_name == fastest.variant)
         dense = fastest.dense
         if plan.named or plan.pruned or fastest.rewritten <= dense * (1 - _MARGIN):
             chosen.append(replace(plan, recipe=recipe, price=Price(dense=dense, rewritten=fastest.rewritten)))
@@ -103,7 +103,7 @@ def choose(
 def _agreed_on(plan: Plan, shape: LinearShape, sharing: int, training: bool) -> str:
     """What must be chosen alike: not for each number of tokens, which may differ between processes."""
     uses = f"{plan.site.forwards} forwards, dgrad {_needs_dgrad(plan.site)}, input shared by {sharing}"
-    return f"{plan.recipe.name} of {plan.site.name} {replace(shape, tokens=0)}, {uses}, training {training}"
+    return f"{plan.recipe.full_name} of {plan.site.name} {replace(shape, tokens=0)}, {uses}, training {training}"
 
 
 def _find(
@@ -124,16 +124,18 @@ def _find(
         dense = _dense_microseconds(plan.site, measured)
         for recipe in plan.recipe.variants():
             needed = {piece: measured[piece] for piece in _pieces(recipe)}
-            prices[recipe.name] = _microseconds(plan.site, shape, recipe, needed, sharing)
+            prices[recipe.full_name] = _microseconds(plan.site, shape, recipe, needed, sharing)
     else:
         # Variants differ in backward alone.
-        dense, prices[plan.recipe.name] = measured["hp fprop"], _forward(shape, plan.recipe, measured, sharing)
+        dense = measured["hp fprop"]
+        prices[plan.recipe.full_name] = _forward(shape, plan.recipe, measured, sharing)
     variant = min(prices, key=prices.__getitem__)
     return json.dumps(asdict(_Fastest(variant=variant, rewritten=prices[variant], dense=dense)))
 
 
-def _question(site: LinearSite) -> Question | None:
+def _question(plan: Plan) -> Question | None:
     """None where nothing can be measured."""
+    site = plan.site
     tokens, device = hint(prod(example_value(site.input).shape[:-1])), example_value(site.weight).device
     if not tokens or ops.emulation_reason(device) is not None:
         return None
@@ -144,6 +146,7 @@ def _question(site: LinearSite) -> Question | None:
         dtype=example_value(site.node).dtype,
         weight_dtype=example_value(site.weight).dtype,
         transposed=site.transposed,
+        grad_dtype=plan.recipe.grad_format.dtype,
     )
     return shape, device
 
@@ -166,15 +169,16 @@ def _pieces(recipe: Recipe) -> list[str]:
     if recipe.wgrad is Gemm.FP8:
         pieces.append("cast_transpose")
     if recipe.estimator is not None:
-        pieces.append(f"cast_mvue, {recipe.estimator.value}")
+        pieces.append(f"cast_mvue, {_sampling(recipe)}")
     if recipe.dgrad is Gemm.MVUE24:
-        pieces.append(_cast_for_dgrad(recipe))
+        pieces.append(f"cast_mvue for dgrad, {_sampling(recipe)}")
     return pieces
 
 
-def _cast_for_dgrad(recipe: Recipe) -> str:
-    assert recipe.estimator is not None  # a sampled dgrad has one
-    return f"cast_mvue for dgrad, {recipe.estimator.value}"
+def _sampling(recipe: Recipe) -> str:
+    """Of a recipe with an estimator."""
+    assert recipe.estimator is not None
+    return recipe.estimator.value + ", stochastic" * (recipe.rounding is Rounding.STOCHASTIC)
 
 
 def _dense_microseconds(site: LinearSite, times: Mapping[str, float]) -> float:
@@ -197,7 +201,8 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
         if recipe.dgrad in (Gemm.FP8, Gemm.MVUE24):
             total += inputs * _PRODUCT_BYTES * byte
         if recipe.dgrad is Gemm.MVUE24:
-            total += times[_cast_for_dgrad(recipe)] + outputs * (shape.dtype.itemsize + _TRANSPOSE_BYTES) * byte
+            total += times[f"cast_mvue for dgrad, {_sampling(recipe)}"]
+            total += outputs * (shape.dtype.itemsize + _TRANSPOSE_BYTES) * byte
     casts_gradient = recipe.dgrad in (Gemm.FP8, Gemm.SPARSE24)
     if casts_gradient or recipe.wgrad not in _DENSE:
         total += outputs * _GRADIENT_BYTES * byte

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.find import LinearSite, Reason, Rejection
 from sparse_compile.passes.roles import Role
-from sparse_compile.recipe import FP8, Gemm, Projection, Recipe
+from sparse_compile.recipe import Gemm, Projection, Recipe
 from sparse_compile.report import Row
 from sparse_compile.torch_internals import example_value, is_fake, real_parameter
 
@@ -86,7 +86,7 @@ def decide(
         if refusal is None:
             everywhere = targets == "all" and not _is_head(site, owners)
             targeted = named or everywhere or (targets == "ffn" and site.role is Role.FFN)
-            chosen = recipe if targeted else FP8
+            chosen = recipe if targeted else recipe.unpruned()
             if recipe.is_bf16 and not targeted:
                 detail = f"recipe {recipe.name!r} has no FP8 for it"
                 advice = f"for 2:4, which costs loss, {_names(targets)}"

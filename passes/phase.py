@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from sparse_compile.passes.decide import Plan
 from sparse_compile.passes.find import Reason, Rejection
-from sparse_compile.recipe import FP8
 
 
 def phase(
@@ -29,6 +28,6 @@ def phase(
             advice = "'sste.warmup' and 'sste.tail' say when it is pruned"
             rejections.append(plan.site.reject(Reason.DENSE_PHASE, f"{when}, by its schedule", advice))
         else:
-            virtual = plan.recipe.projection
-            scheduled.append(replace(plan, recipe=FP8, advice=f"{when}, by its schedule", virtual=virtual))
+            dense, virtual = plan.recipe.unpruned(), plan.recipe.projection
+            scheduled.append(replace(plan, recipe=dense, advice=f"{when}, by its schedule", virtual=virtual))
     return scheduled, rejections

@@ -75,13 +75,13 @@ def rewrite(graph_module: GraphModule, plans: Sequence[Plan]) -> list[WeightSlot
             site.bias,
             *handed_seeds,
             index,
-            plan.recipe.name,
+            plan.recipe.full_name,
             site.transposed,
             example_value(site.node).dtype,
             *_hand_in(operands, site.region),
         )
         replaced[site.node] = _replace(site.node, arguments)
-        logger.debug("rewrote %s to %s", site.name, plan.recipe.name)
+        logger.debug("rewrote %s to %s", site.name, plan.recipe.full_name)
     for edited in {graph_module, *(module for plan in plans for module in _modules(plan.site.region))}:
         edited.recompile()
     return slots

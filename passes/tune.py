@@ -30,12 +30,14 @@ def _problems(plan: Plan) -> Iterator[Problem]:
     tokens = hint(prod(example_value(site.input).shape[:-1]))
     if not tokens:
         return
+    payload, grad = torch.bfloat16 if plan.recipe.is_bf16 else E4M3, plan.recipe.grad_format.dtype
     if plan.recipe.projection.prunes:
         yield Problem(
             rows=site.out_features,
             columns=tokens,
             contraction=site.in_features,
-            dtype=torch.bfloat16 if plan.recipe.is_bf16 else E4M3,
+            dtype=payload,
+            dense_dtype=payload,
             out_dtype=example_value(site.node).dtype,
             scaled=not plan.recipe.is_bf16,
             transpose=True,
@@ -47,6 +49,7 @@ def _problems(plan: Plan) -> Iterator[Problem]:
             columns=tokens,
             contraction=site.out_features,
             dtype=E4M3,
+            dense_dtype=grad,
             out_dtype=example_value(site.input).dtype,
             scaled=True,
             transpose=True,
@@ -57,7 +60,8 @@ def _problems(plan: Plan) -> Iterator[Problem]:
             rows=padded(tokens),
             columns=site.in_features,
             contraction=site.out_features,
-            dtype=E4M3,
+            dtype=grad,
+            dense_dtype=E4M3,
             out_dtype=unscaled_dtype(example_value(site.input).dtype),
             scaled=False,
             transpose=False,
@@ -68,7 +72,8 @@ def _problems(plan: Plan) -> Iterator[Problem]:
             rows=site.out_features,
             columns=site.in_features,
             contraction=padded(tokens),
-            dtype=E4M3,
+            dtype=grad,
+            dense_dtype=E4M3,
             out_dtype=example_value(site.weight).dtype,
             scaled=False,
             transpose=site.transposed,

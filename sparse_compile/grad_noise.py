@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels import ops
-from sparse_compile.kernels.formats import E4M3
 from sparse_compile.linear import DGRAD_DRAWS
 
 _SAMPLED = 256  # rows, and columns, of a weight's gradient
-_MAGNITUDE = 0x7F  # bits of e4m3 without the sign
+_MAGNITUDE = 0x7F  # bits of either FP8 format without the sign
 
 
 @dataclass(slots=True)
@@ -81,7 +80,7 @@ class GradNoise:
         draw = None
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             if op == "cast_mvue":
-                grad, _, token_scale, seed, index, _ = arguments
+                grad, _, token_scale, seed, index, *_ = arguments
                 if index < DGRAD_DRAWS:
                     self._begin(grad, token_scale, *result[:2])
                     self._linears[seed.data_ptr(), index, grad.shape[1]] = _key(result[0])
@@ -137,9 +136,9 @@ def noise_and_underflow(sums: list[float]) -> tuple[float | None, float | None]:
 
 
 def _squares(draw: _Draw, x_t: Tensor, scale_inv: Tensor, grad_weight: Tensor, *, transposed: bool) -> Tensor:
-    """Of the error of ``grad_weight [N, K]``, and of the exact product; ``x_t``: e4m3 ``[K, T]``, padded along T."""
+    """Of the error of ``grad_weight [N, K]``, and of the exact product; ``x_t``: FP8 ``[K, T]``, padded along T."""
     rows = _spread(x_t.shape[0], x_t.device)
-    x = x_t.view(torch.uint8)[rows, : draw.scaled.shape[0]].view(E4M3).float()
+    x = x_t.view(torch.uint8)[rows, : draw.scaled.shape[0]].view(x_t.dtype).float()
     exact = draw.scaled.t() @ x.t() * scale_inv
     matrix = grad_weight.t() if transposed else grad_weight
     error = matrix[draw.columns][:, rows].float() - exact

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparse_compile.kernels import ops
-from sparse_compile.kernels.formats import AMAX_FLOOR, E4M3_MAX, MVUE_GAIN, padded, unscaled_dtype
+from sparse_compile.kernels.formats import AMAX_FLOOR, E4M3, E4M3_MAX, MVUE_GAIN, padded, unscaled_dtype
 from sparse_compile.kernels.reference import saturating_cast
 from sparse_compile.linear_bf16 import LinearBF16
-from sparse_compile.recipe import VARIANTS, Estimator, Gemm, Recipe
+from sparse_compile.recipe import Estimator, Gemm, Recipe, Rounding, recipe_named
 
 # Added to the index of a linear where it samples grad_output for dgrad: other random numbers than any wgrad's.
 DGRAD_DRAWS = 2**30
@@ -45,7 +45,7 @@ def linear(
         bias: ``[N]`` or None.
         seed: int64 ``[1]``, and ``index``, distinct for each linear of a graph: the randomness of the estimator.
             None for recipes without one.
-        recipe_name: key into ``VARIANTS``.
+        recipe_name: ``full_name`` of the recipe.
         out_dtype: dtype of the result.
         operands: what ``state`` keeps of the weight for this recipe: ``values, metadata, weight_t, scale_inv`` where
             it is projected to 2:4, ``values, metadata, dense, scale_inv`` where that is in bf16, ``values, metadata,
@@ -53,7 +53,7 @@ def linear(
             cast only.
     """
     result: Tensor
-    if VARIANTS[recipe_name].is_bf16:
+    if recipe_named(recipe_name).is_bf16:
         result = LinearBF16.apply(x, weight, bias, transposed, out_dtype, *operands)  # type: ignore[no-untyped-call]
         return result
     arguments = (x, weight, bias, seed, index, recipe_name, transposed, out_dtype, *operands)
@@ -75,7 +75,7 @@ class _Linear(torch.autograd.Function):
         out_dtype: torch.dtype,
         *operands: Tensor,
     ) -> Tensor:
-        recipe = VARIANTS[recipe_name]
+        recipe = recipe_named(recipe_name)
         tokens = x.reshape(-1, x.shape[-1])  # any strides: its cast is contiguous
         scale, scale_inv = token_scale(tokens.abs().amax(dim=1))
         x_fp8 = cast(tokens, scale)
@@ -101,13 +101,12 @@ class _Linear(torch.autograd.Function):
         grad = grad_output.reshape(-1, grad_output.shape[-1]).contiguous()
         grad_input = grad_weight = grad_bias = None
         amax = grad.abs().amax(dim=1)
-        row_scale, row_scale_inv = token_scale(amax)
+        dtype = recipe.grad_format.dtype
+        row_scale, row_scale_inv = token_scale(amax, torch.finfo(dtype).max)
         if recipe.wgrad is Gemm.HP:
-            grad_fp8 = cast(grad, row_scale)
+            grad_fp8 = cast(grad, row_scale, dtype)
         else:
-            # max |grad * x_scale_inv| over tokens and columns, without reading grad again.
-            bound = _bound(amax.float() * x_scale_inv)
-            grad_fp8, operand, wgrad_scale_inv = _cast_grad(ctx, grad, row_scale, x_scale_inv, bound, seed)
+            grad_fp8, operand, wgrad_scale_inv = _cast_grad(ctx, grad, amax, row_scale, x_scale_inv, seed)
         if ctx.needs_input_grad[0]:
             if recipe.dgrad is Gemm.HP:
                 product = grad @ (weight[0].t() if ctx.transposed else weight[0]).to(grad.dtype)
@@ -134,21 +133,21 @@ class _Linear(torch.autograd.Function):
 
 
 def token_scale(amax: Tensor, limit: float = E4M3_MAX) -> tuple[Tensor, Tensor]:
-    """``(scale, scale_inv)``, fp32 ``[T]``, that map ``amax [T]`` to ``limit``, the largest e4m3 value or less."""
+    """``(scale, scale_inv)``, fp32 ``[T]``, that map ``amax [T]`` to ``limit``, the largest FP8 value or less."""
     amax = amax.float().clamp_min(AMAX_FLOOR)
     return limit / amax, amax / limit
 
 
-def cast(x: Tensor, scale: Tensor) -> Tensor:
-    """``x [T, C] * scale [T]`` in e4m3, saturating, contiguous; NaN stays NaN."""
-    return saturating_cast(x.float() * scale[:, None]).contiguous()
+def cast(x: Tensor, scale: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
+    """``x [T, C] * scale [T]`` in FP8, saturating, contiguous; NaN stays NaN."""
+    return saturating_cast(x.float() * scale[:, None], dtype).contiguous()
 
 
-def _bound(amax: Tensor) -> Tensor:
+def _bound(amax: Tensor, floor: float) -> Tensor:
     """Largest of ``amax [T]`` as ``[1]``, floored; the floor for an empty batch."""
     if amax.shape[0] == 0:
-        return torch.full((1,), AMAX_FLOOR, device=amax.device)
-    return amax.amax(dim=0, keepdim=True).clamp_min(AMAX_FLOOR)
+        return torch.full((1,), floor, device=amax.device)
+    return amax.amax(dim=0, keepdim=True).clamp_min(floor)
 
 
 def _fprop(
@@ -173,27 +172,33 @@ def _scaled_mm(a: Tensor, b: Tensor, scale_inv: Tensor, row_scale_inv: Tensor, o
 
 
 def _cast_grad(
-    ctx: Any, grad: Tensor, row_scale: Tensor, x_scale_inv: Tensor, bound: Tensor, seed: Tensor | None
+    ctx: Any, grad: Tensor, amax: Tensor, row_scale: Tensor, x_scale_inv: Tensor, seed: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """grad_output for its two uses: e4m3 ``[T, N]`` for dgrad; the operand of wgrad and its ``scale_inv [1]``.
+    """grad_output for its two uses: FP8 ``[T, N]`` for dgrad; the operand of wgrad and its ``scale_inv [1]``.
 
     The scale of each token of the saved input is folded into wgrad's operand, so that the same fp8 input serves fprop
     and wgrad exactly: grad_weight = (grad_output * x_scale_inv).T @ x_fp8.
     """
-    gain = MVUE_GAIN if ctx.recipe.wgrad is Gemm.SPARSE24 else 1.0
-    limit = E4M3_MAX / gain
+    dtype = ctx.recipe.grad_format.dtype
+    largest = torch.finfo(dtype).max
+    # max |grad * x_scale_inv| over tokens and columns, without reading grad again.  Of zeros it is a floor by which
+    # scales become no larger in e5m2: those of large inputs are finite still.
+    bound = _bound(amax.float() * x_scale_inv, AMAX_FLOOR * largest / E4M3_MAX)
+    limit = largest / MVUE_GAIN if ctx.recipe.wgrad is Gemm.SPARSE24 else largest
     token_scales = x_scale_inv * (limit / bound)
     scale_inv = bound / limit
     if ctx.recipe.wgrad is Gemm.SPARSE24:
         assert seed is not None  # rewrite hands one to every recipe with an estimator
-        grad_fp8, *operand = ops.cast_mvue(grad, row_scale, token_scales, seed, ctx.index, _is_approximate(ctx))
+        grad_fp8, *operand = ops.cast_mvue(grad, row_scale, token_scales, seed, ctx.index, *_sampling(ctx.recipe))
     else:
-        grad_fp8, *operand = ops.cast_transpose(grad, row_scale, token_scales)
+        grad_fp8, *operand = ops.cast_transpose(grad, row_scale, token_scales, dtype)
     return grad_fp8, tuple(operand), scale_inv
 
 
-def _is_approximate(ctx: Any) -> bool:
-    return ctx.recipe.estimator is Estimator.APPROXIMATE_MVUE
+def _sampling(recipe: Recipe) -> tuple[bool, bool, torch.dtype]:
+    """``approximate, stochastic, dtype`` of ``cast_mvue``."""
+    approximate, stochastic = recipe.estimator is Estimator.APPROXIMATE_MVUE, recipe.rounding is Rounding.STOCHASTIC
+    return approximate, stochastic, recipe.grad_format.dtype
 
 
 def _sampled_dgrad(
@@ -204,13 +209,13 @@ def _sampled_dgrad(
     With the scale of each token applied, grad_output is transposed, so that the op that prunes along tokens prunes
     along out_features, and its operand is that of the product as it lies.  The scales leave after the product.
     """
-    scale, scale_inv = token_scale(amax, E4M3_MAX / MVUE_GAIN)
+    scale, scale_inv = token_scale(amax, torch.finfo(ctx.recipe.grad_format.dtype).max / MVUE_GAIN)
     tokens, out_features = grad.shape
     # Whole tiles, and kernels for few numbers of tokens: they are compiled for each number of columns.
     scaled_t = F.pad((grad.float() * scale[:, None]).t(), (0, padded(tokens) - tokens)).contiguous()
     ones = torch.ones(out_features, device=grad.device)
     index = ctx.index + DGRAD_DRAWS
-    _, values, metadata = ops.cast_mvue(scaled_t, ones, ones, seed, index, _is_approximate(ctx))
+    _, values, metadata = ops.cast_mvue(scaled_t, ones, ones, seed, index, *_sampling(ctx.recipe))
     out_dtype = unscaled_dtype(ctx.input_dtype)
     product = ops.sparse_mm(values, metadata, weight_t, weight_scale_inv, None, out_dtype, False, True)
     return product[:tokens].float() * scale_inv[:, None]

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from sparse_compile.courses import Schedule
-from sparse_compile.recipe import MVUE, RECIPES, SSTE, Gemm, Recipe
+from sparse_compile.recipe import MVUE, RECIPES, SSTE, Gemm, GradFormat, Recipe, Rounding
 from sparse_compile.report import check_file
 from sparse_compile.torch_internals import inductor_option_names, inductor_patches
 
 # A row of activations is cast in one reading where its registers allow it: Inductor tries, and takes the faster way.
 _INDUCTOR_DEFAULTS = {"triton.multi_kernel": 1}
 _NAMES = (
-    "sste.recipe", "sste.mvue", "sste.dgrad", "sste.beta", "sste.decay", "sste.refresh", "sste.warmup", "sste.tail",
-    "sste.total_steps", "sste.targets", "sste.head", "sste.frozen", "sste.when", "sste.memory", "sste.executor",
-    "sste.tune", "sste.report", "sste.report_measure", "sste.health",
+    "sste.recipe", "sste.mvue", "sste.rounding", "sste.dgrad", "sste.grad_format", "sste.beta", "sste.decay",
+    "sste.refresh", "sste.warmup", "sste.tail", "sste.total_steps", "sste.targets", "sste.head", "sste.frozen",
+    "sste.when", "sste.memory", "sste.executor", "sste.tune", "sste.report", "sste.report_measure", "sste.health",
 )  # fmt: skip
 
 
@@ -117,6 +117,17 @@ def _recipe(options: Mapping[str, Any]) -> Recipe:
         if sampled and recipe.estimator is None:
             raise ValueError(f"option 'sste.dgrad' is 'mvue', {_why_not_sampled(options, recipe)}")
         recipe = recipe.with_sampled_dgrad() if sampled else recipe
+    if "sste.grad_format" in options:
+        grad_format = _choice(options, "sste.grad_format", "e4m3", [choice.value for choice in GradFormat])
+        if not recipe.has_fp8_gradients:
+            raise ValueError(f"recipe {recipe.name!r} has no FP8, so that 'sste.grad_format' would change nothing")
+        recipe = replace(recipe, grad_format=GradFormat(grad_format))
+    if "sste.rounding" in options:
+        rounding = _choice(options, "sste.rounding", "nearest", [choice.value for choice in Rounding])
+        if recipe.estimator is None:
+            why = "'sste.mvue' is 'off'" if "sste.mvue" in options else f"recipe {recipe.name!r} samples no gradients"
+            raise ValueError(f"{why}, so that 'sste.rounding', of what MVUE keeps, would change nothing")
+        recipe = replace(recipe, rounding=Rounding(rounding))
     if "sste.beta" in options:
         factor = _number(options, "sste.beta", 0.0)
         if factor == 0.0:

@@ -1,8 +1,12 @@
 """What is computed: a recipe names the arithmetic of a linear's three GEMMs and of its weight."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
+
+import torch
+
+from sparse_compile.kernels.formats import E4M3, E5M2
 
 
 class Projection(Enum):
@@ -42,6 +46,24 @@ class Estimator(Enum):
     APPROXIMATE_MVUE = "approximate mvue"
 
 
+class GradFormat(Enum):
+    """The FP8 of grad_output; that of inputs and weights is e4m3."""
+
+    E4M3 = "e4m3"
+    E5M2 = "e5m2"  # of larger range, and one bit less in the mantissa
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return E5M2 if self is GradFormat.E5M2 else E4M3
+
+
+class Rounding(Enum):
+    """How what the estimator keeps becomes FP8."""
+
+    NEAREST = "nearest"
+    STOCHASTIC = "stochastic"  # up or down at random, so that the mean is the estimate's
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """The arithmetic of one linear, ``output = input @ weight.T``.
@@ -50,6 +72,9 @@ class Recipe:
     contracts over out_features, so it is 2:4 where the weight is so along these, too, or, as an experiment, where the
     estimator of wgrad prunes another copy of grad_output along them.  It reads the projected weight where there is one,
     which exists in FP8 or, for all three products, in bf16.
+
+    Attributes:
+        name: that of the recipe that it is, or is made of: a key of ``RECIPES``.
     """
 
     name: str
@@ -58,6 +83,8 @@ class Recipe:
     dgrad: Gemm
     wgrad: Gemm
     estimator: Estimator | None
+    grad_format: GradFormat = GradFormat.E4M3
+    rounding: Rounding = Rounding.NEAREST
     decay: float = 0.0  # of what the mask drops, added to the gradient
     refresh: int = 0  # optimizer steps between two searches for transposable masks
     beta_factor: float = 1.0  # times the beta that is the best fit of a weight that is not 2:4 yet
@@ -78,6 +105,10 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: dgrad is sampled only beside a pruned weight and a sampled wgrad")
         if self.dgrad is Gemm.HP and self.projection.prunes:
             raise ValueError(f"recipe {self.name!r}: dgrad must be dense fp8, or hp where the weight is not projected")
+        if self.grad_format is not GradFormat.E4M3 and not self.has_fp8_gradients:
+            raise ValueError(f"recipe {self.name!r}: a format of gradients needs a product that reads them in FP8")
+        if self.rounding is not Rounding.NEAREST and self.estimator is None:
+            raise ValueError(f"recipe {self.name!r}: rounding is of what an estimator keeps")
 
         if self.decay and self.projection not in (Projection.TOP2, Projection.TRANSPOSABLE):
             raise ValueError(f"recipe {self.name!r}: a decay needs a mask, and so hard pruning")
@@ -91,21 +122,47 @@ class Recipe:
         """Whether it computes without FP8."""
         return self.fprop is Gemm.SPARSE24_BF16
 
+    @property
+    def has_fp8_gradients(self) -> bool:
+        """Whether a product reads grad_output in FP8."""
+        return not {self.dgrad, self.wgrad} <= {Gemm.HP, Gemm.BF16}
+
+    @property
+    def full_name(self) -> str:
+        """What a graph calls its arithmetic: the name, and what was chosen otherwise, ``s-ste/grad_format=E5M2``.
+
+        Without what graphs do not compute: decay, refresh, the factor of beta, the tail.
+        """
+        original, chosen = RECIPES[self.name], {field: getattr(self, field) for field in _CHOICES}
+        changes = (
+            f"{field}={value.name if value else ''}"
+            for field, value in chosen.items()
+            if value is not getattr(original, field)
+        )
+        return "/".join((self.name, *changes))
+
     def with_estimator(self, estimator: Estimator | None) -> "Recipe":
         """This recipe with another estimator; without one, wgrad is dense FP8.  Only of recipes that have one."""
-        if estimator is self.estimator:
-            return self
         if estimator is None:
             return next(v for v in self.variants() if (v.dgrad, v.wgrad) == (self.dgrad, Gemm.FP8))
-        return replace(self, name=f"{self.name}/{estimator.value}", estimator=estimator)
+        return replace(self, estimator=estimator)
 
     def with_sampled_dgrad(self) -> "Recipe":
         """This recipe with a dgrad that is 2:4 by its estimator.  Only of recipes that have one and a dense dgrad."""
-        return replace(self, name=f"{self.name}/mvue dgrad", dgrad=Gemm.MVUE24)
+        return replace(self, dgrad=Gemm.MVUE24)
+
+    def unpruned(self) -> "Recipe":
+        """What linears get that are none of its targets, and its own in a dense phase: dense FP8."""
+        return replace(FP8, grad_format=self.grad_format)
 
     def short_str(self) -> str:
-        """``fprop/dgrad/wgrad`` in a few characters, for the report."""
-        return f"{self.name.split('/')[0]} ({self.fprop.value}, {self.dgrad.value}, {self.wgrad.value})"
+        """Its products, and what else differs from the default, in a few characters, for the report."""
+        parts = [f"{self.fprop.value}, {self.dgrad.value}, {self.wgrad.value}"]
+        if self.grad_format is not GradFormat.E4M3:
+            parts.append(f"{self.grad_format.value} gradients")
+        if self.rounding is not Rounding.NEAREST:
+            parts.append(f"{self.rounding.value} rounding")
+        return f"{self.name} ({'; '.join(parts)})"
 
     def variants(self) -> tuple["Recipe", ...]:
         """This recipe, and those that differ from it by more precise backward products, of the same weight.
@@ -121,10 +178,11 @@ class Recipe:
         others = (
             replace(
                 self,
-                name=f"{self.name}/{dgrad.value}/{wgrad.value}",
                 dgrad=dgrad,
                 wgrad=wgrad,
                 estimator=self.estimator if wgrad is self.wgrad else None,
+                rounding=self.rounding if wgrad is self.wgrad else Rounding.NEAREST,
+                grad_format=GradFormat.E4M3 if dgrad is Gemm.HP else self.grad_format,
             )
             for dgrad, wgrad in dict.fromkeys(backward)
             if (dgrad, wgrad) != (self.dgrad, self.wgrad)
@@ -165,17 +223,17 @@ RECIPES = {
 # What the user may say of the estimator.
 MVUE = {"exact": Estimator.EXACT_MVUE, "approximate": Estimator.APPROXIMATE_MVUE, "off": None}
 
-
-def _named() -> Iterator[Recipe]:
-    for recipe in RECIPES.values():
-        yield recipe
-        if recipe.estimator is not None:
-            for estimator in MVUE.values():
-                chosen = recipe.with_estimator(estimator)
-                yield chosen
-                if chosen.estimator is not None and chosen.dgrad is Gemm.FP8:
-                    yield chosen.with_sampled_dgrad()
+# What may differ from the recipe of the same name, in what a graph computes.
+_CHOICES: dict[str, type[Enum]] = {
+    "dgrad": Gemm, "wgrad": Gemm, "estimator": Estimator, "grad_format": GradFormat, "rounding": Rounding
+}  # fmt: skip
 
 
-# By the names that graphs hold.
-VARIANTS = {variant.name: variant for recipe in _named() for variant in recipe.variants()}
+def recipe_named(full_name: str) -> Recipe:
+    """The recipe that a graph calls so; in any process, since graphs are kept on disk."""
+    name, *changes = full_name.split("/")
+    chosen: dict[str, Any] = {}
+    for change in changes:
+        field, choice = change.split("=")
+        chosen[field] = _CHOICES[field][choice] if choice else None
+    return replace(RECIPES[name], **chosen)

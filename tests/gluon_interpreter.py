@@ -59,10 +59,11 @@ def elementwise(function: Callable[..., np.ndarray], dtype: tl.dtype) -> Callabl
     return run
 
 
-def e4m3_word(*values: np.ndarray) -> np.ndarray:
-    """Four fp32 arrays in e4m3, as the bytes of an int32."""
+def fp8_word(*values: np.ndarray, dtype: torch.dtype = torch.float8_e4m3fn) -> np.ndarray:
+    """Four fp32 arrays in FP8, as the bytes of an int32."""
     x = torch.from_numpy(np.stack(values, axis=-1).astype(np.float32))
-    return x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.int32).squeeze(-1).numpy()
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype).view(torch.int32).squeeze(-1).numpy()
 
 
 def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:

@@ -4,12 +4,14 @@ The interpreter must be chosen before Triton is imported, so the tests run this 
 
     TRITON_INTERPRET=1 python -m tests.interpreted_kernels {prune,prune_bf16,transposable,decay,quantize,mvue}
 
-The interpreter rounds fp32 to e4m3 wrongly.  So torch casts here, in place of the assembly of Gluon kernels; the other
+The interpreter rounds fp32 to FP8 wrongly.  So torch casts here, in place of the assembly of Gluon kernels; the other
 kernels write their payloads as fp32.
 """
 
 import sys
 import warnings
+from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -30,9 +32,9 @@ from sparse_compile.kernels import (
     tiles,
     transposable,
 )
-from sparse_compile.kernels.formats import E4M3, metadata_shape, padded, values_shape
+from sparse_compile.kernels.formats import E4M3, E5M2, FP8, metadata_shape, padded, values_shape
 from sparse_compile.testing import assert_same_bits, hard_groups
-from tests.gluon_interpreter import e4m3_word, elementwise, interpret, prmt
+from tests.gluon_interpreter import elementwise, fp8_word, interpret, prmt
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -41,9 +43,9 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full(shape, float("nan") if dtype.is_floating_point else -559038737, dtype=dtype)
 
 
-def poisoned_payload(*shape: int) -> Tensor:
-    """e4m3 NaN."""
-    return torch.full(shape, 0x7F, dtype=torch.uint8).view(E4M3)
+def poisoned_payload(*shape: int, dtype: torch.dtype = E4M3) -> Tensor:
+    """NaN in FP8."""
+    return torch.full(shape, 0x7F, dtype=torch.uint8).view(dtype)
 
 
 def assert_same_payload(actual: Tensor, expected: Tensor, what: str) -> None:
@@ -60,15 +62,19 @@ def interpret_weight_kernels() -> None:
         low = elementwise(lambda x: (x << 16).astype(np.int32).view(np.float32), tl.float32)(pair)
         return low, elementwise(lambda x: (x & -65536).astype(np.int32).view(np.float32), tl.float32)(pair)
 
+    def cast(x0, x1, x2, x3, dtype=tl.float8e4nv):
+        word = partial(fp8_word, dtype=E5M2 if dtype == tl.float8e5 else E4M3)
+        return elementwise(word, tl.int32)(x0, x1, x2, x3)
+
     def cast_positive(x0, x1, x2, x3, signs):
-        words = elementwise(lambda *x: e4m3_word(*(np.where(y < 0, np.float32(0), y) for y in x)), tl.int32)(
+        words = elementwise(lambda *x: fp8_word(*(np.where(y < 0, np.float32(0), y) for y in x)), tl.int32)(
             x0, x1, x2, x3
         )
         return words | (signs & -2139062144)
 
     interpret(
         tiles, groups, transposable, decay, prune, prune_bf16, quantize,
-        cast_words=elementwise(e4m3_word, tl.int32), permute_bytes=elementwise(prmt, tl.int32),
+        cast_words=cast, permute_bytes=elementwise(prmt, tl.int32),
         with_layout_of=lambda x, y: x,
         _widen=widen, _cast_positive_words=cast_positive,
         gdc_launch_dependents=lambda: None, gdc_wait=lambda: None,  # one launch after the other
@@ -76,12 +82,13 @@ def interpret_weight_kernels() -> None:
 
 
 def round_in_torch() -> None:
-    """The interpreter's conversions to e4m3, and from fp32 to bf16, corrected."""
+    """The interpreter's conversions to FP8, and from fp32 to bf16, corrected."""
     convert = interpreter._convert_float
 
     def corrected(data, input_dtype, output_dtype, rounding):
-        if output_dtype == tl.float8e4nv:
-            return reference.saturating_cast(torch.from_numpy(data)).view(torch.uint8).numpy()
+        if output_dtype in (tl.float8e4nv, tl.float8e5):
+            dtype = E5M2 if output_dtype == tl.float8e5 else E4M3
+            return reference.saturating_cast(torch.from_numpy(data), dtype).view(torch.uint8).numpy()
         if output_dtype == tl.bfloat16 and data.dtype == np.float32:
             return torch.from_numpy(data).bfloat16().view(torch.int16).numpy().view(np.uint16)
         return convert(data, input_dtype, output_dtype, rounding)
@@ -237,11 +244,13 @@ def check_quantize() -> None:
             x = torch.randn(tokens, columns).to(dtype)
             x[0, :3] = torch.tensor([float("nan"), float("inf"), -0.0])
             row_scale, token_scale = torch.rand(2, tokens).mul(1000).unbind()
-            row, column = poisoned_payload(tokens, columns), poisoned_payload(columns, padded(tokens))
-            quantize.launch_cast_transpose(x, row_scale, token_scale, row, column)
-            expected_row, expected_column = reference.cast_transpose(x, row_scale, token_scale)
-            assert_same_bits(row, expected_row, f"row, {tuple(x.shape)}")
-            assert_same_bits(column, expected_column, f"column, {tuple(x.shape)}")
+            for fp8 in (E5M2, E4M3):
+                row = poisoned_payload(tokens, columns, dtype=fp8)
+                column = poisoned_payload(columns, padded(tokens), dtype=fp8)
+                quantize.launch_cast_transpose(x, row_scale, token_scale, row, column)
+                expected_row, expected_column = reference.cast_transpose(x, row_scale, token_scale, fp8)
+                assert_same_bits(row, expected_row, f"row, {tuple(x.shape)}, {fp8}")
+                assert_same_bits(column, expected_column, f"column, {tuple(x.shape)}, {fp8}")
 
             out = poisoned_payload(columns, padded(tokens))
             quantize.launch_transpose_tokens(expected_row, out)
@@ -282,23 +291,24 @@ def check_mvue() -> None:
     round_in_torch()
     torch.manual_seed(0)
     shapes = ((1, 16, torch.bfloat16), (15, 80, torch.float32), (257, 144, torch.bfloat16), (256, 128, torch.float16))
-    for approximate in (False, True):
+    for approximate, stochastic, fp8 in product((False, True), (False, True), FP8):
         for index, (tokens, columns, dtype) in enumerate(shapes):
             grad = hard_groups(tokens, columns, 0.5, "cpu").to(dtype)
             row_scale, token_scale = torch.rand(2, tokens).mul(10).unbind()
+            token_scale[tokens // 2 :] *= 2.0**-12  # to what is subnormal in FP8
             seed = torch.randint(-(2**63), 2**63 - 1, (1,))
-            row, values = (
-                torch.full(shape, 0x7F, dtype=torch.uint8).view(E4M3)
-                for shape in ((tokens, columns), values_shape(columns, tokens))
-            )
+            row = poisoned_payload(tokens, columns, dtype=fp8)
+            values = poisoned_payload(*values_shape(columns, tokens), dtype=fp8)
             metadata = poisoned(*metadata_shape(columns, tokens), dtype=torch.int32)
-            index <<= 28  # a sampled dgrad's are large
-            mvue.launch_cast_mvue(grad, row_scale, token_scale, seed, index, approximate, row, values, metadata)
-            expected = reference.cast_mvue(grad, row_scale, token_scale, seed, index, approximate)
+            # A sampled dgrad's are large.
+            arguments = (grad, row_scale, token_scale, seed, index << 28, approximate, stochastic)
+            mvue.launch_cast_mvue(*arguments, row, values, metadata)
+            expected = reference.cast_mvue(*arguments, fp8)
             for name, actual, wanted in zip(
                 ("row", "values", "metadata"), (row, values, metadata), expected, strict=True
             ):
-                assert_same_bits(actual, wanted, f"{name}, {tuple(grad.shape)}, approximate {approximate}")
+                what = f"approximate {approximate}, stochastic {stochastic}, {fp8}"
+                assert_same_bits(actual, wanted, f"{name}, {tuple(grad.shape)}, {what}")
     check_philox()
 
 

@@ -20,9 +20,9 @@ EAGER = {"sste.executor": "eager"}
 
 # An independent implementation of S-STE with MVUE and fp8, dense throughout: sorts instead of comparisons, loops over
 # groups' cumulative probabilities instead of vectorised thresholds, masks instead of compressed operands.
-def quantised(x, amax):
-    scale = 448 / amax
-    return (x * scale).clamp(-448, 448).to(torch.float8_e4m3fn).float(), 1 / scale
+def quantised(x, amax, largest=448, dtype=torch.float8_e4m3fn):
+    scale = largest / amax
+    return (x * scale).clamp(-largest, largest).to(dtype).float(), 1 / scale
 
 
 def projected(weight):
@@ -54,7 +54,7 @@ def sampled(grad, seed, index):
 
 class IndependentLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, beta, seed, index):
+    def forward(ctx, x, weight, bias, beta, seed, index, grad_format):
         tokens = x.reshape(-1, x.shape[-1])
         x8, x_inv = quantised(tokens, tokens.abs().amax(1, keepdim=True))
         soft = projected(weight) if beta is not None else weight
@@ -63,25 +63,26 @@ class IndependentLinear(torch.autograd.Function):
         w_inv = w_inv * (beta if beta is not None else 1.0)
         ctx.save_for_backward(w8 * w_inv, seed)
         ctx.x8, ctx.x_inv, ctx.index, ctx.sparse = x8, x_inv, index, beta is not None
+        ctx.format = {"e4m3": (448, torch.float8_e4m3fn), "e5m2": (57344, torch.float8_e5m2)}[grad_format]
         return ((x8 * x_inv) @ (w8 * w_inv).t() + bias).reshape(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad_output):
         w, seed = ctx.saved_tensors
         grad = grad_output.reshape(-1, grad_output.shape[-1])
-        g8, g_inv = quantised(grad, grad.abs().amax(1, keepdim=True))
+        g8, g_inv = quantised(grad, grad.abs().amax(1, keepdim=True), *ctx.format)
         folded = grad * ctx.x_inv
         bound = folded.abs().max()
         if ctx.sparse:
             folded = sampled(folded, seed, ctx.index)
             bound = 2 * bound
-        f8, f_inv = quantised(folded, bound)
+        f8, f_inv = quantised(folded, bound, *ctx.format)
         grad_weight = f_inv * (f8.t() @ ctx.x8)
         grad_input = ((g8 * g_inv) @ w).reshape(*grad_output.shape[:-1], -1)
-        return grad_input, grad_weight, grad.sum(0), None, None, None
+        return grad_input, grad_weight, grad.sum(0), None, None, None, None
 
 
-def independent_forward(model, ids, targets, seed):
+def independent_forward(model, ids, targets, seed, grad_format):
     """SmallGPT with FFN linears in S-STE and attention projections in fp8, the linears counted in execution order."""
     index = 0
 
@@ -91,7 +92,7 @@ def independent_forward(model, ids, targets, seed):
         if sparse:
             w = layer.weight.detach().double()
             beta = float((w * projected(w)).sum() / projected(w).square().sum())
-        result = IndependentLinear.apply(x, layer.weight, layer.bias, beta, seed, index)
+        result = IndependentLinear.apply(x, layer.weight, layer.bias, beta, seed, index, grad_format)
         index += 1
         return result
 
@@ -114,10 +115,12 @@ def relative_errors(actual, expected):
 
 
 @pytest.mark.parametrize("executor", ["eager", "inductor"])
-def test_gradients_equal_an_independent_implementation(small_gpt, batch, executor, monkeypatch):
+@pytest.mark.parametrize("grad_format", ["e4m3", "e5m2"])
+def test_gradients_equal_an_independent_implementation(small_gpt, batch, grad_format, executor, monkeypatch):
     model = small_gpt(depth=2 if executor == "eager" else 1)
     twin = copy.deepcopy(model)
-    compiled = torch.compile(model, backend="sste", options={"sste.executor": executor})
+    options = {"sste.executor": executor, "sste.grad_format": grad_format}
+    compiled = torch.compile(model, backend="sste", options=options)
     seeds = []
 
     def recorded(seed, *arguments):
@@ -128,7 +131,7 @@ def test_gradients_equal_an_independent_implementation(small_gpt, batch, executo
     loss = compiled(*batch)
     loss.backward()
     assert len({int(seed) for seed in seeds}) == 1
-    expected = independent_forward(twin, *batch, seeds[0])
+    expected = independent_forward(twin, *batch, seeds[0], grad_format)
     expected.backward()
     assert math.isclose(loss.item(), expected.item(), rel_tol=1e-5)
     # Sums in another order may round single elements to the neighbouring fp8 value, nothing more.

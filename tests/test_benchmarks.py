@@ -292,6 +292,8 @@ def test_accuracy_of_the_reference_is_that_of_a_sum_in_fp32(mean: float) -> None
         ("add_masked_decay_", 2 + 2 + 2),
         ("cast_mvue, exact", 2 + 1 + 0.5 + 0.125),
         ("cast_mvue, approximate", 2 + 1 + 0.5 + 0.125),
+        ("cast_mvue, exact, stochastic", 2 + 1 + 0.5 + 0.125),
+        ("cast_mvue, exact, e5m2", 2 + 1 + 0.5 + 0.125),
         ("cast_transpose", 2 + 1 + 1),
         ("transpose_tokens", 1 + 1),
     ],

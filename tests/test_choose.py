@@ -14,7 +14,8 @@ from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import _pieces, choose
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import Reason, find
-from sparse_compile.recipe import FP8, SSTE, SSTE_BF16, STE_BF16, T_SR_STE, VARIANTS, Gemm, Projection
+from sparse_compile.recipe import FP8, SSTE, SSTE_BF16, STE_BF16, T_SR_STE, Gemm, GradFormat, Projection, Rounding
+from variants import VARIANTS
 
 DENSE = {"hp fprop": 100.0, "hp dgrad": 100.0, "hp wgrad": 100.0}
 PIECES = {
@@ -25,6 +26,7 @@ PIECES = {
     "prune_transposable_": 2.0, "2:4 fp8 dgrad": 40.0, "prune_weight_bf16_": 2.0, "prune_weight_bf16_, hard": 2.0,
     "cast_weight_": 2.0, "copy": 0.0, "2:4 fp8 mvue dgrad": 40.0,
     "cast_mvue for dgrad, exact mvue": 10.0, "cast_mvue for dgrad, approximate mvue": 10.0,
+    "cast_mvue, exact mvue, stochastic": 10.0,
 }  # fmt: skip
 
 
@@ -103,6 +105,27 @@ def test_a_sampled_dgrad_pays_for_its_cast(kernels, trace, small_gpt, batch):
     dense = {p.site.name: p for p in choose(plans, clock(**{"cast_mvue for dgrad, exact mvue": 31.0}))[0]}
     recipe = dense["blocks.0.up"].recipe
     assert (recipe.dgrad, recipe.wgrad, recipe.estimator) == (Gemm.FP8, Gemm.SPARSE24, SSTE.estimator)
+
+
+def test_gradients_are_priced_in_their_format_and_rounding(kernels, plans):
+    """Measured on operands of that format; sampling with further random numbers has a time of its own."""
+    recipe = dataclasses.replace(SSTE, grad_format=GradFormat.E5M2, rounding=Rounding.STOCHASTIC)
+    planned = [dataclasses.replace(plan, recipe=recipe) for plan in plans() if plan.recipe is SSTE]
+    asked = set()
+
+    def read(questions):
+        assert {shape.grad_dtype for shape, _ in questions} == {recipe.grad_format.dtype}
+        asked.update(piece for pieces in questions.values() for piece in pieces)
+        times = clock(**{"cast_mvue, exact mvue, stochastic": 13.0})
+        return times(questions)
+
+    kept = choose(planned, read)[0]
+    assert {plan.recipe for plan in kept} == {recipe}
+    assert "cast_mvue, exact mvue, stochastic" in asked
+    assert "cast_mvue, exact mvue" not in asked
+    by_default = choose([plan for plan in plans() if plan.recipe is SSTE], clock())[0]
+    for plan, other in zip(kept, by_default, strict=True):
+        assert plan.price.rewritten == other.price.rewritten + 3.0
 
 
 def test_what_is_slower_stays_dense_and_says_the_times(kernels, plans):

@@ -14,7 +14,7 @@ import torch
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.kernels import costs, measured, ops
 from sparse_compile.kernels.costs import PIECES, LinearShape, piece_times
-from sparse_compile.kernels.formats import padded
+from sparse_compile.kernels.formats import E5M2, FP8, padded
 
 DEVICE = torch.device("cuda", 0)
 SHAPE = LinearShape(
@@ -60,10 +60,11 @@ def times_of(shape: LinearShape, device: torch.device, pieces: Iterable[str]) ->
 
 class TestPieces:
     @pytest.mark.parametrize("transposed", [False, True])
+    @pytest.mark.parametrize("grad_dtype", FP8, ids=str)
     @pytest.mark.parametrize("name", PIECES)
-    def test_runs_with_the_sizes_of_the_linear(self, name: str, transposed: bool) -> None:
+    def test_runs_with_the_sizes_of_the_linear(self, name: str, grad_dtype: torch.dtype, transposed: bool) -> None:
         make = costs._Operands(torch.device("cpu"))
-        call = PIECES[name](replace(SHAPE, transposed=transposed), make)
+        call = PIECES[name](replace(SHAPE, grad_dtype=grad_dtype, transposed=transposed), make)
         result: Any = call()
         shapes = [tuple(r.shape) for r in (result if isinstance(result, tuple) else (result,)) if r is not None]
         gradient = (64, 48) if transposed else (48, 64)
@@ -125,7 +126,7 @@ class TestDisk:
         "change",
         [
             {"in_features": 128}, {"out_features": 64}, {"dtype": torch.float16}, {"weight_dtype": torch.bfloat16},
-            {"transposed": True}, {"tokens": 200},
+            {"transposed": True}, {"tokens": 200}, {"grad_dtype": E5M2},
         ],
         ids=str,
     )  # fmt: skip

@@ -35,7 +35,7 @@ def test_the_head_in_dense_fp8_if_asked_for(trace, small_gpt, batch, targets):
     sites, _ = find(trace(small_gpt(depth=1), *batch))
     plans, rejections = decide(sites, SSTE, targets, ParameterOwners(), head=True)
     assert plans[-1].site.name == "head"
-    assert plans[-1].recipe is FP8
+    assert plans[-1].recipe == FP8
     assert rejections == []
 
 

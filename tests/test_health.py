@@ -131,7 +131,7 @@ def test_noise_where_dgrad_is_24():
     scale, seed, x_t = torch.ones(tokens), torch.zeros(1, dtype=torch.int64), torch.randn(in_features, 128)
     noise = GradNoise()
     noise.watch(True)
-    payload, *operand = ops.cast_mvue(grad, scale, scale, seed, 0, False)
+    payload, *operand = ops.cast_mvue(grad, scale, scale, seed, 0, False, False, torch.float8_e4m3fn)
     ops.sparse_mm(values_t, metadata_t, payload, weight_scale_inv, scale, torch.float32, True, True)
     ops.sparse_mm(*operand, x_t.to(torch.float8_e4m3fn), torch.ones(1), None, torch.float32, False, False)
     noise.watch(False)
@@ -179,7 +179,7 @@ def test_noise_is_the_error_of_the_weights_gradient(device, transposed):
     noise.watch(True)
     for seed in range(2):
         seed = torch.tensor([seed], device=device)
-        payload, *operand = ops.cast_mvue(grad, scale, token_scale, seed, 0, False)
+        payload, *operand = ops.cast_mvue(grad, scale, token_scale, seed, 0, False, False, torch.float8_e4m3fn)
         ops.scaled_mm(x, weight_t.t().contiguous(), unit, torch.float32)  # of another linear
         ops.scaled_mm(payload, weight_t, unit, torch.float32)
         x_t = ops.transpose_tokens(x)

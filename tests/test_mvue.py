@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels import mvue, reference
-from sparse_compile.kernels.formats import E4M3, MVUE_GAIN, metadata_shape, values_shape
+from sparse_compile.kernels.formats import E4M3, E5M2, FP8, MVUE_GAIN, metadata_shape, values_shape
 from sparse_compile.testing import assert_same_bits, hard_groups
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ESTIMATORS = pytest.mark.parametrize("approximate", [False, True], ids=["exact", "approximate"])
+FORMATS = pytest.mark.parametrize("fp8", FP8, ids=str)
 PAIRS = list(combinations(range(4), 2))
 # A grid of uniforms measures an interval with an error below one step; no event here is made of more than two.
 GRID = 2**20
@@ -192,6 +193,41 @@ def test_any_size_of_magnitudes(approximate, size) -> None:
     assert (kept.abs() <= MVUE_GAIN * (1 + 2**-20) * groups.abs().amax(-1, keepdim=True) + 2**-148).all()
 
 
+@FORMATS
+def test_stochastic_rounding_takes_one_of_two_neighbours(fp8) -> None:
+    numbers = torch.arange(0x7C if fp8 is E5M2 else 0x7F, dtype=torch.uint8).view(fp8).float()  # all that are finite
+    assert float(numbers[-1]) == torch.finfo(fp8).max
+    uniforms = (torch.arange(256) + 0.5) / 256
+    steps = torch.arange(1, 32) / 32
+    # Between each two: subnormal, normal, and around powers of two.
+    x = numbers[:-1, None, None] + (numbers[1:] - numbers[:-1])[:, None, None] * steps[:, None]
+    x, u = (tensor.contiguous() for tensor in torch.broadcast_tensors(x, uniforms))
+    for sign in (1.0, -1.0):
+        rounded = sign * reference.stochastic_round(sign * x, u, fp8)
+        assert torch.equal(rounded.to(fp8).float(), rounded), "a cast changes nothing"
+        assert ((rounded == numbers[:-1, None, None]) | (rounded == numbers[1:, None, None])).all()
+        # Each as often as x is near to it, out of 256.
+        up = (rounded == numbers[1:, None, None]).double().mean(-1)
+        assert torch.equal(up, steps.double().expand_as(up))
+    for exact in (numbers, -numbers):
+        for u in (2.0**-9, 1 - 2.0**-9):
+            result = reference.stochastic_round(exact, torch.full_like(exact, u), fp8)
+            assert torch.equal(result.view(torch.int32), exact.view(torch.int32)), "numbers of the format, and zeros"
+
+
+@FORMATS
+def test_stochastic_rounding_of_what_is_beyond(fp8) -> None:
+    limit = torch.finfo(fp8).max
+    x = torch.tensor([limit, limit * 1.01, 1e38, float("inf"), float("nan"), 1e-45])
+    for u in (2.0**-9, 1 - 2.0**-9):
+        for sign in (1.0, -1.0):
+            rounded = reference.stochastic_round(sign * x, torch.full_like(x, u), fp8)
+            payload = sign * reference.saturating_cast(rounded, fp8).float()
+            assert payload[:4].tolist() == [limit] * 4
+            assert payload[4].isnan()
+            assert payload[5] == 0
+
+
 def test_philox_known_answer() -> None:
     # philox4x32-10 of counter 0 and key 0, published with Random123; the other answers need a fourth counter word.
     words = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
@@ -202,11 +238,22 @@ def test_philox_known_answer() -> None:
     assert uniforms.tolist() == [(half + 0.5) / 2**16 for half in halves]
 
 
-def sampled(block: tuple[float, ...], seed: int, index: int, approximate: bool) -> Tensor:
+def test_a_byte_of_another_philox_call_rounds() -> None:
+    seed, zero = torch.tensor([12345]), torch.zeros(1, dtype=torch.int64)
+    words = [int(word) for word in reference.philox4x32(seed, zero + 5, zero + 1, 7, 1)]
+    assert words != [int(word) for word in reference.philox4x32(seed, zero + 5, zero + 1, 7)]
+    uniforms = reference.rounding_uniforms(seed, 7, 16, 6)
+    assert uniforms.shape == (16, 6, 2)
+    # Groups 8 to 15 of column 5: two bytes each, in the order of their addresses.
+    drawn = b"".join(word.to_bytes(4, "little") for word in words)
+    assert uniforms[8:, 5].flatten().tolist() == [(byte + 0.5) / 2**8 for byte in drawn]
+
+
+def sampled(block: tuple[float, ...], seed: int, index: int, *how: object) -> Tensor:
     """What ``cast_mvue`` makes of 64 columns and 1024 groups of the same four values: ``[64, 1024, 4]``."""
     grad = torch.tensor(block).repeat(1024)[:, None].expand(4096, 64).contiguous()
     ones = torch.ones(4096)
-    _, values, metadata = reference.cast_mvue(grad, ones, ones, torch.tensor([seed]), index, approximate)
+    _, values, metadata = reference.cast_mvue(grad, ones, ones, torch.tensor([seed]), index, *how)
     return reference.decompress24(values, metadata).float().reshape(64, 1024, 4)
 
 
@@ -222,6 +269,43 @@ def test_cast_mvue_is_unbiased(block, approximate) -> None:
     inclusion = inclusion_probabilities(tuple(abs(value) for value in block), approximate)
     sigma = (a.square() * (1 / inclusion - 1) / len(outputs)).clamp_min(0).sqrt()
     assert ((outputs.mean(0) - a).abs() <= 4 * sigma + 1e-12).all()
+
+
+@FORMATS
+@ESTIMATORS
+@pytest.mark.parametrize("size", [1.0, 2.0**-7, 2.0**-16], ids=["normal", "mostly subnormal e4m3", "subnormal e5m2"])
+def test_stochastic_rounding_leaves_no_bias(size, approximate, fp8) -> None:
+    """Nearest rounding does: what MVUE keeps of a group is nearly always the same, and rounded to the same side."""
+    block = tuple(size * value for value in (0.83, -1.1, 0.37, 1.87))
+    a = torch.tensor(block, dtype=torch.float64)
+    limits, standard_errors = torch.finfo(fp8), {}
+    for stochastic in (False, True):
+        outputs = sampled(block, 1, 0, approximate, stochastic, fp8).reshape(-1, 4).double()
+        # A byte decides: probabilities are off by 2^-9 at most, of the distance of two numbers.
+        allowed = 2.0**-9 * limits.eps * outputs.abs().amax().clamp_min(limits.smallest_normal)
+        bias = (outputs.mean(0) - a).abs() - allowed
+        standard_errors[stochastic] = (bias / (outputs.std(0) / len(outputs) ** 0.5).clamp_min(1e-30)).max()
+    assert standard_errors[True] < 4.5
+    assert standard_errors[False] > 9
+
+
+def test_the_format_and_the_rounding_change_no_choice() -> None:
+    torch.manual_seed(0)
+    grad, ones = torch.randn(261, 48), torch.ones(261)
+    draws = {
+        (stochastic, fp8): reference.cast_mvue(grad, ones, ones, torch.tensor([3]), 2, False, stochastic, fp8)
+        for stochastic in (False, True)
+        for fp8 in FP8
+    }
+    for (_, fp8), (row, values, metadata) in draws.items():
+        assert torch.equal(metadata, draws[False, E4M3][2])
+        assert_same_bits(row, draws[False, fp8][0])
+        assert row.dtype == values.dtype == fp8
+    for fp8 in FP8:
+        nearest, other = (draws[stochastic, fp8][1] for stochastic in (False, True))
+        # Half of a column's last word is padding, and of two neighbours the nearer is the likelier.
+        differ = (nearest.view(torch.uint8) != other.view(torch.uint8)).float()
+        assert 0.1 < differ[:, :128].mean() < 0.5
 
 
 @pytest.mark.parametrize(
@@ -273,10 +357,10 @@ def test_interpreted_kernel_matches_the_reference() -> None:
     subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
 
-def buffers(tokens: int, columns: int, device: str) -> list[Tensor]:
-    """``row, values, metadata``, poisoned: e4m3 NaN and illegal words."""
+def buffers(tokens: int, columns: int, device: str, fp8: torch.dtype = E4M3) -> list[Tensor]:
+    """``row, values, metadata``, poisoned: NaN and illegal words."""
     row, values = (
-        torch.full(shape, 0x7F, dtype=torch.uint8, device=device).view(E4M3)
+        torch.full(shape, 0x7F, dtype=torch.uint8, device=device).view(fp8)
         for shape in ((tokens, columns), values_shape(columns, tokens))
     )
     return [row, values, torch.full(metadata_shape(columns, tokens), -559038737, dtype=torch.int32, device=device)]
@@ -284,26 +368,38 @@ def buffers(tokens: int, columns: int, device: str) -> list[Tensor]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("tokens", "columns", "dtype"),
+    ("tokens", "columns", "dtype", "fp8", "stochastic"),
     [
-        *((tokens, 208, dtype) for tokens in (1, 15, 4097) for dtype in DTYPES),
-        *((8192, 768, dtype) for dtype in DTYPES),
-        # Each number of columns is compiled.
-        *((tokens, columns, torch.bfloat16) for tokens, columns in ((100, 16), (4097, 80), (4097, 3072))),
+        case + how
+        for cases, hows in (
+            (
+                [
+                    *((tokens, 208, dtype) for tokens in (1, 15, 4097) for dtype in DTYPES),
+                    *((8192, 768, dtype) for dtype in DTYPES),
+                    # Each number of columns is compiled.
+                    *((tokens, columns, torch.bfloat16) for tokens, columns in ((100, 16), (4097, 80), (4097, 3072))),
+                ],
+                [(E4M3, False), (E5M2, True)],
+            ),
+            ([(4097, 208, torch.bfloat16), (8192, 768, torch.bfloat16)], [(E4M3, True), (E5M2, False)]),
+        )
+        for case in cases
+        for how in hows
     ],
     ids=str,
 )
 @ESTIMATORS
-def test_kernel_matches_the_reference(tokens, columns, dtype, approximate) -> None:
+def test_kernel_matches_the_reference(tokens, columns, dtype, fp8, stochastic, approximate) -> None:
     torch.manual_seed(0)
     grad = hard_groups(tokens, columns, 0.25, "cuda").to(dtype)
     row_scale, token_scale = torch.randn(2, tokens, device="cuda").exp().unbind()
+    token_scale[tokens // 2 :] *= 2.0**-12  # to what is subnormal in FP8
     for seed, index in ((0, 0), (-(2**63) + 12345, 1), (2**40 + 7, 2**31 - 1)):
-        arguments = (grad, row_scale, token_scale, torch.tensor([seed], device="cuda"), index, approximate)
-        results, again = buffers(tokens, columns, "cuda"), buffers(tokens, columns, "cuda")
+        arguments = (grad, row_scale, token_scale, torch.tensor([seed], device="cuda"), index, approximate, stochastic)
+        results, again = buffers(tokens, columns, "cuda", fp8), buffers(tokens, columns, "cuda", fp8)
         mvue.launch_cast_mvue(*arguments, *results)
         mvue.launch_cast_mvue(*arguments, *again)
-        for actual, expected, repeated in zip(results, reference.cast_mvue(*arguments), again, strict=True):
+        for actual, expected, repeated in zip(results, reference.cast_mvue(*arguments, fp8), again, strict=True):
             assert_same_bits(actual, expected)
             assert torch.equal(actual.view(torch.uint8), repeated.view(torch.uint8))
 
@@ -316,7 +412,9 @@ def test_kernel_draws_anew_for_another_seed_or_index(approximate) -> None:
 
     def metadata(seed: int, index: int) -> Tensor:
         results = buffers(512, 128, "cuda")
-        mvue.launch_cast_mvue(grad, ones, ones, torch.tensor([seed], device="cuda"), index, approximate, *results)
+        mvue.launch_cast_mvue(
+            grad, ones, ones, torch.tensor([seed], device="cuda"), index, approximate, False, *results
+        )
         return results[2]
 
     assert (metadata(3, 0) != metadata(4, 0)).double().mean() > 0.99
@@ -332,7 +430,7 @@ def test_offsets_beyond_32_bits() -> None:
     grad[start:] = torch.randn(tokens - start, columns, device="cuda")
     scale, seed, index = torch.rand(tokens, device="cuda") * 100, torch.tensor([5], device="cuda"), 3
     row, values, metadata = results = buffers(tokens, columns, "cuda")
-    mvue.launch_cast_mvue(grad, scale, scale, seed, index, False, *results)
+    mvue.launch_cast_mvue(grad, scale, scale, seed, index, False, False, *results)
 
     # As in the reference, with the counters of the last two tiles.
     scaled = torch.zeros(256, columns, device="cuda")
@@ -358,7 +456,7 @@ def test_index_is_checked_in_every_call(monkeypatch) -> None:
     scale, seed = torch.ones(7), torch.zeros(1, dtype=torch.int64)
 
     def call(index: int) -> None:
-        mvue.launch_cast_mvue(torch.empty(7, 16), scale, scale, seed, index, False, *buffers(7, 16, "cpu"))
+        mvue.launch_cast_mvue(torch.empty(7, 16), scale, scale, seed, index, False, False, *buffers(7, 16, "cpu"))
 
     for index in (3, 2**31 - 1, 0):
         call(index)
@@ -373,7 +471,7 @@ def test_nothing_is_launched_for_an_empty_input(size) -> None:
     results = buffers(*size, "cpu")
     assert all(buffer.numel() == 0 for buffer in results)
     scale, seed = torch.ones(size[0]), torch.zeros(1, dtype=torch.int64)
-    mvue.launch_cast_mvue(torch.empty(size), scale, scale, seed, 0, False, *results)
+    mvue.launch_cast_mvue(torch.empty(size), scale, scale, seed, 0, False, False, *results)
 
 
 @pytest.mark.parametrize(
@@ -386,14 +484,15 @@ def test_nothing_is_launched_for_an_empty_input(size) -> None:
         (3, torch.zeros(1, dtype=torch.int32), "seed is torch.int32"),
         (4, 2**31, "index is 2147483648"),
         (4, -1, "index is -1"),
-        (6, torch.empty(5, 16), "row is torch.float32"),
-        (7, torch.empty(16, 8, dtype=E4M3), r"values is .* needed is torch.float8_e4m3fn \(16, 64\)"),
-        (8, torch.empty(1, 1, 32, 2, dtype=torch.int32), r"metadata is .* needed is torch.int32 \(1, 8, 32, 2\)"),
+        (7, torch.empty(5, 16), "row is torch.float32; allowed are torch.float8_e4m3fn and torch.float8_e5m2"),
+        (7, torch.empty(5, 16, dtype=E5M2), r"values is .* needed is torch.float8_e5m2 \(16, 64\)"),
+        (8, torch.empty(16, 8, dtype=E4M3), r"values is .* needed is torch.float8_e4m3fn \(16, 64\)"),
+        (9, torch.empty(1, 1, 32, 2, dtype=torch.int32), r"metadata is .* needed is torch.int32 \(1, 8, 32, 2\)"),
     ],
 )
 def test_launcher_refuses_wrong_arguments(position, wrong, message) -> None:
     scale, seed = torch.ones(5), torch.zeros(1, dtype=torch.int64)
-    arguments = [torch.empty(5, 16), scale, scale, seed, 0, False, *buffers(5, 16, "cpu")]
+    arguments = [torch.empty(5, 16), scale, scale, seed, 0, False, False, *buffers(5, 16, "cpu")]
     arguments[position] = wrong
     with pytest.raises(ValueError, match=message):
         mvue.launch_cast_mvue(*arguments)

@@ -8,7 +8,7 @@ import torch
 from torch.library import opcheck
 
 from sparse_compile.kernels import ops, reference
-from sparse_compile.kernels.formats import E4M3
+from sparse_compile.kernels.formats import E4M3, E5M2, FP8
 from sparse_compile.testing import DENSE_INSTRUCTION, assert_within_budget
 
 SEED = torch.tensor([1234567])
@@ -20,8 +20,8 @@ def pruned(n, k):
     return buffers
 
 
-def fp8(*shape):
-    return torch.randn(shape).to(E4M3)
+def fp8(*shape, dtype=E4M3):
+    return torch.randn(shape).to(dtype)
 
 
 def cases():
@@ -40,17 +40,22 @@ def cases():
         yield "prune_transposable_", (torch.randn(80, 48).t(), *buffers, masks.clone(), search)
     yield "add_masked_decay_", (torch.randn(48, 80), torch.randn(48, 80), torch.ones(1), masks)
     yield "add_masked_decay_", (torch.randn(80, 48).t(), torch.randn(48, 80), torch.ones(1))
-    yield "cast_mvue", (torch.randn(20, 48).bfloat16(), tokens, tokens, SEED, 3, True)
+    yield "cast_mvue", (torch.randn(20, 48).bfloat16(), tokens, tokens, SEED, 3, True, False, E4M3)
     for count in (20, 128):  # padded, and not
         yield "transpose_tokens", (fp8(count, 48),)
         scales = torch.rand(count) + 0.5
-        yield "cast_transpose", (torch.randn(count, 48), scales, scales)
-        yield "cast_mvue", (torch.randn(count, 48), scales, scales, SEED, 3, False)
+        for dtype in FP8:
+            yield "cast_transpose", (torch.randn(count, 48), scales, scales, dtype)
+            yield "cast_mvue", (torch.randn(count, 48), scales, scales, SEED, 3, False, dtype == E5M2, dtype)
     for transpose in (False, True):
         yield "sparse_mm", (values, metadata, fp8(20, 80), scale_inv, tokens, torch.bfloat16, transpose, True)
         yield "sparse_mm", (values, metadata, fp8(20, 80), scale_inv, None, torch.float32, transpose, False)
+    gradient = values.float().to(E5M2)
+    yield "sparse_mm", (gradient, metadata, fp8(20, 80), scale_inv, None, torch.float32, False, False)
+    yield "sparse_mm", (values, metadata, fp8(20, 80, dtype=E5M2), scale_inv, tokens, torch.bfloat16, True, True)
     yield "materialize", (torch.randn(20, 80).t(),)
-    yield "scaled_mm", (fp8(20, 80), fp8(48, 80), scale_inv, torch.bfloat16)
+    for a, b in ((E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2)):
+        yield "scaled_mm", (fp8(20, 80, dtype=a), fp8(48, 80, dtype=b), scale_inv, torch.bfloat16)
 
 
 CASES = list(cases())
@@ -60,7 +65,7 @@ CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dy
 
 
 def bits(tensor):
-    return tensor.clone().view(torch.uint8) if tensor.dtype is E4M3 else tensor.clone()
+    return tensor.clone().view(torch.uint8) if tensor.dtype in FP8 else tensor.clone()
 
 
 def tensors(arguments):
@@ -95,13 +100,13 @@ def test_few_tokens(tokens):
     x, scale = fp8(tokens, 80), torch.ones(tokens)
     assert ops.sparse_mm(values, metadata, x, scale_inv, scale, torch.float32, True, True).shape == (tokens, 48)
     assert ops.scaled_mm(fp8(tokens, 48), weight_t, scale_inv, torch.float32).shape == (tokens, 80)
-    row, *operand = ops.cast_mvue(torch.randn(tokens, 48), scale, scale, SEED, 0, False)
+    row, *operand = ops.cast_mvue(torch.randn(tokens, 48), scale, scale, SEED, 0, False, False, E4M3)
     assert row.shape == (tokens, 48)
     grad_weight = ops.sparse_mm(*operand, ops.transpose_tokens(x), scale_inv, None, torch.float32, False, False)
     assert grad_weight.shape == (48, 80)
     # As dgrad samples: tokens are the columns that are cast, and rows of the product.
     out_features = torch.ones(48)
-    _, *operand = ops.cast_mvue(torch.randn(48, tokens), out_features, out_features, SEED, 0, False)
+    _, *operand = ops.cast_mvue(torch.randn(48, tokens), out_features, out_features, SEED, 0, False, False, E4M3)
     assert ops.sparse_mm(*operand, weight_t, scale_inv, None, torch.float32, False, True).shape == (tokens, 80)
     if tokens == 0:
         assert torch.equal(grad_weight, torch.zeros(48, 80))
@@ -157,7 +162,7 @@ def test_repeated_calls_with_other_addresses(name, arguments):
     kept = []
     for repetition in range(3):
         moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
-        if moved[0].dtype is not E4M3:
+        if moved[0].dtype not in FP8:
             moved[0].mul_(1 + repetition)
         expected_arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in moved]
         results = op(*moved)
@@ -188,8 +193,9 @@ def test_weights_at_any_address(elements):
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 15, 4097])
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
-def test_scaled_mm_against_fp64(tokens, out_dtype):
-    a, b = fp8(tokens, 768).cuda(), fp8(3072, 768).cuda()
+@pytest.mark.parametrize(("a_dtype", "b_dtype"), [(E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2)], ids=str)
+def test_scaled_mm_against_fp64(a_dtype, b_dtype, tokens, out_dtype):
+    a, b = fp8(tokens, 768, dtype=a_dtype).cuda(), fp8(3072, 768, dtype=b_dtype).cuda()
     scale_inv = torch.full((1,), 0.37, device="cuda")
     out = ops.scaled_mm(a, b, scale_inv, out_dtype)
     assert_within_budget(out, a, b, scale_inv, DENSE_INSTRUCTION)

@@ -7,7 +7,18 @@ import torch
 from torch import nn
 
 from sparse_compile.options import Executor, read_options
-from sparse_compile.recipe import FP8, RECIPES, SSTE, VARIANTS, Estimator, Gemm, Projection, Recipe
+from sparse_compile.recipe import (
+    FP8,
+    RECIPES,
+    SSTE,
+    Estimator,
+    Gemm,
+    GradFormat,
+    Projection,
+    Recipe,
+    Rounding,
+    recipe_named,
+)
 
 
 def test_defaults():
@@ -42,7 +53,7 @@ def test_the_estimator_of_any_recipe(recipe, mvue, estimator, wgrad):
     assert (chosen.estimator, chosen.wgrad) == (estimator, wgrad)
     # Nothing else, and graphs can name all that it may become.
     assert replace(chosen, name=recipe.name, estimator=recipe.estimator, wgrad=recipe.wgrad) == recipe
-    assert all(VARIANTS[variant.name] == variant for variant in chosen.variants())
+    assert all(recipe_named(variant.full_name) == variant for variant in chosen.variants())
 
 
 @pytest.mark.parametrize("given", [1e-5, "1e-5"], ids=["python", "command line"])
@@ -120,6 +131,20 @@ def test_the_user_of_torch_compile_sees_the_error():
         ({"beta_factor": 2.0, "projection": Projection.TOP2}, "a factor of beta is for a projection that has one"),
         ({"refresh": 1}, "masks are refreshed if and only if they are transposable"),
         ({"fprop": Gemm.SPARSE24_BF16}, "all three products are in bf16, or none"),
+        (
+            {"wgrad": Gemm.FP8, "estimator": None, "rounding": Rounding.STOCHASTIC},
+            "rounding is of what an estimator keeps",
+        ),
+        (
+            {
+                "fprop": Gemm.SPARSE24_BF16,
+                "dgrad": Gemm.BF16,
+                "wgrad": Gemm.BF16,
+                "estimator": None,
+                "grad_format": GradFormat.E5M2,
+            },
+            "a format of gradients needs a product that reads them in FP8",
+        ),
     ],
 )
 def test_recipes_are_consistent(field, message):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels import quantize, reference
-from sparse_compile.kernels.formats import E4M3, E4M3_MAX, padded
+from sparse_compile.kernels.formats import E4M3, E4M3_MAX, E5M2, FP8, padded
 from sparse_compile.testing import assert_same_bits
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -24,6 +24,10 @@ def test_saturating_cast_saturates_and_keeps_nan() -> None:
     # 1.0625 and 1.1875 lie between two neighbours: to the even one.
     assert cast[:-1].tolist() == [E4M3_MAX, -E4M3_MAX, E4M3_MAX, -E4M3_MAX, 448.0, 1.0, 1.25, -0.0]
     assert cast[-2].signbit()
+    assert cast[-1].isnan()
+    x = torch.tensor([60000.0, -1e30, float("inf"), 57344.0, 1.125, 1.375, 1.5 * 2**-16, float("nan")])
+    cast = reference.saturating_cast(x, E5M2).float()
+    assert cast[:-1].tolist() == [57344.0, -57344.0, 57344.0, 57344.0, 1.0, 1.5, 2 * 2**-16]
     assert cast[-1].isnan()
 
 
@@ -42,28 +46,30 @@ def test_interpreted_kernels_match_the_reference() -> None:
     subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
 
-def poisoned(*shape: int, device: str = "cuda") -> Tensor:
-    """e4m3 NaN."""
-    return torch.full(shape, 0x7F, dtype=torch.uint8, device=device).view(E4M3)
+def poisoned(*shape: int, dtype: torch.dtype = E4M3, device: str = "cuda") -> Tensor:
+    """NaN in FP8."""
+    return torch.full(shape, 0x7F, dtype=torch.uint8, device=device).view(dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_cast_transpose_matches_the_reference(tokens, columns, dtype) -> None:
+@pytest.mark.parametrize("fp8", FP8, ids=str)
+def test_cast_transpose_matches_the_reference(fp8, tokens, columns, dtype) -> None:
     torch.manual_seed(0)
     x = torch.randn(tokens, columns, device="cuda").to(dtype)
     x[0, :4] = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0])
     # Some tokens saturate, some fall below the normal range.
     row_scale, token_scale = torch.randn(2, tokens, device="cuda").mul(5).exp().unbind()
-    row, column = poisoned(tokens, columns), poisoned(columns, padded(tokens))
+    (row, column), (again_row, again_column) = (
+        (poisoned(tokens, columns, dtype=fp8), poisoned(columns, padded(tokens), dtype=fp8)) for _ in range(2)
+    )
     quantize.launch_cast_transpose(x, row_scale, token_scale, row, column)
-    expected_row, expected_column = reference.cast_transpose(x, row_scale, token_scale)
+    expected_row, expected_column = reference.cast_transpose(x, row_scale, token_scale, fp8)
     assert_same_bits(row, expected_row)
     assert_same_bits(column, expected_column)
 
-    again_row, again_column = poisoned(tokens, columns), poisoned(columns, padded(tokens))
     quantize.launch_cast_transpose(x, row_scale, token_scale, again_row, again_column)
     assert torch.equal(row.view(torch.uint8), again_row.view(torch.uint8))
     assert torch.equal(column.view(torch.uint8), again_column.view(torch.uint8))
@@ -122,6 +128,7 @@ def test_nothing_is_launched_for_an_empty_input(size) -> None:
         (1, torch.empty(1), r"row_scale is .* needed is torch.float32 \(5,\)"),
         (2, torch.empty(5, dtype=torch.float64), "token_scale is torch.float64"),
         (3, torch.empty(5, 16), "row is torch.float32"),
+        (3, torch.empty(5, 16, dtype=E5M2), r"column is .* needed is torch.float8_e5m2 \(16, 128\)"),
         (4, torch.empty(16, 5, dtype=E4M3), r"column is .* needed is torch.float8_e4m3fn \(16, 128\)"),
     ],
 )

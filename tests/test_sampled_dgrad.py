@@ -27,7 +27,7 @@ def input_gradient(grad_output, weight, recipe, seed=0, index=0, dtype=torch.flo
     x = torch.ones(len(grad_output), weight.shape[1], dtype=dtype, device=weight.device, requires_grad=True)
     parameter = weight.clone().requires_grad_()
     seed = torch.tensor([seed], device=weight.device)
-    linear(x, parameter, None, seed, index, recipe.name, False, dtype, *operands).backward(grad_output)
+    linear(x, parameter, None, seed, index, recipe.full_name, False, dtype, *operands).backward(grad_output)
     return x.grad
 
 
@@ -50,7 +50,7 @@ def test_equals_its_definition(tokens, out_features):
     assert error.max() < 0.05
 
 
-@pytest.mark.parametrize("recipe", SAMPLED, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", SAMPLED, ids=lambda recipe: recipe.full_name)
 def test_is_unbiased(recipe):
     """The mean over many seeds approaches the product of the gradient itself as 1 / sqrt(samples)."""
     samples = 400
@@ -90,9 +90,9 @@ def test_draws_are_its_own(monkeypatch):
     """Of any linear's wgrad and dgrad no two share their random numbers, and those of wgrad stay what they were."""
     indices = []
 
-    def recorded(grad, row_scale, token_scale, seed, index, approximate):
+    def recorded(grad, row_scale, token_scale, seed, index, *how):
         indices.append(index)
-        return reference.cast_mvue(grad, row_scale, token_scale, seed, index, approximate)
+        return reference.cast_mvue(grad, row_scale, token_scale, seed, index, *how)
 
     monkeypatch.setattr(ops, "cast_mvue", recorded)
     model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
@@ -109,7 +109,7 @@ def test_draws_are_its_own(monkeypatch):
     for recipe in (SSTE, SAMPLED[0]):
         weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
         x, operands = torch.ones(8, 64, requires_grad=True), pruned(weight.detach(), recipe)[0]
-        y = linear(x, weight, None, torch.tensor([3]), 1, recipe.name, False, torch.float32, *operands)
+        y = linear(x, weight, None, torch.tensor([3]), 1, recipe.full_name, False, torch.float32, *operands)
         (y * torch.arange(64.0)).sum().backward()
         gradients.append(weight.grad)
     assert torch.equal(*gradients)
@@ -120,7 +120,7 @@ def test_nothing_is_sampled_for_an_input_without_gradient(monkeypatch):
     cast_mvue = ops.cast_mvue
     monkeypatch.setattr(ops, "cast_mvue", lambda *arguments: calls.append(arguments[4]) or cast_mvue(*arguments))
     parameter, operands = weight.clone().requires_grad_(), pruned(weight, SSTE)[0]
-    arguments = (torch.tensor([0]), 2, SAMPLED[0].name, False, torch.float32, *operands)
+    arguments = (torch.tensor([0]), 2, SAMPLED[0].full_name, False, torch.float32, *operands)
     linear(torch.randn(8, 64), parameter, None, *arguments).sum().backward()
     assert calls == [2]
 
@@ -144,7 +144,7 @@ class TestOption:
             (Gemm.FP8, Gemm.FP8, None),
             (Gemm.FP8, Gemm.HP, None),
         ]
-        assert len({v.name for v in variants}) == 4
+        assert len({v.full_name for v in variants}) == 4
 
     def test_no_recipe_has_it_by_itself(self):
         assert all(recipe.dgrad is not Gemm.MVUE24 for recipe in RECIPES.values())
@@ -194,7 +194,7 @@ def test_runs_through_the_backend(small_gpt, batch, checkpoint, dynamic):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("recipe", SAMPLED, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", SAMPLED, ids=lambda recipe: recipe.full_name)
 @pytest.mark.parametrize("size", [(1, 64, 64), (100, 144, 80), (1000, 512, 768)], ids=str)
 def test_kernels_equal_their_definition(size, recipe, dtype):
     """The same samples; sums by tensor cores keep about 14 bits."""

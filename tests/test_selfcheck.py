@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.kernels import selfcheck, sparse_gemm
 from sparse_compile.kernels.configs import BLOCK_R, CARRY_STAGES, STAGE_BYTES, Config, configs
-from sparse_compile.kernels.formats import E4M3
+from sparse_compile.kernels.formats import E4M3, E5M2
 from sparse_compile.kernels.problem import Problem
 from sparse_compile.kernels.reference import decompress24, sparse_mm
 from sparse_compile.kernels.selfcheck import check_variant
@@ -22,12 +22,18 @@ from sparse_compile.testing import SPARSE_INSTRUCTION, tensor_core_product
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CONFIG = Config(block_d=128, cluster=2)
 PROBLEM = Problem(
-    rows=4096, columns=1001, contraction=2**20, dtype=E4M3, out_dtype=torch.bfloat16, scaled=True, transpose=True,
-    use_fast_accum=False,
+    rows=4096, columns=1001, contraction=2**20, dtype=E4M3, dense_dtype=E4M3, out_dtype=torch.bfloat16, scaled=True,
+    transpose=True, use_fast_accum=False,
 )  # fmt: skip
 VARIANTS = [
-    (config, replace(PROBLEM, dtype=dtype, use_fast_accum=fast))
-    for dtype, fast in ((E4M3, False), (E4M3, True), (torch.bfloat16, False))
+    (config, replace(PROBLEM, dtype=dtype, dense_dtype=dense_dtype, use_fast_accum=fast))
+    for dtype, dense_dtype, fast in (
+        (E4M3, E4M3, False),
+        (E4M3, E4M3, True),
+        (E5M2, E4M3, False),
+        (E4M3, E5M2, True),
+        (torch.bfloat16, torch.bfloat16, False),
+    )
     for config in configs()
 ]
 
@@ -103,14 +109,15 @@ def test_a_right_product_passes_once_per_variant(use) -> None:
     assert kernel.launches == 4
     others = (
         {"out_dtype": torch.float16}, {"scaled": False}, {"transpose": False}, {"columns": 1004}, {"rows": 2},
-        {"dtype": torch.bfloat16}, {"use_fast_accum": True},
+        {"dtype": torch.bfloat16, "dense_dtype": torch.bfloat16}, {"use_fast_accum": True}, {"dtype": E5M2},
+        {"dense_dtype": E5M2},
     )  # fmt: skip
     for number, other in enumerate(others, 2):
         check_variant(CONFIG, replace(PROBLEM, **other), CPU)
         assert kernel.launches == 4 * number
-    assert [plan["accurate"] for plan in kernel.plans[::2]] == [True] * 6 + [False] * 2
+    assert [plan["accurate"] for plan in kernel.plans[::2]] == [True] * 6 + [False] * 2 + [True] * 2
     check_variant(Config(block_d=128, cluster=1), PROBLEM, CPU)
-    assert kernel.launches == 4 * 9
+    assert kernel.launches == 4 * 11
 
 
 def test_a_wrong_variant_is_never_taken_for_checked(use) -> None:

@@ -14,18 +14,20 @@ from triton.backends.compiler import GPUTarget
 from triton.tools.disasm import get_sass
 
 from sparse_compile.kernels import configs, reference, shared_memory, sparse_gemm
-from sparse_compile.kernels.formats import E4M3, PAD_WORD, metadata_shape, padded, values_shape
+from sparse_compile.kernels.formats import E4M3, E5M2, PAD_WORD, metadata_shape, padded, values_shape
 from sparse_compile.testing import SPARSE_INSTRUCTION, assert_within_budget
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def random_operand(rows: int, columns: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+def random_operand(
+    rows: int, columns: int, device: str = "cpu", dtype: torch.dtype = E4M3
+) -> tuple[Tensor, Tensor, Tensor]:
     """``values``, ``metadata`` and ``scale_inv`` of a random weight ``[rows, columns]``."""
     values, metadata, _, scale_inv = reference.prune_weight(
         torch.randn(rows, columns, device=device), torch.tensor([1.5], device=device)
     )
-    return values, metadata, scale_inv
+    return values.float().to(dtype), metadata, scale_inv
 
 
 def random_positions(rows: int, columns: int, device: str = "cpu") -> Tensor:
@@ -33,11 +35,11 @@ def random_positions(rows: int, columns: int, device: str = "cpu") -> Tensor:
     return torch.rand(rows, columns // 4, 4, device=device).argsort(-1)[..., :2].sort(-1).values
 
 
-def random_dense(rows: int, columns: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """e4m3 ``[rows, columns]`` and its ``scale_inv [rows]``."""
+def random_dense(rows: int, columns: int, device: str = "cpu", dtype: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
+    """FP8 ``[rows, columns]`` and its ``scale_inv [rows]``."""
     x = torch.randn(rows, columns, device=device) * torch.rand(rows, 1, device=device)
     scale_inv = x.abs().amax(1) / 448
-    return reference.saturating_cast(x / scale_inv[:, None]), scale_inv
+    return reference.saturating_cast(x / scale_inv[:, None], dtype), scale_inv
 
 
 def poisoned(shape: tuple[int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
@@ -154,10 +156,10 @@ def compile_plan(monkeypatch) -> Iterator[Callable[..., Any]]:
     def compile_only(kernel, grid, varying, sizes, *, cluster, **constants):
         return kernel.warmup(*varying, *sizes, grid=grid, **constants)
 
-    def plan(config, accurate, dtype, rows, columns, out_dtype, *, scaled, transpose):
+    def plan(config, accurate, dtype, dense_dtype, rows, columns, out_dtype, *, scaled, transpose):
         values, metadata = reference.compress24(torch.randn(rows, 256).to(dtype), random_positions(rows, 256))
         out = torch.empty((columns, rows) if transpose else (rows, columns), dtype=out_dtype)
-        dense = torch.randn(columns, 256).to(dtype)
+        dense = torch.randn(columns, 256).to(dense_dtype)
         scale = torch.ones(columns) if scaled else None
         return sparse_gemm.plan(config, accurate, values, metadata, dense, torch.ones(1), scale, out, transpose)
 
@@ -169,30 +171,38 @@ def compile_plan(monkeypatch) -> Iterator[Callable[..., Any]]:
     triton.runtime.driver._active = active
 
 
-INSTRUCTION = {E4M3: "QGMMA.SP.64x{}x64.F32.E4M3.E4M3", torch.bfloat16: "HGMMA.SP.64x{}x32.F32.BF16"}
+# By the dtypes of A and B: without gradients, with a gradient as A, with one as B.
+INSTRUCTION = {
+    (E4M3, E4M3): "QGMMA.SP.64x{}x64.F32.E4M3.E4M3",
+    (E5M2, E4M3): "QGMMA.SP.64x{}x64.F32.E5M2.E4M3",
+    (E4M3, E5M2): "QGMMA.SP.64x{}x64.F32.E4M3.E5M2",
+    (torch.bfloat16, torch.bfloat16): "HGMMA.SP.64x{}x32.F32.BF16",
+}
 
 
 @pytest.mark.parametrize(
-    ("dtype", "out_dtype", "rows", "columns", "scaled", "transpose", "store"),
+    ("dtypes", "out_dtype", "rows", "columns", "scaled", "transpose", "store"),
     [
-        (E4M3, torch.bfloat16, 64, 48, True, True, "UTMASTG"),
-        (E4M3, torch.float16, 64, 48, False, False, "UTMASTG"),
-        (E4M3, torch.float32, 64, 48, False, False, "STG"),
-        (E4M3, torch.bfloat16, 65, 49, True, True, "STG"),
-        (torch.bfloat16, torch.bfloat16, 64, 48, False, True, "UTMASTG"),
+        ((E4M3, E4M3), torch.bfloat16, 64, 48, True, True, "UTMASTG"),
+        ((E4M3, E4M3), torch.float16, 64, 48, False, False, "UTMASTG"),
+        ((E4M3, E4M3), torch.float32, 64, 48, False, False, "STG"),
+        ((E4M3, E4M3), torch.bfloat16, 65, 49, True, True, "STG"),
+        ((E5M2, E4M3), torch.float16, 64, 48, False, False, "UTMASTG"),
+        ((E4M3, E5M2), torch.bfloat16, 64, 48, True, True, "UTMASTG"),
+        ((torch.bfloat16, torch.bfloat16), torch.bfloat16, 64, 48, False, True, "UTMASTG"),
     ],
-    ids=["fprop", "wgrad", "wgrad fp32", "odd rows", "bf16"],
+    ids=["fprop", "wgrad", "wgrad fp32", "odd rows", "wgrad e5m2", "dgrad e5m2", "bf16"],
 )
 @pytest.mark.parametrize(("config", "accurate"), CONFIGS, ids=config_id)
 def test_compiles_for_hopper(
-    compile_plan, config, accurate, dtype, out_dtype, rows, columns, scaled, transpose, store
+    compile_plan, config, accurate, dtypes, out_dtype, rows, columns, scaled, transpose, store
 ) -> None:
-    if accurate and (dtype != E4M3 or transpose):
+    if accurate and (torch.bfloat16 in dtypes or transpose):
         return  # bf16 needs none, and fprop asks for none
-    compiled = compile_plan(config, accurate, dtype, rows, columns, out_dtype, scaled=scaled, transpose=transpose)
+    compiled = compile_plan(config, accurate, *dtypes, rows, columns, out_dtype, scaled=scaled, transpose=transpose)
     sass = get_sass(compiled.asm["cubin"])
     # Two warpgroups, two sets of metadata registers, two instructions a stage.
-    assert re.findall(r"[QH]GMMA[.\w]*", sass) == [INSTRUCTION[dtype].format(config.block_d)] * 8
+    assert re.findall(r"[QH]GMMA[.\w]*", sass) == [INSTRUCTION[dtypes].format(config.block_d)] * 8
     assert set(re.findall(r"\b(?:UTMA)?STG\b", sass)) == {store}
     assert ("MULTICAST" in sass) == (config.cluster > 1)
     # Where the compiler finds no registers to keep two stages in flight it waits after each instruction.
@@ -297,12 +307,16 @@ def test_empty_problems_launch_nothing(rows, columns, contraction) -> None:
     ("change", "message"),
     [
         ({"values": torch.empty(5, 60, dtype=E4M3)}, "values has 60 columns; needed is a multiple of 64"),
-        ({"values": torch.empty(5, 64)}, "values is torch.float32; allowed are torch.float8_e4m3fn and torch.bfloat16"),
+        (
+            {"values": torch.empty(5, 64)},
+            "values is torch.float32; allowed are torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16",
+        ),
         ({"values": torch.empty(5, dtype=E4M3)}, "must have two dimensions"),
         ({"metadata": torch.empty(1, 1, 32, 2, dtype=torch.int32)}, r"needed is torch.int32 \(1, 8, 32, 2\)"),
         ({"dense": torch.empty(3, 40, dtype=E4M3)}, "dense has 40 columns; allowed are multiples of 16 up to 128"),
         ({"dense": torch.empty(3, 144, dtype=E4M3)}, "dense has 144 columns"),
         ({"dense": torch.empty(3, 48, dtype=torch.bfloat16)}, "dense is torch.bfloat16"),
+        ({"values": torch.empty(5, 64, dtype=torch.bfloat16)}, "dense is torch.float8_e4m3fn"),
         ({"dense": torch.empty(48, 3).to(E4M3).t()}, r"dense is torch.float8_e4m3fn \(3, 48\) with strides \(1, 3\)"),
         ({"dense": torch.empty(3 * 48 + 1, dtype=E4M3)[1:].view(3, 48)}, "dense starts at address .* multiple of 16"),
         ({"scale_inv": torch.ones(())}, "scale_inv is"),
@@ -347,9 +361,28 @@ SHAPES = [(128, 256, 128), (16, 16, 16), (48, 15, 80), (3072, 4097, 768), (768, 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_budget(shape, dtype, transpose, scaled, fast) -> None:
+    check_budget(shape, (E4M3, E4M3), dtype, transpose, scaled, fast)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtypes", [(E5M2, E4M3), (E4M3, E5M2)], ids=str)
+@pytest.mark.parametrize("form", [(False, False, False), (True, True, True)], ids=["wgrad", "dgrad"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_budget_with_gradients_in_e5m2(shape, form, dtypes) -> None:
+    check_budget(shape, dtypes, torch.bfloat16, *form)
+
+
+def check_budget(
+    shape: tuple[int, int, int],
+    operands: tuple[torch.dtype, torch.dtype],
+    dtype: torch.dtype,
+    transpose: bool,
+    scaled: bool,
+    fast: bool,
+) -> None:
     rows, columns, contraction = shape
-    values, metadata, scale_inv = random_operand(rows, contraction, "cuda")
-    dense, dense_scale_inv = random_dense(columns, contraction, "cuda")
+    values, metadata, scale_inv = random_operand(rows, contraction, "cuda", operands[0])
+    dense, dense_scale_inv = random_dense(columns, contraction, "cuda", operands[1])
     if not scaled:
         dense_scale_inv = None
         # Keeps fp16 in range.
@@ -426,11 +459,12 @@ def test_bf16_operands(shape) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [E4M3, E5M2], ids=str)
 @pytest.mark.parametrize("tokens", [4, 100, 1000])
-def test_weight_gradient(tokens) -> None:
+def test_weight_gradient(tokens, fp8) -> None:
     grad = torch.randn(tokens, 48, device="cuda")
     scale, seed = torch.full((tokens,), 40.0, device="cuda"), torch.tensor([3], device="cuda")
-    _, values, metadata = reference.cast_mvue(grad, scale, scale, seed, 0, False)
+    _, values, metadata = reference.cast_mvue(grad, scale, scale, seed, 0, False, dtype=fp8)
     dense = reference.transpose_tokens(random_dense(tokens, 80, "cuda")[0])
     scale_inv = torch.tensor([1e-3], device="cuda")
     out = poisoned((48, 80), torch.float32, "cuda")[1]

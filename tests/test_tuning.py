@@ -17,14 +17,14 @@ from sparse_compile import backend
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.kernels import measured, ops, sparse_gemm, tuning
 from sparse_compile.kernels.configs import Config, configs
-from sparse_compile.kernels.formats import E4M3, padded
+from sparse_compile.kernels.formats import E4M3, E5M2, padded
 from sparse_compile.kernels.problem import Problem
 from sparse_compile.kernels.tuning import lookup, tune
 
 DEVICE = torch.device("cuda", 0)
 PROBLEM = Problem(
-    rows=4096, columns=1000, contraction=512, dtype=E4M3, out_dtype=torch.bfloat16, scaled=True, transpose=True,
-    use_fast_accum=True,
+    rows=4096, columns=1000, contraction=512, dtype=E4M3, dense_dtype=E4M3, out_dtype=torch.bfloat16, scaled=True,
+    transpose=True, use_fast_accum=True,
 )  # fmt: skip
 FAST, SLOW = Config(block_d=192, cluster=2), Config(block_d=128, cluster=1)
 
@@ -89,14 +89,15 @@ class TestBuckets:
     def test_each_size_and_kind_counts(self, folder, gpus) -> None:
         path = tuning._path(PROBLEM, DEVICE)
         assert path == tuning._path(replace(PROBLEM, columns=1024), DEVICE)
-        bf16 = replace(PROBLEM, dtype=torch.bfloat16)
+        bf16 = replace(PROBLEM, dtype=torch.bfloat16, dense_dtype=torch.bfloat16)
         assert tuning._path(bf16, DEVICE) == tuning._path(replace(bf16, use_fast_accum=False), DEVICE)
         others = [
             replace(PROBLEM, rows=4097), replace(PROBLEM, columns=1025), replace(PROBLEM, contraction=513), bf16,
             replace(PROBLEM, out_dtype=torch.float32), replace(PROBLEM, scaled=False),
-            replace(PROBLEM, transpose=False), replace(PROBLEM, use_fast_accum=False),
+            replace(PROBLEM, transpose=False), replace(PROBLEM, use_fast_accum=False), replace(PROBLEM, dtype=E5M2),
+            replace(PROBLEM, dense_dtype=E5M2),
         ]  # fmt: skip
-        assert len({path, *(tuning._path(problem, DEVICE) for problem in others)}) == 9
+        assert len({path, *(tuning._path(problem, DEVICE) for problem in others)}) == 11
 
 
 class TestTune:
@@ -171,24 +172,27 @@ class FakeCuda:
         self.captured.append(microseconds)
 
 
-@pytest.mark.parametrize("dtype", [E4M3, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "dense_dtype"), [(E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2), (torch.bfloat16, torch.bfloat16)], ids=str
+)
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
 @pytest.mark.parametrize("transpose", [False, True], ids=["", "transpose"])
-def test_times_are_of_one_launch_of_each_configuration(monkeypatch, dtype, scaled, transpose) -> None:
+def test_times_are_of_one_launch_of_each_configuration(monkeypatch, dtype, dense_dtype, scaled, transpose) -> None:
     cuda, cpu = FakeCuda(monkeypatch), torch.device("cpu")
     problem = replace(
-        PROBLEM, rows=144, columns=100, contraction=400, dtype=dtype, scaled=scaled, transpose=transpose,
-        use_fast_accum=False,
+        PROBLEM, rows=144, columns=100, contraction=400, dtype=dtype, dense_dtype=dense_dtype, scaled=scaled,
+        transpose=transpose, use_fast_accum=False,
     )  # fmt: skip
     turns: list[Config] = []
 
     def plan(config: Config, accurate: bool, *arguments: Any) -> Callable[..., None]:
-        assert accurate == (dtype == E4M3)
+        assert accurate == (dtype != torch.bfloat16)
         *tensors, transposed = arguments
         assert transposed == transpose
         values, metadata, dense, scale_inv, dense_scale_inv, out = tensors
         sparse_gemm._check(values, metadata, dense, scale_inv, dense_scale_inv, out, transpose)
         assert (values.shape[0], *dense.shape) == (144, 100, 400)
+        assert (values.dtype, dense.dtype) == (dtype, dense_dtype)
         assert (dense_scale_inv is not None) == scaled
         for operand in (values.float(), dense.float()):
             assert (operand != 0).float().mean() > 0.95
@@ -324,7 +328,8 @@ class TestGraph:
                     rows=values.shape[0],
                     columns=dense.shape[0],
                     contraction=dense.shape[1],
-                    dtype=dense.dtype,
+                    dtype=values.dtype,
+                    dense_dtype=dense.dtype,
                     out_dtype=dtype,
                     scaled=b is not None,
                     transpose=transpose,
@@ -339,11 +344,13 @@ class TestGraph:
     @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
     @pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpoint"])
     @pytest.mark.parametrize("stored", ["linear", "conv1d"])
+    @pytest.mark.parametrize("grad_format", ["e4m3", "e5m2"])
     def test_the_products_of_the_graph(
-        self, asked, multiplied, small_gpt, conv1d, batch, stored, checkpoint, autocast
+        self, asked, multiplied, small_gpt, conv1d, batch, grad_format, stored, checkpoint, autocast
     ) -> None:
         model = small_gpt(nn.Linear if stored == "linear" else conv1d, checkpoint=checkpoint)
-        compiled = torch.compile(model, backend="sste", options={"sste.executor": "eager", "sste.tune": True})
+        options = {"sste.executor": "eager", "sste.tune": True, "sste.grad_format": grad_format}
+        compiled = torch.compile(model, backend="sste", options=options)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = compiled(*batch)
         loss.backward()
@@ -352,10 +359,25 @@ class TestGraph:
         assert set(asked) == multiplied
         assert {problem.contraction for problem in asked} == {64, 256, padded(64)}
 
+    @pytest.mark.parametrize("grad_format", ["e4m3", "e5m2"])
+    def test_a_dgrad_that_is_24_by_its_weight(self, asked, multiplied, small_gpt, batch, grad_format) -> None:
+        options = {
+            "sste.executor": "eager", "sste.tune": True, "sste.recipe": "t-sr-ste", "sste.grad_format": grad_format
+        }  # fmt: skip
+        torch.compile(small_gpt(depth=1), backend="sste", options=options)(*batch).backward()
+        assert set(asked) == multiplied
+        # Where all operands are e4m3, dgrad of one linear is fprop of the other.
+        assert len(asked) == (6 if grad_format == "e5m2" else 4)
+        gradients = [problem for problem in asked if E5M2 in (problem.dtype, problem.dense_dtype)]
+        assert len(gradients) == (4 if grad_format == "e5m2" else 0)
+
     @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-    def test_a_sampled_dgrad(self, asked, multiplied, small_gpt, batch, autocast) -> None:
+    @pytest.mark.parametrize("grad_format", ["e4m3", "e5m2"])
+    def test_a_sampled_dgrad(self, asked, multiplied, small_gpt, batch, grad_format, autocast) -> None:
         """Tokens are its rows, padded, and the scales leave after it."""
-        options = {"sste.executor": "eager", "sste.tune": True, "sste.dgrad": "mvue"}
+        options = {
+            "sste.executor": "eager", "sste.tune": True, "sste.dgrad": "mvue", "sste.grad_format": grad_format
+        }  # fmt: skip
         compiled = torch.compile(small_gpt(), backend="sste", options=options)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = compiled(*batch)

@@ -1,0 +1,166 @@
+"""Gradients in e5m2 and stochastic rounding, from the options to the kernels; what they compute has its own tests."""
+
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+import sparse_compile
+from sparse_compile.kernels import ops
+from sparse_compile.kernels.formats import E4M3
+from sparse_compile.linear import linear
+from sparse_compile.options import read_options
+from sparse_compile.recipe import FP8, RECIPES, SSTE, T_SR_STE, GradFormat, Rounding, recipe_named
+from test_linear import operands_of
+from variants import VARIANTS
+
+BOTH = {"sste.grad_format": "e5m2", "sste.rounding": "stochastic"}
+# In which the operands of backward differ.
+FORMS = (SSTE, SSTE.with_sampled_dgrad(), T_SR_STE, FP8)
+SCHEDULE = {"sste.total_steps": 6, "sste.tail": 1}  # one recipe asks for it
+
+
+class TestNames:
+    def test_are_those_of_the_recipes_where_nothing_else_was_chosen(self):
+        assert all(recipe.full_name == name for name, recipe in RECIPES.items())
+
+    def test_tell_all_that_a_graph_computes(self):
+        names = {variant: name for name, variant in VARIANTS.items()}
+        assert len(names) == len(VARIANTS)
+        for name, variant in VARIANTS.items():
+            assert recipe_named(name) == variant
+        # Not these: they are the state's.
+        decayed = replace(T_SR_STE, decay=1e-5, refresh=3)
+        assert decayed.full_name == "t-sr-ste"
+
+    def test_are_known_in_a_fresh_process(self):
+        """A graph that another process has compiled and kept."""
+        recipe = replace(SSTE.with_sampled_dgrad(), grad_format=GradFormat.E5M2, rounding=Rounding.STOCHASTIC)
+        variants = (recipe, *recipe.variants())
+        code = "import sys; from sparse_compile.recipe import recipe_named; print(*map(recipe_named, sys.argv[1:]))"
+        command = [sys.executable, "-c", code, *(variant.full_name for variant in variants)]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert printed == f"{' '.join(map(str, variants))}\n"
+
+
+class TestOptions:
+    @pytest.mark.parametrize("recipe", [r for r in RECIPES.values() if not r.is_bf16], ids=lambda recipe: recipe.name)
+    def test_change_one_field_each(self, recipe):
+        given = {"sste.recipe": recipe.name} | (SCHEDULE if recipe.projection.prunes else {})
+        chosen = read_options(None, given | {"sste.grad_format": "e5m2"}).recipe
+        assert chosen == replace(recipe, grad_format=GradFormat.E5M2)
+        assert read_options(None, given | {"sste.grad_format": "e4m3"}).recipe == recipe
+        if recipe.estimator is not None:
+            chosen = read_options(None, given | {"sste.rounding": "stochastic"}).recipe
+            assert chosen == replace(recipe, rounding=Rounding.STOCHASTIC)
+            assert read_options(None, given | {"sste.rounding": "nearest"}).recipe == recipe
+
+    def test_go_with_the_other_options(self):
+        recipe = read_options(None, BOTH | {"sste.mvue": "approximate", "sste.dgrad": "mvue"}).recipe
+        assert (recipe.grad_format, recipe.rounding) == (GradFormat.E5M2, Rounding.STOCHASTIC)
+        assert recipe.estimator is read_options(None, {"sste.mvue": "approximate"}).recipe.estimator
+        # What it may become keeps the format wherever it casts gradients, and rounds where it samples.
+        for variant in recipe.variants():
+            assert variant.grad_format is GradFormat.E5M2
+            assert (variant.rounding is Rounding.STOCHASTIC) == (variant.estimator is not None)
+        dense = read_options(None, {"sste.recipe": "fp8", "sste.grad_format": "e5m2"}).recipe
+        formats = {variant.full_name: variant.grad_format for variant in dense.variants()}
+        assert formats.pop("fp8/dgrad=HP/wgrad=HP") is GradFormat.E4M3
+        assert set(formats.values()) == {GradFormat.E5M2}
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"sste.grad_format": "e5m3"}, r"'sste.grad_format' is 'e5m3'; did you mean 'e5m2'\?"),
+            ({"sste.rounding": "random"}, r"'sste.rounding' is 'random'; .*allowed are 'nearest', 'stochastic'"),
+            ({"sste.recipe": "s-ste-bf16", "sste.grad_format": "e5m2"}, r"recipe 's-ste-bf16' has no FP8, so that"),
+            ({"sste.recipe": "ste-bf16", "sste.grad_format": "e4m3"}, r"'sste.grad_format' would change nothing"),
+            ({"sste.recipe": "fp8", "sste.rounding": "stochastic"}, r"recipe 'fp8' samples no gradients, so that"),
+            ({"sste.recipe": "s-ste-bf16", "sste.rounding": "nearest"}, r"recipe 's-ste-bf16' samples no gradients"),
+            ({"sste.mvue": "off", "sste.rounding": "stochastic"}, r"'sste.mvue' is 'off', so that 'sste.rounding'"),
+        ],
+    )  # fmt: skip
+    def test_refusals(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            read_options(None, options)
+
+
+@pytest.mark.parametrize("executor", ["eager", "inductor"])
+def test_the_report_says_so(small_gpt, batch, executor):
+    model = torch.compile(small_gpt(depth=1), backend="sste", options={"sste.executor": executor} | BOTH)
+    model(*batch).backward()
+    rows = {row.module: row for row in sparse_compile.report().rows}
+    up, qkv = rows["blocks.0.up"], rows["blocks.0.qkv"]
+    assert up.decision == "s-ste (2:4 fp8, fp8, 2:4 fp8; e5m2 gradients; stochastic rounding)"
+    assert (up.fprop, up.dgrad, up.wgrad) == ("2:4 fp8", "fp8", "2:4 fp8")
+    # Linears that are no targets have the same format, and no samples to round.
+    assert qkv.decision == "fp8 (fp8, fp8, fp8; e5m2 gradients)"
+
+
+def test_a_dense_phase_keeps_the_format(small_gpt, batch):
+    options = {"sste.executor": "eager", "sste.warmup": 1} | BOTH
+    torch.compile(small_gpt(depth=1), backend="sste", options=options)(*batch).backward()
+    assert {row.decision for row in sparse_compile.report().rows if row.fprop == "fp8"} == {
+        "fp8 (fp8, fp8, fp8; e5m2 gradients)"
+    }
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("recipe", FORMS, ids=lambda recipe: recipe.full_name)
+def test_every_product_reads_it(monkeypatch, recipe, transposed):
+    """Gradients, and nothing else, are e5m2 in all products of backward; none has two such operands."""
+    products = []
+
+    def recorded(op, *positions):
+        def run(*arguments):
+            products.append({arguments[position].dtype for position in positions})
+            return op(*arguments)
+
+        return run
+
+    monkeypatch.setattr(ops, "sparse_mm", recorded(ops.sparse_mm, 0, 2))
+    monkeypatch.setattr(ops, "scaled_mm", recorded(ops.scaled_mm, 0, 1))
+    for grad_format in GradFormat:
+        products.clear()
+        chosen = replace(recipe, grad_format=grad_format)
+        weight, x = torch.randn(32, 64), torch.randn(20, 64, requires_grad=True)
+        stored = (weight.t().contiguous() if transposed else weight.clone()).requires_grad_()
+        arguments = (torch.tensor([1]), 0, chosen.full_name, transposed, torch.float32, *operands_of(weight, chosen))
+        linear(x, stored, None, *arguments).square().sum().backward()
+        assert products == [{E4M3}, {E4M3, grad_format.dtype}, {E4M3, grad_format.dtype}]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        replace(recipe, grad_format=grad_format, rounding=Rounding.STOCHASTIC if recipe.estimator else Rounding.NEAREST)
+        for recipe in FORMS
+        for grad_format in GradFormat
+    ],
+    ids=lambda recipe: recipe.full_name,
+)
+@pytest.mark.parametrize("size", [(1, 64, 64), (100, 144, 80), (1000, 512, 768)], ids=str)
+def test_kernels_equal_their_definition(size, recipe, transposed, dtype):
+    """The same samples, rounded alike; sums by tensor cores keep about 14 bits."""
+    tokens, out_features, in_features = size
+    weight, x = torch.randn(out_features, in_features).to(dtype), torch.randn(tokens, in_features).to(dtype).cuda()
+    grad_output = torch.randn(tokens, out_features).to(dtype).cuda()
+    operands = [operand.cuda() for operand in operands_of(weight, recipe)]
+    stored = (weight.t().contiguous() if transposed else weight).cuda()
+    results = []
+    for context in (nullcontext(), ops.force_reference()):
+        leaf, parameter = x.clone().requires_grad_(), stored.clone().requires_grad_()
+        arguments = (torch.tensor([5], device="cuda"), 3, recipe.full_name, transposed, dtype, *operands)
+        with context:
+            output = linear(leaf, parameter, None, *arguments)
+            output.backward(grad_output)
+        results.append((output.detach(), leaf.grad, parameter.grad))
+    band = {torch.bfloat16: 2.0**-7, torch.float32: 2.0**-10}[dtype]
+    for actual, expected in zip(*results, strict=True):
+        assert (actual.double() - expected.double()).norm() < band * expected.double().norm()

@@ -1,0 +1,37 @@
+"""Every arithmetic that a graph may name."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from sparse_compile.recipe import (
+    FP8,
+    MVUE,
+    RECIPES,
+    SSTE,
+    SSTE_APPROXIMATE,
+    T_SR_STE,
+    Gemm,
+    GradFormat,
+    Recipe,
+    Rounding,
+)
+
+
+def _chosen() -> Iterator[Recipe]:
+    for recipe in RECIPES.values():
+        yield recipe
+        if recipe.estimator is not None:
+            for estimator in MVUE.values():
+                chosen = recipe.with_estimator(estimator)
+                yield chosen
+                if chosen.estimator is not None and chosen.dgrad is Gemm.FP8:
+                    yield chosen.with_sampled_dgrad()
+    # One of each form: how gradients are cast depends on nothing else.
+    for recipe in (SSTE, SSTE.with_sampled_dgrad(), T_SR_STE, FP8):
+        yield replace(recipe, grad_format=GradFormat.E5M2)
+    for recipe in (SSTE, SSTE_APPROXIMATE.with_sampled_dgrad()):
+        for grad_format in GradFormat:
+            yield replace(recipe, rounding=Rounding.STOCHASTIC, grad_format=grad_format)
+
+
+VARIANTS = {variant.full_name: variant for recipe in _chosen() for variant in recipe.variants()}
