@@ -1,6 +1,6 @@
 """Inference with a finalized model's FFN: its 2:4 weights against dense ones, from one token to many.
 
-    python benchmarks/bench_inference.py llama      the FFN shapes of Llama-3-8B, 1 to 16384 tokens
+    python benchmarks/bench_inference.py up down    the FFN shapes of Llama-3-8B, 1 to 16384 tokens
 
 Every product is ``out = x @ weight.T`` of x ``[tokens, K]`` and the weight ``[N, K]``, bf16 out, row-major: ours with a
 2:4 weight in fp8 and in bf16 (``ops.sparse_mm``), ``ops.scaled_mm`` with a dense weight in fp8, ``torch.mm`` with one
@@ -30,7 +30,7 @@ from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3
 
 DEVICE = torch.device("cuda")
-SHAPES = ((14336, 4096), (4096, 14336))  # out_features, in_features: up and gate, down
+SHAPES = {"up": (14336, 4096), "down": (4096, 14336)}  # out_features, in_features; gate is as up
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 
 
@@ -51,11 +51,6 @@ PAIRS = ((SPARSE_FP8, DENSE_FP8), (SPARSE_BF16, DENSE_BF16), (SPARSE_FP8, DENSE_
 NAMES = {SPARSE_FP8.name: "2:4 fp8", SPARSE_BF16.name: "2:4 bf16"} | {
     gemm.name: gemm.name for gemm in (DENSE_FP8, DENSE_BF16)
 }
-
-
-def llama_part() -> Report:
-    """All shapes and numbers of tokens."""
-    return measure_shapes(SHAPES, TOKENS, DEVICE)
 
 
 def measure_shapes(shapes: Sequence[tuple[int, int]], tokens: Sequence[int], device: torch.device) -> Report:
@@ -159,7 +154,8 @@ def _ratio(times: dict[str, float | None], sparse: Gemm, dense: Gemm) -> float |
 
 
 def main() -> None:
-    run_parts("bench_inference", __doc__, {"llama": llama_part})
+    parts = {name: partial(measure_shapes, [shape], TOKENS, DEVICE) for name, shape in SHAPES.items()}
+    run_parts("bench_inference", __doc__, parts)
 
 
 if __name__ == "__main__":

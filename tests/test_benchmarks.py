@@ -218,7 +218,7 @@ def test_summary() -> None:
 
 
 @pytest.mark.parametrize("tokens", bench_inference.TOKENS)
-@pytest.mark.parametrize(("n", "k"), bench_inference.SHAPES)
+@pytest.mark.parametrize(("n", "k"), bench_inference.SHAPES.values())
 def test_graphs_of_few_tokens_are_bounded_by_what_they_move(n: int, k: int, tokens: int) -> None:
     problem = gemm_libraries.fprop(n, k, tokens=tokens)
     assert problem.calls % problem.sets == 0
