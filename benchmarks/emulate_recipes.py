@@ -47,6 +47,7 @@ class Trial:
         projection: what the FFN's weights become; in dense phases nothing.
         warmup, tail: shares of the steps, the first and the last ones, that are dense.
         beta: the S-STE scale; None for the one that follows from each weight at its first use.
+        beta_of: which linears of an FFN have that scale; the others their own.
         layers: which linears of an FFN are pruned.
         weight_decay: of all matrices.
         grad: what the gradients of pruned weights are multiplied with, before they are clipped.
@@ -57,6 +58,7 @@ class Trial:
     warmup: float = 0.0
     tail: float = 0.0
     beta: float | None = None
+    beta_of: tuple[str, ...] = ("up", "down")
     layers: tuple[str, ...] = ("up", "down")
     weight_decay: float = 0.1
     grad: float = 1.0
@@ -81,6 +83,7 @@ def _trials() -> Iterator[tuple[str, Trial]]:
     yield "s-ste, beta 2.5, warm-up 1/6", Trial(projection=Projection.SSTE, beta=2.5, warmup=1 / 6)
     yield "s-ste, beta 2.5, ffn.up alone", Trial(projection=Projection.SSTE, beta=2.5, layers=("up",))
     yield "s-ste, beta 2.5, ffn.down alone", Trial(projection=Projection.SSTE, beta=2.5, layers=("down",))
+    yield "s-ste, beta 2.5 of ffn.up", Trial(projection=Projection.SSTE, beta=2.5, beta_of=("up",))
     yield "ste, kept x 1.5", Trial(projection=Projection.TOP2, gain=1.5)
     # Is it the scale alone?
     for gain in (1.5, 2.0):
@@ -99,8 +102,9 @@ class PrunedLinear(nn.Linear):
     gain: float
     prunes: bool
 
-    def become(self, trial: Trial) -> None:
-        self.projection, self.beta, self.gain, self.prunes = trial.projection, trial.beta, trial.gain, False
+    def become(self, trial: Trial, name: str) -> None:
+        self.projection, self.gain, self.prunes = trial.projection, trial.gain, False
+        self.beta = trial.beta if name.endswith(trial.beta_of) else None
         if trial.grad != 1.0:
             self.weight.register_hook(lambda grad: grad * trial.grad if self.prunes else grad)
 
@@ -146,7 +150,7 @@ def scheduled(model: train_gpt.GPT, trial: Trial, steps: int) -> Callable[[Tenso
         if changes and name.endswith(tuple(f"ffn.{layer}" for layer in trial.layers)):
             module.__class__ = PrunedLinear
             assert isinstance(module, PrunedLinear)
-            module.become(trial)
+            module.become(trial, name)
             pruned.append(module)
     schedule = Schedule(begin=round(trial.warmup * steps), end=steps - round(trial.tail * steps))
     step = 0

@@ -33,7 +33,7 @@ def test_gradients_go_straight_through_the_projection(beta: float | None) -> Non
     linear = nn.Linear(16, 8)
     linear.__class__ = PrunedLinear
     assert isinstance(linear, PrunedLinear)
-    linear.become(Trial(projection=Projection.SSTE, beta=beta))
+    linear.become(Trial(projection=Projection.SSTE, beta=beta), "ffn.up")
     linear.prunes = True
     x = torch.randn(4, 16)
     out = linear(x)
