@@ -24,7 +24,7 @@ from torch import Tensor
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 E5M2 = torch.float8_e5m2  # of gradients, where it is asked for
-FP8 = (E4M3, E5M2)
+FP8_DTYPES = (E4M3, E5M2)
 # A kept element of an MVUE group is at most twice the largest magnitude of its group (both estimators).
 MVUE_GAIN = 2.0
 # Floor of every amax: keeps the scale of an all-zero tensor, and its product with another scale, finite.
@@ -67,8 +67,8 @@ def check_buffer(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch
 
 def check_fp8(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless ``tensor`` is e4m3 or e5m2."""
-    if tensor.dtype not in FP8:
-        raise ValueError(f"{name} is {tensor.dtype}; allowed are {' and '.join(map(str, FP8))}")
+    if tensor.dtype not in FP8_DTYPES:
+        raise ValueError(f"{name} is {tensor.dtype}; allowed are {' and '.join(map(str, FP8_DTYPES))}")
 
 
 def check_weight(weight: Tensor) -> None:

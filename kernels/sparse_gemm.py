@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparse_compile.kernels.configs import STAGE_BYTES, Config, choose, contraction_stages
-from sparse_compile.kernels.formats import E4M3, E5M2, FP8, PAD, check_buffer, metadata_shape
+from sparse_compile.kernels.formats import E4M3, E5M2, FP8_DTYPES, PAD, check_buffer, metadata_shape
 from sparse_compile.kernels.launch import NOTHING, Once, Plan, plan_kernel, planned
 from sparse_compile.kernels.problem import Problem
 from sparse_compile.kernels.selfcheck import check_variant
@@ -180,7 +180,7 @@ def _check(
         raise ValueError(f"values {tuple(values.shape)} and dense {tuple(dense.shape)} must have two dimensions")
     if values.dtype not in _DTYPES:
         raise ValueError(f"values is {values.dtype}; allowed are {', '.join(map(str, _DTYPES))}")
-    dense_dtype = dense.dtype if dense.dtype in FP8 and values.dtype in FP8 else values.dtype
+    dense_dtype = dense.dtype if dense.dtype in FP8_DTYPES and values.dtype in FP8_DTYPES else values.dtype
     (rows, kept), (columns, contraction), device = values.shape, dense.shape, dense.device
     if kept % (PAD // 2) != 0:
         raise ValueError(f"values has {kept} columns; needed is a multiple of {PAD // 2}")

@@ -32,7 +32,7 @@ from sparse_compile.kernels import (
     tiles,
     transposable,
 )
-from sparse_compile.kernels.formats import E4M3, E5M2, FP8, metadata_shape, padded, values_shape
+from sparse_compile.kernels.formats import E4M3, E5M2, FP8_DTYPES, metadata_shape, padded, values_shape
 from sparse_compile.testing import assert_same_bits, hard_groups
 from tests.gluon_interpreter import elementwise, fp8_word, interpret, prmt
 
@@ -291,7 +291,7 @@ def check_mvue() -> None:
     round_in_torch()
     torch.manual_seed(0)
     shapes = ((1, 16, torch.bfloat16), (15, 80, torch.float32), (257, 144, torch.bfloat16), (256, 128, torch.float16))
-    for approximate, stochastic, fp8 in product((False, True), (False, True), FP8):
+    for approximate, stochastic, fp8 in product((False, True), (False, True), FP8_DTYPES):
         for index, (tokens, columns, dtype) in enumerate(shapes):
             grad = hard_groups(tokens, columns, 0.5, "cpu").to(dtype)
             row_scale, token_scale = torch.rand(2, tokens).mul(10).unbind()

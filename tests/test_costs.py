@@ -14,7 +14,7 @@ import torch
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.kernels import costs, measured, ops
 from sparse_compile.kernels.costs import PIECES, LinearShape, piece_times
-from sparse_compile.kernels.formats import E5M2, FP8, padded
+from sparse_compile.kernels.formats import E5M2, FP8_DTYPES, padded
 
 DEVICE = torch.device("cuda", 0)
 SHAPE = LinearShape(
@@ -60,7 +60,7 @@ def times_of(shape: LinearShape, device: torch.device, pieces: Iterable[str]) ->
 
 class TestPieces:
     @pytest.mark.parametrize("transposed", [False, True])
-    @pytest.mark.parametrize("grad_dtype", FP8, ids=str)
+    @pytest.mark.parametrize("grad_dtype", FP8_DTYPES, ids=str)
     @pytest.mark.parametrize("name", PIECES)
     def test_runs_with_the_sizes_of_the_linear(self, name: str, grad_dtype: torch.dtype, transposed: bool) -> None:
         make = costs._Operands(torch.device("cpu"))

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels import mvue, reference
-from sparse_compile.kernels.formats import E4M3, E5M2, FP8, MVUE_GAIN, metadata_shape, values_shape
+from sparse_compile.kernels.formats import E4M3, E5M2, FP8_DTYPES, MVUE_GAIN, metadata_shape, values_shape
 from sparse_compile.testing import assert_same_bits, hard_groups
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ESTIMATORS = pytest.mark.parametrize("approximate", [False, True], ids=["exact", "approximate"])
-FORMATS = pytest.mark.parametrize("fp8", FP8, ids=str)
+FORMATS = pytest.mark.parametrize("fp8", FP8_DTYPES, ids=str)
 PAIRS = list(combinations(range(4), 2))
 # A grid of uniforms measures an interval with an error below one step; no event here is made of more than two.
 GRID = 2**20
@@ -295,13 +295,13 @@ def test_the_format_and_the_rounding_change_no_choice() -> None:
     draws = {
         (stochastic, fp8): reference.cast_mvue(grad, ones, ones, torch.tensor([3]), 2, False, stochastic, fp8)
         for stochastic in (False, True)
-        for fp8 in FP8
+        for fp8 in FP8_DTYPES
     }
     for (_, fp8), (row, values, metadata) in draws.items():
         assert torch.equal(metadata, draws[False, E4M3][2])
         assert_same_bits(row, draws[False, fp8][0])
         assert row.dtype == values.dtype == fp8
-    for fp8 in FP8:
+    for fp8 in FP8_DTYPES:
         nearest, other = (draws[stochastic, fp8][1] for stochastic in (False, True))
         # Half of a column's last word is padding, and of two neighbours the nearer is the likelier.
         differ = (nearest.view(torch.uint8) != other.view(torch.uint8)).float()

@@ -8,7 +8,7 @@ import torch
 from torch.library import opcheck
 
 from sparse_compile.kernels import ops, reference
-from sparse_compile.kernels.formats import E4M3, E5M2, FP8
+from sparse_compile.kernels.formats import E4M3, E5M2, FP8_DTYPES
 from sparse_compile.testing import DENSE_INSTRUCTION, assert_within_budget
 
 SEED = torch.tensor([1234567])
@@ -44,7 +44,7 @@ def cases():
     for count in (20, 128):  # padded, and not
         yield "transpose_tokens", (fp8(count, 48),)
         scales = torch.rand(count) + 0.5
-        for dtype in FP8:
+        for dtype in FP8_DTYPES:
             yield "cast_transpose", (torch.randn(count, 48), scales, scales, dtype)
             yield "cast_mvue", (torch.randn(count, 48), scales, scales, SEED, 3, False, dtype == E5M2, dtype)
     for transpose in (False, True):
@@ -65,7 +65,7 @@ CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dy
 
 
 def bits(tensor):
-    return tensor.clone().view(torch.uint8) if tensor.dtype in FP8 else tensor.clone()
+    return tensor.clone().view(torch.uint8) if tensor.dtype in FP8_DTYPES else tensor.clone()
 
 
 def tensors(arguments):
@@ -162,7 +162,7 @@ def test_repeated_calls_with_other_addresses(name, arguments):
     kept = []
     for repetition in range(3):
         moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
-        if moved[0].dtype not in FP8:
+        if moved[0].dtype not in FP8_DTYPES:
             moved[0].mul_(1 + repetition)
         expected_arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in moved]
         results = op(*moved)

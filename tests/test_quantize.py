@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels import quantize, reference
-from sparse_compile.kernels.formats import E4M3, E4M3_MAX, E5M2, FP8, padded
+from sparse_compile.kernels.formats import E4M3, E4M3_MAX, E5M2, FP8_DTYPES, padded
 from sparse_compile.testing import assert_same_bits
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -55,7 +55,7 @@ def poisoned(*shape: int, dtype: torch.dtype = E4M3, device: str = "cuda") -> Te
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("fp8", FP8, ids=str)
+@pytest.mark.parametrize("fp8", FP8_DTYPES, ids=str)
 def test_cast_transpose_matches_the_reference(fp8, tokens, columns, dtype) -> None:
     torch.manual_seed(0)
     x = torch.randn(tokens, columns, device="cuda").to(dtype)
