@@ -5,7 +5,8 @@
     python benchmarks/bench_quality.py recipes    each recipe against dense training, by tokens of a byte-pair encoding
     python benchmarks/bench_quality.py clock      the same time for dense and pruned training of a wide model
     python benchmarks/bench_quality.py search     why pruned training trails, in many short runs of a small model
-    python benchmarks/bench_quality.py tasks      each recipe on handwritten digits, and on naming the package of source
+    python benchmarks/bench_quality.py tasks      each recipe on handwritten digits, and on naming the package of
+                                                  source; also without a GPU
 
 ``recipes`` trains what ``--arms``, ``--seeds`` and ``--tokens`` say, and adds it to the runs that the results hold;
 so do ``tasks`` with ``--arms`` and ``search`` with ``--trials``.
@@ -191,9 +192,10 @@ def _has_learned(run: Run) -> bool:
     return bool(run["validation_loss"] < math.log(recipe_runs.VOCABULARY))
 
 
-def tasks_part(arms: Sequence[str], seeds: Sequence[int], jobs: int, folder: Path) -> Report:
+def tasks_part(arms: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], jobs: int, folder: Path) -> Report:
     """Test losses and accuracies of small classifications, beside those that the results hold already."""
-    new = task_runs.train_tasks([arm for arm in arms if arm != recipe_runs.TORCHAO], seeds, DEVICE, jobs)
+    device = DEVICE if torch.cuda.is_available() else torch.device("cpu")
+    new = task_runs.train_tasks([arm for arm in arms if arm != recipe_runs.TORCHAO], tasks, seeds, device, jobs)
     return _kept("tasks", _runs_in(folder, "tasks"), new, task_runs.merged, task_runs.table, folder)
 
 
@@ -203,6 +205,7 @@ def main() -> None:
     every = [recipe_runs.DENSE, recipe_runs.TORCHAO, *recipe_runs.ARMS]
     parser.add_argument("--arms", nargs="*", choices=every, default=every)
     parser.add_argument("--trials", nargs="+", choices=recipe_search.TRIALS, default=[*recipe_search.TRIALS])
+    parser.add_argument("--tasks", nargs="+", choices=task_runs.TASKS, default=[*task_runs.TASKS])
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3, 2e-3], help="of the trials")
     parser.add_argument("--jobs", type=int, default=4, help="runs of recipes, search and tasks that go side by side")
     parser.add_argument("--speeds", action="store_true", help="time the arms of recipes alone, after all runs")
@@ -216,7 +219,7 @@ def main() -> None:
         "recipes": partial(recipes_part, args.arms, args.seeds, args.tokens, args.jobs, args.speeds, args.out),
         "clock": partial(clock_part, args.arms, args.out),
         "search": partial(search_part, args.trials, args.learning_rates, args.seeds, args.tokens, args.jobs, args.out),
-        "tasks": partial(tasks_part, args.arms, args.seeds, args.jobs, args.out),
+        "tasks": partial(tasks_part, args.arms, args.tasks, args.seeds, args.jobs, args.out),
     }
     keep_parts("bench_quality", {part: parts[part] for part in args.parts}, args.out)
 

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -220,7 +220,7 @@ def keep_parts(name: str, parts: Mapping[str, Callable[[], Report]], folder: Pat
     torch.manual_seed(0)
     failed = []
     # The default stream cannot be captured.
-    with torch.cuda.stream(torch.cuda.Stream()):
+    with torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else nullcontext():
         for part, run in parts.items():
             results, table = run()
             print(table, flush=True)

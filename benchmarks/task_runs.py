@@ -1,7 +1,8 @@
 """Small tasks that are not language modelling: handwritten digits, and telling the package of a piece of source.
 
 Both are classified by one encoder, trained with each recipe from the same weights on the same batches.  Graphs run
-operator by operator, with the backend's kernels: what is compared is how the recipes learn, not their speed.
+operator by operator, with the backend's kernels, or their definitions where there is no GPU: what is compared is how
+the recipes learn, not their speed.
 """
 
 import math
@@ -123,10 +124,12 @@ def _split(examples: Tensor, classes: Tensor) -> tuple[tuple[Tensor, Tensor], tu
 TASKS: Mapping[str, Callable[[], Task]] = {"digits": digits, "packages": packages}
 
 
-def train_tasks(arms: Sequence[str], seeds: Sequence[int], device: torch.device, jobs: int) -> Iterator[Run]:
+def train_tasks(
+    arms: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], device: torch.device, jobs: int
+) -> Iterator[Run]:
     """Test loss and accuracy of each arm and seed on each task, ``jobs`` at a time, each in a process of its own."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        wanted = product(TASKS, seeds, arms)
+        wanted = product(tasks, seeds, arms)
         for future in as_completed([pool.submit(run_task, name, arm, seed, device) for name, seed, arm in wanted]):
             run = future.result()
             print("{task}, {arm}, seed {seed}: {loss:.4f}, {accuracy:.2%}".format(**run), flush=True)
@@ -134,14 +137,14 @@ def train_tasks(arms: Sequence[str], seeds: Sequence[int], device: torch.device,
 
 
 def run_task(name: str, arm: str, seed: int, device: torch.device) -> Run:
-    """One run."""
+    """One run; without a GPU the kernels are emulated by their eager definitions."""
     loss, accuracy = _train(TASKS[name](), arm, seed, device)
-    return {"task": name, "arm": arm, "seed": seed, "loss": loss, "accuracy": accuracy}
+    return {"task": name, "device": device.type, "arm": arm, "seed": seed, "loss": loss, "accuracy": accuracy}
 
 
 def merged(old: Sequence[Run], new: Sequence[Run]) -> list[Run]:
-    """The new runs in place of old ones of the same task, arm and seed."""
-    runs = {(run["task"], run["arm"], run["seed"]): run for run in (*old, *new)}
+    """The new runs in place of old ones of the same task, device, arm and seed."""
+    runs = {(run["task"], run["device"], run["arm"], run["seed"]): run for run in (*old, *new)}
     return [runs[key] for key in sorted(runs)]
 
 
@@ -178,10 +181,12 @@ def _train(task: Task, arm: str, seed: int, device: torch.device) -> tuple[float
 def table(runs: Sequence[Run]) -> str:
     """Means over the seeds."""
     rows = []
-    for task, arm in dict.fromkeys((run["task"], run["arm"]) for run in runs):
-        found = [run for run in runs if (run["task"], run["arm"]) == (task, arm)]
+    for task, device, arm in dict.fromkeys((run["task"], run["device"], run["arm"]) for run in runs):
+        found = [run for run in runs if (run["task"], run["device"], run["arm"]) == (task, device, arm)]
         accuracies = [run["accuracy"] for run in found]
         spread = f"{min(accuracies):.2%} to {max(accuracies):.2%}"
-        rows.append((task, arm, len(found), mean(run["loss"] for run in found), f"{mean(accuracies):.2%}", spread))
-    headers = ("task", "arm", "seeds", "test loss", "accuracy", "lowest to highest")
+        rows.append(
+            (task, device, arm, len(found), mean(run["loss"] for run in found), f"{mean(accuracies):.2%}", spread)
+        )
+    headers = ("task", "device", "arm", "seeds", "test loss", "accuracy", "lowest to highest")
     return tabulate(rows, headers=headers, floatfmt=".4f", tablefmt="github")

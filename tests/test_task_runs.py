@@ -43,10 +43,13 @@ def test_a_run_learns(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_means_over_seeds_of_the_newest_runs() -> None:
-    def run(arm: str, seed: int, accuracy: float) -> task_runs.Run:
-        return {"task": "digits", "arm": arm, "seed": seed, "loss": 0.5, "accuracy": accuracy}
+    def run(arm: str, seed: int, accuracy: float, device: str = "cpu") -> task_runs.Run:
+        return {"task": "digits", "device": device, "arm": arm, "seed": seed, "loss": 0.5, "accuracy": accuracy}
 
-    runs = task_runs.merged([run("ste", 0, 0.1), run("bf16", 0, 0.9)], [run("ste", 1, 0.6), run("ste", 0, 0.8)])
-    assert [(run["arm"], run["accuracy"]) for run in runs] == [("bf16", 0.9), ("ste", 0.8), ("ste", 0.6)]
+    old = [run("ste", 0, 0.1), run("ste", 0, 0.3, "cuda"), run("bf16", 0, 0.9)]
+    runs = task_runs.merged(old, [run("ste", 1, 0.6), run("ste", 0, 0.8)])
+    assert [(run["arm"], run["accuracy"]) for run in runs] == [
+        ("bf16", 0.9), ("ste", 0.8), ("ste", 0.6), ("ste", 0.3)
+    ]  # fmt: skip
     assert "70.00%" in task_runs.table(runs)
     assert "60.00% to 80.00%" in task_runs.table(runs)
