@@ -37,6 +37,7 @@ ARMS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "s-ste, dense tail": lambda steps: {"sste.recipe": "s-ste", "sste.tail": 1 / 6, "sste.total_steps": steps},
     "s-ste, dense half": lambda steps: {"sste.recipe": "s-ste", "sste.tail": 1 / 2, "sste.total_steps": steps},
     "s-ste-boosted": lambda steps: {"sste.recipe": "s-ste-boosted"},
+    "s-ste-boosted, ffn-up": lambda steps: {"sste.recipe": "s-ste-boosted", "sste.targets": "ffn-up"},
     "s-ste-boosted, no MVUE": lambda steps: {"sste.recipe": "s-ste-boosted", "sste.mvue": "off"},
     "ste": lambda steps: {"sste.recipe": "ste"},
     "ste, no MVUE": lambda steps: {"sste.recipe": "ste", "sste.mvue": "off"},
@@ -73,7 +74,10 @@ def train_arms(
 
 
 def measure_speeds(runs: Sequence[Run], at_least: int, device: torch.device) -> Iterator[Run]:
-    """The runs with the speed of a short run of their arm, alone on this machine; dense phases are as fast as bf16."""
+    """The runs with the speed of a short run of their arm, alone on this machine.
+
+    Dense phases, which are in dense FP8, are taken to be as fast as bf16.
+    """
     shape, config = _gpt2_small()
     data = tokens(VOCABULARY, at_least)
     dense = None

@@ -1,6 +1,6 @@
 """DECIDE: which linears are rewritten, in which recipe, and why the others are not."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,6 +20,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEATURES_MULTIPLE = 16
 # Below this a GEMM is one tile at most, and its casts cost more than it does.
 MIN_FEATURES = 64
+
+
+# What the user may say instead of a glob of module names, and the roles that are meant; of "all" those that can be.
+TARGETS: Mapping[str, Collection[Role]] = {"ffn": (Role.UP, Role.DOWN), "ffn-up": (Role.UP,), "all": ()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +71,7 @@ def decide(
 
     Args:
         recipe: what the targeted linears get; the other linears get dense FP8.
-        targets: ``"ffn"``, ``"all"``, or a glob of module names.
+        targets: ``"ffn"``, ``"ffn-up"``, ``"all"``, or a glob of module names.
         owners: what modules hold, to tell shared weights and the head.
         head: whether the vocabulary head gets dense FP8, too.
         is_pruned: whether a weight has been pruned in training: then it goes on, frozen or not.
@@ -80,12 +84,12 @@ def decide(
     plans: list[Plan] = []
     rejections: list[Rejection] = []
     for site in sites:
-        named = targets not in ("ffn", "all") and fnmatchcase(site.name, targets)
+        named = targets not in TARGETS and fnmatchcase(site.name, targets)
         pruned = (parameter := real_parameter(site.weight)) is not None and is_pruned(parameter)
         refusal = _cannot(site, owners, pruned, is_24) or (None if named else _should_not(site, owners, head))
         if refusal is None:
             everywhere = targets == "all" and not _is_head(site, owners)
-            targeted = named or everywhere or (targets == "ffn" and site.role is Role.FFN)
+            targeted = named or everywhere or site.role in TARGETS.get(targets, ())
             chosen = recipe if targeted else recipe.unpruned()
             if recipe.is_bf16 and not targeted:
                 detail = f"recipe {recipe.name!r} has no FP8 for it"

@@ -13,10 +13,16 @@ from sparse_compile.torch_internals import example_value
 
 
 class Role(Enum):
-    FFN = "ffn"  # only pointwise operations stand between it and the next linear, or the one before
+    UP = "ffn up"  # only pointwise operations stand between it and the next linear; gates, too
+    DOWN = "ffn down"  # only pointwise operations stand between it and the linears before
     HEAD = "head"  # its output goes to the loss
     LAST = "last"  # its output is all that leaves the graph: a head whose loss lies outside, or where a graph is cut
     OTHER = "other"  # attention projections and the rest
+
+    @property
+    def is_ffn(self) -> bool:
+        """Whether it is part of a feed-forward network."""
+        return self in (Role.UP, Role.DOWN)
 
 
 _POINTWISE = frozenset(
@@ -38,8 +44,8 @@ _LOSSES = frozenset(
 def assign_roles(inputs: Mapping[Node, Node]) -> dict[Node, Role]:
     """The role of each linear.
 
-    A linear is FFN when its input is a pointwise function of linears' outputs and of nothing else (the down
-    projection), or when its output goes into such an input (the up and gate projections).  Attention lies
+    A linear is an FFN's down projection when its input is a pointwise function of linears' outputs and of nothing else;
+    an up projection when its output goes into such an input and it is no down projection itself.  Attention lies
     outside: softmax and scaled_dot_product_attention are not pointwise, nor is a norm, whose mean runs over features.
 
     A linear is the head when its output reaches a loss without meeting another activation, and the last when it is no
@@ -51,12 +57,14 @@ def assign_roles(inputs: Mapping[Node, Node]) -> dict[Node, Role]:
     roles = dict.fromkeys(inputs, Role.OTHER)
     for node, source in inputs.items():
         producers = _pointwise_producers(source, inputs)
-        for member in (node, *producers) if producers else ():
-            roles[member] = Role.FFN
+        if producers:
+            roles[node] = Role.DOWN
+        for producer in producers:
+            roles[producer] = Role.DOWN if roles[producer] is Role.DOWN else Role.UP
     for node in inputs:
         if _reaches_loss(node, inputs):
             roles[node] = Role.HEAD
-        elif roles[node] is not Role.FFN and _is_all_that_leaves(node, inputs):
+        elif not roles[node].is_ffn and _is_all_that_leaves(node, inputs):
             roles[node] = Role.LAST
     return roles
 

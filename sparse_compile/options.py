@@ -37,7 +37,7 @@ class Options:
     Attributes:
         recipe: arithmetic of the targeted linears; the others get dense FP8.
         schedule: the optimizer steps in which the recipe prunes; None for all.
-        targets: ``"ffn"``, ``"all"``, or a glob of module names such as ``"*.mlp.*"``.
+        targets: ``"ffn"``, ``"ffn-up"``, ``"all"``, or a glob of module names such as ``"*.mlp.*"``.
         head: whether the vocabulary head gets dense FP8.
         frozen: whether frozen weights that are 2:4 are treated as if they were trained.
         measure: whether only what measured times predict to be faster is rewritten.
@@ -84,7 +84,7 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
             raise ValueError(f"unknown option {name!r}: neither ours nor Inductor's; {nearest}")
     targets = ours.get("sste.targets", "ffn")
     if not isinstance(targets, str) or not targets:
-        raise ValueError(f"option 'sste.targets' is {targets!r}; allowed are 'ffn', 'all' or a glob of module names")
+        raise ValueError(f"option 'sste.targets' is {targets!r}; allowed are 'ffn', 'ffn-up', 'all' or a glob")
     recipe = _recipe(ours)
     return Options(
         recipe=recipe,

@@ -24,7 +24,7 @@ class Row:
 
     Attributes:
         module: dotted name of the module, or of the parameter.
-        role: ``ffn``, ``head``, ``last`` or ``other``, see ``Role``.
+        role: ``ffn up``, ``ffn down``, ``head``, ``last`` or ``other``, see ``Role``.
         shape: ``tokens x in_features -> out_features``.
         decision: the recipe and its three GEMMs, or ``dense``.
         reason: why it stays dense; empty for a rewritten linear.

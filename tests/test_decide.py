@@ -23,6 +23,14 @@ def test_ffn_gets_the_recipe_and_attention_dense_fp8(trace, small_gpt, batch):
     assert rejections == {"head": Reason.HEAD}
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_first_linears_of_ffns_alone(trace, small_gpt, batch, gated):
+    plans, rejections = decisions(trace(small_gpt(depth=1, gated=gated), *batch), "ffn-up")
+    assert {name for name, recipe in plans.items() if recipe == SSTE} == {"blocks.0.up", "blocks.0.gate"} & plans.keys()
+    assert plans["blocks.0.down"] == FP8
+    assert rejections == {"head": Reason.HEAD}
+
+
 def test_all_linears_but_the_head(trace, small_gpt, batch):
     plans, rejections = decisions(trace(small_gpt(depth=1), *batch), "all")
     assert set(plans.values()) == {SSTE}

@@ -95,7 +95,7 @@ def test_roles_in_a_transformer(trace, small_gpt, conv1d, batch, kind):
     model = small_gpt(layer, gated=kind == "gated", checkpoint=kind == "checkpoint")
     sites, rejections = find(trace(model, *batch))
     ffn = ("up", "down", "gate") if kind == "gated" else ("up", "down")
-    expected = {f"blocks.{i}.{name}": Role.FFN for i in range(2) for name in ffn}
+    expected = {f"blocks.{i}.{name}": Role.DOWN if name == "down" else Role.UP for i in range(2) for name in ffn}
     expected |= {f"blocks.{i}.{name}": Role.OTHER for i in range(2) for name in ("qkv", "proj")}
     assert roles(sites) == expected | {"head": Role.HEAD}
     assert rejections == []
@@ -109,7 +109,7 @@ def test_head_without_loss_in_the_graph(trace, small_gpt, batch):
 
 def test_a_block_on_its_own_has_no_head(trace, small_gpt):
     sites, _ = find(trace(small_gpt().blocks[0], torch.randn(2, 8, 64)))
-    assert set(roles(sites).values()) == {Role.FFN, Role.OTHER}
+    assert set(roles(sites).values()) == {Role.UP, Role.DOWN, Role.OTHER}
 
 
 def test_not_the_last_if_more_leaves_the_graph(trace, small_gpt):
@@ -129,7 +129,14 @@ def test_head_whose_output_is_changed_alone(trace, small_gpt, batch):
 def test_ffn_on_its_own_is_ffn(trace):
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, 64))
     sites, _ = find(trace(lambda x: model(x), torch.randn(8, 64)))
-    assert [site.role for site in sites] == [Role.FFN, Role.FFN]
+    assert [site.role for site in sites] == [Role.UP, Role.DOWN]
+
+
+def test_between_two_activation_functions_it_is_down(trace):
+    """Of three linears in a row only the first reads what no linear of the FFN has made."""
+    first, second, third = nn.Linear(64, 128), nn.Linear(128, 128), nn.Linear(128, 64)
+    sites, _ = find(trace(lambda x: third(F.relu(second(F.relu(first(x))))), torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.UP, Role.DOWN, Role.DOWN]
 
 
 def test_fused_gate_and_up_is_ffn(trace):
@@ -140,7 +147,7 @@ def test_fused_gate_and_up_is_ffn(trace):
         return down(F.silu(gate) * up) + x
 
     sites, _ = find(trace(ffn, torch.randn(8, 64)))
-    assert [site.role for site in sites] == [Role.FFN, Role.FFN]
+    assert [site.role for site in sites] == [Role.UP, Role.DOWN]
 
 
 def test_norm_written_by_hand_is_not_pointwise(trace):
@@ -153,7 +160,7 @@ def test_norm_written_by_hand_is_not_pointwise(trace):
         return x + down(F.relu(up(h)).square())
 
     sites, _ = find(trace(layer, torch.randn(8, 64)))
-    assert [site.role for site in sites] == [Role.OTHER, Role.FFN, Role.FFN]
+    assert [site.role for site in sites] == [Role.OTHER, Role.UP, Role.DOWN]
 
 
 def test_factors_of_one_matrix_are_no_ffn(trace):
