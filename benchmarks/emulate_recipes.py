@@ -3,7 +3,8 @@
     python benchmarks/emulate_recipes.py --seeds 1 2 3 --jobs 2
 
 Without FP8 and MVUE a small GPT trains in a minute on one core of a CPU.  So there can be seeds enough to tell recipes
-apart, and things to vary that are no options of the backend.  Runs are added to those that the results hold.
+apart, and things to vary that are no options of the backend.  What FP8 and MVUE add is told by some trials that train
+through the backend, by the eager definitions of its kernels.  Runs are added to those that the results hold.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,7 @@ import train_gpt
 from harness import RESULTS, write
 from recipe_search import Run, compared, merged
 
+import sparse_compile  # noqa: F401 - registers the backend where it is not installed
 from sparse_compile.courses import Schedule
 from sparse_compile.kernels.reference import sste_beta
 from sparse_compile.projected import project
@@ -51,6 +54,7 @@ class Trial:
         layers: which linears of an FFN are pruned.
         weight_decay: of all matrices.
         grad: what the gradients of pruned weights are multiplied with, before they are clipped.
+        backend: options of the backend to train through, besides which nothing else counts; None for the emulation.
         gain: what weights without beta are multiplied with, as beta multiplies those that have one.
     """
 
@@ -63,6 +67,7 @@ class Trial:
     weight_decay: float = 0.1
     grad: float = 1.0
     gain: float = 1.0
+    backend: Mapping[str, Any] | None = None
 
 
 def _trials() -> Iterator[tuple[str, Trial]]:
@@ -89,6 +94,16 @@ def _trials() -> Iterator[tuple[str, Trial]]:
     for gain in (1.5, 2.0):
         yield f"dense, FFN's weights x {gain:g}", Trial(gain=gain)
     yield "s-ste, gradient x 1.484", Trial(projection=Projection.SSTE, grad=1.484)
+    # All of the arithmetic.
+    for name, options in (
+        ("fp8", {"sste.recipe": "fp8"}),
+        ("s-ste-boosted", {"sste.recipe": "s-ste-boosted"}),
+        ("s-ste-boosted, no MVUE", {"sste.recipe": "s-ste-boosted", "sste.mvue": "off"}),
+        ("s-ste-boosted, stochastic rounding", {"sste.recipe": "s-ste-boosted", "sste.rounding": "stochastic"}),
+        ("s-ste-boosted, e5m2 gradients", {"sste.recipe": "s-ste-boosted", "sste.grad_format": "e5m2"}),
+        ("s-ste-boosted, ffn-up", {"sste.recipe": "s-ste-boosted", "sste.targets": "ffn-up"}),
+    ):
+        yield f"{name}, by the backend", Trial(backend=options)
 
 
 TRIALS: Mapping[str, Trial] = dict(_trials())
@@ -145,6 +160,9 @@ def scheduled(model: train_gpt.GPT, trial: Trial, steps: int) -> Callable[[Tenso
         for name, parameter in model.named_parameters():
             if name.startswith("blocks") and parameter.dim() == 2:
                 parameter *= wider
+    if trial.backend is not None:
+        options = {"sste.executor": "eager", "sste.when": "always", **trial.backend}
+        return torch.compile(model, backend="sste", options=options)
     pruned, changes = [], trial.projection.prunes or trial.gain != 1.0
     for name, module in model.named_modules():
         if changes and name.endswith(tuple(f"ffn.{layer}" for layer in trial.layers)):

@@ -1,6 +1,7 @@
 """The emulation of recipes: what its linears compute, and when."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ import emulate_recipes
 import train_gpt
 from emulate_recipes import PrunedLinear, Trial
 
+import sparse_compile
 from sparse_compile.kernels.reference import hard_threshold24, soft_threshold24, sste_beta
+from sparse_compile.options import read_options
 from sparse_compile.recipe import Projection
 
 TINY = train_gpt.GPTConfig(layers=1, heads=1, width=16, context=8)
@@ -88,6 +91,24 @@ def test_without_a_tail_evaluation_is_pruned() -> None:
     assert not isinstance(gpt.blocks[0].ffn.up, PrunedLinear)
     down.prunes = False
     assert gpt(tokens(), tokens()) != loss
+
+
+def test_trials_of_the_backend_are_what_they_say() -> None:
+    """Their linears are pruned by the kernels' definitions, in FP8, the FFN's second one only where it is a target."""
+    names = [name for name, trial in emulate_recipes.TRIALS.items() if trial.backend is not None]
+    decisions = {}
+    for name in ("s-ste-boosted, no MVUE, by the backend", "s-ste-boosted, ffn-up, by the backend"):
+        assert name in names
+        torch.manual_seed(0)
+        gpt = train_gpt.GPT(replace(TINY, width=64))
+        call = emulate_recipes.scheduled(gpt, emulate_recipes.TRIALS[name], 1)
+        call(tokens(), tokens()).backward()
+        rows = {row.module: row.decision for row in sparse_compile.report().graphs[-1].rows}
+        decisions[name] = [rows[f"blocks.0.ffn.{layer}"] for layer in ("up", "down")]
+    pruned, dense = "s-ste-boosted (2:4 fp8, fp8, {})", "fp8 (fp8, fp8, fp8)"
+    assert list(decisions.values()) == [[pruned.format("fp8")] * 2, [pruned.format("2:4 fp8"), dense]]
+    for name in names:
+        read_options(None, emulate_recipes.TRIALS[name].backend)
 
 
 def test_runs_of_a_seed_start_alike_and_the_table_compares_them() -> None:
