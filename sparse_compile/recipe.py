@@ -109,7 +109,6 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: a format of gradients needs a product that reads them in FP8")
         if self.rounding is not Rounding.NEAREST and self.estimator is None:
             raise ValueError(f"recipe {self.name!r}: rounding is of what an estimator keeps")
-
         if self.decay and self.projection not in (Projection.TOP2, Projection.TRANSPOSABLE):
             raise ValueError(f"recipe {self.name!r}: a decay needs a mask, and so hard pruning")
         if self.beta_factor != 1.0 and not self.projection.has_beta:
