@@ -11,10 +11,8 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -28,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import train_gpt
-from harness import RESULTS, write
+from harness import RESULTS, side_by_side, write
 from recipe_search import Run, compared, merged
 
 import sparse_compile  # noqa: F401 - registers the backend where it is not installed
@@ -210,13 +208,11 @@ def main() -> None:
     args = parser.parse_args()
     path = args.out / "emulate_recipes.json"
     runs: list[Run] = json.loads(path.read_text())["emulated"]["runs"] if path.exists() else []
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        wanted = product(args.seeds, args.learning_rates, args.trials)
-        for future in as_completed([pool.submit(run_trial, name, rate, seed) for seed, rate, name in wanted]):
-            run = future.result()
-            runs = merged(runs, [run])
-            print("{trial}, {learning_rate:g}, seed {seed}: {validation_loss:.4f}".format(**run), flush=True)
-            write("emulate_recipes", "emulated", {"runs": runs}, table(runs), args.out)
+    wanted = [(name, rate, seed) for seed, rate, name in product(args.seeds, args.learning_rates, args.trials)]
+    for run in side_by_side(run_trial, wanted, args.jobs):
+        runs = merged(runs, [run])
+        print("{trial}, {learning_rate:g}, seed {seed}: {validation_loss:.4f}".format(**run), flush=True)
+        write("emulate_recipes", "emulated", {"runs": runs}, table(runs), args.out)
     print(table(runs))
 
 

@@ -8,9 +8,11 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 _FOOTPRINT = 4 * 50 * 2**20
 
 K = TypeVar("K", bound=Hashable)
+R = TypeVar("R")
 # What a part of a program returns: its results and its table.
 Report = tuple[dict[str, Any], str]
 
@@ -64,6 +67,13 @@ def require_close(actual: Tensor, expected: Tensor) -> None:
     wrong = error.numel() - int((error <= limit).sum())
     if wrong:
         raise WrongResultError(f"{wrong} of {error.numel()} elements are wrong, by up to {float(error.max()):g}")
+
+
+def side_by_side(run: Callable[..., R], wanted: Iterable[Sequence[Any]], jobs: int) -> Iterator[R]:
+    """What ``run`` returns for each sequence of arguments, as it ends; ``jobs`` at a time, each in its own process."""
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        for future in as_completed([pool.submit(run, *arguments) for arguments in wanted]):
+            yield future.result()
 
 
 def brief(error: str) -> str:

@@ -2,15 +2,14 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
+from harness import side_by_side
 from source_text import tokens
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -65,12 +64,9 @@ def train_arms(
     data = tokens(VOCABULARY, at_least)  # made once, for all processes
     print(f"{len(data[0]):,} tokens to train on, {len(data[1]):,} held out, {steps} steps", flush=True)
     config = replace(config, steps=steps)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        wanted = [(arm, shape, replace(config, seed=seed)) for seed, arm in product(seeds, arms)]
-        started = [pool.submit(_train_alone, *of_run, at_least, device) for of_run in wanted]
-        for future in as_completed(started):
-            run = future.result()
-            yield run if jobs == 1 else {**run, "tokens_per_second": None, "seconds": None, "training_seconds": None}
+    wanted = [(arm, shape, replace(config, seed=seed), at_least, device) for seed, arm in product(seeds, arms)]
+    for run in side_by_side(_train_alone, wanted, jobs):
+        yield run if jobs == 1 else {**run, "tokens_per_second": None, "seconds": None, "training_seconds": None}
 
 
 def measure_speeds(runs: Sequence[Run], at_least: int, device: torch.device) -> Iterator[Run]:

@@ -5,16 +5,15 @@ A trial differs from the plain run of its recipe in one thing.  Several run side
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import recipe_runs
 import torch
+from harness import side_by_side
 from source_text import tokens
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -103,13 +102,10 @@ def run_trials(
         at_least: tokens that each run reads.
     """
     tokens(recipe_runs.VOCABULARY, at_least)  # made once, for all processes
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        wanted = product(seeds, rates, names)
-        started = {pool.submit(run_trial, name, rate, seed, at_least, device) for seed, rate, name in wanted}
-        for future in as_completed(started):
-            run = future.result()
-            print("{trial}, {learning_rate:g}, seed {seed}: {validation_loss:.4f}".format(**run), flush=True)
-            yield run
+    wanted = [(name, rate, seed, at_least, device) for seed, rate, name in product(seeds, rates, names)]
+    for run in side_by_side(run_trial, wanted, jobs):
+        print("{trial}, {learning_rate:g}, seed {seed}: {validation_loss:.4f}".format(**run), flush=True)
+        yield run
 
 
 def run_trial(name: str, rate: float, seed: int, at_least: int, device: str, shape: train_gpt.GPTConfig = SHAPE) -> Run:

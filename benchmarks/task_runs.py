@@ -8,11 +8,9 @@ the recipes learn, not their speed.
 import math
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 import recipe_runs
 import torch
 import torch.nn.functional as F
+from harness import side_by_side
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -128,12 +127,10 @@ def train_tasks(
     arms: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], device: torch.device, jobs: int
 ) -> Iterator[Run]:
     """Test loss and accuracy of each arm and seed on each task, ``jobs`` at a time, each in a process of its own."""
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        wanted = product(tasks, seeds, arms)
-        for future in as_completed([pool.submit(run_task, name, arm, seed, device) for name, seed, arm in wanted]):
-            run = future.result()
-            print("{task}, {arm}, seed {seed}: {loss:.4f}, {accuracy:.2%}".format(**run), flush=True)
-            yield run
+    wanted = [(name, arm, seed, device) for name, seed, arm in product(tasks, seeds, arms)]
+    for run in side_by_side(run_task, wanted, jobs):
+        print("{task}, {arm}, seed {seed}: {loss:.4f}, {accuracy:.2%}".format(**run), flush=True)
+        yield run
 
 
 def run_task(name: str, arm: str, seed: int, device: torch.device) -> Run:

@@ -309,6 +309,14 @@ def test_bytes_of_an_op_and_its_check(name: str, bytes_an_element: float) -> Non
     assert "200%" in bench_kernels.memory_table([row])
 
 
+def test_runs_side_by_side_have_a_process_each() -> None:
+    assert sorted(harness.side_by_side(pow, [(2, 3), (3, 2), (5, 1)], 2)) == [5, 8, 9]
+    with pytest.raises(ZeroDivisionError):
+        list(harness.side_by_side(divmod, [(1, 0)], 1))
+    processes = set(harness.side_by_side(os.getpid, [(), ()], 1))
+    assert len(processes - {os.getpid()}) == 2
+
+
 @pytest.mark.usefixtures("on_cpu")
 def test_wrong_bits_of_an_op_are_an_error() -> None:
     calls = iter(range(100))
