@@ -35,12 +35,11 @@ import recipe_runs
 import recipe_search
 import task_runs
 import train_gpt
-from harness import RESULTS, Report, keep_parts, write
+from harness import RESULTS, Report, Run, keep_parts, write
 
 import sparse_compile
 from sparse_compile.kernels import ops
 
-Run = dict[str, Any]
 DEVICE = torch.device("cuda")
 STEPS = 300
 CLOCK_STEPS = 500
@@ -139,12 +138,11 @@ def recipes_part(
 ) -> Report:
     """Runs of each arm and seed, beside those that the results hold already; with ``speeds``, the speeds of all."""
     new = recipe_runs.train_arms(arms, seeds, at_least, DEVICE, jobs)
-    report = _kept("recipes", _runs_in(folder, "recipes"), new, recipe_runs.merged, recipe_runs.table, folder)
+    results, table = _kept("recipes", _runs_in(folder, "recipes"), new, recipe_runs.merged, recipe_runs.table, folder)
     if speeds:
-        runs = _runs_in(folder, "recipes")
-        timed = recipe_runs.measure_speeds(runs, at_least, DEVICE)
-        report = _kept("recipes", runs, timed, recipe_runs.merged, recipe_runs.table, folder)
-    return report
+        timed = recipe_runs.measure_speeds(results["runs"], at_least, DEVICE)
+        return _kept("recipes", results["runs"], timed, recipe_runs.merged, recipe_runs.table, folder)
+    return results, table
 
 
 def clock_part(arms: Sequence[str], folder: Path) -> Report:

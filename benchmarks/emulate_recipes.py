@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import train_gpt
-from harness import RESULTS, side_by_side, write
-from recipe_search import Run, compared, merged
+from harness import RESULTS, Run, side_by_side, write
+from recipe_search import compared, merged
 
 import sparse_compile  # noqa: F401 - registers the backend where it is not installed
 from sparse_compile.courses import Schedule

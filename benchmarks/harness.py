@@ -26,6 +26,7 @@ _FOOTPRINT = 4 * 50 * 2**20
 
 K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")
+Run = dict[str, Any]  # a training run: how it was made, and what it gave
 # What a part of a program returns: its results and its table.
 Report = tuple[dict[str, Any], str]
 
@@ -74,6 +75,12 @@ def side_by_side(run: Callable[..., R], wanted: Iterable[Sequence[Any]], jobs: i
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for future in as_completed([pool.submit(run, *arguments) for arguments in wanted]):
             yield future.result()
+
+
+def latest(old: Sequence[Run], new: Sequence[Run], fields: Sequence[str]) -> list[Run]:
+    """The new runs in place of old ones that have the same in all of the fields."""
+    runs = {tuple(run[field] for field in fields): run for run in (*old, *new)}
+    return list(runs.values())
 
 
 def brief(error: str) -> str:

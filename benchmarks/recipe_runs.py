@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from harness import side_by_side
+from harness import Run, latest, side_by_side
 from source_text import tokens
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -49,7 +49,6 @@ ARMS: Mapping[str, Callable[[int], dict[str, Any]]] = {
 }
 _WINDOW = 100  # steps whose losses are averaged
 _SHORT = 50  # steps that are enough to know the speed
-Run = dict[str, Any]
 
 
 def train_arms(
@@ -170,8 +169,8 @@ def _compiled(arm: str, model: nn.Module, steps: int) -> Callable[[Tensor, Tenso
 
 def merged(old: Sequence[Run], new: Sequence[Run]) -> list[Run]:
     """The new runs in place of old ones of the same arm, seed and length."""
-    runs = {(run["arm"], run["seed"], run["steps"]): run for run in (*old, *new)}
-    return [runs[key] for key in sorted(runs, key=lambda key: (key[2], key[0] != DENSE, key[0], key[1]))]
+    runs = latest(old, new, ("arm", "seed", "steps"))
+    return sorted(runs, key=lambda run: (run["steps"], run["arm"] != DENSE, run["arm"], run["seed"]))
 
 
 def table(runs: Sequence[Run]) -> str:

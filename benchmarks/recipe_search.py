@@ -13,7 +13,7 @@ from typing import Any
 
 import recipe_runs
 import torch
-from harness import side_by_side
+from harness import Run, latest, side_by_side
 from source_text import tokens
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ from sparse_compile.state import give_beta
 DENSE = "bf16"
 SHAPE = train_gpt.GPTConfig(layers=6, heads=6, width=384, context=512, vocabulary=recipe_runs.VOCABULARY)
 BATCH = 32
-Run = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,5 +168,4 @@ def compared(
 
 def merged(old: Sequence[Run], new: Sequence[Run]) -> list[Run]:
     """The new runs in place of old ones of the same trial, learning rate, seed and length."""
-    runs = {(run["trial"], run["learning_rate"], run["seed"], run["steps"]): run for run in (*old, *new)}
-    return list(runs.values())
+    return latest(old, new, ("trial", "learning_rate", "seed", "steps"))

@@ -11,20 +11,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import recipe_runs
 import torch
 import torch.nn.functional as F
-from harness import side_by_side
+from harness import Run, latest, side_by_side
 from tabulate import tabulate
 from torch import Tensor, nn
 
 _BATCH, _LEARNING_RATE = 256, 1e-3
 _WINDOW = 128  # bytes of source that are classified
-Run = dict[str, Any]
 _PACKAGES = (
     "asyncio",
     "concurrent",
@@ -141,8 +140,8 @@ def run_task(name: str, arm: str, seed: int, device: torch.device) -> Run:
 
 def merged(old: Sequence[Run], new: Sequence[Run]) -> list[Run]:
     """The new runs in place of old ones of the same task, device, arm and seed."""
-    runs = {(run["task"], run["device"], run["arm"], run["seed"]): run for run in (*old, *new)}
-    return [runs[key] for key in sorted(runs)]
+    fields = ("task", "device", "arm", "seed")
+    return sorted(latest(old, new, fields), key=itemgetter(*fields))
 
 
 def _train(task: Task, arm: str, seed: int, device: torch.device) -> tuple[float, float]:

@@ -20,8 +20,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEATURES_MULTIPLE = 16
 # Below this a GEMM is one tile at most, and its casts cost more than it does.
 MIN_FEATURES = 64
-
-
 # What the user may say instead of a glob of module names, and the roles that are meant; of "all" those that can be.
 TARGETS: Mapping[str, Collection[Role]] = {"ffn": (Role.UP, Role.DOWN), "ffn-up": (Role.UP,), "all": ()}
 

@@ -19,11 +19,6 @@ class Role(Enum):
     LAST = "last"  # its output is all that leaves the graph: a head whose loss lies outside, or where a graph is cut
     OTHER = "other"  # attention projections and the rest
 
-    @property
-    def is_ffn(self) -> bool:
-        """Whether it is part of a feed-forward network."""
-        return self in (Role.UP, Role.DOWN)
-
 
 _POINTWISE = frozenset(
     """add sub mul div truediv neg pow square sqrt rsqrt exp log log1p expm1 abs sign tanh sigmoid erf relu relu6 relu_
@@ -60,11 +55,12 @@ def assign_roles(inputs: Mapping[Node, Node]) -> dict[Node, Role]:
         if producers:
             roles[node] = Role.DOWN
         for producer in producers:
-            roles[producer] = Role.DOWN if roles[producer] is Role.DOWN else Role.UP
+            if roles[producer] is Role.OTHER:
+                roles[producer] = Role.UP
     for node in inputs:
         if _reaches_loss(node, inputs):
             roles[node] = Role.HEAD
-        elif not roles[node].is_ffn and _is_all_that_leaves(node, inputs):
+        elif roles[node] is Role.OTHER and _is_all_that_leaves(node, inputs):
             roles[node] = Role.LAST
     return roles
 
