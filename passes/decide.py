@@ -91,11 +91,11 @@ def decide(
             chosen = recipe if targeted else recipe.unpruned()
             if recipe.is_bf16 and not targeted:
                 detail = f"recipe {recipe.name!r} has no FP8 for it"
-                advice = f"for 2:4, which costs loss, {_names(targets)}"
+                advice = f"for 2:4, which costs loss, {_names(site, targets)}"
                 rejections.append(site.reject(Reason.NOT_A_TARGET, detail, advice))
                 continue
             could_be_sparse = recipe.projection.prunes and not targeted
-            advice = f"dense FP8; for 2:4, which costs loss, {_names(targets)}" if could_be_sparse else ""
+            advice = f"dense FP8; for 2:4, which costs loss, {_names(site, targets)}" if could_be_sparse else ""
             stays_pruned = pruned and chosen.projection.prunes
             plans.append(Plan(site=site, recipe=chosen, named=named, pruned=stays_pruned, advice=advice))
         elif named:
@@ -108,9 +108,12 @@ def decide(
     return plans, rejections
 
 
-def _names(targets: str) -> str:
-    """What to say for more linears to be targeted."""
-    return "name it in 'sste.targets'" if targets == "all" else "say 'sste.targets': 'all', or name it there"
+def _names(site: LinearSite, targets: str) -> str:
+    """What to say for the site to be targeted."""
+    if targets == "all":
+        return "name it in 'sste.targets'"
+    wider = "ffn" if site.role in TARGETS["ffn"] else "all"
+    return f"say 'sste.targets': {wider!r}, or name it there"
 
 
 def _cannot(

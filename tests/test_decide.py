@@ -31,6 +31,14 @@ def test_the_first_linears_of_ffns_alone(trace, small_gpt, batch, gated):
     assert rejections == {"head": Reason.HEAD}
 
 
+def test_advice_names_the_smallest_targets_that_a_linear_is_one_of(trace, small_gpt, batch):
+    sites, _ = find(trace(small_gpt(depth=1), *batch))
+    plans, _ = decide(sites, SSTE, "ffn-up", ParameterOwners())
+    said = {plan.site.name: plan.advice.partition("say ")[2] for plan in plans}
+    ffn, everywhere = (f"'sste.targets': {targets!r}, or name it there" for targets in ("ffn", "all"))
+    assert said == {"blocks.0.qkv": everywhere, "blocks.0.proj": everywhere, "blocks.0.up": "", "blocks.0.down": ffn}
+
+
 def test_all_linears_but_the_head(trace, small_gpt, batch):
     plans, rejections = decisions(trace(small_gpt(depth=1), *batch), "all")
     assert set(plans.values()) == {SSTE}
