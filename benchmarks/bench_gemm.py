@@ -269,7 +269,7 @@ def accuracy_rows(tokens: int, mean: float, device: torch.device) -> list[dict[s
             product = ops.sparse_mm(values, metadata, x_t, bound / limit, None, torch.float32, False, False)
         else:
             _, operand = ops.cast_transpose(grad, scales, scales, E4M3)
-            product = ops.scaled_mm(operand, x_t, bound / limit, torch.float32)
+            product = ops.scaled_mm(operand, x_t, bound / limit, torch.float32, False)
         same = (operand.double() @ x_t.double().t()) * (bound.double() / limit)
         reference = (operand.float() @ x_t.float().t()) * (bound / limit)
         error, reference_error = _relative_error(product, exact), _relative_error(reference, exact)

@@ -38,7 +38,7 @@ def scaled_mm(sets: Sequence[Inputs], transpose: bool) -> Calls:
     """The dense fp8 product as linears of this package run it, with a scale of 1."""
     assert transpose
     one = ops.unit_scale(sets[0].b.device)
-    return [partial(ops.scaled_mm, x.b, x.dense, one, BF16) for x in sets]
+    return [partial(ops.scaled_mm, x.b, x.dense, one, BF16, True) for x in sets]
 
 
 ROW_MAJOR = (True,)  # [tokens, N]

@@ -261,7 +261,7 @@ def host_calls(device: torch.device) -> dict[str, Callable[[], object]]:
     calls["sparse_mm, wgrad"] = partial(
         ops.sparse_mm, values, metadata, x, scale_inv, None, torch.bfloat16, False, False
     )
-    calls["scaled_mm"] = partial(ops.scaled_mm, x, weight_t, scale_inv, torch.bfloat16)
+    calls["scaled_mm"] = partial(ops.scaled_mm, x, weight_t, scale_inv, torch.bfloat16, True)
     return calls
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels import ops
-from sparse_compile.kernels.formats import E4M3, metadata_shape, padded, unscaled_dtype, values_shape
+from sparse_compile.kernels.formats import E4M3, FAST_ACCUM_MAX, metadata_shape, padded, unscaled_dtype, values_shape
 from sparse_compile.kernels.measured import keep, kept, median_microseconds, path_of, round_up
 from sparse_compile.kernels.selfcheck import undisturbed
 from sparse_compile.progress import tracked
@@ -224,23 +224,23 @@ def _weight(s: LinearShape, make: _Operands) -> Tensor:
 
 def _fp8_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
     a, b = make.fp8(s.tokens, s.in_features), make.fp8(s.out_features, s.in_features)
-    return _scaled_mm(a, b, s.dtype, make)
+    return _scaled_mm(a, b, s.dtype, b.shape[1] <= FAST_ACCUM_MAX, make)
 
 
 def _fp8_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
     a, b = make.fp8(s.tokens, s.out_features, dtype=s.grad_dtype), make.fp8(s.in_features, s.out_features)
-    return _scaled_mm(a, b, s.dtype, make)
+    return _scaled_mm(a, b, s.dtype, b.shape[1] <= FAST_ACCUM_MAX, make)
 
 
 def _fp8_wgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
     tokens = padded(s.tokens)
     grad_t, x_t = make.fp8(s.out_features, tokens, dtype=s.grad_dtype), make.fp8(s.in_features, tokens)
     a, b = (x_t, grad_t) if s.transposed else (grad_t, x_t)
-    return _scaled_mm(a, b, s.weight_dtype, make)
+    return _scaled_mm(a, b, s.weight_dtype, False, make)
 
 
-def _scaled_mm(a: Tensor, b: Tensor, dtype: torch.dtype, make: _Operands) -> Callable[[], object]:
-    return partial(ops.scaled_mm, a, b, make.ones(1, 2.0**-12), unscaled_dtype(dtype))
+def _scaled_mm(a: Tensor, b: Tensor, dtype: torch.dtype, use_fast_accum: bool, make: _Operands) -> Callable[[], object]:
+    return partial(ops.scaled_mm, a, b, make.ones(1, 2.0**-12), unscaled_dtype(dtype), use_fast_accum)
 
 
 def _sparse_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:

@@ -29,6 +29,8 @@ FP8_DTYPES = (E4M3, E5M2)
 MVUE_GAIN = 2.0
 # Floor of every amax: keeps the scale of an all-zero tensor, and its product with another scale, finite.
 AMAX_FLOOR = 2.0**-100
+# The longest sums of products of fprop and dgrad that are left to the tensor cores' own accumulators, of some 14 bits.
+FAST_ACCUM_MAX = 2**14
 PAD = 128
 # Padding groups name positions 0 and 1: the smallest legal nibble.
 PAD_NIBBLE = 0x4

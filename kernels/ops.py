@@ -404,21 +404,21 @@ def prepare(device: torch.device) -> None:
     unit_scale(device)
 
 
-def _scaled_mm_kernel(a: Tensor, b: Tensor, scale_inv: Tensor, out_dtype: torch.dtype) -> Tensor:
+def _scaled_mm_kernel(a: Tensor, b: Tensor, scale_inv: Tensor, out_dtype: torch.dtype, use_fast_accum: bool) -> Tensor:
     _check_contiguous("scaled_mm", (a, b, scale_inv))
     if 0 in (*a.shape, b.shape[0]):
         return torch.zeros(a.shape[0], b.shape[0], dtype=out_dtype, device=a.device)
     return torch._scaled_mm(
-        a, b.t(), scale_a=scale_inv, scale_b=unit_scale(a.device), out_dtype=out_dtype, use_fast_accum=True
+        a, b.t(), scale_a=scale_inv, scale_b=unit_scale(a.device), out_dtype=out_dtype, use_fast_accum=use_fast_accum
     )
 
 
-def _scaled_mm_fake(a: Tensor, b: Tensor, scale_inv: Tensor, out_dtype: torch.dtype) -> Tensor:
+def _scaled_mm_fake(a: Tensor, b: Tensor, scale_inv: Tensor, out_dtype: torch.dtype, use_fast_accum: bool) -> Tensor:
     return _empty(a, (a.shape[0], b.shape[0]), out_dtype)
 
 
 scaled_mm = _op(
-    "scaled_mm(Tensor a, Tensor b, Tensor scale_inv, ScalarType out_dtype) -> Tensor",
+    "scaled_mm(Tensor a, Tensor b, Tensor scale_inv, ScalarType out_dtype, bool use_fast_accum) -> Tensor",
     reference.scaled_mm,
     lambda: _scaled_mm_kernel,
     _scaled_mm_fake,

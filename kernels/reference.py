@@ -438,6 +438,10 @@ def sparse_mm(
     return (product * scale_inv).to(out_dtype)
 
 
-def scaled_mm(a: Tensor, b: Tensor, scale_inv: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """Dense ``(a @ b.T) * scale_inv`` of FP8 ``a [M, C]`` and ``b [D, C]``, not both e5m2; scale_inv fp32 ``[1]``."""
+def scaled_mm(a: Tensor, b: Tensor, scale_inv: Tensor, out_dtype: torch.dtype, use_fast_accum: bool) -> Tensor:
+    """Dense ``(a @ b.T) * scale_inv`` of FP8 ``a [M, C]`` and ``b [D, C]``, not both e5m2; scale_inv fp32 ``[1]``.
+
+    ``use_fast_accum`` is that of ``sparse_mm``.
+    """
+    del use_fast_accum
     return ((a.float() @ b.float().t()) * scale_inv).to(out_dtype)

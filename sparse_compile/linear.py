@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparse_compile.kernels import ops
-from sparse_compile.kernels.formats import AMAX_FLOOR, E4M3, E4M3_MAX, MVUE_GAIN, padded, unscaled_dtype
+from sparse_compile.kernels.formats import (
+    AMAX_FLOOR,
+    E4M3,
+    E4M3_MAX,
+    FAST_ACCUM_MAX,
+    MVUE_GAIN,
+    padded,
+    unscaled_dtype,
+)
 from sparse_compile.kernels.reference import saturating_cast
 from sparse_compile.linear_bf16 import LinearBF16
 from sparse_compile.recipe import Estimator, Gemm, Recipe, Rounding, recipe_named
@@ -167,7 +175,7 @@ def _scaled_mm(a: Tensor, b: Tensor, scale_inv: Tensor, row_scale_inv: Tensor, o
     The rows are scaled after the GEMM, where Inductor fuses the multiplication into whatever reads the result: the
     GEMM with one scale is faster than the one with a scale per row.
     """
-    product = ops.scaled_mm(a, b, scale_inv, unscaled_dtype(out_dtype))
+    product = ops.scaled_mm(a, b, scale_inv, unscaled_dtype(out_dtype), b.shape[1] <= FAST_ACCUM_MAX)
     return (product.float() * row_scale_inv[:, None]).to(out_dtype)
 
 
@@ -229,4 +237,5 @@ def _wgrad(ctx: Any, operand: tuple[Tensor, ...], x_fp8: Tensor, scale_inv: Tens
         return ops.sparse_mm(values, metadata, x_t, scale_inv, None, ctx.weight_dtype, ctx.transposed, False)
     (grad_t,) = operand
     a, b = (x_t, grad_t) if ctx.transposed else (grad_t, x_t)
-    return ops.scaled_mm(a, b, scale_inv, unscaled_dtype(ctx.weight_dtype)).to(ctx.weight_dtype)
+    # Tokens are many, and activations may have a mean, by which sums grow and small addends are cut.
+    return ops.scaled_mm(a, b, scale_inv, unscaled_dtype(ctx.weight_dtype), False).to(ctx.weight_dtype)

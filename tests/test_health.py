@@ -180,8 +180,8 @@ def test_noise_is_the_error_of_the_weights_gradient(device, transposed):
     for seed in range(2):
         seed = torch.tensor([seed], device=device)
         payload, *operand = ops.cast_mvue(grad, scale, token_scale, seed, 0, False, False, torch.float8_e4m3fn)
-        ops.scaled_mm(x, weight_t.t().contiguous(), unit, torch.float32)  # of another linear
-        ops.scaled_mm(payload, weight_t, unit, torch.float32)
+        ops.scaled_mm(x, weight_t.t().contiguous(), unit, torch.float32, True)  # of another linear
+        ops.scaled_mm(payload, weight_t, unit, torch.float32, True)
         x_t = ops.transpose_tokens(x)
         product = ops.sparse_mm(*operand, x_t, scale_inv, None, torch.float32, transposed, False)
     noise.watch(False)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparse_compile.kernels import ops, reference
+from sparse_compile.kernels.formats import FAST_ACCUM_MAX
 from sparse_compile.kernels.reference_transposable import dense_mask, transposable_masks
 from sparse_compile.linear import linear
 from sparse_compile.recipe import (
@@ -78,6 +79,26 @@ def test_dense_fp8_is_exact_on_small_integers(recipe, transposed):
     grad_weight = grad_output.t() @ x
     assert torch.equal(stored.grad, grad_weight.t() if transposed else grad_weight)
     assert torch.equal(bias.grad, grad_output.sum(0))
+
+
+@pytest.mark.parametrize(
+    ("in_features", "out_features"), [(64, 32), (FAST_ACCUM_MAX + 16, 32), (64, FAST_ACCUM_MAX + 16)]
+)
+def test_long_sums_are_not_left_to_few_bits(monkeypatch, in_features, out_features):
+    """wgrad contracts over tokens, fprop of a wide input over in_features, dgrad of a vocabulary over out_features."""
+    flags = []
+
+    def scaled_mm(a, b, scale_inv, out_dtype, use_fast_accum):
+        flags.append(use_fast_accum)
+        return reference.scaled_mm(a, b, scale_inv, out_dtype, use_fast_accum)
+
+    monkeypatch.setattr(ops, "scaled_mm", scaled_mm)
+    weight, x = torch.randn(out_features, in_features, requires_grad=True), torch.randn(16, in_features)
+    linear(
+        x.requires_grad_(), weight, None, None, 0, FP8.full_name, False, torch.float32, *operands_of(weight, FP8)
+    ).sum().backward()
+    fprop, dgrad, wgrad = in_features == 64, out_features != FAST_ACCUM_MAX + 16, False
+    assert flags == [fprop, dgrad, wgrad]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def cases():
     yield "sparse_mm", (values, metadata, fp8(20, 80, dtype=E5M2), scale_inv, tokens, torch.bfloat16, True, True)
     yield "materialize", (torch.randn(20, 80).t(),)
     for a, b in ((E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2)):
-        yield "scaled_mm", (fp8(20, 80, dtype=a), fp8(48, 80, dtype=b), scale_inv, torch.bfloat16)
+        yield "scaled_mm", (fp8(20, 80, dtype=a), fp8(48, 80, dtype=b), scale_inv, torch.bfloat16, True)
 
 
 CASES = list(cases())
@@ -99,7 +99,7 @@ def test_few_tokens(tokens):
     values, metadata, weight_t, scale_inv = pruned(48, 80)
     x, scale = fp8(tokens, 80), torch.ones(tokens)
     assert ops.sparse_mm(values, metadata, x, scale_inv, scale, torch.float32, True, True).shape == (tokens, 48)
-    assert ops.scaled_mm(fp8(tokens, 48), weight_t, scale_inv, torch.float32).shape == (tokens, 80)
+    assert ops.scaled_mm(fp8(tokens, 48), weight_t, scale_inv, torch.float32, True).shape == (tokens, 80)
     row, *operand = ops.cast_mvue(torch.randn(tokens, 48), scale, scale, SEED, 0, False, False, E4M3)
     assert row.shape == (tokens, 48)
     grad_weight = ops.sparse_mm(*operand, ops.transpose_tokens(x), scale_inv, None, torch.float32, False, False)
@@ -118,16 +118,16 @@ def test_cpu_is_emulated_and_the_reason_says_so():
 
 def test_autocast_does_not_reach_into_the_ops():
     a, b = fp8(16, 64), fp8(16, 64)
-    expected = reference.scaled_mm(a, b, torch.ones(1), torch.float32)
+    expected = reference.scaled_mm(a, b, torch.ones(1), torch.float32, True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(ops.scaled_mm(a, b, torch.ones(1), torch.float32), expected)
+        assert torch.equal(ops.scaled_mm(a, b, torch.ones(1), torch.float32, True), expected)
 
 
 def test_strides_that_no_kernel_reads_are_refused():
     with pytest.raises(
         ValueError, match=r"argument 1 of scaled_mm is \(64, 48\) with strides \(1, 64\); it must be cont"
     ):
-        ops.scaled_mm(fp8(16, 48), fp8(48, 64).t(), torch.ones(1), torch.float32)
+        ops.scaled_mm(fp8(16, 48), fp8(48, 64).t(), torch.ones(1), torch.float32, True)
     with pytest.raises(ValueError, match="argument 0 of transpose_tokens"):
         ops.transpose_tokens(fp8(48, 16).t())
 
@@ -197,5 +197,16 @@ def test_weights_at_any_address(elements):
 def test_scaled_mm_against_fp64(a_dtype, b_dtype, tokens, out_dtype):
     a, b = fp8(tokens, 768, dtype=a_dtype).cuda(), fp8(3072, 768, dtype=b_dtype).cuda()
     scale_inv = torch.full((1,), 0.37, device="cuda")
-    out = ops.scaled_mm(a, b, scale_inv, out_dtype)
+    out = ops.scaled_mm(a, b, scale_inv, out_dtype, True)
     assert_within_budget(out, a, b, scale_inv, DENSE_INSTRUCTION)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("use_fast_accum", [False, True])
+def test_sums_of_many_tokens_with_a_mean(use_fast_accum):
+    """As in FP32, unless few bits are allowed: those lose more than FP8 does, which shows that this test can fail."""
+    a, b = ((torch.randn(256, 2**16, device="cuda") + 0.5).to(E4M3) for _ in range(2))
+    exact = a.double() @ b.double().t()
+    out = ops.scaled_mm(a, b, torch.ones(1, device="cuda"), torch.float32, use_fast_accum)
+    error = float((out - exact).norm() / exact.norm())
+    assert error > 0.01 if use_fast_accum else error < 2e-4
