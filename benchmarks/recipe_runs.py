@@ -140,7 +140,7 @@ def _train(
     return {
         "arm": arm, "seed": config.seed, "steps": config.steps, "vocabulary": shape.vocabulary,
         "tokens_a_step": tokens_a_step, "training_seconds": config.steps * tokens_a_step / result.tokens_per_second,
-        "training": asdict(config), **asdict(result),
+        "training": asdict(config), **asdict(result), "losses": [round(loss, 4) for loss in result.losses],
     }  # fmt: skip
 
 
