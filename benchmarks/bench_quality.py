@@ -205,7 +205,9 @@ def main() -> None:
     parser.add_argument("--trials", nargs="+", choices=recipe_search.TRIALS, default=[*recipe_search.TRIALS])
     parser.add_argument("--tasks", nargs="+", choices=task_runs.TASKS, default=[*task_runs.TASKS])
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3, 2e-3], help="of the trials")
-    parser.add_argument("--jobs", type=int, default=4, help="runs of recipes, search and tasks that go side by side")
+    parser.add_argument(
+        "--jobs", type=int, default=4, help="runs of recipes, search and tasks side by side, on all GPUs"
+    )
     parser.add_argument("--speeds", action="store_true", help="time the arms of recipes alone, after all runs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=50_000_000, help="that each run reads (default: %(default)s)")

@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,10 +72,31 @@ def require_close(actual: Tensor, expected: Tensor) -> None:
 
 
 def side_by_side(run: Callable[..., R], wanted: Iterable[Sequence[Any]], jobs: int) -> Iterator[R]:
-    """What ``run`` returns for each sequence of arguments, as it ends; ``jobs`` at a time, each in its own process."""
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+    """What ``run`` returns for each sequence of arguments, as it ends; ``jobs`` at a time, each in its own process.
+
+    Each process sees one GPU, of several the next in turn.
+    """
+    spawned = get_context("spawn")
+    turn = (spawned.Value("i", 0), _gpus())
+    with ProcessPoolExecutor(
+        jobs, mp_context=spawned, max_tasks_per_child=1, initializer=_take_a_gpu, initargs=turn
+    ) as pool:
         for future in as_completed([pool.submit(run, *arguments) for arguments in wanted]):
             yield future.result()
+
+
+def _gpus() -> list[str]:
+    """Of this process, as CUDA_VISIBLE_DEVICES names them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return chosen.split(",") if chosen else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _take_a_gpu(started: "Synchronized[int]", gpus: Sequence[str]) -> None:
+    """In a new process, before it has seen any GPU."""
+    with started.get_lock():
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[started.value % len(gpus)]
+        started.value += 1
 
 
 def latest(old: Sequence[Run], new: Sequence[Run], fields: Sequence[str]) -> list[Run]:

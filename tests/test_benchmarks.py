@@ -317,6 +317,12 @@ def test_runs_side_by_side_have_a_process_each() -> None:
     assert len(processes - {os.getpid()}) == 2
 
 
+def test_runs_side_by_side_take_turns_on_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    seen = list(harness.side_by_side(os.getenv, [("CUDA_VISIBLE_DEVICES",)] * 3, 1))
+    assert seen == ["3", "GPU-5", "3"]
+
+
 @pytest.mark.usefixtures("on_cpu")
 def test_wrong_bits_of_an_op_are_an_error() -> None:
     calls = iter(range(100))
