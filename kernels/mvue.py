@@ -59,18 +59,23 @@ def _draw_words(seed, index, offs_part, start_n, CALL: tl.constexpr, BLOCK_N: tl
 
 
 @triton.jit
+def _drawn(words, Q: tl.constexpr):
+    """The 16 bits of group Q."""
+    return words[Q // 2] >> 16 if Q % 2 else words[Q // 2] & 0xFFFF
+
+
+@triton.jit
 def _uniform(words, Q: tl.constexpr):
     """(k + 1/2) / 2^16, k the 16 bits of group Q."""
-    half = words[Q // 2] >> 16 if Q % 2 else words[Q // 2] & 0xFFFF
     # As the low mantissa bits of 2^23, k is a float without a conversion; every operation is exact.
-    return tl.fma((half | 0x4B000000).to(tl.float32, bitcast=True), 2.0**-16, 2.0**-17 - 2.0**7)
+    return tl.fma((_drawn(words, Q) | 0x4B000000).to(tl.float32, bitcast=True), 2.0**-16, 2.0**-17 - 2.0**7)
 
 
 @triton.jit
 def _rounding_uniforms(words, Q: tl.constexpr):
     """(k + 1/2) / 2^8 for both kept elements of group Q, k the lower 8 of its 16 bits and the upper."""
-    half = words[Q // 2] >> 16 if Q % 2 else words[Q // 2] & 0xFFFF
-    low, high = half & 0xFF, half >> 8
+    drawn = _drawn(words, Q)
+    low, high = drawn & 0xFF, drawn >> 8
     # As in _uniform.
     return (
         tl.fma((low | 0x4B000000).to(tl.float32, bitcast=True), 2.0**-8, 2.0**-9 - 2.0**15),
