@@ -50,6 +50,7 @@ class Trial:
         beta: the S-STE scale; None for the one that follows from each weight at its first use.
         beta_of: which linears of an FFN have that scale; the others their own.
         layers: which linears of an FFN are pruned.
+        across: whether their groups of four run along out_features, which makes dgrad 2:4 instead of fprop.
         weight_decay: of all matrices.
         grad: what the gradients of pruned weights are multiplied with, before they are clipped.
         backend: options of the backend to train through, besides which nothing else counts; None for the emulation.
@@ -62,6 +63,7 @@ class Trial:
     beta: float | None = None
     beta_of: tuple[str, ...] = ("up", "down")
     layers: tuple[str, ...] = ("up", "down")
+    across: bool = False
     weight_decay: float = 0.1
     grad: float = 1.0
     gain: float = 1.0
@@ -86,6 +88,9 @@ def _trials() -> Iterator[tuple[str, Trial]]:
     yield "s-ste, beta 2.5, warm-up 1/6", Trial(projection=Projection.SSTE, beta=2.5, warmup=1 / 6)
     yield "s-ste, beta 2.5, ffn.up alone", Trial(projection=Projection.SSTE, beta=2.5, layers=("up",))
     yield "s-ste, beta 2.5, ffn.down alone", Trial(projection=Projection.SSTE, beta=2.5, layers=("down",))
+    for name, layers in (("", ("up", "down")), (", ffn.up alone", ("up",)), (", ffn.down alone", ("down",))):
+        across = Trial(projection=Projection.SSTE, beta=2.5, layers=layers, across=True)
+        yield f"s-ste, beta 2.5{name}, along out_features", across
     yield "s-ste, beta 2.5 of ffn.up", Trial(projection=Projection.SSTE, beta=2.5, beta_of=("up",))
     yield "ste, kept x 1.5", Trial(projection=Projection.TOP2, gain=1.5)
     # Is it the scale alone?
@@ -113,10 +118,11 @@ class PrunedLinear(nn.Linear):
     projection: Projection
     beta: float | None
     gain: float
+    across: bool
     prunes: bool
 
     def become(self, trial: Trial, name: str) -> None:
-        self.projection, self.gain, self.prunes = trial.projection, trial.gain, False
+        self.projection, self.gain, self.across, self.prunes = trial.projection, trial.gain, trial.across, False
         self.beta = trial.beta if name.endswith(trial.beta_of) else None
         if trial.grad != 1.0:
             self.weight.register_hook(lambda grad: grad * trial.grad if self.prunes else grad)
@@ -124,9 +130,11 @@ class PrunedLinear(nn.Linear):
     def projected(self) -> Tensor:
         if not self.projection.prunes:
             return self.weight.detach() * self.gain
+        matrix = self.weight.t() if self.across else self.weight
         if self.projection.has_beta and self.beta is None:
-            self.beta = sste_beta(self.weight.detach())
-        pruned = project(self.weight, self.projection, self.beta, None)
+            self.beta = sste_beta(matrix.detach())
+        pruned = project(matrix, self.projection, self.beta, None)
+        pruned = pruned.t() if self.across else pruned
         return pruned if self.projection.has_beta else pruned * self.gain
 
     def forward(self, x: Tensor) -> Tensor:

@@ -79,6 +79,17 @@ def test_phases_and_what_a_tail_begins_with() -> None:
     assert not up.prunes
 
 
+def test_groups_along_out_features() -> None:
+    gpt = model()
+    call = emulate_recipes.scheduled(gpt, Trial(projection=Projection.SSTE, across=True), 1)
+    call(tokens(), tokens())
+    up = gpt.blocks[0].ffn.up
+    assert isinstance(up, PrunedLinear)
+    weight = up.weight.detach()
+    assert up.beta == sste_beta(weight.t().contiguous())
+    assert torch.equal(up.projected(), (soft_threshold24(weight.t()) * up.beta).t())
+
+
 def test_without_a_tail_evaluation_is_pruned() -> None:
     gpt = model()
     call = emulate_recipes.scheduled(gpt, Trial(projection=Projection.TOP2, layers=("down",)), 1)
