@@ -139,9 +139,9 @@ def cublas(sets: Sequence[Inputs], transpose: bool) -> Calls:
     return [partial(torch.mm, a, b.t()) for a, b in _dense_operands(sets, transpose)]
 
 
-def scaled_mm_tensorwise(sets: Sequence[Inputs], transpose: bool) -> Calls:
+def scaled_mm_tensorwise(sets: Sequence[Inputs], transpose: bool, *, use_fast_accum: bool = True) -> Calls:
     one = torch.ones((), device=sets[0].b.device)
-    scaled_mm = partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=BF16, use_fast_accum=True)
+    scaled_mm = partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=BF16, use_fast_accum=use_fast_accum)
     return [partial(scaled_mm, a, b.t()) for a, b in _dense_operands(sets, transpose)]
 
 
@@ -214,6 +214,14 @@ FP8_LIBRARIES = (
     Gemm(name="_scaled_mm rowwise", dtype=E4M3, prepare=scaled_mm_rowwise, sparse=False, scaled=True),
     Gemm(name="cuSPARSELt fp8", dtype=E4M3, prepare=cusparselt, sparse=True, scaled=False),
     Gemm(name="CUTLASS fp8", dtype=E4M3, prepare=cutlass, sparse=True, scaled=True, layouts=(True,)),
+)
+# As a linear runs its dense wgrad.
+SCALED_MM_ACCURATE = Gemm(
+    name="_scaled_mm accurate",
+    dtype=E4M3,
+    prepare=partial(scaled_mm_tensorwise, use_fast_accum=False),
+    sparse=False,
+    scaled=False,
 )
 
 
