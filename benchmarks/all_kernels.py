@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sparse_compile.kernels import ops, sparse_gemm
 from sparse_compile.kernels.configs import configs
-from sparse_compile.kernels.formats import E4M3, padded
+from sparse_compile.kernels.formats import E4M3, FP8_DTYPES, padded
 
 DEVICE = torch.device("cuda")
 TOKENS, OUT_FEATURES, IN_FEATURES = 333, 208, 144
@@ -25,15 +25,28 @@ def memory_kernels() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         weight = torch.randn(OUT_FEATURES, IN_FEATURES, device=DEVICE, dtype=dtype)
         for matrix in (weight, weight.t().contiguous().t()):
-            ops.prune_weight_(matrix, torch.ones(1, device=DEVICE), *ops.new_pruned_weight(*matrix.shape, DEVICE))
-            ops.cast_weight_(matrix, *ops.new_cast_weight(*matrix.shape, DEVICE))
+            weight_kernels(matrix)
     gradient = torch.randn(TOKENS, OUT_FEATURES, device=DEVICE, dtype=torch.bfloat16)
     scales = torch.ones(TOKENS, device=DEVICE)
-    payload, _ = ops.cast_transpose(gradient, scales, scales, E4M3)
-    ops.transpose_tokens(payload)
     seed = torch.ones(1, dtype=torch.int64, device=DEVICE)
-    for approximate, stochastic in product((False, True), repeat=2):
-        ops.cast_mvue(gradient, scales, scales, seed, 0, approximate, stochastic, E4M3)
+    for dtype in FP8_DTYPES:
+        ops.cast_transpose(gradient, scales, scales, dtype)
+        for approximate, stochastic in product((False, True), repeat=2):
+            ops.cast_mvue(gradient, scales, scales, seed, 0, approximate, stochastic, dtype)
+    ops.transpose_tokens(gradient.to(E4M3))
+
+
+def weight_kernels(matrix: torch.Tensor) -> None:
+    one, shape = torch.ones(1, device=DEVICE), matrix.shape
+    for hard in (False, True):
+        ops.prune_weight_(matrix, one, *ops.new_pruned_weight(*shape, DEVICE), hard)
+        ops.prune_weight_bf16_(matrix, one, *ops.new_pruned_weight_bf16(*shape, DEVICE), hard)
+    ops.cast_weight_(matrix, *ops.new_cast_weight(*shape, DEVICE))
+    masks, operands = ops.new_masks(*shape, DEVICE), ops.new_transposable_weight(*shape, DEVICE)
+    for search in (True, False):
+        ops.prune_transposable_(matrix, *operands, masks, search)
+    for known in (None, masks):
+        ops.add_masked_decay_(torch.randn_like(matrix), matrix, one, known)
 
 
 def sparse_gemms() -> None:
