@@ -1,7 +1,7 @@
 """What the user may say: ``torch.compile(model, backend="sste", mode=..., options={"sste.recipe": ...})``."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_compile.courses import Schedule
+from sparse_compile.passes.decide import TARGETS
 from sparse_compile.recipe import MVUE, RECIPES, SSTE, Gemm, GradFormat, Recipe, Rounding
 from sparse_compile.report import check_file
 from sparse_compile.torch_internals import inductor_option_names, inductor_patches
@@ -84,7 +85,7 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
             raise ValueError(f"unknown option {name!r}: neither ours nor Inductor's; {nearest}")
     targets = ours.get("sste.targets", "ffn")
     if not isinstance(targets, str) or not targets:
-        raise ValueError(f"option 'sste.targets' is {targets!r}; allowed are 'ffn', 'ffn-up', 'all' or a glob")
+        raise ValueError(f"option 'sste.targets' is {targets!r}; allowed are {_listed(TARGETS)} or a glob")
     recipe = _recipe(ours)
     return Options(
         recipe=recipe,
@@ -241,5 +242,5 @@ def _nearest(given: str, names: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}? " if close else ""
 
 
-def _listed(names: Sequence[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in sorted(names))

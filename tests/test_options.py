@@ -96,7 +96,7 @@ def test_modes_are_inductors():
         ),
         ({"sste.recipe": "sr-ste", "sste.decay": True}, r"option 'sste.decay' is True; allowed is"),
         ({"sste.executor": "cuda"}, r"option 'sste.executor' is 'cuda'; .*allowed are 'eager', 'inductor'"),
-        ({"sste.targets": 3}, r"option 'sste.targets' is 3; allowed are 'ffn', 'ffn-up', 'all' or a glob"),
+        ({"sste.targets": 3}, r"option 'sste.targets' is 3; allowed are 'all', 'ffn', 'ffn-up' or a glob"),
         ({"sste.targets": ""}, r"option 'sste.targets' is ''; allowed are"),
         ({"sste.tune": "yes"}, r"option 'sste.tune' is 'yes'; allowed are True and False"),
         ({"sste.frozen": "2:4"}, r"option 'sste.frozen' is '2:4'; allowed are 'dense', 'sparse'"),
