@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels import ops
-from sparse_compile.kernels.formats import E4M3, FAST_ACCUM_MAX, metadata_shape, padded, unscaled_dtype, values_shape
+from sparse_compile.kernels.formats import E4M3, allows_fast_accum, metadata_shape, padded, unscaled_dtype, values_shape
 from sparse_compile.kernels.measured import keep, kept, median_microseconds, path_of, round_up
 from sparse_compile.kernels.selfcheck import undisturbed
 from sparse_compile.progress import tracked
@@ -224,12 +224,12 @@ def _weight(s: LinearShape, make: _Operands) -> Tensor:
 
 def _fp8_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
     a, b = make.fp8(s.tokens, s.in_features), make.fp8(s.out_features, s.in_features)
-    return _scaled_mm(a, b, s.dtype, b.shape[1] <= FAST_ACCUM_MAX, make)
+    return _scaled_mm(a, b, s.dtype, allows_fast_accum(s.in_features), make)
 
 
 def _fp8_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
     a, b = make.fp8(s.tokens, s.out_features, dtype=s.grad_dtype), make.fp8(s.in_features, s.out_features)
-    return _scaled_mm(a, b, s.dtype, b.shape[1] <= FAST_ACCUM_MAX, make)
+    return _scaled_mm(a, b, s.dtype, allows_fast_accum(s.out_features), make)
 
 
 def _fp8_wgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:

@@ -58,6 +58,11 @@ def unscaled_dtype(out_dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if out_dtype is torch.bfloat16 else torch.float32
 
 
+def allows_fast_accum(contraction: int) -> bool:
+    """Whether fprop and dgrad leave so long a sum to the tensor cores; wgrad, over tokens, never does."""
+    return contraction <= FAST_ACCUM_MAX
+
+
 def check_buffer(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """Raise ValueError unless ``tensor`` is contiguous and has this shape, dtype and device."""
     if (tuple(tensor.shape), tensor.dtype, tensor.device) != (shape, dtype, device) or not tensor.is_contiguous():

@@ -20,8 +20,8 @@ from sparse_compile.kernels.formats import (
     AMAX_FLOOR,
     E4M3,
     E4M3_MAX,
-    FAST_ACCUM_MAX,
     MVUE_GAIN,
+    allows_fast_accum,
     padded,
     unscaled_dtype,
 )
@@ -175,7 +175,7 @@ def _scaled_mm(a: Tensor, b: Tensor, scale_inv: Tensor, row_scale_inv: Tensor, o
     The rows are scaled after the GEMM, where Inductor fuses the multiplication into whatever reads the result: the
     GEMM with one scale is faster than the one with a scale per row.
     """
-    product = ops.scaled_mm(a, b, scale_inv, unscaled_dtype(out_dtype), b.shape[1] <= FAST_ACCUM_MAX)
+    product = ops.scaled_mm(a, b, scale_inv, unscaled_dtype(out_dtype), allows_fast_accum(b.shape[1]))
     return (product.float() * row_scale_inv[:, None]).to(out_dtype)
 
 
