@@ -186,7 +186,9 @@ def plan_kernel(
 
     compiled = kernel.warmup(*varying, *sizes, grid=grid, **constants)
     encoders = _encoders(compiled, varying)
-    run = compiled.run
+    with _lock:
+        # Loads the kernel.  Triton shows other threads ``run`` while ``function`` is not there yet.
+        run = compiled.run
     if encoders:
         # Triton encodes the descriptors in a wrapper of what launches.
         run = copy(run)

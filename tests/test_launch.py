@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -320,6 +321,24 @@ class TestResults:
 
 class TestKernels:
     """Compiled for Hopper, launched into a recorder."""
+
+    def test_a_kernel_that_another_thread_loads(self, recorder) -> None:
+        x = torch.ones(128)
+        loading, load = threading.Event(), recorder.utils.load_binary
+
+        def slow(*arguments: Any) -> Any:
+            loading.set()
+            time.sleep(0.3)
+            return load(*arguments)
+
+        recorder.utils.load_binary = slow
+        first = threading.Thread(target=planned(plan_axpy), args=(x, x, torch.empty(128), 1, True))
+        first.start()
+        assert loading.wait(60)
+        planned(plan_axpy)(x, x, torch.empty(128), 2, True)
+        first.join()
+        assert len(recorder.launches) == 2
+        assert recorder.loaded == 1
 
     def test_parameters_grid_and_stream(self, recorder) -> None:
         call = planned(plan_axpy)
