@@ -4,6 +4,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -24,6 +25,7 @@ from torch import Tensor
 RESULTS = Path(__file__).parent / "results"
 # Four times the L2 cache of an H200: inputs of this size in all are read from memory each time that their turn comes.
 _FOOTPRINT = 4 * 50 * 2**20
+_NUMBERS = re.compile(r"\[\s+[-+.\deE,\s]+\]")  # a list of them takes one line, not one each
 
 K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")
@@ -227,7 +229,8 @@ def write(name: str, part: str, results: Mapping[str, Any], table: str, folder: 
     path = folder / f"{name}.json"
     parts = json.loads(path.read_text()) if path.exists() else {}
     parts[part] = {"provenance": provenance(), "table": table.splitlines(), **results}
-    path.write_text(json.dumps(parts, indent=1) + "\n")
+    text = json.dumps(parts, indent=1)
+    path.write_text(_NUMBERS.sub(lambda numbers: " ".join(numbers[0].split()), text) + "\n")
     sections = [
         f"## {title}\n\n{', '.join(f'{key} {value}' for key, value in content['provenance'].items())}\n\n"
         + "\n".join(content["table"])
