@@ -14,6 +14,7 @@ BF16 = "bf16"
 BF16_TUNED = "bf16 max-autotune"
 BF16_GRAPHS = "bf16 reduce-overhead"
 SSTE = "sste"
+SSTE_UP = "sste, ffn-up"
 SSTE_HEAD = "sste, head in fp8"
 SSTE_SMALL = "sste, small memory"
 SSTE_GRAPHS = "sste reduce-overhead"
@@ -21,6 +22,7 @@ COMPILE: Mapping[str, dict[str, Any]] = {
     BF16_TUNED: {"mode": "max-autotune-no-cudagraphs"},
     BF16_GRAPHS: {"mode": "reduce-overhead"},
     SSTE: {"backend": "sste"},
+    SSTE_UP: {"backend": "sste", "options": {"sste.targets": "ffn-up"}},
     SSTE_HEAD: {"backend": "sste", "options": {"sste.head": "fp8"}},
     SSTE_SMALL: {"backend": "sste", "options": {"sste.memory": "small"}},
     SSTE_GRAPHS: {"backend": "sste", "mode": "reduce-overhead"},

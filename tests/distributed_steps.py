@@ -10,6 +10,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -75,15 +76,28 @@ def local(model: nn.Module) -> list[torch.Tensor]:
     return [getattr(parameter, "_local_tensor", parameter) for parameter in model.parameters()]
 
 
+class RememberedState(state.WeightState):
+    """All that are alive are in ``alive``: a walk over the heap in each microbatch would take as long as the training."""
+
+    alive: WeakSet[state.WeightState] = WeakSet()
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.alive.add(self)
+
+
+state.WeightState = RememberedState
+
+
 def operand_bytes() -> int:
     """What the operands of all weights take, but for their scales."""
-    states = [found for found in gc.get_objects() if type(found) is state.WeightState]
-    return sum(operand.untyped_storage().size() for found in states for operand in found.operands[:-1])
+    kept = [operand for found in RememberedState.alive for operand in found.operands[:-1]]
+    return sum(operand.untyped_storage().size() for operand in kept)
 
 
 def made() -> int:
     """How often operands were made so far."""
-    return sum(found.refreshes for found in gc.get_objects() if type(found) is state.WeightState)
+    return sum(found.refreshes for found in RememberedState.alive)
 
 
 def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:

@@ -55,7 +55,7 @@ def saved(*parts: Any) -> list[Any]:
 )
 def test_a_factor_of_what_fits_best(small_gpt, batch, boost, factor) -> None:
     """Of fresh weights; a checkpoint's scale and a weight that is 2:4 are taken as they are."""
-    model, plain = small_gpt(), small_gpt()
+    model, plain = small_gpt(depth=1), small_gpt(depth=1)
     plain.load_state_dict(model.state_dict())
     compiled(plain)(*batch).backward()
     fitted = sparse_compile.beta(plain)
@@ -88,10 +88,10 @@ def interrupted(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_a_resumed_run_is_the_continued_one(small_gpt, batch, make) -> None:
-    model = small_gpt()
+    model = small_gpt(depth=1)
     checkpoint, continued = interrupted(model, make(model.parameters()), batch)
 
-    resumed = small_gpt()
+    resumed = small_gpt(depth=1)
     optimizer = make(resumed.parameters())
     resumed.load_state_dict(checkpoint[0])
     optimizer.load_state_dict(checkpoint[1])
@@ -126,10 +126,10 @@ def test_a_checkpoint_that_is_loaded_late_brings_its_beta(small_gpt, batch, when
 
 
 def test_without_it_a_resumed_run_differs_and_warns(small_gpt, batch) -> None:
-    model = small_gpt()
+    model = small_gpt(depth=1)
     checkpoint, continued = interrupted(model, torch.optim.AdamW(model.parameters(), lr=1e-2), batch)
 
-    resumed = small_gpt()
+    resumed = small_gpt(depth=1)
     optimizer = torch.optim.AdamW(resumed.parameters(), lr=1e-2)
     resumed.load_state_dict(checkpoint[0])
     for kept in checkpoint[1]["state"].values():
@@ -142,10 +142,10 @@ def test_without_it_a_resumed_run_differs_and_warns(small_gpt, batch) -> None:
 
 def test_a_checkpoint_may_be_loaded_after_the_first_call(small_gpt, batch) -> None:
     """Its beta replaces the one computed from the weights that were there before."""
-    model = small_gpt()
+    model = small_gpt(depth=1)
     checkpoint, continued = interrupted(model, torch.optim.AdamW(model.parameters(), lr=1e-2), batch)
 
-    resumed = small_gpt()
+    resumed = small_gpt(depth=1)
     optimizer, step = torch.optim.AdamW(resumed.parameters(), lr=1e-2), compiled(resumed)
     step(*batch)
     resumed.load_state_dict(checkpoint[0])
@@ -177,13 +177,13 @@ def test_distributed_checkpoints(small_gpt, batch, tmp_path, called) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    model = small_gpt()
+    model = small_gpt(depth=1)
     optimizer, step = torch.optim.AdamW(model.parameters(), lr=1e-2), compiled(model)
     train(step, optimizer, batch)
     dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)), checkpoint_id=tmp_path)
     continued = train(step, optimizer, batch)
 
-    resumed = small_gpt()
+    resumed = small_gpt(depth=1)
     optimizer, step = torch.optim.AdamW(resumed.parameters(), lr=1e-2), compiled(resumed)
     if called:
         step(*batch)
@@ -212,11 +212,11 @@ def test_only_pruned_weights_have_one_and_the_model_has_none(small_gpt, batch) -
 
 
 def test_a_run_without_the_backend_can_load_the_checkpoint(small_gpt, batch) -> None:
-    model = small_gpt()
+    model = small_gpt(depth=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     train(compiled(model), optimizer, batch)
     model_state, optimizer_state = saved(model, optimizer)
-    dense = small_gpt()
+    dense = small_gpt(depth=1)
     dense.load_state_dict(model_state)
     optimizer = torch.optim.AdamW(dense.parameters(), lr=1e-2)
     optimizer.load_state_dict(optimizer_state)
@@ -244,10 +244,10 @@ def test_a_weight_without_gradient_so_far_can_get_one_later() -> None:
 
 def test_hard_pruning_resumes_without_anything_of_its_own(small_gpt, batch, monkeypatch) -> None:
     monkeypatch.setitem(OPTIONS, "sste.recipe", "ste")
-    model = small_gpt()
+    model = small_gpt(depth=1)
     checkpoint, continued = interrupted(model, torch.optim.AdamW(model.parameters(), lr=1e-2), batch)
     assert not any(betas.KEY in entry for entry in checkpoint[1]["state"].values())
-    resumed = small_gpt()
+    resumed = small_gpt(depth=1)
     optimizer = torch.optim.AdamW(resumed.parameters(), lr=1e-2)
     resumed.load_state_dict(checkpoint[0])
     optimizer.load_state_dict(checkpoint[1])
@@ -258,7 +258,7 @@ def test_hard_pruning_resumes_without_anything_of_its_own(small_gpt, batch, monk
 
 def test_a_copy_of_a_trained_model_starts_quietly(small_gpt, batch) -> None:
     """No optimizer has stepped with its weights."""
-    model = small_gpt()
+    model = small_gpt(depth=1)
     train(compiled(model), torch.optim.AdamW(model.parameters()), batch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,11 +53,16 @@ def losses(model, device, steps, **compile_options):
     return results
 
 
+@cache
+def dense_losses(small_gpt):
+    torch.manual_seed(0)
+    return losses(small_gpt(), "cpu", 60)
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_loss_follows_dense(small_gpt, arm):
     """After the steep part of the curve each recipe is within a tenth of the dense loss, far below the start's."""
-    torch.manual_seed(0)
-    dense = losses(small_gpt(), "cpu", 60)
+    dense = dense_losses(small_gpt)
     torch.manual_seed(0)
     options = {"sste.executor": "eager", **ARMS[arm]}
     sparse = losses(small_gpt(), "cpu", 60, backend="sste", options=options)
