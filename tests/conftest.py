@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
+from importlib import import_module
 
 import pytest
 import torch
@@ -25,9 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave out what was imported when the heap is walked over, by the garbage collector and by us: twice as fast."""
-    import torch._inductor.compile_fx  # what the first compilation imports
-
+    """Leave what is imported by now, and by the first compilation, out of walks over the heap: they are faster then."""
+    import_module("torch._inductor.compile_fx")
     gc.collect()
     gc.freeze()
 

@@ -9,7 +9,7 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
@@ -77,9 +77,9 @@ def local(model: nn.Module) -> list[torch.Tensor]:
 
 
 class RememberedState(state.WeightState):
-    """All that are alive are in ``alive``: a walk over the heap in each microbatch would take as long as the training."""
+    """``alive`` has all that are: a walk over the heap in each microbatch would take as long as the training."""
 
-    alive: WeakSet[state.WeightState] = WeakSet()
+    alive: ClassVar[WeakSet[state.WeightState]] = WeakSet()
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)

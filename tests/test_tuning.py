@@ -401,9 +401,8 @@ class TestGraph:
 
     @pytest.mark.parametrize("options", [{}, {"sste.tune": False}, {"sste.tune": True, "sste.recipe": "fp8"}], ids=str)
     def test_nothing_else_is_asked_for(self, asked, small_gpt, batch, options) -> None:
-        torch.compile(small_gpt(depth=1), backend="sste", options={"sste.executor": "eager", **options})(
-            *batch
-        ).backward()
+        options = {"sste.executor": "eager", **options}
+        torch.compile(small_gpt(depth=1), backend="sste", options=options)(*batch).backward()
         assert asked == []
 
     def test_without_a_hopper_gpu_it_changes_nothing(self, small_gpt, batch, monkeypatch) -> None:
