@@ -134,14 +134,14 @@ def _step(name: str, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def recipes_part(
-    arms: Sequence[str], seeds: Sequence[int], at_least: int, jobs: int, speeds: bool, folder: Path
+    arms: Sequence[str], seeds: Sequence[int], at_least: int, jobs: int, timed: Sequence[str], folder: Path
 ) -> Report:
-    """Runs of each arm and seed, beside those that the results hold already; with ``speeds``, the speeds of all."""
+    """Runs of each arm and seed, beside those that the results hold already, and the speeds of the arms ``timed``."""
     new = recipe_runs.train_arms(arms, seeds, at_least, DEVICE, jobs)
     results, table = _kept("recipes", _runs_in(folder, "recipes"), new, recipe_runs.merged, recipe_runs.table, folder)
-    if speeds:
-        timed = recipe_runs.measure_speeds(results["runs"], at_least, DEVICE)
-        return _kept("recipes", results["runs"], timed, recipe_runs.merged, recipe_runs.table, folder)
+    if timed:
+        with_speed = recipe_runs.measure_speeds(results["runs"], timed, at_least, DEVICE)
+        return _kept("recipes", results["runs"], with_speed, recipe_runs.merged, recipe_runs.table, folder)
     return results, table
 
 
@@ -201,14 +201,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=["loss", "head", "recipes", "clock", "search", "tasks"])
     every = [recipe_runs.DENSE, recipe_runs.TORCHAO, *recipe_runs.ARMS]
-    parser.add_argument("--arms", nargs="*", choices=every, default=every)
-    parser.add_argument("--trials", nargs="+", choices=recipe_search.TRIALS, default=[*recipe_search.TRIALS])
+    parser.add_argument(
+        "--arms", nargs="*", choices=every, default=every, metavar="ARM",
+        help=f"of recipes and tasks: {'; '.join(every)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trials", nargs="+", choices=recipe_search.TRIALS, default=[*recipe_search.TRIALS], metavar="TRIAL",
+        help=f"of search: {'; '.join(recipe_search.TRIALS)}",
+    )  # fmt: skip
     parser.add_argument("--tasks", nargs="+", choices=task_runs.TASKS, default=[*task_runs.TASKS])
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3, 2e-3], help="of the trials")
     parser.add_argument(
         "--jobs", type=int, default=4, help="runs of recipes, search and tasks side by side, on all GPUs"
     )
-    parser.add_argument("--speeds", action="store_true", help="time the arms of recipes alone, after all runs")
+    parser.add_argument(
+        "--speeds", nargs="+", choices=every, default=[], metavar="ARM", help="arms to time alone, after all runs"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=50_000_000, help="that each run reads (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")

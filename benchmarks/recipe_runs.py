@@ -69,15 +69,21 @@ def train_arms(
         yield run if jobs == 1 else {**run, "tokens_per_second": None, "seconds": None, "training_seconds": None}
 
 
-def measure_speeds(runs: Sequence[Run], at_least: int, device: torch.device) -> Iterator[Run]:
-    """The runs with the speed of a short run of their arm, alone on this machine.
+def measure_speeds(runs: Sequence[Run], arms: Sequence[str], at_least: int, device: torch.device) -> Iterator[Run]:
+    """The runs of these arms and of the dense one with the speed of a short run of the arm, alone on this machine.
 
     Dense phases, which are in dense FP8, are taken to be as fast as bf16.
+
+    Raises:
+        SystemExit: an arm has no run.
     """
+    unknown = sorted(set(arms) - {run["arm"] for run in runs})
+    if unknown:
+        raise SystemExit(f"--speeds names {unknown}, of which there is no run; name them in --arms, too")
     shape, config = _gpt2_small()
     data = tokens(VOCABULARY, at_least)
     dense = None
-    for arm in dict.fromkeys([DENSE, *(run["arm"] for run in runs)]):
+    for arm in dict.fromkeys([DENSE, *arms]):
         short = _train(arm, shape, replace(config, steps=_SHORT), data, device, scheduled_for=2**30)
         dense = dense or short["tokens_per_second"]
         speed = 1 / _seconds_a_token(arm, short["tokens_per_second"], dense)

@@ -81,7 +81,8 @@ def test_speeds_are_those_of_short_runs_alone(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(recipe_runs, "_train", train)
     old = [{**run("ste, dense half", [2.0], seed=seed), "tokens_per_second": None} for seed in (0, 1)]
-    timed = list(recipe_runs.measure_speeds([*old, run("s-ste", [3.0])], 1, torch.device("cpu")))
+    runs = [*old, run("s-ste", [3.0]), run("ste", [2.5])]
+    timed = list(recipe_runs.measure_speeds(runs, ["ste, dense half", "s-ste"], 1, torch.device("cpu")))
     assert trained == [("bf16", 50), ("ste, dense half", 50), ("s-ste", 50)]
     assert [(run["arm"], round(run["tokens_per_second"], 3)) for run in timed] == [
         ("ste, dense half", 1333.333), ("ste, dense half", 1333.333), ("s-ste", 2000.0)
@@ -90,6 +91,8 @@ def test_speeds_are_those_of_short_runs_alone(monkeypatch: pytest.MonkeyPatch) -
     table = recipe_runs.table(old + [run("bf16", [2.5])])
     assert "2.0000" in table
     assert "tokens a second" in table
+    with pytest.raises(SystemExit, match=r"--speeds names \['fp8'\], of which there is no run; name them in --arms"):
+        next(recipe_runs.measure_speeds(runs, ["fp8", "s-ste"], 1, torch.device("cpu")))
 
 
 def test_a_stopped_program_keeps_the_runs_that_have_ended(tmp_path: Path) -> None:
