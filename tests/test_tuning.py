@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_compile import backend
 from sparse_compile.errors import SparseCompileError
@@ -316,30 +316,30 @@ class TestGraph:
         return problems
 
     @pytest.fixture
-    def multiplied(self, monkeypatch: pytest.MonkeyPatch) -> set[Problem]:
+    def multiplied(self) -> Iterator[set[Problem]]:
+        """The 2:4 products that ran."""
         seen: set[Problem] = set()
-        sparse_mm = ops.sparse_mm
 
-        def recorded(
-            values: Tensor, metadata: Tensor, dense: Tensor, a: Any, b: Any, dtype: Any, transpose: bool, fast: bool
-        ) -> Any:
-            seen.add(
-                Problem(
-                    rows=values.shape[0],
-                    columns=dense.shape[0],
-                    contraction=dense.shape[1],
-                    dtype=values.dtype,
-                    dense_dtype=dense.dtype,
-                    out_dtype=dtype,
-                    scaled=b is not None,
-                    transpose=transpose,
-                    use_fast_accum=fast,
+        def recorded(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+            if name == "sparse_mm":
+                values, _, dense, _, dense_scale_inv, out_dtype, transpose, use_fast_accum = arguments
+                seen.add(
+                    Problem(
+                        rows=values.shape[0],
+                        columns=dense.shape[0],
+                        contraction=dense.shape[1],
+                        dtype=values.dtype,
+                        dense_dtype=dense.dtype,
+                        out_dtype=out_dtype,
+                        scaled=dense_scale_inv is not None,
+                        transpose=transpose,
+                        use_fast_accum=use_fast_accum,
+                    )
                 )
-            )
-            return sparse_mm(values, metadata, dense, a, b, dtype, transpose, fast)
+            return call(*arguments)
 
-        monkeypatch.setattr(ops, "sparse_mm", recorded)
-        return seen
+        with ops.observed(recorded):
+            yield seen
 
     @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
     @pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpoint"])
