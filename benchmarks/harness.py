@@ -25,7 +25,7 @@ from torch import Tensor
 RESULTS = Path(__file__).parent / "results"
 # Four times the L2 cache of an H200: inputs of this size in all are read from memory each time that their turn comes.
 _FOOTPRINT = 4 * 50 * 2**20
-_NUMBERS = re.compile(r"\[\s+[-+.\deE,\s]+\]")  # a list of them takes one line, not one each
+_NUMBERS = re.compile(r"\[\n[-+.\deE,\s]+\]")  # a list of them takes one line, not one each
 
 K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")

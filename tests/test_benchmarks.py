@@ -348,6 +348,17 @@ def test_parts_are_written_side_by_side(tmp_path: Path) -> None:
     assert page.index("table of first") < page.index("table of second")
 
 
+@pytest.mark.usefixtures("on_cpu")
+def test_a_list_of_numbers_takes_one_line(tmp_path: Path) -> None:
+    results = {"losses": [2.5, -1e-05, 3], "rows": [{"command": "[\n 1 ]"}], "failed": [], "unknown": [float("nan"), 1]}
+    harness.write("program", "part", results, "", tmp_path)
+    text = (tmp_path / "program.json").read_text()
+    assert "[ 2.5, -1e-05, 3 ]" in text
+    kept = json.loads(text)["part"]
+    assert [kept[key] for key in ("losses", "rows", "failed")] == [results[key] for key in ("losses", "rows", "failed")]
+    assert kept["unknown"][1] == 1
+
+
 class TestSteps:
     @pytest.mark.parametrize(
         ("kernel", "category"),
