@@ -16,6 +16,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import all_kernels
 import bench_distributed
 import bench_gemm
 import bench_inference
@@ -24,6 +25,7 @@ import bench_step
 import gemm_libraries
 import harness
 
+from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3
 
 CPU = torch.device("cpu")
@@ -337,6 +339,21 @@ def test_host_calls_run_and_their_table() -> None:
         call()
     rows = [{"op": "one", "host_ms": {"median": 0.02, "low": 0.01, "high": 0.03}}]
     assert "largest 20.0 us" in bench_kernels.host_table(rows)
+
+
+def test_all_kernels_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the GEMMs, which are run in each configuration, or are PyTorch's."""
+    monkeypatch.setattr(all_kernels, "DEVICE", CPU)
+    seen = set()
+
+    def observer(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        seen.add(name)
+        return call(*arguments)
+
+    with ops.observed(observer):
+        all_kernels.memory_kernels()
+    every = {op.name().split("::")[1] for op in vars(ops).values() if isinstance(op, torch._ops.OpOverload)}
+    assert seen == every - {"sparse_mm", "scaled_mm", "materialize"}
 
 
 @pytest.mark.usefixtures("on_cpu")
