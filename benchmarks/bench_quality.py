@@ -136,9 +136,17 @@ def _step(name: str, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 def recipes_part(
     arms: Sequence[str], seeds: Sequence[int], at_least: int, jobs: int, timed: Sequence[str], folder: Path
 ) -> Report:
-    """Runs of each arm and seed, beside those that the results hold already, and the speeds of the arms ``timed``."""
+    """Runs of each arm and seed, beside those that the results hold already, and the speeds of the arms ``timed``.
+
+    Raises:
+        SystemExit: one of these has no run and gets none; nothing was trained.
+    """
+    old = _runs_in(folder, "recipes")
+    unknown = sorted({*timed} - {*arms, *(run["arm"] for run in old)})
+    if unknown:
+        raise SystemExit(f"--speeds names {unknown}, of which there is no run; name them in --arms, too")
     new = recipe_runs.train_arms(arms, seeds, at_least, DEVICE, jobs)
-    results, table = _kept("recipes", _runs_in(folder, "recipes"), new, recipe_runs.merged, recipe_runs.table, folder)
+    results, table = _kept("recipes", old, new, recipe_runs.merged, recipe_runs.table, folder)
     if timed:
         with_speed = recipe_runs.measure_speeds(results["runs"], timed, at_least, DEVICE)
         return _kept("recipes", results["runs"], with_speed, recipe_runs.merged, recipe_runs.table, folder)

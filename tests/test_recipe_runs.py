@@ -91,8 +91,11 @@ def test_speeds_are_those_of_short_runs_alone(monkeypatch: pytest.MonkeyPatch) -
     table = recipe_runs.table(old + [run("bf16", [2.5])])
     assert "2.0000" in table
     assert "tokens a second" in table
+
+
+def test_speeds_of_arms_without_runs_are_refused_before_any_trains(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"--speeds names \['fp8'\], of which there is no run; name them in --arms"):
-        next(recipe_runs.measure_speeds(runs, ["fp8", "s-ste"], 1, torch.device("cpu")))
+        bench_quality.recipes_part(["s-ste"], [0], 1, 1, ["fp8", "s-ste"], tmp_path)
 
 
 def test_a_stopped_program_keeps_the_runs_that_have_ended(tmp_path: Path) -> None:
