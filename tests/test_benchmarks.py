@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,11 +16,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import all_kernels
-import bench_distributed
 import bench_gemm
 import bench_inference
 import bench_kernels
-import bench_step
 import gemm_libraries
 import harness
 
@@ -374,87 +371,3 @@ def test_a_list_of_numbers_takes_one_line(tmp_path: Path) -> None:
     kept = json.loads(text)["part"]
     assert [kept[key] for key in ("losses", "rows", "failed")] == [results[key] for key in ("losses", "rows", "failed")]
     assert kept["unknown"][1] == 1
-
-
-class TestSteps:
-    @pytest.mark.parametrize(
-        ("kernel", "category"),
-        [
-            ("sparse_gemm_kernel", "2:4 GEMM"),
-            ("nvjet_sm90_qqtst_320x128_128x3_1x2_h_bz_coopB_TNT", "fp8 GEMM"),
-            ("nvjet_sm90_tst_320x128_64x3_1x2_h_bz_coopB_NNT", "bf16 GEMM"),
-            ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x64", "attention"),
-            ("_cast_mvue_kernel", "casts of their own"),
-            ("_speculate_kernel", "casts of their own"),
-            ("triton_red_fused__to_copy_abs_amax_cast_mvue_silu_backward_7", "fused by Inductor"),
-            ("void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>", "optimizer"),
-            ("Memset (Device)", "other"),
-        ],
-    )
-    def test_kernels_fall_into_categories(self, kernel: str, category: str) -> None:
-        assert bench_step.categorise(kernel) == category
-
-    def test_overhead_is_what_is_no_gemm_and_not_in_the_bf16_step(self) -> None:
-        bf16 = {"bf16 GEMM": 70.0, "attention": 20.0, "other": 10.0}
-        sste = {"2:4 GEMM": 20.0, "fp8 GEMM": 15.0, "attention": 20.0, "casts of their own": 4.0, "other": 11.0}
-        assert bench_step.overhead(bf16, sste) == pytest.approx(5.0 / 70.0)
-
-    def test_table_of_steps(self) -> None:
-        spread = {"median": 10.0, "low": 9.0, "high": 11.0}
-        facts = {"model": "m", "ms": spread, "peak_gib": 2.0, "host_ms": 3.0}
-        rows = [
-            {"kind": "bf16", "speedup": 1.0, "predicted_over_measured": None, **facts},
-            {"kind": "sste", "speedup": 1.25, "predicted_over_measured": 1.1, **facts},
-        ]
-        lines = bench_step.step_table(rows).splitlines()
-        assert [cell.strip() for cell in lines[0].split("|")[6:8]] == ["x bf16", "predicted / measured"]
-        assert [cell.strip() for cell in lines[3].split("|")[6:8]] == ["1.250", "1.100"]
-
-    def test_table_of_compilations(self) -> None:
-        rows = [
-            {"model": "m", "kind": "bf16", "cold_s": 20.0, "warm_s": 10.0},
-            {"model": "m", "kind": "sste", "cold_s": 30.0, "warm_s": 11.0},
-        ]
-        last = [cell.strip() for cell in bench_step.compile_table(rows).splitlines()[-1].split("|")[1:-1]]
-        assert last == ["m", "sste", "30.0", "1.50", "11.0", "1.10"]
-
-    def test_a_wrong_loss_ends_the_measurement(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        losses = {"bf16": 10.0, "sste": float("nan")}
-        monkeypatch.setattr(bench_step, "training_step", lambda model, kind, device: lambda: losses[kind])
-        for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
-            monkeypatch.setattr(torch.cuda, name, lambda: None)
-        for name in ("memory_allocated", "max_memory_allocated"):
-            monkeypatch.setattr(torch.cuda, name, lambda: 0)
-        with pytest.raises(SystemExit, match=r"FAILED: the first loss of gpt2-small is 10.0 in bf16, nan in sste"):
-            bench_step.candidates("gpt2-small", ["bf16", "sste"])
-
-
-class TestDistributed:
-    def test_two_processes_measure(self, tmp_path: Path) -> None:
-        """On CPUs, with two small layers."""
-        root = Path(__file__).parents[1]
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        program = [str(root / "benchmarks/bench_distributed.py"), "--tiny", "--rounds=2", "--out=."]
-        paths = f"{root}:{os.environ.get('PYTHONPATH', '')}"
-        # Without GPUs, wherever this runs.
-        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(
-            [*launch, *program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500
-        )
-        results = tmp_path / "bench_distributed.json"
-        assert results.exists(), done.stderr[-4000:]
-        rows = json.loads(results.read_text())["2 processes"]["rows"]
-        assert [(row["parallelism"], row["kind"]) for row in rows] == [
-            ("DDP", "bf16"), ("DDP", "sste"), ("FSDP2", "bf16"), ("FSDP2", "sste")
-        ]  # fmt: skip
-        # FSDP2's two layers share a graph.
-        assert [row["sparse"] for row in rows] == [0, 6, 0, 3]
-        assert all(row["speedup"] == 1.0 for row in rows if row["kind"] == "bf16")
-        assert all(row["losses"][-1] < row["losses"][0] for row in rows)
-
-    @pytest.mark.parametrize("curve", [[10.0, 9.7], [10.0, float("nan")], [10.2, 8.0], [9.8, 8.0]])
-    def test_another_curve_ends_the_measurement(self, curve: list[float]) -> None:
-        curves = {"DDP, bf16": [10.0, 8.0], "DDP, sste": curve}
-        with pytest.raises(SystemExit, match=r"FAILED: losses are \[10.0, 8.0\] in DDP, bf16, .* in DDP, sste"):
-            bench_distributed.require_alike(curves)
-        bench_distributed.require_alike({**curves, "DDP, sste": [10.05, 9.0]})

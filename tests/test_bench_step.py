@@ -1,0 +1,67 @@
+"""bench_step without a GPU: its categories of kernels, its tables, and its check of losses."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import bench_step
+
+
+@pytest.mark.parametrize(
+    ("kernel", "category"),
+    [
+        ("sparse_gemm_kernel", "2:4 GEMM"),
+        ("nvjet_sm90_qqtst_320x128_128x3_1x2_h_bz_coopB_TNT", "fp8 GEMM"),
+        ("nvjet_sm90_tst_320x128_64x3_1x2_h_bz_coopB_NNT", "bf16 GEMM"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x64", "attention"),
+        ("_cast_mvue_kernel", "casts of their own"),
+        ("_speculate_kernel", "casts of their own"),
+        ("triton_red_fused__to_copy_abs_amax_cast_mvue_silu_backward_7", "fused by Inductor"),
+        ("void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>", "optimizer"),
+        ("Memset (Device)", "other"),
+    ],
+)
+def test_kernels_fall_into_categories(kernel: str, category: str) -> None:
+    assert bench_step.categorise(kernel) == category
+
+
+def test_overhead_is_what_is_no_gemm_and_not_in_the_bf16_step() -> None:
+    bf16 = {"bf16 GEMM": 70.0, "attention": 20.0, "other": 10.0}
+    sste = {"2:4 GEMM": 20.0, "fp8 GEMM": 15.0, "attention": 20.0, "casts of their own": 4.0, "other": 11.0}
+    assert bench_step.overhead(bf16, sste) == pytest.approx(5.0 / 70.0)
+
+
+def test_table_of_steps() -> None:
+    spread = {"median": 10.0, "low": 9.0, "high": 11.0}
+    facts = {"model": "m", "ms": spread, "peak_gib": 2.0, "host_ms": 3.0}
+    rows = [
+        {"kind": "bf16", "speedup": 1.0, "predicted_over_measured": None, **facts},
+        {"kind": "sste", "speedup": 1.25, "predicted_over_measured": 1.1, **facts},
+    ]
+    lines = bench_step.step_table(rows).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[6:8]] == ["x bf16", "predicted / measured"]
+    assert [cell.strip() for cell in lines[3].split("|")[6:8]] == ["1.250", "1.100"]
+
+
+def test_table_of_compilations() -> None:
+    rows = [
+        {"model": "m", "kind": "bf16", "cold_s": 20.0, "warm_s": 10.0},
+        {"model": "m", "kind": "sste", "cold_s": 30.0, "warm_s": 11.0},
+    ]
+    last = [cell.strip() for cell in bench_step.compile_table(rows).splitlines()[-1].split("|")[1:-1]]
+    assert last == ["m", "sste", "30.0", "1.50", "11.0", "1.10"]
+
+
+def test_a_wrong_loss_ends_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {"bf16": 10.0, "sste": float("nan")}
+    monkeypatch.setattr(bench_step, "training_step", lambda model, kind, device: lambda: losses[kind])
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    with pytest.raises(SystemExit, match=r"FAILED: the first loss of gpt2-small is 10.0 in bf16, nan in sste"):
+        bench_step.candidates("gpt2-small", ["bf16", "sste"])
