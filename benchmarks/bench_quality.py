@@ -192,9 +192,9 @@ def _kept(
 
 
 def _has_learned(run: Run) -> bool:
-    """Whether it does better than who only guesses one of ten classes, or any token.  Not if its loss is NaN."""
+    """Whether it does better than who guesses any token, or the same class always.  Not if its loss is NaN."""
     if "accuracy" in run:
-        return bool(run["accuracy"] > 0.2)
+        return bool(run["accuracy"] > 0.5)  # one of the packages has 44 % of the pieces
     return bool(run["validation_loss"] < math.log(recipe_runs.VOCABULARY))
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import bench_quality
 import recipe_runs
 import task_runs
 
@@ -18,12 +19,14 @@ import task_runs
 def test_no_held_out_piece_of_source_is_trained_on() -> None:
     task = task_runs.packages()
     examples, classes = task.train
-    held_out, _ = task.test
+    held_out, expected = task.test
     assert examples.shape[1] == held_out.shape[1] == task.length
     assert classes.unique().tolist() == list(range(task.classes))
     assert len(held_out) < len(examples)
     seen = {piece.numpy().tobytes() for piece in examples}
     assert not any(piece.numpy().tobytes() in seen for piece in held_out)
+    always_the_same = (expected.bincount().max() / len(expected)).item()
+    assert not bench_quality._has_learned({"accuracy": always_the_same})
 
 
 @pytest.mark.parametrize("arm", [recipe_runs.DENSE, "s-ste"])
