@@ -76,15 +76,21 @@ def require_close(actual: Tensor, expected: Tensor) -> None:
 def side_by_side(run: Callable[..., R], wanted: Iterable[Sequence[Any]], jobs: int) -> Iterator[R]:
     """What ``run`` returns for each sequence of arguments, as it ends; ``jobs`` at a time, each in its own process.
 
-    Each process sees one GPU, of several the next in turn.
+    Each process sees one GPU, of several the next in turn.  The first that fails is raised when all have ended.
     """
     spawned = get_context("spawn")
     turn = (spawned.Value("i", 0), _gpus())
     with ProcessPoolExecutor(
         jobs, mp_context=spawned, max_tasks_per_child=1, initializer=_take_a_gpu, initargs=turn
     ) as pool:
+        failed = []
         for future in as_completed([pool.submit(run, *arguments) for arguments in wanted]):
-            yield future.result()
+            if future.exception() is None:
+                yield future.result()
+            else:
+                failed.append(future)
+    for future in failed:
+        future.result()
 
 
 def _gpus() -> list[str]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparse_compile.betas import PRUNED, STEPS
+from sparse_compile.betas import KEY, PRUNED, STEPS
 from sparse_compile.courses import Course, Schedule, count_steps
 from sparse_compile.derived import Derived
 from sparse_compile.projected import write_projected
@@ -65,11 +65,15 @@ def _settle(weight: Tensor, course: Course) -> None:
     if course.prunes or not course.pruned:
         return
     derived, owned = derived_from(weight), owned_by_optimizer(weight)
+    beta = derived.beta.value
+    if beta is None:  # it was pruned in another process
+        kept, _ = saved_with(weight, torch.is_grad_enabled())
+        beta = kept.get(KEY)
     with plain_tensors():
         for tensor in (weight,) if owned is weight else (weight, owned):  # gathered, and in shards
             local = local_tensor(tensor)
             matrix = local.t() if course.transposed else local
-            write_projected(matrix, course.projection, derived.beta.value, _masks_of(derived))
+            write_projected(matrix, course.projection, beta, _masks_of(derived))
     course.pruned = False
     derived.beta.forget()
 

@@ -88,7 +88,7 @@ def pruning_of(weight: Tensor, moment: Hashable) -> Pruning | None:
     derived: Derived = _derived.get(weight) or Derived()
     pruned = {key: state for key, state in derived.states.items() if key[0].prunes}
     beta = derived.beta.value
-    if beta is None:
+    if beta is None and (derived.course is None or derived.course.pruned):  # a dense tail has left its beta behind
         kept, _ = _saved_betas.find(owned_by_optimizer(weight), moment)
         beta = kept.get(KEY)
     if beta is None and not pruned:
@@ -319,7 +319,7 @@ def _needs_masks(slot: WeightSlot, state: WeightState, stepped: bool) -> bool:
     state.steps += stepped
     if state.masks is None:
         state.masks = ops.new_masks(slot.out_features, slot.in_features, slot.device)
-    elif stepped and state.steps < slot.refresh:
+    elif stepped and state.stamp != NEVER and state.steps < slot.refresh:
         return False
     state.steps = 0
     return True

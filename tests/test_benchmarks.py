@@ -313,8 +313,10 @@ def test_runs_side_by_side_have_a_process_each_and_take_turns_on_the_gpus(monkey
     # One after the other: what the first process was given, a second one alone can differ from.
     seen = list(harness.side_by_side(os.getenv, [("CUDA_VISIBLE_DEVICES",), ("CUDA_VISIBLE_DEVICES",)], 1))
     assert seen == ["3", "GPU-5"]
+    runs = harness.side_by_side(divmod, [(1, 0), (7, 2)], 1)
+    assert next(runs) == (3, 1), "a run that fails does not cost the others"
     with pytest.raises(ZeroDivisionError):
-        list(harness.side_by_side(divmod, [(1, 0)], 1))
+        next(runs)
 
 
 @pytest.mark.usefixtures("on_cpu")

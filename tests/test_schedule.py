@@ -162,12 +162,14 @@ def test_a_checkpoint_that_is_loaded_late_brings_its_phase(model_first):
     assert train(step, optimizer, range(4, 6)) == continued
 
 
-def test_a_shorter_run_writes_the_weights_when_it_goes_on():
-    """The checkpoint was pruned, and the new schedule has it dense."""
+@pytest.mark.parametrize("recipe", ["ste", "s-ste", "s-ste-boosted"])
+def test_a_shorter_run_writes_the_weights_when_it_goes_on(recipe):
+    """The checkpoint was pruned, and the new schedule has it dense: it writes beta times what pruning keeps."""
     model = FFN()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    train(compiled(model, tail=1, total_steps=100), optimizer, range(3))
+    train(compiled(model, recipe, tail=1, total_steps=100), optimizer, range(3))
     checkpoint = saved(model, optimizer)
+    beta = sparse_compile.beta(model)
     assert {entry[betas.PRUNED] for entry in checkpoint[1]["state"].values() if betas.PRUNED in entry} == {1}
     torch._dynamo.reset()
     resumed = FFN()
@@ -176,8 +178,28 @@ def test_a_shorter_run_writes_the_weights_when_it_goes_on():
     optimizer.load_state_dict(checkpoint[1])
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    train(compiled(resumed, tail=2, total_steps=5), optimizer, range(3, 5))
-    assert torch.equal(resumed.up.weight, reference.hard_threshold24(model.up.weight.detach()))
+    train(compiled(resumed, recipe, tail=2, total_steps=5), optimizer, range(3, 5))
+    weight = model.up.weight.detach()
+    kept = (
+        reference.hard_threshold24(weight)
+        if recipe == "ste"
+        else reference.soft_threshold24(weight) * beta["up.weight"]
+    )
+    assert torch.equal(resumed.up.weight, kept)
+
+
+def test_what_a_dense_tail_has_trained_is_not_finalized():
+    """Though a checkpoint of the pruned phase has left its beta with the optimizer."""
+    model = FFN()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    step = compiled(model, "s-ste", tail=2, total_steps=5)
+    train(step, optimizer, range(2))
+    optimizer.state_dict()
+    train(step, optimizer, range(2, 5))
+    before = parameters(model)
+    with pytest.raises(ValueError, match="nothing to finalize"):
+        sparse_compile.finalize(model)
+    assert all(torch.equal(one, other) for one, other in zip(before, parameters(model), strict=True))
 
 
 def test_dense_phases_do_not_decay():

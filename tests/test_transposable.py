@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import sparse_compile
 from sparse_compile import state
 from sparse_compile.kernels import prune, reference
 from sparse_compile.kernels.formats import E4M3, metadata_shape, values_shape
@@ -225,6 +226,17 @@ def test_an_edited_weight_gets_masks_of_its_own():
     step_once(step, optimizer)
     step(torch.randn(16, 64))
     model.load_state_dict(FFN().state_dict())
+    step(torch.randn(16, 64))
+    assert torch.equal(state_of(model.up.weight).masks, transposable_masks(model.up.weight.detach()))
+
+
+def test_an_invalidated_weight_gets_masks_of_its_own():
+    """After an optimizer step, with which masks alone would be kept."""
+    model = FFN()
+    step, optimizer = compiled(model, refresh=100), torch.optim.SGD(model.parameters(), lr=0.1)
+    step_once(step, optimizer)
+    model.up.weight.data.copy_(torch.randn(model.up.weight.shape))
+    sparse_compile.invalidate(model)
     step(torch.randn(16, 64))
     assert torch.equal(state_of(model.up.weight).masks, transposable_masks(model.up.weight.detach()))
 
