@@ -83,14 +83,15 @@ def side_by_side(run: Callable[..., R], wanted: Iterable[Sequence[Any]], jobs: i
     with ProcessPoolExecutor(
         jobs, mp_context=spawned, max_tasks_per_child=1, initializer=_take_a_gpu, initargs=turn
     ) as pool:
-        failed = []
+        errors = []
         for future in as_completed([pool.submit(run, *arguments) for arguments in wanted]):
-            if future.exception() is None:
+            error = future.exception()
+            if error is None:
                 yield future.result()
             else:
-                failed.append(future)
-    for future in failed:
-        future.result()
+                errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def _gpus() -> list[str]:

@@ -66,7 +66,7 @@ def _settle(weight: Tensor, course: Course) -> None:
         return
     derived, owned = derived_from(weight), owned_by_optimizer(weight)
     beta = derived.beta.value
-    if beta is None:  # it was pruned in another process
+    if beta is None and course.projection.has_beta:  # it was pruned in another process
         kept, _ = saved_with(weight, torch.is_grad_enabled())
         beta = kept.get(KEY)
     with plain_tensors():
