@@ -15,7 +15,7 @@ from sparse_compile.agreement import agreed
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.costs import LinearShape, Question, piece_times
 from sparse_compile.passes.decide import Plan, Price
-from sparse_compile.passes.find import LinearSite, Reason, Rejection
+from sparse_compile.passes.sites import LinearSite, Reason, Rejection
 from sparse_compile.recipe import Gemm, Projection, Recipe, Rounding
 from sparse_compile.torch_internals import example_value, hint
 

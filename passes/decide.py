@@ -9,8 +9,8 @@ import torch
 from torch.nn import Parameter
 
 from sparse_compile.owners import ParameterOwners
-from sparse_compile.passes.find import LinearSite, Reason, Rejection
 from sparse_compile.passes.roles import Role
+from sparse_compile.passes.sites import LinearSite, Reason, Rejection
 from sparse_compile.recipe import Gemm, Projection, Recipe
 from sparse_compile.report import Row
 from sparse_compile.torch_internals import example_value, is_fake, real_parameter
@@ -82,7 +82,7 @@ def decide(
     plans: list[Plan] = []
     rejections: list[Rejection] = []
     for site in sites:
-        named = targets not in TARGETS and fnmatchcase(site.name, targets)
+        named = targets not in TARGETS and any(fnmatchcase(name, targets) for name in (site.name, site.path))
         pruned = (parameter := real_parameter(site.weight)) is not None and is_pruned(parameter)
         refusal = _cannot(site, owners, pruned, is_24) or (None if named else _should_not(site, owners, head))
         if refusal is None:
@@ -105,7 +105,25 @@ def decide(
             )
         else:
             rejections.append(refusal)
-    return plans, rejections
+    return _alike(plans, rejections)
+
+
+def _alike(plans: list[Plan], rejections: list[Rejection]) -> tuple[list[Plan], list[Rejection]]:
+    """One arithmetic for each weight, whatever parts the linears play that read it: a block that is called twice.
+
+    Where one of them stays dense all do, and where one is no target none is pruned.
+    """
+    dense = {rejection.site.weight: rejection for rejection in rejections if rejection.site is not None}
+    unpruned = {plan.site.weight: plan for plan in plans if not plan.recipe.projection.prunes}
+    agreed: list[Plan] = []
+    for plan in plans:
+        if (other := dense.get(plan.site.weight)) is not None:
+            detail = f"another linear of this graph reads it and stays dense: {other.reason.value}: {other.detail}"
+            rejections.append(plan.site.reject(Reason.TIED, detail, other.advice))
+        else:
+            other_plan = unpruned.get(plan.site.weight, plan)
+            agreed.append(replace(plan, recipe=other_plan.recipe, advice=other_plan.advice))
+    return agreed, rejections
 
 
 def _names(site: LinearSite, targets: str) -> str:
@@ -146,8 +164,8 @@ def _cannot(
         advice = "set requires_grad if it shall be trained; 'sste.frozen': 'sparse' if it was finalized"
         return site.reject(Reason.FROZEN, detail, advice)
     untie = "give each use a parameter of its own, if the model allows"
-    if site.weight_uses > 1:
-        return site.reject(Reason.TIED, f"{site.weight_uses} operations of this graph read it", untie)
+    if site.other_uses:
+        return site.reject(Reason.TIED, f"{', '.join(site.other_uses)} of this graph reads it, too", untie)
     holders = owners.holders(parameter) if parameter is not None else ()
     if len(holders) > 1:
         return site.reject(Reason.TIED, f"held by {', '.join(holders)}", untie)
@@ -175,6 +193,9 @@ def _should_not(site: LinearSite, owners: ParameterOwners, head: bool) -> Reject
         if site.role is Role.LAST:
             why = "its output leaves the graph and it has an embedding's shape"
         return site.reject(Reason.HEAD, why, "say 'sste.head': 'fp8', and compare losses (README.md, Limits)")
+    if site.role is Role.ADAPTER:
+        detail = "of low rank, beside a frozen linear"
+        return site.reject(Reason.ADAPTER, detail, "name it in 'sste.targets' to rewrite it all the same")
     if min(site.in_features, site.out_features) < MIN_FEATURES:
         return site.reject(Reason.TOO_SMALL, f"fewer than {MIN_FEATURES} features", "name it in 'sste.targets'")
     return None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sparse_compile.passes.decide import Plan
-from sparse_compile.passes.find import Reason, Rejection
+from sparse_compile.passes.sites import Reason, Rejection
 
 
 def phase(

@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from sparse_compile.kernels import ops
 from sparse_compile.linear import linear
 from sparse_compile.passes.decide import Plan
-from sparse_compile.passes.find import LinearSite, Region
+from sparse_compile.passes.flow import Region
 from sparse_compile.recipe import Projection
 from sparse_compile.torch_internals import add_static_input, checkpoint_body, example_value
 
@@ -58,20 +58,21 @@ def rewrite(graph_module: GraphModule, plans: Sequence[Plan]) -> list[WeightSlot
     """Edit the graph by the plans; returns the slots whose operands its new inputs expect, in order."""
     graph = graph_module.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    slots = []
+    operands_of: dict[WeightSlot, list[Node]] = {}  # a weight that several linears read has them once
     seeds = _draw_seed(graph, plans)
     replaced: dict[Node, Node] = {}
     for index, plan in enumerate(plans):
         site = plan.site
         slot = _slot(plan, placeholders.index(site.weight))
-        slots.append(slot)
-        with example_value(site.weight).fake_mode:
-            fakes = slot.new_operands()
-        operands = [add_static_input(graph, f"sste_{index}_{i}", fake) for i, fake in enumerate(fakes)]
+        if slot not in operands_of:
+            with example_value(site.weight).fake_mode:
+                fakes = slot.new_operands()
+            operands_of[slot] = [add_static_input(graph, f"sste_{index}_{i}", fake) for i, fake in enumerate(fakes)]
+        operands = operands_of[slot]
         handed_seeds = _hand_in(seeds, site.region) if plan.recipe.estimator is not None else [None]
         arguments = (
             replaced.get(site.input, site.input),  # one linear may read another
-            _inside(site),
+            *_hand_in([site.weight], site.region),
             site.bias,
             *handed_seeds,
             index,
@@ -84,7 +85,7 @@ def rewrite(graph_module: GraphModule, plans: Sequence[Plan]) -> list[WeightSlot
         logger.debug("rewrote %s to %s", site.name, plan.recipe.full_name)
     for edited in {graph_module, *(module for plan in plans for module in _modules(plan.site.region))}:
         edited.recompile()
-    return slots
+    return list(operands_of)
 
 
 def _slot(plan: Plan, position: int) -> WeightSlot:
@@ -139,11 +140,6 @@ def _hand_in(nodes: Sequence[Node], region: Region) -> list[Node]:
 def _modules(region: Region) -> list[GraphModule]:
     """The graphs on the way to a region, and its own."""
     return [*(caller for caller, _ in region.calls), region.graph_module]
-
-
-def _inside(site: LinearSite) -> Node:
-    """The weight as its region sees it."""
-    return next(inner for inner, outer in site.region.sources.items() if outer is site.weight)
 
 
 def _replace(node: Node, arguments: tuple[object, ...]) -> Node:

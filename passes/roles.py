@@ -1,128 +1,172 @@
-"""What part a linear plays, told from the graph's structure alone."""
+"""What part a linear plays, told from the flow of values through the graph alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from enum import Enum
-from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
-from torch.nn import Parameter
 
+from sparse_compile.passes.flow import Flow, Kind
 from sparse_compile.passes.spelling import target_name
-from sparse_compile.torch_internals import example_value
+from sparse_compile.torch_internals import example_value, hint
 
 
 class Role(Enum):
-    UP = "ffn up"  # only pointwise operations stand between it and the next linear; gates, too
-    DOWN = "ffn down"  # only pointwise operations stand between it and the linears before
+    UP = "ffn up"  # only elementwise operations stand between it and the next linear; gates, too
+    DOWN = "ffn down"  # only elementwise operations stand between it and the linears before
+    ADAPTER = "adapter"  # of low rank, beside a frozen linear to whose output it adds
     HEAD = "head"  # its output goes to the loss
     LAST = "last"  # its output is all that leaves the graph: a head whose loss lies outside, or where a graph is cut
     OTHER = "other"  # attention projections and the rest
 
 
-_POINTWISE = frozenset(
-    """add sub mul div truediv neg pow square sqrt rsqrt exp log log1p expm1 abs sign tanh sigmoid erf relu relu6 relu_
-    gelu silu silu_ mish elu selu celu leaky_relu softplus softsign hardswish hardsigmoid hardtanh logsigmoid prelu
-    rrelu threshold dropout glu clamp clamp_min clamp_max clip maximum minimum where masked_fill reciprocal sin cos
-    iadd isub imul itruediv add_ mul_ sub_ div_ radd rmul rsub rtruediv rpow""".split()
-)
-_VIEWS = frozenset(
-    """view reshape view_as flatten unflatten squeeze unsqueeze contiguous clone chunk split tensor_split unbind
-    getitem to float bfloat16 half type_as""".split()
-)
 _LOSSES = frozenset(
     """cross_entropy nll_loss log_softmax logsumexp binary_cross_entropy_with_logits ctc_loss mse_loss l1_loss
     smooth_l1_loss huber_loss kl_div linear_cross_entropy""".split()
 )
 
 
-def assign_roles(inputs: Mapping[Node, Node]) -> dict[Node, Role]:
+def assign_roles(
+    flow: Flow,
+    inputs: Mapping[Node, Node],
+    features: Mapping[Node, tuple[int, int]] | None = None,
+    frozen: Collection[Node] = (),
+) -> dict[Node, Role]:
     """The role of each linear.
 
-    A linear is an FFN's down projection when its input is a pointwise function of linears' outputs and of nothing else;
-    an up projection when its output goes into such an input and it is no down projection itself.  Attention lies
-    outside: softmax and scaled_dot_product_attention are not pointwise, nor is a norm, whose mean runs over features.
+    A linear is an FFN's down projection when its input is an elementwise function of linears' outputs and of nothing
+    else that has features; an up projection when its output goes into such an input and it is no down projection
+    itself.  Moves between dimensions are let through.  Attention lies outside: softmax and
+    scaled_dot_product_attention mix elements, and so does a norm, whose mean runs over features.
+
+    A pair of linears is an adapter (LoRA and its kin) when it narrows what it reads, and its result is added to that
+    of a frozen linear.
 
     A linear is the head when its output reaches a loss without meeting another activation, and the last when it is no
     FFN and nothing but its output leaves the graph in the same way.
 
     Args:
         inputs: each linear's node and its input.
+        features: of each linear, ``(in_features, out_features)``; a linear without is no adapter.
+        frozen: the linears whose weight is not trained.
     """
     roles = dict.fromkeys(inputs, Role.OTHER)
-    for node, source in inputs.items():
-        producers = _pointwise_producers(source, inputs)
-        if producers:
-            roles[node] = Role.DOWN
-        for producer in producers:
+    adapters = _adapters(flow, inputs, features or {}, frozen)
+    roles.update(dict.fromkeys(adapters, Role.ADAPTER))
+    producers_of = {node: _producers(flow, source, inputs) for node, source in inputs.items()}
+    for node, (producers, computes) in producers_of.items():
+        ffn = producers - adapters
+        if node in adapters or not (ffn and computes):
+            continue
+        roles[node] = Role.DOWN
+        for producer in ffn:
             if roles[producer] is Role.OTHER:
                 roles[producer] = Role.UP
     for node in inputs:
-        if _reaches_loss(node, inputs):
+        alone = _alone(flow, node, inputs)
+        if any(target_name(user) in _LOSSES for passed in alone for user in flow.users(passed)):
             roles[node] = Role.HEAD
-        elif roles[node] is Role.OTHER and _is_all_that_leaves(node, inputs):
+        elif roles[node] is Role.OTHER and _is_all_that_leaves(flow, alone):
             roles[node] = Role.LAST
     return roles
 
 
-def _pointwise_producers(source: Any, linears: Mapping[Node, Node]) -> set[Node]:
-    """The linears that ``source`` is a pointwise function of; empty if it depends on anything else as well."""
+def _producers(flow: Flow, source: Node, linears: Mapping[Node, Node]) -> tuple[set[Node], bool]:
+    """The linears that a value is an elementwise function of, and whether more than moves make it of them.
+
+    No linears if it depends on another activation with features as well.
+    """
     producers: set[Node] = set()
     computes = False
     pending, seen = [source], set()
     while pending:
         node = pending.pop()
-        if node in seen or not _is_activation(node):
+        if node in seen or flow.origin(node).kind is not Kind.ACTIVATION:
             continue
         seen.add(node)
         if node in linears:
             producers.add(node)
-        elif target_name(node) in _POINTWISE or target_name(node) in _VIEWS:
-            computes = computes or target_name(node) in _POINTWISE
-            pending.extend(node.all_input_nodes)
+        elif _is_mask(node):
+            continue
+        elif flow.passes(node) and flow.sources(node):
+            computes = computes or flow.computes(node)
+            pending.extend(flow.sources(node))
         else:
-            return set()
-    return producers if computes else set()
+            return set(), False
+    return producers, computes
 
 
-def _reaches_loss(linear: Node, linears: Mapping[Node, Node]) -> bool:
-    """Whether a loss reads the linear's output before it has met another activation."""
-    return any(target_name(user) in _LOSSES for node in _alone(linear, linears) for user in node.users)
+def _is_mask(node: Node) -> bool:
+    """Whether a value says which elements or tokens count, or how much a token does: it has no features of its own."""
+    value = example_value(node)
+    if not isinstance(value, Tensor):
+        return False
+    return not value.is_floating_point() or value.ndim == 0 or hint(value.shape[-1]) == 1
 
 
-def _is_all_that_leaves(linear: Node, linears: Mapping[Node, Node]) -> bool:
-    """Whether everything floating-point that the graph returns is the linear's output, alone."""
-    alone = _alone(linear, linears)
-    (output,) = linear.graph.find_nodes(op="output")
-    returned = {node for node in output.all_input_nodes if _is_floating(node)}
-    return bool(returned) and returned <= alone
+def _adapters(
+    flow: Flow,
+    inputs: Mapping[Node, Node],
+    features: Mapping[Node, tuple[int, int]],
+    frozen: Collection[Node],
+) -> set[Node]:
+    found: set[Node] = set()
+    if not frozen:
+        return found
+    added = {node: _reached(flow, node, inputs) for node in frozen}
+    for node, source in inputs.items():
+        if node in frozen or node not in features:
+            continue
+        narrow = {p for p in _producers(flow, source, inputs)[0] if p not in frozen and p in features}
+        rank, out_features = features[node]
+        narrow = {p for p in narrow if features[p][1] == rank < min(features[p][0], out_features)}
+        reached = _reached(flow, node, inputs)
+        if narrow and any(
+            reached & others for other, others in added.items() if _size(features, other) == out_features
+        ):
+            found |= {node, *narrow}
+    return found
 
 
-def _alone(linear: Node, linears: Mapping[Node, Node]) -> set[Node]:
-    """The linear's output and what views and pointwise operations make of it without another activation."""
-    alone, pending = {linear}, list(linear.users)
+def _size(features: Mapping[Node, tuple[int, int]], node: Node) -> int | None:
+    return features[node][1] if node in features else None
+
+
+def _reached(flow: Flow, linear: Node, linears: Mapping[Node, Node]) -> set[Node]:
+    """What elementwise operations make of the linear's output, together with others or not, before the next linear."""
+    return _follow(flow, linear, lambda node: node not in linears and flow.passes(node))
+
+
+def _alone(flow: Flow, linear: Node, linears: Mapping[Node, Node]) -> set[Node]:
+    """The linear's output and what elementwise operations make of it without another activation."""
+    alone: set[Node] = {linear}
+
+    def passes(node: Node) -> bool:
+        if node in linears or not flow.passes(node):
+            return False
+        others = (source for source in flow.sources(node) if source not in alone)
+        return all(flow.origin(source).kind is not Kind.ACTIVATION for source in others)
+
+    return _follow(flow, linear, passes, alone)
+
+
+def _follow(flow: Flow, start: Node, passes: Callable[[Node], bool], found: set[Node] | None = None) -> set[Node]:
+    found = {start} if found is None else found
+    pending = list(flow.users(start))
     while pending:
         node = pending.pop()
-        passes_on = target_name(node) in _POINTWISE or target_name(node) in _VIEWS
-        if node in alone or node in linears or not passes_on:
-            continue
-        if all(source in alone or not _is_activation(source) for source in node.all_input_nodes):
-            alone.add(node)
-            pending.extend(node.users)
-    return alone
+        if node not in found and passes(node):
+            found.add(node)
+            pending.extend(flow.users(node))
+    return found
+
+
+def _is_all_that_leaves(flow: Flow, alone: set[Node]) -> bool:
+    """Whether everything floating-point that the graph returns is the linear's output, alone."""
+    returned = {node for node in flow.returned if _is_floating(node)}
+    return bool(returned) and returned <= alone
 
 
 def _is_floating(node: Node) -> bool:
     value = example_value(node)
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _is_activation(node: Any) -> bool:
-    """Whether a node carries a tensor that is neither a parameter nor a constant of the module."""
-    value = example_value(node)
-    if not isinstance(node, Node) or node.op == "get_attr":
-        return False
-    if node.op == "placeholder":
-        # A body's placeholder may lack metadata; then it is an activation for all we know.
-        return not isinstance(value, Parameter)
-    return value is None or hasattr(value, "shape") or isinstance(value, (tuple, list))

@@ -14,12 +14,14 @@ from sparse_compile.courses import Schedule
 from sparse_compile.kernels import ops
 from sparse_compile.linear import linear
 from sparse_compile.measure import Twin
+from sparse_compile.module_names import ModuleNames
 from sparse_compile.options import Executor, Options, read_options
 from sparse_compile.origin import origin
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import choose
 from sparse_compile.passes.decide import Plan, decide
 from sparse_compile.passes.find import find
+from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.materialize import materialize
 from sparse_compile.passes.phase import phase
 from sparse_compile.passes.recompute import recompute
@@ -71,10 +73,10 @@ def sste(
     chosen = read_options(mode, options)
     graph = clone_graph_module(graph_module)
 
-    sites, near_misses = find(graph, graph_before_cut(graph_module))
     owners = ParameterOwners()
+    found = find(Flow(graph), graph_before_cut(graph_module), ModuleNames().of)
     plans, rejections = decide(
-        sites,
+        found.sites,
         chosen.recipe,
         chosen.targets,
         owners,
@@ -111,12 +113,12 @@ def sste(
             cacheable_function=f"{linear.__module__}.{linear.__name__}",
         )
 
-    refused = [*rejections, *near_misses]
+    refused = [*rejections, *found.rejections]
     for rejection in refused:
         logger.debug("left %s dense: %s: %s", rejection.name, rejection.reason.value, rejection.detail)
     rows = (*(plan.row() for plan in plans), *(rejection.row() for rejection in refused))
     description = origin(graph_module, [row.module for row in rows])
-    graph_report = GraphReport(rows=rows, execution=_execution(devices), **description)
+    graph_report = GraphReport(rows=rows, others=dict(found.others), execution=_execution(devices), **description)
     record(graph_report)
     time_steps()
     trace_artifact("sparse_compile_report", lambda: json.dumps(asdict(graph_report), indent=1))

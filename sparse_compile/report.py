@@ -13,14 +13,18 @@ from typing import Any
 from sparse_compile.report_health import Health
 
 # Of the JSON; a file of another version is not read.
-VERSION = 2
+VERSION = 3
 FORMATS = (".txt", ".json", ".html")
 DENSE = "dense"
+# How products that are no linears appear in the coverage.
+ATTENTION = "attention"
+CONVOLUTION = "convolutions"
+PRODUCTS_OF_ACTIVATIONS = "products of activations"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One linear.
+    """One product with a parameter: a linear, or what is not rewritten for another reason.
 
     Attributes:
         module: dotted name of the module, or of the parameter.
@@ -34,6 +38,7 @@ class Row:
         fprop, dgrad, wgrad: how each product runs: ``2:4 fp8``, ``fp8``, or a dtype such as ``bf16``; empty where the
             graph has no such product.
         forwards: how often fprop runs in a step: twice in an activation-checkpointed region.
+        dense_flops: of a step, as ``fprop`` says, where the product is no linear with tokens and features.
         dense_us, rewritten_us: predicted microseconds in a step, dense and as it is now; None if not measured.
     """
 
@@ -52,12 +57,15 @@ class Row:
     dgrad: str = ""
     wgrad: str = ""
     forwards: int = 1
+    dense_flops: int | None = None
     dense_us: float | None = None
     rewritten_us: float | None = None
 
     def flops(self) -> Counter[str]:
         """FLOPs of a step by how they run, dense-equivalent: 2 M N K a product; empty where a size is unknown."""
         counted: Counter[str] = Counter()
+        if self.dense_flops and self.fprop:
+            counted[self.fprop] += self.dense_flops
         if self.tokens and self.in_features and self.out_features:
             product = 2 * self.tokens * self.in_features * self.out_features
             for precision, times in ((self.fprop, self.forwards), (self.dgrad, 1), (self.wgrad, 1)):
@@ -122,7 +130,7 @@ class Gain:
     """Linears that could gain more, which differ in nothing but the numbers of their names.
 
     Attributes:
-        share: of the FLOPs of the model's linears; None where a size is unknown.
+        share: of the FLOPs of the model's products; None where a size is unknown.
         microseconds: that they take now in a call and its backward, by prediction; None if not measured.
     """
 
@@ -135,9 +143,11 @@ class Gain:
 
 @dataclass(kw_only=True, slots=True)
 class GraphReport:
-    """The linears of one compiled graph.
+    """The products of one compiled graph.
 
     Attributes:
+        rows: those with a parameter.
+        others: FLOPs of a call and its backward in those without: ``attention``, ``products of activations``.
         execution: ``kernels``; ``emulated: <why>`` where the eager reference runs; ``dense`` if nothing is rewritten.
         id: dynamo's, as in its own logs: ``1/0``.
         origin, origin_at: the user's function that was traced, and ``file:line`` of the first operation.
@@ -164,6 +174,7 @@ class GraphReport:
     calls_a_step: int = 0
     measured: Measurement | None = None
     not_measured: str = ""
+    others: dict[str, int] = field(default_factory=dict)
 
     @property
     def rewritten(self) -> int:
@@ -176,7 +187,7 @@ class GraphReport:
 
     def flops(self) -> Counter[str]:
         """Of one call and its backward, by how they run."""
-        return sum((row.flops() for row in self.rows), Counter())
+        return sum((row.flops() for row in self.rows), Counter(self.others))
 
 
 @dataclass(slots=True)
@@ -200,7 +211,7 @@ class Report:
         return [row for graph in self.graphs for row in graph.rows]
 
     def coverage(self) -> dict[str, float]:
-        """Share of the linears' FLOPs by how they run, the largest first; each graph as often as it was called."""
+        """Share of all products' FLOPs by how they run, the largest first; each graph as often as it was called."""
         return shares(sum((_times(graph.flops(), self._weight(graph)) for graph in self.graphs), Counter()))
 
     def gains(self) -> list[Gain]:
@@ -209,7 +220,7 @@ class Report:
         alike: dict[tuple[str, str, str], list[tuple[GraphReport, Row]]] = {}
         for graph in self.graphs:
             for row in graph.rows:
-                if row.reason or row.advice:
+                if (row.reason or row.advice) and row.fprop != CONVOLUTION:
                     alike.setdefault((_pattern(row.module), row.reason, row.advice), []).append((graph, row))
         gains: list[tuple[float, float | None, Gain]] = []
         for (pattern, reason, advice), members in alike.items():

@@ -42,9 +42,9 @@ def _overview(report: Report) -> Iterable[Markup]:
     yield tag("p", f"{rewritten} of {total} linears rewritten, in {graphs}.")
     coverage = report.coverage()
     if coverage:
-        yield tag("h2", "Share of the linears' FLOPs")
+        yield tag("h2", "Share of all products' FLOPs")
         yield from _coverage(coverage)
-        note = "fprop, dgrad and wgrad of each linear, 2·M·N·K each, each graph as often as it was called."
+        note = "Forward and backward, 2·M·N·K for a matrix product; each graph as often as it was called."
         yield tag("p", note, class_="faint")
     if whole := steps(report):
         yield tag("h2", "Training step")

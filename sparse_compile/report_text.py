@@ -33,7 +33,7 @@ def _graph(number: int, graph: GraphReport) -> str:
         lines[0] += f", {graph.predicted_gain_ms:.1f} ms less a step predicted"
     lines += [f"  {line}" for line in about(graph)]
     if flops := graph.flops():
-        lines.append(f"  FLOPs of its linears: {covered(shares(flops))}")
+        lines.append(f"  FLOPs of its products: {covered(shares(flops))}")
     if graph.measured is not None:
         lines += [f"  measured: {line}" for line in measured(graph.measured)]
     if graph.rows:
@@ -129,7 +129,7 @@ def _summary(report: Report) -> list[str]:
     """Of all graphs: the coverage, then what could gain more."""
     parts = []
     if coverage := report.coverage():
-        parts.append(f"of all linears' FLOPs: {covered(coverage)}")
+        parts.append(f"of all products' FLOPs: {covered(coverage)}")
     if whole := steps(report):
         parts.append(f"training: {whole}")
     if gains := report.gains():

@@ -26,11 +26,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
     from torch._dynamo import OptimizedModule
-    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-__all__ = ["FakeTensor", "OptimizedModule", "WeakTensorKeyDictionary"]
+__all__ = ["FakeTensor", "FakeTensorMode", "OptimizedModule", "WeakTensorKeyDictionary"]
 
-_LATE = {"FakeTensor": "torch._subclasses.fake_tensor", "OptimizedModule": "torch._dynamo"}
+_LATE = {
+    "FakeTensor": "torch._subclasses.fake_tensor",
+    "FakeTensorMode": "torch._subclasses.fake_tensor",
+    "OptimizedModule": "torch._dynamo",
+}
 
 # The attribute of parameters that says whether linears compute with it pruned now.
 PRUNED_NOW = "_sste_pruned_now"
@@ -69,7 +73,9 @@ def self_test() -> list[str]:
         ("torch._inductor.compile_fx", "compile_fx"),
         ("torch._inductor.cudagraph_trees", "reset_cudagraph_trees"),
         ("torch._logging._internal", "trace_structured"),
+        ("torch._decomp", "decomposition_table"),
         ("torch._subclasses.fake_tensor", "FakeTensor"),
+        ("torch._subclasses.fake_tensor", "FakeTensorMode"),
         ("torch.autograd", "_unsafe_preserve_version_counter"),
         ("torch.distributed.distributed_c10d", "_get_default_store"),
         ("torch.distributed.fsdp._fully_shard._fsdp_param", "FSDPParam.free_unsharded_param"),
@@ -270,14 +276,14 @@ def clone_graph_module(graph_module: GraphModule) -> GraphModule:
     return clone
 
 
-def graph_before_cut(graph_module: GraphModule) -> Graph | None:
+def graph_before_cut(graph_module: GraphModule) -> GraphModule | None:
     """Dynamo's whole graph, of which the backend is given a part, as DDP's buckets cut it; None if it is given all."""
     from torch._dynamo.symbolic_convert import tls
 
     translator = getattr(tls, "current_tx", None)
     if translator is None or translator.output.graph is graph_module.graph:
         return None
-    return cast(Graph, translator.output.graph)
+    return cast("GraphModule | None", translator.output.graph.owning_module)
 
 
 def forget_examples(graph_module: GraphModule) -> GraphModule:
@@ -411,6 +417,43 @@ def hint(size: int | torch.SymInt) -> int | None:
     return size
 
 
+# What stands for a size that depends on data where nodes are run on fake tensors: a number that most sizes divide.
+_UNKNOWN_SIZE = 64
+
+
+def concrete_size(size: Any) -> Any:
+    """A number for a symbolic one: what it was when dynamo traced; where it depends on data, one that stands for it."""
+    if not isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return size
+    known = size.node.hint
+    if known is None:
+        environment = size.node.shape_env
+        # PyTorch 2.11 has the older name only, and newer versions warn of it.
+        name = "backed_var_to_val" if hasattr(environment, "backed_var_to_val") else "var_to_val"
+        expression = size.node.expr.xreplace(getattr(environment, name))
+        known = expression.xreplace(dict.fromkeys(expression.free_symbols, _UNKNOWN_SIZE))
+    kind = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(size)]
+    return kind(known)
+
+
+def has_unbacked_size(value: Any) -> bool:
+    """Whether a size of a tensor depends on data."""
+    return isinstance(value, torch.Tensor) and any(hint(size) is None for size in value.shape)
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """The same for tensors that share memory, fake ones too."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+@cache
+def decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """PyTorch's definitions of operations by others."""
+    from torch._decomp import core_aten_decompositions, decomposition_table
+
+    return {**decomposition_table, **core_aten_decompositions()}
+
+
 def real_parameter(node: Node) -> torch.nn.Parameter | None:
     """The parameter behind a placeholder of dynamo's graph."""
     argument = node.meta.get("grapharg")
@@ -418,12 +461,22 @@ def real_parameter(node: Node) -> torch.nn.Parameter | None:
     return real if isinstance(real, torch.nn.Parameter) else None
 
 
+def is_buffer(node: Node) -> bool:
+    """Whether a placeholder of dynamo's graph is a module's buffer."""
+    return "_buffers[" in _access_path(node)
+
+
+def _access_path(node: Node) -> str:
+    """How the traced function reaches what a placeholder stands for, ``L['self']._modules['fc']...``; or nothing."""
+    name = getattr(getattr(node, "_dynamo_source", None), "name", None)
+    text = name() if callable(name) else name
+    return text if isinstance(text, str) else ""
+
+
 def parameter_name(node: Node) -> str:
     """Dotted name of the parameter behind a placeholder, from its access path, less a final ``.weight``."""
-    source = getattr(node, "_dynamo_source", None)
-    name = getattr(source, "name", None)
-    text = name() if callable(name) else name
-    if not isinstance(text, str):
+    text = _access_path(node)
+    if not text:
         return node.name
     parts = re.findall(r"\['([^']+)'\]", text)
     # The module is a local: of its forward, of a decorated forward as Accelerate's, or of dynamo's frame around a call.

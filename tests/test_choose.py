@@ -13,7 +13,9 @@ from sparse_compile.kernels import costs, ops
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import _pieces, choose
 from sparse_compile.passes.decide import decide
-from sparse_compile.passes.find import Reason, find
+from sparse_compile.passes.find import find
+from sparse_compile.passes.flow import Flow
+from sparse_compile.passes.sites import Reason
 from sparse_compile.recipe import FP8, SSTE, SSTE_BF16, STE_BF16, T_SR_STE, Gemm, GradFormat, Projection, Rounding
 from variants import VARIANTS
 
@@ -40,7 +42,7 @@ def plans(trace, small_gpt, batch):
     """Of the linears qkv, proj, up and down."""
 
     def make(targets="ffn", **model):
-        return decide(find(trace(small_gpt(depth=1, **model), *batch))[0], SSTE, targets, ParameterOwners())[0]
+        return decide(find(Flow(trace(small_gpt(depth=1, **model), *batch))).sites, SSTE, targets, ParameterOwners())[0]
 
     return make
 
@@ -73,7 +75,7 @@ def test_the_recipe_where_it_is_fastest(kernels, plans):
 @pytest.mark.parametrize("recipe", [SSTE_BF16, STE_BF16], ids=lambda recipe: recipe.name)
 def test_bf16_casts_nothing(kernels, trace, small_gpt, batch, recipe):
     graph = trace(small_gpt(depth=1), *batch)
-    plans, rejections = decide(find(graph)[0], recipe, "ffn", ParameterOwners())
+    plans, rejections = decide(find(Flow(graph)).sites, recipe, "ffn", ParameterOwners())
     assert {r.name: r.reason for r in rejections if r.reason is not Reason.HEAD} == dict.fromkeys(
         ["blocks.0.qkv", "blocks.0.proj"], Reason.NOT_A_TARGET
     )
@@ -82,7 +84,7 @@ def test_bf16_casts_nothing(kernels, trace, small_gpt, batch, recipe):
 
 
 def test_transposable_masks_make_dgrad_sparse(kernels, trace, small_gpt, batch):
-    plans, _ = decide(find(trace(small_gpt(depth=1), *batch))[0], T_SR_STE, "ffn", ParameterOwners())
+    plans, _ = decide(find(Flow(trace(small_gpt(depth=1), *batch))).sites, T_SR_STE, "ffn", ParameterOwners())
     kept = {plan.site.name: plan for plan in choose(plans, clock())[0]}
     assert kept["blocks.0.up"].recipe is T_SR_STE
     assert kept["blocks.0.up"].price.rewritten == 3 * 40.0 + 10.0 + 8.0 + 2.0 + 3.0
@@ -92,7 +94,7 @@ def test_transposable_masks_make_dgrad_sparse(kernels, trace, small_gpt, batch):
 
 def test_a_sampled_dgrad_pays_for_its_cast(kernels, trace, small_gpt, batch):
     sampled = SSTE.with_sampled_dgrad()
-    plans, _ = decide(find(trace(small_gpt(depth=1), *batch))[0], sampled, "ffn", ParameterOwners())
+    plans, _ = decide(find(Flow(trace(small_gpt(depth=1), *batch))).sites, sampled, "ffn", ParameterOwners())
     kept = {plan.site.name: plan for plan in choose(plans, clock())[0]}
     assert kept["blocks.0.up"].recipe is sampled
     assert kept["blocks.0.up"].price.rewritten == 3 * 40.0 + 10.0 + 10.0 + 8.0 + 2.0
@@ -222,7 +224,7 @@ def test_processes_choose_the_same(kernels, trace, small_gpt, batch):
     store = torch.distributed.HashStore()
 
     def plans(ids):
-        sites = find(trace(small_gpt(depth=1), *ids))[0]
+        sites = find(Flow(trace(small_gpt(depth=1), *ids))).sites
         return decide(sites, SSTE, "ffn", ParameterOwners())[0]
 
     fast, slow = clock(hp_wgrad=30.0), clock(hp_fprop=1.0, hp_dgrad=1.0, hp_wgrad=1.0)

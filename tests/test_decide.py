@@ -7,12 +7,19 @@ from torch import nn
 
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.decide import decide
-from sparse_compile.passes.find import Reason, find
+from sparse_compile.passes.find import find
+from sparse_compile.passes.flow import Flow
+from sparse_compile.passes.sites import Reason
 from sparse_compile.recipe import FP8, SSTE
 
 
+def found(graph):
+    result = find(Flow(graph))
+    return result.sites, result.rejections
+
+
 def decisions(graph, targets="ffn"):
-    sites, _ = find(graph)
+    sites, _ = found(graph)
     plans, rejections = decide(sites, SSTE, targets, ParameterOwners())
     return {plan.site.name: plan.recipe for plan in plans}, {r.name: r.reason for r in rejections}
 
@@ -32,7 +39,7 @@ def test_the_first_linears_of_ffns_alone(trace, small_gpt, batch, gated):
 
 
 def test_advice_names_the_smallest_targets_that_a_linear_is_one_of(trace, small_gpt, batch):
-    sites, _ = find(trace(small_gpt(depth=1), *batch))
+    sites, _ = found(trace(small_gpt(depth=1), *batch))
     plans, _ = decide(sites, SSTE, "ffn-up", ParameterOwners())
     said = {plan.site.name: plan.advice.partition("say ")[2] for plan in plans}
     ffn, everywhere = (f"'sste.targets': {targets!r}, or name it there" for targets in ("ffn", "all"))
@@ -48,7 +55,7 @@ def test_all_linears_but_the_head(trace, small_gpt, batch):
 
 @pytest.mark.parametrize("targets", ["ffn", "all"])
 def test_the_head_in_dense_fp8_if_asked_for(trace, small_gpt, batch, targets):
-    sites, _ = find(trace(small_gpt(depth=1), *batch))
+    sites, _ = found(trace(small_gpt(depth=1), *batch))
     plans, rejections = decide(sites, SSTE, targets, ParameterOwners(), head=True)
     assert plans[-1].site.name == "head"
     assert plans[-1].recipe == FP8
@@ -56,7 +63,7 @@ def test_the_head_in_dense_fp8_if_asked_for(trace, small_gpt, batch, targets):
 
 
 def test_a_tied_head_stays_dense_also_if_asked_for(trace, small_gpt, batch):
-    sites, _ = find(trace(small_gpt(depth=1, tied=True), *batch))
+    sites, _ = found(trace(small_gpt(depth=1, tied=True), *batch))
     _, rejections = decide(sites, SSTE, "ffn", ParameterOwners(), head=True)
     assert [rejection.reason for rejection in rejections] == [Reason.TIED]
 
@@ -72,7 +79,7 @@ def decide_while_tracing(model, batch, recipe, **questions):
     decided = []
 
     def backend(graph, inputs):
-        decided.append(decide(find(graph)[0], recipe, "ffn", ParameterOwners(), **questions))
+        decided.append(decide(find(Flow(graph)).sites, recipe, "ffn", ParameterOwners(), **questions))
         return graph.forward
 
     torch.compile(model, backend=backend)(*batch)
@@ -183,11 +190,33 @@ def test_unrelated_modules_own_nothing():
     assert owners.holders(nn.Parameter(torch.zeros(1))) == []
 
 
-def test_used_by_relu_between(trace):
-    """A weight read by two linears of one graph stays dense in both."""
+def test_a_weight_of_two_linears_is_pruned_once_for_both(trace):
     layer = nn.Linear(64, 64)
-    graph = trace(lambda x: layer(F.relu(layer(x))).sum() + x.sum(), torch.randn(8, 64))
-    sites, _ = find(graph)
-    plans, rejections = decide(sites, SSTE, "ffn", ParameterOwners())
+    plans, rejections = decide(
+        found(trace(lambda x: layer(F.relu(layer(x))).sum() + x.sum(), torch.randn(8, 64)))[0],
+        SSTE, "ffn", ParameterOwners(),
+    )  # fmt: skip
+    assert [plan.recipe for plan in plans] == [SSTE, SSTE]
+    assert rejections == []
+
+
+def test_a_weight_of_two_linears_has_one_arithmetic(trace):
+    """An FFN's linear whose weight serves outside of the FFN as well is not pruned in one place alone."""
+    up, down = nn.Linear(64, 64), nn.Linear(64, 64)
+    graph = trace(lambda x: down(F.relu(up(x))).sum() + up(x.softmax(-1)).softmax(-1).sum(), torch.randn(8, 64))
+    plans, _ = decide(found(graph)[0], SSTE, "ffn", ParameterOwners())
+    assert [(plan.site.name, plan.recipe.projection.prunes) for plan in plans] == [
+        ("up", False), ("down", True), ("up", False)
+    ]  # fmt: skip
+
+
+def test_where_one_linear_of_a_weight_stays_dense_all_do(trace):
+    """Of the second one the input has no float dtype that the kernels know."""
+    layer = nn.Linear(64, 64)
+
+    def twice(x):
+        return layer(x).sum() + F.linear(x.double(), layer.weight.double()).sum()
+
+    plans, rejections = decide(found(trace(twice, torch.randn(8, 64)))[0], SSTE, "ffn", ParameterOwners())
     assert plans == []
-    assert [r.reason for r in rejections] == [Reason.TIED, Reason.TIED]
+    assert [rejection.reason for rejection in rejections] == [Reason.DTYPE, Reason.TIED]

@@ -71,8 +71,8 @@ def test_json_is_read_again():
     [
         ("{", "this is no report of sparse_compile"),
         ("[]", "this is no report of sparse_compile"),
-        ('{"version": 99}', "the report is of version 99; this sparse_compile reads version 2"),
-        ('{"version": 2, "graphs": [{"rows": []}]}', "the report is damaged"),
+        ('{"version": 99}', "the report is of version 99; this sparse_compile reads version 3"),
+        ('{"version": 3, "graphs": [{"rows": []}]}', "the report is damaged"),
     ],
 )
 def test_what_is_no_report_is_refused(text, message):
@@ -165,8 +165,11 @@ def test_one_graph_one_table(small_gpt, batch):
     assert head.reason.startswith("vocabulary head: ")
     assert "'sste.head': 'fp8'" in head.advice
     flops = {"qkv": 192, "proj": 64, "up": 256, "down": 256}
-    total = 2 * sum(flops.values()) + 128
+    # Attention multiplies 32 x 16 x 32 twice forward and five times backward, for each of 2 x 4 heads.
+    attention = 64 / 3 * (2 + 5) / 2
+    total = 2 * (sum(flops.values()) + attention) + 128
     coverage = sparse_compile.report().coverage()
+    assert coverage["attention"] == pytest.approx(2 * attention / total)
     assert coverage["2:4 fp8"] == pytest.approx(2 * (256 + 256) * 2 / 3 / total)
     assert coverage["fp32"] == pytest.approx(128 / total)
 

@@ -8,6 +8,7 @@ from sparse_compile.linear import linear
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import find
+from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.rewrite import rewrite
 from sparse_compile.passes.verify import verify
 from sparse_compile.recipe import FP8, SSTE, Projection
@@ -16,7 +17,7 @@ from sparse_compile.torch_internals import clone_graph_module, is_checkpoint
 
 def planned(graph, recipe=SSTE):
     clone = clone_graph_module(graph)
-    plans, _ = decide(find(clone)[0], recipe, "ffn", ParameterOwners())
+    plans, _ = decide(find(Flow(clone)).sites, recipe, "ffn", ParameterOwners())
     return clone, plans
 
 

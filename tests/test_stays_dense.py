@@ -111,8 +111,8 @@ class Sharded(nn.Module):
 COMPUTED = "weight is not a parameter: it is computed in the graph, for instance by a parametrization"
 TRANSFORMED = "not a plain tensor: input is inside a transform of torch.func, such as vmap or grad"
 DENSE = {
-    "LoRA": (lora, ["weight is frozen: requires_grad is False"] * 2 + ["too small: fewer than 64 features"] * 4),
-    "two linears, one weight": (tied, ["weight is shared: 2 operations of this graph read it"] * 2),
+    "LoRA": (lora, ["weight is frozen: requires_grad is False"] * 2 + ["adapter: of low rank"] * 4),
+    "two linears, one weight": (tied, ["weight is shared: held by Linear.weight, Linear.weight"] * 2),
     "weight_norm": (weight_norm, [COMPUTED] * 2),
     "functional_call": (Functional, [COMPUTED] * 2),
     "vmap": (PerSample, [TRANSFORMED] * 2),

@@ -1,0 +1,147 @@
+"""ACCOUNT: the products that are no linear to be rewritten: with a parameter, and why not, or without one."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.fx import Node
+from torch.utils._pytree import tree_flatten
+
+from sparse_compile.passes.effects import Product
+from sparse_compile.passes.flow import Flow, Kind, Origin
+from sparse_compile.passes.roles import Role
+from sparse_compile.passes.sites import Reason, Rejection
+from sparse_compile.passes.spelling import Spelling, target_name
+from sparse_compile.report import ATTENTION, PRODUCTS_OF_ACTIVATIONS
+from sparse_compile.torch_internals import example_value, module_name
+
+
+def account(
+    flow: Flow, node: Node, spelling: Spelling | None, name_of: Callable[[Node], str]
+) -> tuple[list[Rejection], Counter[str]]:
+    """What a node multiplies: rejections where a parameter is in it; of the rest the FLOPs of a step, by what they are.
+
+    Args:
+        spelling: where the node is spelt as a linear, but its weight is no parameter as it is.
+        name_of: the model's own name of a parameter, by its placeholder.
+    """
+    effect = flow.effect(node)
+    times = 2 if flow.regions[node].calls and _requires_grad(node) else 1
+    forward = sum(product.flops or 0 for product in effect.products)
+    rejections: list[Rejection] = []
+    others: Counter[str] = Counter()
+    for product in effect.products:
+        # The backward of a node's products is counted as a whole: to each falls its share of the forward.
+        share = (product.flops or 0) / forward if forward else 0.0
+        flops = None if product.flops is None else round(product.flops * times + effect.backward_flops * share)
+        origins = [flow.operand(node, positions) for positions in product.operands]
+        weights = [index for index, origin in enumerate(origins) if origin.weights]
+        if "attention" in product.op:
+            others[ATTENTION] += flops or 0
+        elif weights and (product.flops is not None or len(weights) < len(origins)):
+            rejections.append(_refused(flow, node, product, weights, origins[weights[-1]], spelling, flops, name_of))
+        elif spelling is not None and target_name(node) == "linear":
+            rejections.append(_without_parameter(node, flops))
+        else:
+            others[PRODUCTS_OF_ACTIVATIONS] += flops or 0
+    if effect.unknown:
+        rejections += _not_understood(flow, node, effect.unknown, name_of)
+    return rejections, others
+
+
+def _refused(
+    flow: Flow,
+    node: Node,
+    product: Product,
+    operands: list[int],
+    origin: Origin,
+    spelling: Spelling | None,
+    flops: int | None,
+    name_of: Callable[[Node], str],
+) -> Rejection:
+    """The row of a product with a parameter.
+
+    Args:
+        operands: those of the product that are made of parameters; ``origin`` is the last one's.
+    """
+    index = operands[-1]
+    weight = min(origin.weights, key=list(flow.nodes).index)
+    target, shape = target_name(node), tuple(example_value(weight).shape)
+    as_linear = "write it as F.linear"
+    if "conv" in product.op:
+        reason, detail, advice = Reason.CONVOLUTION, "convolutions are not rewritten", ""
+    elif len(operands) > 1:
+        reason, detail, advice = Reason.UNSUPPORTED_FORM, "both operands are parameters", ""
+    elif origin.kind is Kind.GATHERED:
+        reason, detail = Reason.NOT_2D, f"data choose a matrix of {shape} for each token"
+        advice = "transformers: model.set_experts_implementation('grouped_mm') multiplies without gathering weights"
+    elif product.computed[index] or origin.computed:
+        reason, detail = (
+            Reason.NOT_A_PARAMETER,
+            f"it is computed in the graph, for instance by a parametrization, from {name_of(weight)}",
+        )
+        advice = "give the linear a parameter itself: what changes in a step can't be pruned once"
+    elif len(shape) > 2:
+        reason, detail = Reason.NOT_2D, f"{target} multiplies by the matrices of one parameter {shape}"
+        advice = "experts in one parameter are not rewritten yet; give each a matrix [N, K] of its own and use F.linear"
+    elif index == 0 and len(product.operands) > 1:
+        reason, detail, advice = Reason.UNSUPPORTED_FORM, f"the weight is the left operand of {target}", as_linear
+    elif spelling is not None:
+        reason, detail = Reason.UNSUPPORTED_FORM, "a part, another shape, a lossy cast or a detached copy is multiplied"
+        advice = f"{as_linear} of the whole parameter"
+    else:
+        reason, detail, advice = Reason.UNSUPPORTED_FORM, f"{target} is not rewritten yet", as_linear
+    return Rejection(
+        name=name_of(weight),
+        role=Role.OTHER,
+        shape=f"weight {shape}",
+        reason=reason,
+        detail=detail,
+        advice=advice,
+        node=node,
+        flops=flops,
+    )
+
+
+def _without_parameter(node: Node, flops: int | None) -> Rejection:
+    """F.linear whose weight is no parameter, nor made of any alone."""
+    return Rejection(
+        name=module_name(node),
+        role=Role.OTHER,
+        shape="",
+        reason=Reason.NOT_A_PARAMETER,
+        detail="it is computed in the graph, for instance by a parametrization, or is a buffer or an input",
+        advice=(
+            "give the linear a parameter itself (FSDP: fully_shard does): what changes in a step can't be pruned once"
+        ),
+        node=node,
+        flops=flops,
+    )
+
+
+def _not_understood(flow: Flow, node: Node, error: str, name_of: Callable[[Node], str]) -> list[Rejection]:
+    """A node that could not be run on fake tensors, and that may multiply a parameter with something."""
+    matrices = [source for source in node.all_input_nodes if _is_matrix(source)]
+    weights = [weight for source in matrices for weight in flow.origin(source).weights]
+    if len(matrices) < 2 or not weights:
+        return []
+    return [
+        Rejection(
+            name=name_of(weights[0]),
+            role=Role.OTHER,
+            shape=f"weight {tuple(example_value(weights[0]).shape)}",
+            reason=Reason.UNSUPPORTED_FORM,
+            detail=f"what {target_name(node)} computes can't be told ({error})",
+            advice="write it as F.linear",
+            node=node,
+        )
+    ]
+
+
+def _is_matrix(node: Node) -> bool:
+    value = example_value(node)
+    return isinstance(value, Tensor) and value.ndim >= 2 and value.is_floating_point()
+
+
+def _requires_grad(node: Node) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_flatten(example_value(node))[0])

@@ -1,0 +1,233 @@
+"""How values flow through a traced graph: across checkpointed regions, and through tensors written in place."""
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, cast
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.nn import Parameter
+from torch.utils._pytree import tree_flatten
+
+from sparse_compile.passes.effects import Effect, Effects, Layout, NodeEffect
+from sparse_compile.torch_internals import checkpoint_body, example_value, is_buffer, is_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Region:
+    """A graph that holds linears: the top graph, or the body of an activation-checkpointed call inside it."""
+
+    graph_module: GraphModule
+    calls: tuple[tuple[GraphModule, Node], ...]  # the calls around it, outermost first: the calling graph, its node
+    handed: Mapping[Node, Node]  # its placeholders -> what the calling graph hands in
+
+
+class Kind(Enum):
+    """What a value is made of."""
+
+    CONSTANT = "constant"  # buffers, numbers, random masks
+    WEIGHT = "weight"  # parameters, and constants
+    GATHERED = "gathered"  # those of several matrices in one parameter that data choose
+    ACTIVATION = "activation"  # inputs of the graph, and all that is made of them
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """What a value is made of, and the parameters among that: placeholders of the top graph.  Of activations none."""
+
+    kind: Kind
+    weights: frozenset[Node] = frozenset()
+    computed: bool = False  # whether more than moves made it of them
+
+
+_NOTHING = NodeEffect(effect=Effect.MOVES)
+
+
+class Flow:
+    """The nodes of a graph and of its checkpointed bodies, in the order in which they run.
+
+    Attributes:
+        regions: the region of each node.
+    """
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.regions: dict[Node, Region] = {}
+        self._effects = Effects(self._value)
+        self._sources: dict[Node, tuple[Node, ...]] = {}
+        self._results: dict[Node, Any] = {}  # of checkpointed calls: what their bodies return
+        self._memory: dict[Node, Node] = {}  # the first node whose memory a node shares
+        self._writers: dict[Node, list[Node]] = {}  # by that node
+        self._origins: dict[Node, Origin] = {}
+        result = self._follow(Region(graph_module=graph_module, calls=(), handed={}))
+        self.returned = frozenset(_nodes(_flat(result)))  # by the top graph
+        self._users: dict[Node, list[Node]] = {}
+        for node, sources in self._sources.items():
+            for source in sources:
+                self._users.setdefault(source, []).append(node)
+
+    @property
+    def nodes(self) -> Iterable[Node]:
+        return self._sources
+
+    def effect(self, node: Node) -> NodeEffect:
+        """Of a node itself; what a checkpointed call does, the nodes of its body do."""
+        return _NOTHING if is_checkpoint(node) or _read_of(node) in self._results else self._effects.of(node)
+
+    def sources(self, node: Node) -> tuple[Node, ...]:
+        """The nodes whose values the node's own depends on, those included that wrote to its inputs before."""
+        return self._sources[node]
+
+    def users(self, node: Node) -> list[Node]:
+        """The nodes whose values depend on the node's."""
+        return self._users.get(node, [])
+
+    def origin(self, node: Node) -> Origin:
+        return self._origins[node]
+
+    def operand(self, node: Node, positions: frozenset[int]) -> Origin:
+        """Of a product's operand, which was made of inputs of the node at these positions."""
+        inputs = node.all_input_nodes
+        return _joined([self._origins[inputs[position]] for position in sorted(positions)])
+
+    def passes(self, node: Node) -> bool:
+        """Whether a node hands on an elementwise function of its sources, or moves of it."""
+        return self._kind(node) is not Effect.MIXES
+
+    def computes(self, node: Node) -> bool:
+        """Whether a node that passes does more than move elements."""
+        return self._kind(node) is Effect.COMPUTES
+
+    def _kind(self, node: Node) -> Effect:
+        if node.op == "output":
+            return Effect.MIXES
+        return self.effect(node).effect if node.op.startswith("call") else Effect.MOVES
+
+    def outer(self, node: Node) -> Node:
+        """What a placeholder of a checkpointed body stands for; any other node itself."""
+        while node in self.regions and node in self.regions[node].handed:
+            node = self.regions[node].handed[node]
+        return node
+
+    def matrix(self, node: Any) -> tuple[Node | None, bool]:
+        """The parameter that a matrix is, through transpositions, copies and casts; whether it is its transpose.
+
+        None where it is not a parameter: computed, a part of one, cast to what cannot hold it, or cut off gradients.
+        """
+        transposed = False
+        while isinstance(node, Node):
+            node = self.outer(node)
+            if node.op == "placeholder":
+                return (node, transposed) if isinstance(self._value(node), Parameter) else (None, False)
+            effect = self.effect(node)
+            sources = self._sources.get(node, ())
+            if effect.layout is Layout.OTHER or len(sources) != 1 or effect.written:
+                return None, False
+            transposed ^= effect.layout is Layout.TRANSPOSED
+            (node,) = sources
+        return None, False
+
+    def _value(self, node: Node) -> Any:
+        node = self.outer(node)
+        if node.op == "get_attr":
+            return _attribute(self.regions[node].graph_module if node in self.regions else None, node)
+        return example_value(node)
+
+    def _follow(self, region: Region) -> Any:
+        """Take the nodes of a region into the flow; returns what its graph returns."""
+        result = None
+        for node in region.graph_module.graph.nodes:
+            self.regions[node] = region
+            if node.op == "output":
+                result = node.args[0]
+            self._sources[node] = self._sources_of(node, region)
+            self._origins[node] = self._origin_of(node)
+        return result
+
+    def _sources_of(self, node: Node, region: Region) -> tuple[Node, ...]:
+        if node in region.handed:
+            self._memory[node] = self._memory.get(region.handed[node], region.handed[node])
+            return (region.handed[node],)
+        if is_checkpoint(node):
+            body = checkpoint_body(region.graph_module, node)
+            inside = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
+            handed = {
+                inner: given for inner, given in zip(inside, node.args[1:], strict=True) if isinstance(given, Node)
+            }
+            calls = (*region.calls, (region.graph_module, node))
+            self._results[node] = self._follow(Region(graph_module=body, calls=calls, handed=handed))
+            return tuple(_nodes(_flat(self._results[node])))
+        if (call := _read_of(node)) in self._results:
+            whole, item = self._results[call], cast(int, node.args[1])
+            return tuple(_nodes(_flat(whole[item] if isinstance(whole, (tuple, list)) else whole)))
+        inputs, effect = node.all_input_nodes, self.effect(node)
+        shared = [self._memory.get(inputs[position], inputs[position]) for position in sorted(effect.aliased)]
+        if shared:
+            self._memory[node] = shared[0]
+        read: dict[Node, None] = {}
+        for position in sorted(effect.sources):
+            read[inputs[position]] = None
+            first = self._memory.get(inputs[position], inputs[position])
+            read.update(dict.fromkeys(self._writers.get(first, ())))
+        for position in effect.written:
+            self._writers.setdefault(self._memory.get(inputs[position], inputs[position]), []).append(node)
+        return tuple(read)
+
+    def _origin_of(self, node: Node) -> Origin:
+        if node.op == "get_attr":
+            return Origin(kind=Kind.CONSTANT)
+        sources = self._sources[node]
+        if node.op == "placeholder" and not sources:
+            if isinstance(self._value(node), Parameter):
+                return Origin(kind=Kind.WEIGHT, weights=frozenset((node,)))
+            # A body's placeholder may lack metadata; then it is an activation for all we know.
+            return Origin(kind=Kind.CONSTANT if is_buffer(node) else Kind.ACTIVATION)
+        effect = self._kind(node)
+        origins = [self._origins[source] for source in sources]
+        chosen = self._chosen_by_data(effect, sources, origins)
+        if chosen is not None:
+            return chosen
+        joined = _joined(origins)
+        computed = effect in (Effect.COMPUTES, Effect.MIXES) and bool(joined.weights)
+        return Origin(kind=joined.kind, weights=joined.weights, computed=joined.computed or computed)
+
+    def _chosen_by_data(self, effect: Effect, sources: tuple[Node, ...], origins: list[Origin]) -> Origin | None:
+        """Matrices that are indexed by data in a parameter that holds several."""
+        if effect is not Effect.MOVES or not origins or origins[0].kind is not Kind.WEIGHT:
+            return None
+        several = isinstance(value := self._value(sources[0]), Tensor) and value.ndim >= 3
+        data = [source for source, origin in zip(sources, origins, strict=True) if origin.kind is Kind.ACTIVATION]
+        whole = all(isinstance(v := self._value(source), Tensor) and not v.is_floating_point() for source in data)
+        if not (several and data and whole):
+            return None
+        return Origin(kind=Kind.GATHERED, weights=origins[0].weights)
+
+
+def _joined(origins: list[Origin]) -> Origin:
+    order = list(Kind)
+    kind = max((origin.kind for origin in origins), key=order.index, default=Kind.CONSTANT)
+    if kind is Kind.ACTIVATION:
+        return Origin(kind=kind)
+    weights = frozenset().union(*(origin.weights for origin in origins))
+    return Origin(kind=kind, weights=weights, computed=any(origin.computed for origin in origins))
+
+
+def _read_of(node: Node) -> Any:
+    """Of what a node reads an item."""
+    return node.args[0] if node.op == "call_function" and node.target is operator.getitem else None
+
+
+def _flat(value: Any) -> list[Any]:
+    return tree_flatten(value)[0]
+
+
+def _nodes(values: list[Any]) -> Iterator[Node]:
+    return (item for item in values if isinstance(item, Node))
+
+
+def _attribute(graph_module: GraphModule | None, node: Node) -> Any:
+    value: Any = graph_module
+    for name in str(node.target).split("."):
+        value = getattr(value, name, None)
+    return value

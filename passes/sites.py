@@ -1,0 +1,179 @@
+"""What find hands on: linears that could be rewritten, and products with a parameter that are not, with the reason."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from math import prod
+
+from torch import Tensor
+from torch.fx import Node
+
+from sparse_compile.passes.flow import Region
+from sparse_compile.passes.roles import Role
+from sparse_compile.report import CONVOLUTION, DENSE, Row
+from sparse_compile.torch_internals import example_value, hint, user_frames
+
+
+class Reason(Enum):
+    """Why a linear stays dense."""
+
+    UNSUPPORTED_FORM = "form not rewritten"
+    NOT_A_PARAMETER = "weight is not a parameter"
+    NOT_PLAIN = "not a plain tensor"
+    NOT_2D = "weight is not a matrix"
+    CONVOLUTION = "convolution"
+    DTYPE = "dtype"
+    SHAPE = "shape"
+    TOO_SMALL = "too small"
+    TIED = "weight is shared"
+    FROZEN = "weight is frozen"
+    ADAPTER = "adapter"
+    HEAD = "vocabulary head"
+    SLOWER = "not faster"
+    NOT_A_TARGET = "not a target"
+    DENSE_PHASE = "in a dense phase"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejection:
+    """A linear that stays dense, and why."""
+
+    name: str
+    role: Role
+    shape: str
+    reason: Reason
+    detail: str
+    advice: str  # what the user can do about it
+    node: Node
+    site: "LinearSite | None" = None
+    # Of a step, where no site tells; None where PyTorch's counter does not know the operation.
+    flops: int | None = None
+    # Predicted microseconds of its products in a step, where they were measured.
+    dense_us: float | None = None
+
+    def row(self) -> Row:
+        reason = f"{self.reason.value}: {self.detail}"
+        if self.site is not None:
+            precisions = dict.fromkeys(self.site.products, self.site.dtype_name)
+            row = self.site.row(decision=DENSE, precisions=precisions, reason=reason, advice=self.advice)
+            return replace(row, dense_us=self.dense_us, rewritten_us=self.dense_us)
+        source, code = _written_at(self.node)
+        return Row(
+            module=self.name,
+            role=self.role.value,
+            shape=self.shape,
+            decision=DENSE,
+            reason=reason,
+            advice=self.advice,
+            source=source,
+            code=code,
+            fprop=CONVOLUTION if self.reason is Reason.CONVOLUTION else dtype_name(self.node),
+            dense_flops=self.flops,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LinearSite:
+    """``output = input @ weight.T + bias`` with a parameter ``[N, K]``, stored ``[K, N]`` if ``transposed``."""
+
+    node: Node
+    region: Region
+    input: Node
+    weight: Node  # placeholder of the top graph
+    bias: Node | None
+    transposed: bool
+    name: str  # the model's own
+    path: str  # as the traced function reaches the weight
+    role: Role
+    uses: int  # linears of the graph that read the weight in the same way, this one included
+    other_uses: tuple[str, ...]  # what else reads it
+
+    @property
+    def out_features(self) -> int:
+        return int(example_value(self.weight).shape[1 if self.transposed else 0])
+
+    @property
+    def in_features(self) -> int:
+        return int(example_value(self.weight).shape[0 if self.transposed else 1])
+
+    @property
+    def shape(self) -> str:
+        """``tokens x in_features -> out_features``; ``?`` for a number of tokens that changes."""
+        weight = example_value(self.weight)
+        if weight.ndim != 2:
+            return f"weight {tuple(weight.shape)}"
+        tokens = prod(example_value(self.input).shape[:-1])
+        return f"{tokens if isinstance(tokens, int) else '?'} x {self.in_features} -> {self.out_features}"
+
+    @property
+    def products(self) -> tuple[str, ...]:
+        """The products that a step has: no wgrad of a frozen weight, no dgrad where the input needs none."""
+        wanted = {"fprop": True, "dgrad": False, "wgrad": False}
+        if example_value(self.node).requires_grad:
+            wanted["dgrad"] = example_value(self.input).requires_grad
+            wanted["wgrad"] = example_value(self.weight).requires_grad
+        return tuple(name for name, is_wanted in wanted.items() if is_wanted)
+
+    @property
+    def forwards(self) -> int:
+        """How often fprop runs in a step: once more in backward where activations are checkpointed."""
+        return 2 if self.region.calls and example_value(self.node).requires_grad else 1
+
+    @property
+    def dtype_name(self) -> str:
+        """``bf16``: what its products run in where they are dense."""
+        return dtype_name(self.node)
+
+    def row(self, decision: str, precisions: Mapping[str, str], *, reason: str = "", advice: str = "") -> Row:
+        """The report's row.
+
+        Args:
+            precisions: how each of ``products`` runs.
+        """
+        source, code = _written_at(self.node)
+        is_matrix = example_value(self.weight).ndim == 2
+        return Row(
+            module=self.name,
+            role=self.role.value,
+            shape=self.shape,
+            tokens=hint(prod(example_value(self.input).shape[:-1])) if is_matrix else None,
+            in_features=self.in_features if is_matrix else None,
+            out_features=self.out_features if is_matrix else None,
+            forwards=self.forwards,
+            decision=decision,
+            reason=reason,
+            advice=advice,
+            source=source,
+            code=code,
+            fprop=precisions.get("fprop", ""),
+            dgrad=precisions.get("dgrad", ""),
+            wgrad=precisions.get("wgrad", ""),
+        )
+
+    def reject(self, reason: Reason, detail: str, advice: str) -> Rejection:
+        return Rejection(
+            name=self.name,
+            role=self.role,
+            shape=self.shape,
+            reason=reason,
+            detail=detail,
+            advice=advice,
+            node=self.node,
+            site=self,
+        )
+
+
+def dtype_name(node: Node) -> str:
+    """``bf16``: of a node's output; empty where it has several."""
+    value = example_value(node)
+    name = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
+    return name.replace("bfloat", "bf").replace("float", "fp")
+
+
+def _written_at(node: Node) -> tuple[str, str]:
+    """``file:line`` of the user's code that calls it, and that line."""
+    frames = user_frames(node)
+    if not frames:
+        return "", ""
+    file, line, _, code = frames[-1]
+    return f"{file}:{line}", code
