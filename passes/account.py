@@ -11,21 +11,19 @@ from sparse_compile.passes.effects import Product
 from sparse_compile.passes.flow import Flow, Kind, Origin
 from sparse_compile.passes.roles import Role
 from sparse_compile.passes.sites import Reason, Rejection
-from sparse_compile.passes.spelling import Spelling, target_name
+from sparse_compile.passes.spelling import Spelling, read_linear, target_name
 from sparse_compile.report import ATTENTION, PRODUCTS_OF_ACTIVATIONS
 from sparse_compile.torch_internals import example_value, module_name
 
 
-def account(
-    flow: Flow, node: Node, spelling: Spelling | None, name_of: Callable[[Node], str]
-) -> tuple[list[Rejection], Counter[str]]:
+def account(flow: Flow, node: Node, name_of: Callable[[Node], str]) -> tuple[list[Rejection], Counter[str]]:
     """What a node multiplies: rejections where a parameter is in it; of the rest the FLOPs of a step, by what they are.
 
     Args:
-        spelling: where the node is spelt as a linear, but its weight is no parameter as it is.
+        node: any that is no linear with a parameter for a weight.
         name_of: the model's own name of a parameter, by its placeholder.
     """
-    effect = flow.effect(node)
+    effect, spelling = flow.effect(node), read_linear(node)
     times = 2 if flow.regions[node].calls and _requires_grad(node) else 1
     forward = sum(product.flops or 0 for product in effect.products)
     rejections: list[Rejection] = []
@@ -81,6 +79,8 @@ def _refused(
             f"it is computed in the graph, for instance by a parametrization, from {name_of(weight)}",
         )
         advice = "give the linear a parameter itself: what changes in a step can't be pruned once"
+    elif len(shape) < 2:
+        reason, detail, advice = Reason.NOT_2D, f"it has shape {shape}; only [N, K] is a linear's", ""
     elif len(shape) > 2:
         reason, detail = Reason.NOT_2D, f"{target} multiplies by the matrices of one parameter {shape}"
         advice = "experts in one parameter are not rewritten yet; give each a matrix [N, K] of its own and use F.linear"

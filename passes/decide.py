@@ -142,9 +142,6 @@ def _cannot(
     for name, value in (("weight", weight), ("input", x)):
         if not is_fake(value):
             return site.reject(Reason.NOT_PLAIN, f"{name} is {_describe(value)}", _make_plain(value))
-    if weight.ndim != 2:
-        detail = f"it has shape {tuple(weight.shape)}; only [N, K] is a linear's"
-        return site.reject(Reason.NOT_2D, detail, "call F.linear with a parameter [N, K] for each matrix")
     for name, value in (("weight", weight), ("input", x)):
         if value.dtype not in DTYPES:
             allowed = ", ".join(str(dtype) for dtype in DTYPES).replace("torch.", "")

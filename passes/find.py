@@ -42,25 +42,13 @@ def find(flow: Flow, whole: GraphModule | None = None, name_of: Callable[[Node],
         name_of: the model's own name of a parameter, by its placeholder.
     """
     found = Found()
-    linears: dict[Node, _Linear] = {}
+    linears = _linears(flow)
     for node in flow.nodes:
-        effect = flow.effect(node)
-        if not (effect.products or effect.unknown):
-            continue
-        spelling = read_linear(node)
-        weight, flipped = (None, False) if spelling is None else flow.matrix(spelling.matrix)
-        if spelling is not None and weight is not None and not _cuts_gradient(weight, spelling.matrix):
-            linears[node] = _Linear(spelling=spelling, weight=weight, transposed=spelling.transposed != flipped)
-            continue
-        rejections, others = account(flow, node, spelling, name_of)
-        found.rejections.extend(rejections)
-        found.others.update(others)
-    roles = assign_roles(
-        flow,
-        {node: linear.spelling.input for node, linear in linears.items()},
-        features={node: _features(linear) for node, linear in linears.items() if _is_matrix(linear.weight)},
-        frozen={node for node, linear in linears.items() if not example_value(linear.weight).requires_grad},
-    )
+        if node not in linears:
+            rejections, others = account(flow, node, name_of)
+            found.rejections.extend(rejections)
+            found.others.update(others)
+    roles = _roles(flow, linears)
     if whole is not None:
         roles |= _roles_before_the_cut(linears, whole)
     uses, others_of = _uses(flow, linears)
@@ -93,8 +81,24 @@ class _Linear:
     transposed: bool
 
 
-def _is_matrix(weight: Node) -> bool:
-    return bool(example_value(weight).ndim == 2)
+def _linears(flow: Flow) -> dict[Node, _Linear]:
+    linears = {}
+    for node in flow.nodes:
+        effect = flow.effect(node)
+        spelling = read_linear(node) if effect.products or effect.unknown else None
+        weight, flipped = (None, False) if spelling is None else flow.matrix(spelling.matrix)
+        if spelling is not None and weight is not None and _is_linear(flow, spelling, weight):
+            linears[node] = _Linear(spelling=spelling, weight=weight, transposed=spelling.transposed != flipped)
+    return linears
+
+
+def _roles(flow: Flow, linears: Mapping[Node, _Linear]) -> dict[Node, Role]:
+    return assign_roles(
+        flow,
+        {node: linear.spelling.input for node, linear in linears.items()},
+        {node: _features(linear) for node, linear in linears.items()},
+        {node for node, linear in linears.items() if not example_value(linear.weight).requires_grad},
+    )
 
 
 def _features(linear: _Linear) -> tuple[int, int]:
@@ -103,10 +107,12 @@ def _features(linear: _Linear) -> tuple[int, int]:
     return (int(rows), int(columns)) if linear.transposed else (int(columns), int(rows))
 
 
-def _cuts_gradient(weight: Node, matrix: Node) -> bool:
-    """Whether the product reads a detached weight: rewritten, it would be trained."""
-    grad = example_value(weight).requires_grad and torch.is_grad_enabled()
-    return bool(grad and not getattr(example_value(matrix), "requires_grad", True))
+def _is_linear(flow: Flow, spelling: Spelling, weight: Node) -> bool:
+    """Whether a product of an input and a parameter is one: not of two parameters, nor of a detached one."""
+    value = example_value(weight)
+    trained = value.requires_grad and torch.is_grad_enabled()
+    detached = trained and not getattr(example_value(spelling.matrix), "requires_grad", True)
+    return value.ndim == 2 and not detached and flow.matrix(spelling.input)[0] is None
 
 
 def _uses(
@@ -141,10 +147,5 @@ def _uses(
 def _roles_before_the_cut(linears: Mapping[Node, _Linear], whole: GraphModule) -> dict[Node, Role]:
     """Roles in the graph from which these linears come: nodes keep what dynamo recorded of them, though not names."""
     flow = Flow(whole)
-    inputs = {}
-    for node in flow.nodes:
-        spelling = read_linear(node)
-        if spelling is not None and flow.matrix(spelling.matrix)[0] is not None:
-            inputs[node] = spelling.input
-    roles = {id(example_value(node)): role for node, role in assign_roles(flow, inputs).items()}
+    roles = {id(example_value(node)): role for node, role in _roles(flow, _linears(flow)).items()}
     return {node: roles[id(example_value(node))] for node in linears if id(example_value(node)) in roles}

@@ -1,7 +1,7 @@
 """How values flow through a traced graph: across checkpointed regions, and through tensors written in place."""
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, cast
@@ -35,7 +35,11 @@ class Kind(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """What a value is made of, and the parameters among that: placeholders of the top graph.  Of activations none."""
+    """What a value is made of, and the parameters among that: placeholders of the top graph.
+
+    Of an activation only those of its own shape that elementwise operations made it of, as of a weight that is scaled
+    by what data say.
+    """
 
     kind: Kind
     weights: frozenset[Node] = frozenset()
@@ -62,6 +66,7 @@ class Flow:
         self._origins: dict[Node, Origin] = {}
         result = self._follow(Region(graph_module=graph_module, calls=(), handed={}))
         self.returned = frozenset(_nodes(_flat(result)))  # by the top graph
+        self._order = {node: index for index, node in enumerate(self._sources)}
         self._users: dict[Node, list[Node]] = {}
         for node, sources in self._sources.items():
             for source in sources:
@@ -83,13 +88,26 @@ class Flow:
         """The nodes whose values depend on the node's."""
         return self._users.get(node, [])
 
+    def depends(self, node: Node, on: Collection[Node]) -> bool:
+        """Whether a value is made of one of others."""
+        first = min((self._order[other] for other in on), default=len(self._order))
+        pending, seen = [node], set()
+        while pending:
+            node = pending.pop()
+            if node in on:
+                return True
+            if node not in seen and self._order[node] > first:
+                seen.add(node)
+                pending.extend(self._sources[node])
+        return False
+
     def origin(self, node: Node) -> Origin:
         return self._origins[node]
 
     def operand(self, node: Node, positions: frozenset[int]) -> Origin:
         """Of a product's operand, which was made of inputs of the node at these positions."""
-        inputs = node.all_input_nodes
-        return _joined([self._origins[inputs[position]] for position in sorted(positions)])
+        origins = [self._origins[node.all_input_nodes[position]] for position in sorted(positions)]
+        return origins[0] if len(origins) == 1 else _joined(origins)
 
     def passes(self, node: Node) -> bool:
         """Whether a node hands on an elementwise function of its sources, or moves of it."""
@@ -189,6 +207,13 @@ class Flow:
         if chosen is not None:
             return chosen
         joined = _joined(origins)
+        if joined.kind is Kind.ACTIVATION and effect in (Effect.COMPUTES, Effect.MOVES):
+            shape = _shape(self._value(node))
+            alike = [
+                o for o, s in zip(origins, sources, strict=True) if len(sources) == 1 or _shape(self._value(s)) == shape
+            ]
+            weights = frozenset().union(*(origin.weights for origin in alike)) if alike else frozenset()
+            return Origin(kind=joined.kind, weights=weights, computed=bool(weights))
         computed = effect in (Effect.COMPUTES, Effect.MIXES) and bool(joined.weights)
         return Origin(kind=joined.kind, weights=joined.weights, computed=joined.computed or computed)
 
@@ -211,6 +236,11 @@ def _joined(origins: list[Origin]) -> Origin:
         return Origin(kind=kind)
     weights = frozenset().union(*(origin.weights for origin in origins))
     return Origin(kind=kind, weights=weights, computed=any(origin.computed for origin in origins))
+
+
+def _shape(value: Any) -> str:
+    """Without asking whether symbolic sizes are equal, which would be a guard."""
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else ""
 
 
 def _read_of(node: Node) -> Any:

@@ -29,7 +29,7 @@ _LOSSES = frozenset(
 def assign_roles(
     flow: Flow,
     inputs: Mapping[Node, Node],
-    features: Mapping[Node, tuple[int, int]] | None = None,
+    features: Mapping[Node, tuple[int, int]],
     frozen: Collection[Node] = (),
 ) -> dict[Node, Role]:
     """The role of each linear.
@@ -47,11 +47,11 @@ def assign_roles(
 
     Args:
         inputs: each linear's node and its input.
-        features: of each linear, ``(in_features, out_features)``; a linear without is no adapter.
+        features: of each linear, ``(in_features, out_features)``.
         frozen: the linears whose weight is not trained.
     """
     roles = dict.fromkeys(inputs, Role.OTHER)
-    adapters = _adapters(flow, inputs, features or {}, frozen)
+    adapters = _adapters(flow, inputs, features, frozen)
     roles.update(dict.fromkeys(adapters, Role.ADAPTER))
     producers_of = {node: _producers(flow, source, inputs) for node, source in inputs.items()}
     for node, (producers, computes) in producers_of.items():
@@ -77,22 +77,30 @@ def _producers(flow: Flow, source: Node, linears: Mapping[Node, Node]) -> tuple[
     No linears if it depends on another activation with features as well.
     """
     producers: set[Node] = set()
+    masks: list[Node] = []
     computes = False
     pending, seen = [source], set()
     while pending:
         node = pending.pop()
-        if node in seen or flow.origin(node).kind is not Kind.ACTIVATION:
-            continue
-        seen.add(node)
-        if node in linears:
-            producers.add(node)
-        elif _is_mask(node):
-            continue
-        elif flow.passes(node) and flow.sources(node):
-            computes = computes or flow.computes(node)
-            pending.extend(flow.sources(node))
-        else:
-            return set(), False
+        if node not in seen and flow.origin(node).kind is Kind.ACTIVATION:
+            seen.add(node)
+            if node in linears:
+                producers.add(node)
+            elif _is_mask(node):
+                masks.append(node)
+            elif flow.passes(node) and flow.sources(node):
+                computes = computes or flow.computes(node)
+                pending.extend(flow.sources(node))
+            else:
+                return set(), False
+        if not pending:
+            # A factor that is made of these linears is no mask: the mean of a norm has no features either.
+            made = [mask for mask in masks if flow.depends(mask, producers)]
+            masks = [mask for mask in masks if mask not in made]
+            for mask in made:
+                if not (flow.passes(mask) and flow.sources(mask)):
+                    return set(), False
+                pending.extend(flow.sources(mask))
     return producers, computes
 
 
@@ -115,9 +123,9 @@ def _adapters(
         return found
     added = {node: _reached(flow, node, inputs) for node in frozen}
     for node, source in inputs.items():
-        if node in frozen or node not in features:
+        if node in frozen:
             continue
-        narrow = {p for p in _producers(flow, source, inputs)[0] if p not in frozen and p in features}
+        narrow = {p for p in _producers(flow, source, inputs)[0] if p not in frozen}
         rank, out_features = features[node]
         narrow = {p for p in narrow if features[p][1] == rank < min(features[p][0], out_features)}
         reached = _reached(flow, node, inputs)

@@ -99,9 +99,6 @@ class LinearSite:
     @property
     def shape(self) -> str:
         """``tokens x in_features -> out_features``; ``?`` for a number of tokens that changes."""
-        weight = example_value(self.weight)
-        if weight.ndim != 2:
-            return f"weight {tuple(weight.shape)}"
         tokens = prod(example_value(self.input).shape[:-1])
         return f"{tokens if isinstance(tokens, int) else '?'} x {self.in_features} -> {self.out_features}"
 
@@ -131,14 +128,13 @@ class LinearSite:
             precisions: how each of ``products`` runs.
         """
         source, code = _written_at(self.node)
-        is_matrix = example_value(self.weight).ndim == 2
         return Row(
             module=self.name,
             role=self.role.value,
             shape=self.shape,
-            tokens=hint(prod(example_value(self.input).shape[:-1])) if is_matrix else None,
-            in_features=self.in_features if is_matrix else None,
-            out_features=self.out_features if is_matrix else None,
+            tokens=hint(prod(example_value(self.input).shape[:-1])),
+            in_features=self.in_features,
+            out_features=self.out_features,
             forwards=self.forwards,
             decision=decision,
             reason=reason,

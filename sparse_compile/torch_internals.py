@@ -478,7 +478,7 @@ def parameter_name(node: Node) -> str:
     text = _access_path(node)
     if not text:
         return node.name
-    parts = re.findall(r"\['([^']+)'\]", text)
+    parts = re.findall(r"\['?([^']+?)'?\]", text)
     # The module is a local: of its forward, of a decorated forward as Accelerate's, or of dynamo's frame around a call.
     parts = parts[1:] if text.startswith(("L['self']", "L['args']", "L['fn']")) else parts
     return ".".join(parts).removesuffix(".weight") or text

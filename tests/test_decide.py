@@ -167,12 +167,6 @@ def test_integer_weight(trace):
     assert list(decisions(graph)[1].values()) == [Reason.DTYPE]
 
 
-def test_weight_of_three_dimensions(trace):
-    experts = nn.Parameter(torch.randn(4, 64, 64))
-    graph = trace(lambda x: (x @ experts).sum() + x.sum(), torch.randn(4, 8, 64))
-    assert list(decisions(graph)[1].values()) == [Reason.NOT_2D]
-
-
 def test_tied_within_the_graph(trace, small_gpt, batch):
     _, rejections = decisions(trace(small_gpt(tied=True), *batch))
     assert rejections == {"embedding": Reason.TIED}

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
@@ -50,6 +51,62 @@ SPELLINGS = {
 }
 
 
+HALF = torch.full((48, 80), 0.5)
+UNSUPPORTED = {
+    "einsum": (lambda m, x: torch.einsum("bti,oi->bto", x, m.w), "w"),
+    "weight on the left": (lambda m, x: m.w @ x[0].t(), "w"),
+    "addmm alpha": (lambda m, x: torch.addmm(m.b, x.view(-1, 80), m.wt, alpha=2), "wt"),
+    "addmm adds a matrix": (lambda m, x: torch.addmm(x.view(-1, 80)[:, :48], x.view(-1, 80), m.wt), "wt"),
+    "a part": (lambda m, x: x @ m.w[:32].t(), "w"),
+    "a chunk": (lambda m, x: x @ m.w.chunk(2)[0].t(), "w"),
+    "another shape": (lambda m, x: x[..., :40] @ m.w.view(96, 40).t(), "w"),
+    "flipped": (lambda m, x: x @ m.w.flip(0).t(), "w"),
+    "lossy cast": (lambda m, x: x @ m.w.to(torch.int8).to(x.dtype).t(), "w"),
+    "a float8 cast": (lambda m, x: F.linear(x, m.w.to(torch.float8_e5m2).to(x.dtype)), "w"),
+    "detached": (lambda m, x: F.linear(x, m.w.detach()), "w"),
+    "inner": (lambda m, x: torch.inner(x, m.w), "w"),
+    "multi_dot": (lambda m, x: torch.linalg.multi_dot([x[0], m.wt]), "wt"),
+    "tensordot": (lambda m, x: torch.tensordot(x, m.wt, 1), "wt"),
+    "bmm": (lambda m, x: torch.bmm(x[:1], m.wt[None]), "wt"),
+    "addbmm": (lambda m, x: torch.addbmm(m.b, x[:1], m.wt[None]), "wt"),
+    "addmm_": (lambda m, x: x.new_zeros(8, 48).addmm_(x[0], m.wt), "wt"),
+    "matrix times vector": (lambda m, x: m.w.mv(x[0, 0]), "w"),
+    "bilinear": (lambda m, x: F.bilinear(x[0, :, :8], x[0, :, :10], m.w.view(48, 8, 10)), "w"),
+    "convolution": (lambda m, x: F.conv1d(x.mT, m.w[..., None]), "w"),
+}  # fmt: skip
+COMPUTED = {
+    "scaled": (lambda m, x: x @ (m.w * 2).t(), "w"),
+    "masked": (lambda m, x: x @ (m.w * HALF).t(), "w"),
+    "noisy": (lambda m, x: F.linear(x, m.w + torch.randn_like(m.w)), "w"),
+    "normalised": (lambda m, x: F.linear(x, F.normalize(m.w)), "w"),
+    "masked by an input": (lambda m, x: x @ (m.w * x.mean((0, 1))).t(), "w"),
+    "symmetric": (lambda m, x: x @ (m.w.t() @ m.w), "w"),
+}
+SPELLINGS |= {
+    "linalg.matmul": (lambda m, x: torch.linalg.matmul(x, m.wt), "wt", True, False),
+    "aten.mm": (lambda m, x: torch.ops.aten.mm(x[0], m.wt), "wt", True, False),
+    "aten.linear": (lambda m, x: torch.ops.aten.linear(x, m.w, m.b), "w", False, True),
+    "aten.addmm.default": (lambda m, x: torch.ops.aten.addmm.default(m.b, x[0], m.wt), "wt", True, True),
+    "@ H": (lambda m, x: x @ m.w.H, "w", False, False),
+    "@ adjoint": (lambda m, x: x @ m.w.adjoint(), "w", False, False),
+    "@ swapdims": (lambda m, x: x @ m.w.swapdims(0, 1), "w", False, False),
+    "@ movedim": (lambda m, x: x @ m.w.movedim(0, 1), "w", False, False),
+    "@ transpose by keywords": (lambda m, x: x @ m.w.transpose(dim0=0, dim1=1), "w", False, False),
+    "@ permute by keyword": (lambda m, x: x @ m.w.permute(dims=(1, 0)), "w", False, False),
+    "@ t by keyword": (lambda m, x: x @ torch.t(input=m.w), "w", False, False),
+    "@ view": (lambda m, x: x @ m.wt.view(80, 48), "wt", True, False),
+    "@ clone": (lambda m, x: x @ m.wt.clone(), "wt", True, False),
+    "@ type": (lambda m, x: x @ m.wt.type(torch.float32), "wt", True, False),
+    "@ T in a checkpointed region": (
+        lambda m, x: checkpoint(lambda v: v @ m.w.T, x, use_reentrant=False), "w", False, False
+    ),
+    "cast before a checkpointed region": (
+        lambda m, x: checkpoint(lambda v, w: v.bfloat16() @ w.t(), x, m.w.bfloat16(), use_reentrant=False),
+        "w", False, False,
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(("function", "name", "transposed", "bias"), SPELLINGS.values(), ids=SPELLINGS.keys())
 def test_every_spelling_is_found(trace, function, name, transposed, bias):
     sites, rejections = found(trace(Weights(function), torch.randn(2, 8, 80)))
@@ -59,19 +116,52 @@ def test_every_spelling_is_found(trace, function, name, transposed, bias):
     assert rejections == []
 
 
-UNSUPPORTED = {
-    "einsum": (lambda m, x: torch.einsum("bti,oi->bto", x, m.w), "w"),
-    "weight on the left": (lambda m, x: m.w @ x[0].t(), "w"),
-    "addmm alpha": (lambda m, x: torch.addmm(m.b, x.view(-1, 80), m.wt, alpha=2), "wt"),
-    "addmm adds a matrix": (lambda m, x: torch.addmm(x.view(-1, 80)[:, :48], x.view(-1, 80), m.wt), "wt"),
-}
-
-
 @pytest.mark.parametrize(("function", "name"), UNSUPPORTED.values(), ids=UNSUPPORTED.keys())
 def test_forms_not_rewritten_are_reported(trace, function, name):
     sites, rejections = found(trace(Weights(function), torch.randn(2, 8, 80)))
     assert sites == []
-    assert [(r.name, r.reason) for r in rejections] == [(name, Reason.UNSUPPORTED_FORM)]
+    reason = Reason.CONVOLUTION if "convolutions" in rejections[0].detail else Reason.UNSUPPORTED_FORM
+    assert [(r.name, r.reason) for r in rejections] == [(name, reason)]
+
+
+@pytest.mark.parametrize(("function", "name"), COMPUTED.values(), ids=COMPUTED.keys())
+def test_a_computed_weight_is_reported_by_the_parameter(trace, function, name):
+    sites, rejections = found(trace(Weights(function), torch.randn(2, 8, 80)))
+    assert sites == []
+    assert {r.name for r in rejections} == {name}
+    assert rejections[-1].reason is Reason.NOT_A_PARAMETER
+    assert f"from {name}" in rejections[-1].detail
+
+
+def experts(function):
+    module = nn.Module()
+    module.up = nn.Parameter(torch.randn(4, 64, 128))
+    return lambda x, ids: function(x, module.up, ids)
+
+
+EXPERTS = {
+    "grouped_mm": (
+        lambda x, w, ids: F.grouped_mm(x.bfloat16(), w.bfloat16(), offs=ids.cumsum(0).int()), "grouped_mm multiplies"
+    ),
+    "bmm": (lambda x, w, ids: torch.bmm(x.view(4, 2, 64), w), "bmm multiplies"),
+    "matmul": (lambda x, w, ids: x.view(4, 2, 64) @ w, "matmul multiplies"),
+    "one of them": (lambda x, w, ids: x @ w[1], "matmul multiplies"),
+    "gathered": (lambda x, w, ids: torch.bmm(x[:4, None], w[ids]), "data choose a matrix"),
+    "gathered by index_select": (
+        lambda x, w, ids: torch.bmm(x[:4, None], w.index_select(0, ids)), "data choose a matrix"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "why"), EXPERTS.values(), ids=EXPERTS.keys())
+def test_experts_in_one_parameter_are_reported(trace, function, why):
+    ids = torch.full((4,), 2)
+    result = find(Flow(trace(experts(function), torch.randn(8, 64), ids)))
+    assert result.sites == []
+    assert [(r.name, r.reason) for r in result.rejections] == [("module.up", Reason.NOT_2D)]
+    assert why in result.rejections[0].detail
+    assert result.rejections[0].flops
+    assert result.rejections[0].advice
 
 
 def test_computed_weight_is_reported(trace):
@@ -92,7 +182,16 @@ def test_multi_head_attention_is_reported(trace):
 
 
 def test_products_of_activations_are_no_linears(trace):
-    assert found(trace(lambda x: x @ x.transpose(-1, -2), torch.randn(2, 8, 8))) == ([], [])
+    result = find(Flow(trace(lambda x: x @ x.transpose(-1, -2), torch.randn(2, 8, 8))))
+    assert (result.sites, result.rejections) == ([], [])
+    assert result.others == {"products of activations": 2 * 2 * 8 * 8 * 8}
+
+
+def test_attention_is_no_product_of_activations(trace):
+    q = torch.randn(2, 4, 16, 8, requires_grad=True)
+    result = find(Flow(trace(lambda q: F.scaled_dot_product_attention(q, q, q), q)))
+    product = 2 * 2 * 4 * 16 * 16 * 8
+    assert result.others == {"attention": (2 + 5) * product}
 
 
 def roles(sites):
@@ -197,3 +296,130 @@ def test_the_transpose_of_a_weight_is_another_use(trace):
     w = nn.Parameter(torch.randn(64, 128))
     sites, _ = found(trace(lambda x: F.relu(x @ w) @ w.t(), torch.randn(8, 64)))
     assert [(site.uses, site.other_uses) for site in sites] == [(1, ("matmul",)), (1, ("matmul",))]
+
+
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        s = gate.sigmoid()
+        return grad * up * s * (1 + gate * (1 - s)), grad * gate * s
+
+
+def dropped(h):
+    return h * (torch.rand_like(h) > 0.1) / 0.9
+
+
+def set_in_place(h):
+    h = F.relu(h)
+    h[:, 0] = 0
+    return h
+
+
+def changed_without_use(h):
+    h.relu_()
+    return h
+
+
+ACTIVATIONS = {
+    "autograd.Function": lambda gate, up: Swish.apply(gate, up),
+    "compares": lambda gate, up: gate * (gate > 0) * up,
+    "where": lambda gate, up: torch.where(gate > 0, gate, 0.0) * up,
+    "checkpointed": lambda gate, up: checkpoint(lambda a, b: F.gelu(a) * b, gate, up, use_reentrant=False),
+    "checkpointed, several results": lambda gate, up: torch.mul(
+        *checkpoint(lambda a, b: (F.gelu(a), b * 2), gate, up, use_reentrant=False)
+    ),
+    "rand_like": lambda gate, up: dropped(F.silu(gate) * up),
+    "bernoulli": lambda gate, up: gate.relu() * up * torch.bernoulli(torch.full_like(up, 0.9)),
+    "lerp": lambda gate, up: torch.lerp(gate, gate.sigmoid(), 0.5) * up,
+    "addcmul": lambda gate, up: torch.addcmul(gate, gate, up),
+    "transposed on the way": lambda gate, up: (F.gelu(gate.t()) * up.t()).t(),
+    "permuted": lambda gate, up: (F.gelu(gate) * up).view(8, 2, 64).permute(1, 0, 2).permute(1, 0, 2).flatten(1),
+    "special function": lambda gate, up: torch.special.expit(gate) * up,
+    "written to in place": lambda gate, up: set_in_place(gate) * up,
+    "changed in place": lambda gate, up: changed_without_use(gate) * up,
+    "a factor for each token": lambda gate, up: F.silu(gate) * up * torch.rand(8, 1).softmax(0),
+    "a mask": lambda gate, up: (F.silu(gate) * up).masked_fill(torch.rand(8, 1) > 0.9, 0.0),
+    "detached gate": lambda gate, up: F.silu(gate).detach() * up,
+    "cast and back": lambda gate, up: (F.silu(gate.bfloat16()) * up.bfloat16()).float(),
+}
+NO_ACTIVATIONS = {
+    "softmax": lambda gate, up: gate.softmax(-1) * up,
+    "norm": lambda gate, up: F.layer_norm(gate * up, (128,)),
+    "RMS norm by hand": lambda gate, up: gate * up * (gate * up).square().mean(-1, keepdim=True).rsqrt(),
+    "largest only": lambda gate, up: gate * (gate >= gate.topk(8, -1).values[:, -1:]) * up,
+    "mean over tokens": lambda gate, up: F.silu(gate) * up.mean(0),
+    "attention": lambda gate, up: F.scaled_dot_product_attention(gate, up, up),
+}
+
+
+class Gated(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(64, 128), nn.Linear(64, 128), nn.Linear(128, 64)
+        self.function = function
+
+    def forward(self, x):
+        return x + self.down(self.function(self.gate(x), self.up(x)))
+
+
+@pytest.mark.parametrize("function", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
+def test_an_ffn_is_told_by_what_its_activation_does(trace, function):
+    sites, _ = found(trace(Gated(function), torch.randn(8, 64)))
+    assert roles(sites) == {"gate": Role.UP, "up": Role.UP, "down": Role.DOWN}
+
+
+@pytest.mark.parametrize("function", NO_ACTIVATIONS.values(), ids=NO_ACTIVATIONS.keys())
+def test_what_mixes_elements_is_no_ffn(trace, function):
+    sites, _ = found(trace(Gated(function), torch.randn(8, 64)))
+    assert Role.DOWN not in roles(sites).values()
+
+
+def test_a_factor_by_a_router_leaves_experts_ffns(trace):
+    router, up, down = nn.Linear(64, 4), nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def expert(x):
+        return x + down(F.gelu(up(x)) * router(x).softmax(-1)[:, :1])
+
+    sites, _ = found(trace(expert, torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.UP, Role.OTHER, Role.DOWN]
+
+
+class Adapted(nn.Module):
+    """A frozen linear and what is trained beside it."""
+
+    def __init__(self, in_features, out_features, rank, activation=nn.Identity):
+        super().__init__()
+        self.base = nn.Linear(in_features, out_features).requires_grad_(False)
+        self.a, self.b = nn.Linear(in_features, rank, bias=False), nn.Linear(rank, out_features, bias=False)
+        self.activation = activation()
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.activation(self.a(F.dropout(x, 0.1)))) * 2.0
+
+
+@pytest.mark.parametrize("activation", [nn.Identity, nn.ReLU])
+def test_adapters_are_no_ffn(trace, activation):
+    """Neither between the matrices of one, nor from one to the next across the frozen activation function."""
+    up, down = Adapted(64, 256, 48, activation), Adapted(256, 64, 48, activation)
+    sites, _ = found(trace(lambda x: x + down(F.gelu(up(x))), torch.randn(8, 64)))
+    part = {site.name: site.role for site in sites}
+    assert {part[f"{layer}.{name}"] for layer in ("up", "down") for name in "ab"} == {Role.ADAPTER}
+    assert (part["up.base"], part["down.base"]) == (Role.UP, Role.DOWN)
+
+
+def test_a_trained_ffn_beside_frozen_attention_is_one(trace):
+    proj = nn.Linear(64, 64).requires_grad_(False)
+    up, down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def block(x):
+        x = x + proj(x.softmax(-1))
+        return x + down(F.gelu(up(x)))
+
+    sites, _ = found(trace(block, torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.OTHER, Role.UP, Role.DOWN]

@@ -1,0 +1,136 @@
+"""Names in rows and patterns are the model's own, whatever part of it dynamo traced."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
+
+import sparse_compile
+
+OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, call=lambda block, x: block(x)):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.last = self.blocks[1]  # another name of the same module
+        self.call = call
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = self.call(block, x)
+        return x
+
+
+EXPECTED = {f"blocks.{i}.{name}" for i in range(2) for name in ("up", "down")}
+
+
+def broken(block, x):
+    torch._dynamo.graph_break()
+    return block(x)
+
+
+def broken_inside(block, x):
+    h = block.up(x)
+    torch._dynamo.graph_break()
+    return x + block.down(F.gelu(h))
+
+
+def whole(model):
+    return torch.compile(model, backend="sste", options=OPTIONS)
+
+
+def in_place(model):
+    model.compile(backend="sste", options=OPTIONS)
+    return model
+
+
+def regional(model):
+    for block in model.blocks:
+        block.compile(backend="sste", options=OPTIONS)
+    return model
+
+
+def wrapped_blocks(model):
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = checkpoint_wrapper(block)
+    return whole(model)
+
+
+def compiled_blocks(model):
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = whole(block)
+    return model
+
+
+def data_parallel(model):
+    return whole(nn.DataParallel(model))
+
+
+def a_function(model):
+    return torch.compile(lambda x: model(x), backend="sste", options=OPTIONS)
+
+
+CALLS = {
+    "a graph break between": broken,
+    "a graph break inside": broken_inside,
+    "checkpointed": lambda block, x: checkpoint(block, x, use_reentrant=False),
+    "checkpointed by recomputing": lambda block, x: checkpoint(block, x, use_reentrant=True),
+    "disabled between": lambda block, x: block(torch.compiler.disable(lambda y: y * 1)(x)),
+}
+WAYS = (whole, in_place, regional, wrapped_blocks, compiled_blocks, data_parallel, a_function)
+
+
+def names():
+    return {row.module for row in sparse_compile.report().rows}
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_whatever_is_compiled(way):
+    model = Model()
+    del model.last
+    way(model)(torch.randn(4, 64, requires_grad=True)).sum().backward()
+    # Blocks that are alike share the graph that was compiled for the first of them.
+    expected = {"blocks.0.up", "blocks.0.down"} if way in (regional, compiled_blocks) else EXPECTED
+    assert names() == expected
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_whatever_lies_between(call):
+    """Blocks that dynamo traces apart share the graph that it compiled for the first of them."""
+    model = Model(call)
+    whole(model)(torch.randn(4, 64, requires_grad=True)).sum().backward()
+    assert names() in (EXPECTED, {"blocks.0.up", "blocks.0.down"})
+
+
+def test_patterns_match_the_models_own_names():
+    """Of a block that is compiled alone too, and its name within the block as well."""
+    for pattern in ("blocks.*.up", "up"):
+        model = Model()
+        torch._dynamo.reset()
+        sparse_compile.report().graphs.clear()
+        for block in model.blocks:
+            block.compile(backend="sste", options={**OPTIONS, "sste.targets": pattern})
+        model(torch.randn(4, 64)).sum().backward()
+        pruned = {row.module: row.fprop == "2:4 fp8" for row in sparse_compile.report().rows}
+        assert pruned.items() >= {("blocks.0.up", True), ("blocks.0.down", False)}
+        assert all(name.endswith("up") == is_pruned for name, is_pruned in pruned.items())
+
+
+def test_a_parameter_that_no_module_holds_is_named_by_its_place():
+    weights = [nn.Parameter(torch.randn(64, 64)) for _ in range(2)]
+    run = torch.compile(lambda x: F.linear(F.linear(x, weights[0]), weights[1]), backend="sste", options=OPTIONS)
+    run(torch.randn(4, 64)).sum().backward()
+    assert names() == {"weights.0", "weights.1"}
