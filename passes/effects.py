@@ -244,7 +244,7 @@ class _Recorder(TorchDispatchMode):
     def _add_product(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         name = getattr(func, "_overloadpacket", func).__name__
-        operands = _contracted(name, [tensor for tensor in tensors if tensor.is_floating_point()], is_product(func))
+        operands = _contracted(name, tensors, is_product(func))
         self.products.append(
             Product(
                 op=name,
@@ -274,9 +274,9 @@ def _worst(effects: Sequence[Effect]) -> Effect:
 
 
 def _contracted(name: str, tensors: list[Tensor], known: bool) -> list[Tensor]:
-    """Of a product's floating-point operands those that are multiplied: no bias, scale or mask."""
+    """Of a product's operands those that are multiplied: no bias, scale or mask."""
     if not known:
-        return [tensor for tensor in tensors if tensor.ndim >= 2]
+        return [tensor for tensor in tensors if tensor.ndim >= 2 and tensor.is_floating_point()]
     if "attention" in name:
         return tensors[:3]
     return tensors[1:3] if name.startswith(("add", "baddbmm")) else tensors[:2]
@@ -420,7 +420,9 @@ class _Counter(TorchDispatchMode):
 def _backward_flops(node: Node, args: Any, kwargs: Any) -> int:
     """Of a backward through the node to all of its inputs that require gradients."""
     leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
-    with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+    # The user may compile within hooks that count what is saved, as those of activation checkpointing do.
+    hooks = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)
+    with torch.enable_grad(), hooks, torch.autograd.set_multithreading_enabled(False):
         # Copies, because a leaf must not be written to.
         args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
         outputs = [leaf for leaf in tree_flatten(_call(node, args, kwargs))[0] if isinstance(leaf, Tensor)]

@@ -140,6 +140,15 @@ def test_flops_are_those_of_pytorchs_counter(trace, function):
     assert forward + backward == counter.get_total_flops()
 
 
+def test_hooks_of_the_user_see_nothing(trace):
+    graph = trace(lambda x: x @ x.T, torch.randn(8, 64, requires_grad=True))
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(seen.append, lambda saved: saved):
+        flow = Flow(graph)
+    assert sum(flow.effect(node).backward_flops for node in flow.nodes) == 2 * 2 * 8 * 64 * 8
+    assert seen == []
+
+
 def test_unknown_sizes_have_no_flops_and_no_guards(trace):
     w = nn.Parameter(torch.randn(64, 64))
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
@@ -207,5 +216,5 @@ class TestFlow:
             for node_product in flow.effect(node).products
         ]
         assert [(operand.kind, len(operand.weights), operand.computed) for operand in operands] == [
-            (Kind.GATHERED, 1, False), (Kind.WEIGHT, 1, True), (Kind.ACTIVATION, 0, False)
+            (Kind.GATHERED, 1, False), (Kind.WEIGHT, 1, True), (Kind.ACTIVATION, 1, True)
         ]  # fmt: skip
