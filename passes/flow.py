@@ -59,6 +59,7 @@ class Flow:
     def __init__(self, graph_module: GraphModule) -> None:
         self.regions: dict[Node, Region] = {}
         self._effects = Effects(self._value)
+        self._known: dict[Node, NodeEffect] = {}
         self._sources: dict[Node, tuple[Node, ...]] = {}
         self._results: dict[Node, Any] = {}  # of checkpointed calls: what their bodies return
         self._memory: dict[Node, Node] = {}  # the first node whose memory a node shares
@@ -78,7 +79,10 @@ class Flow:
 
     def effect(self, node: Node) -> NodeEffect:
         """Of a node itself; what a checkpointed call does, the nodes of its body do."""
-        return _NOTHING if is_checkpoint(node) or _read_of(node) in self._results else self._effects.of(node)
+        if node not in self._known:
+            passed = is_checkpoint(node) or _read_of(node) in self._results
+            self._known[node] = _NOTHING if passed else self._effects.of(node)
+        return self._known[node]
 
     def sources(self, node: Node) -> tuple[Node, ...]:
         """The nodes whose values the node's own depends on, those included that wrote to its inputs before."""
