@@ -19,6 +19,7 @@ from sparse_compile.origin import origin
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import choose
 from sparse_compile.passes.decide import Plan, decide
+from sparse_compile.passes.expand import expand
 from sparse_compile.passes.find import find
 from sparse_compile.passes.materialize import materialize
 from sparse_compile.passes.phase import phase
@@ -70,6 +71,7 @@ def sste(
     """
     chosen = read_options(mode, options)
     graph = clone_graph_module(graph_module)
+    expand(graph, is_pruned)
 
     sites, near_misses = find(graph, graph_before_cut(graph_module))
     owners = ParameterOwners()
