@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a small transformer, a clean slate, and the mark of tests that need a Hopper GPU."""
+"""Fixtures of all tests: a small transformer, a clean slate, the marks of tests that need a GPU or a night."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -12,7 +12,16 @@ from torch import Tensor, nn
 import sparse_compile
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nightly", action="store_true", help="run the tests marked nightly, too")
+    parser.addoption("--zoo-results", metavar="FILE", help="write what a nightly run found of the zoo, as JSON")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--nightly"):
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        items[:] = [item for item in items if item not in nightly]
+        config.hook.pytest_deselected(items=nightly)
     devices = torch.cuda.device_count()
     skip = pytest.mark.skip(reason="needs an NVIDIA Hopper GPU; torch.cuda.is_available() is False")
     skip_two = pytest.mark.skip(reason=f"needs two NVIDIA Hopper GPUs; torch.cuda.device_count() is {devices}")
