@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparse_compile
+import zoo
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +34,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip_two)
         elif item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[zoo.OUTCOMES] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    outcomes, file = config.stash[zoo.OUTCOMES], config.getoption("--zoo-results")
+    if outcomes and config.getoption("--nightly"):
+        terminalreporter.section("zoo")
+        terminalreporter.write_line(zoo.as_table(outcomes))
+    if outcomes and file:
+        Path(file).write_text(zoo.as_json(outcomes))
 
 
 def pytest_collection_finish() -> None:

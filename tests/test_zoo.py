@@ -1,18 +1,11 @@
 """The zoo: ``bash scripts/nightly.sh`` runs all of it, the default run the entries that are a sample."""
 
-import json
-from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
-
 import pytest
-import torch
-from tabulate import tabulate
 
 import zoo_torch
 import zoo_transformers
 from libraries import library
-from zoo import Architecture, Outcome, examine
+from zoo import OUTCOMES, Architecture, Outcome, examine
 
 ARCHITECTURES = [*zoo_transformers.ARCHITECTURES, *zoo_torch.ARCHITECTURES]
 
@@ -22,45 +15,14 @@ def marked(architecture: Architecture) -> object:
     return pytest.param(architecture, id=architecture.name, marks=marks)
 
 
-@pytest.fixture(scope="session")
-def outcomes(request: pytest.FixtureRequest) -> Iterator[list[Outcome]]:
-    """What was found; printed and written at the end of a nightly run."""
-    found: list[Outcome] = []
-    yield found
-    if not request.config.getoption("--nightly"):
-        return
-    rows = [
-        {
-            "model": o.name,
-            "seconds": f"{o.seconds:.0f}",
-            "rewritten": f"{o.rewritten} of {o.linears}",
-            "FFN found": f"{o.ffn_found} of {o.ffn}",
-            "cosine": f"{o.cosine:.3f} ({o.lowest_cosine:.3f})",
-            "FLOPs in training": share(o.training_reported, o.training_counted),
-            "in evaluation": share(o.evaluation_reported, o.evaluation_counted),
-            "faults": "; ".join(fault.partition(":")[0] for fault in o.faults),
-        }
-        for o in found
-    ]
-    terminal = request.config.pluginmanager.getplugin("terminalreporter")
-    terminal.write_line(f"\n{tabulate(rows, headers='keys', disable_numparse=True)}\n")
-    file = request.config.getoption("--zoo-results")
-    if file:
-        results = {"torch": torch.__version__, "architectures": [asdict(outcome) for outcome in found]}
-        Path(file).write_text(json.dumps(results, indent=1) + "\n")
-
-
-def share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else "-"
-
-
-@pytest.mark.parametrize("architecture", map(marked, ARCHITECTURES))
-def test_architecture(architecture: Architecture, outcomes: list[Outcome]) -> None:
+@pytest.mark.parametrize("architecture", [marked(architecture) for architecture in ARCHITECTURES])
+def test_architecture(architecture: Architecture, request: pytest.FixtureRequest) -> None:
     """It trains with the gradients of its projected weights; its FFNs are found, its products are in the report."""
     library(architecture.library)
-    outcomes.append(Outcome(name=architecture.name))
-    examine(architecture, outcomes[-1])
-    assert not outcomes[-1].faults, "\n".join(outcomes[-1].faults)
+    outcome = Outcome(name=architecture.name)
+    request.config.stash[OUTCOMES].append(outcome)
+    examine(architecture, outcome)
+    assert not outcome.faults, "\n".join(outcome.faults)
 
 
 def test_of_what_it_is_made() -> None:

@@ -1,15 +1,19 @@
 """What is checked of every architecture of the zoo: it trains, its FFNs are found, every product is accounted for."""
 
 import copy
+import json
 import math
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import pytest
 import torch
+from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -80,6 +84,10 @@ class Outcome:
     faults: list[str] = field(default_factory=lambda: ["it raised an error"])
 
 
+# Of the architectures that a run has examined.
+OUTCOMES = pytest.StashKey[list[Outcome]]()
+
+
 def examine(architecture: Architecture, outcome: Outcome) -> None:
     """Train three steps, evaluate once, and compare with a dense copy that runs eagerly."""
     torch.manual_seed(0)
@@ -142,6 +150,33 @@ def count(run: Callable[[], object]) -> Counter[str]:
     return Counter({str(op): flops for op, flops in counter.get_flop_counts()["Global"].items() if op not in _ASIDE})
 
 
+def as_table(outcomes: Iterable[Outcome]) -> str:
+    rows = [
+        {
+            "model": outcome.name,
+            "seconds": f"{outcome.seconds:.0f}",
+            "rewritten": f"{outcome.rewritten} of {outcome.linears}",
+            "FFN found": f"{outcome.ffn_found} of {outcome.ffn}",
+            "cosine (lowest)": f"{outcome.cosine:.3f} ({outcome.lowest_cosine:.3f})",
+            "FLOPs in training": _share(outcome.training_reported, outcome.training_counted),
+            "in evaluation": _share(outcome.evaluation_reported, outcome.evaluation_counted),
+            "faults": ", ".join(fault.partition(":")[0] for fault in outcome.faults),
+        }
+        for outcome in outcomes
+    ]
+    return tabulate(rows, headers="keys", disable_numparse=True)
+
+
+def as_json(outcomes: Iterable[Outcome]) -> str:
+    libraries = ("torch", "transformers", "timm", "torchvision")
+    versions = {name: sys.modules[name].__version__ for name in libraries if name in sys.modules}
+    return json.dumps({**versions, "architectures": [asdict(outcome) for outcome in outcomes]}, indent=1) + "\n"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
 def _train(
     architecture: Architecture, model: nn.Module, step: Callable[..., Any], inputs: Mapping[str, Any]
 ) -> tuple[list[float], dict[str, Tensor], dict[str, float]]:
@@ -155,7 +190,7 @@ def _train(
             gradients, betas = _gradients(model), sparse_compile.beta(model)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses, gradients, betas
 
 
