@@ -20,6 +20,7 @@ from sparse_compile.origin import origin
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import choose
 from sparse_compile.passes.decide import Plan, decide
+from sparse_compile.passes.expand import expand
 from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.materialize import materialize
@@ -72,6 +73,7 @@ def sste(
     """
     chosen = read_options(mode, options)
     graph = clone_graph_module(graph_module)
+    expand(graph, is_pruned)
 
     owners = ParameterOwners()
     found = find(Flow(graph), graph_before_cut(graph_module), ModuleNames().of)

@@ -9,12 +9,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from functools import cache
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, partial
 from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import EntryPoint
-from operator import attrgetter
+from itertools import takewhile
+from operator import attrgetter, is_not
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
@@ -56,8 +57,10 @@ def self_test() -> list[str]:
     for module, name in (
         ("torch", "Tensor._use_count"),
         ("torch", "_TorchCompileInductorWrapper"),
+        ("torch", "_transformer_encoder_layer_fwd"),
         ("torch._C", "_current_graph_task_id"),
         ("torch._C", "_is_tracing"),
+        ("torch._C", "_set_grad_enabled"),
         ("torch._C._dynamo.eval_frame", "get_eval_frame_callback"),
         ("torch._C._functorch", "peek_interpreter_stack"),
         ("torch._dynamo.external_utils", "wrap_inline"),
@@ -76,6 +79,8 @@ def self_test() -> list[str]:
         ("torch._decomp", "decomposition_table"),
         ("torch._subclasses.fake_tensor", "FakeTensor"),
         ("torch._subclasses.fake_tensor", "FakeTensorMode"),
+        ("torch.amp.autocast_mode", "_enter_autocast"),
+        ("torch.amp.autocast_mode", "_exit_autocast"),
         ("torch.autograd", "_unsafe_preserve_version_counter"),
         ("torch.distributed.distributed_c10d", "_get_default_store"),
         ("torch.distributed.fsdp._fully_shard._fsdp_param", "FSDPParam.free_unsharded_param"),
@@ -329,6 +334,36 @@ def with_checkpoint_bodies(graph_module: GraphModule) -> Iterator[GraphModule]:
 def example_value(node: Any) -> Any:
     """The fake value that dynamo recorded for a node; None for what is not a node or has none."""
     return node.meta.get("example_value") if isinstance(node, Node) else None
+
+
+# The fast path of nn.TransformerEncoderLayer.
+encoder_layer_fast_path: Callable[..., Any] = torch._transformer_encoder_layer_fwd
+
+
+@contextmanager
+def modes_at(node: Node, calls: Sequence[Node] = ()) -> Iterator[None]:
+    """Autocast and grad mode as a graph has set them where it comes to a node, from how they are where it begins.
+
+    Args:
+        calls: of the checkpointed regions around the node's graph, the outermost first.
+    """
+    from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+
+    entered: dict[Node, Any] = {}
+    with torch.set_grad_enabled(torch.is_grad_enabled()):
+        try:
+            for reached in (*calls, node):
+                for before in takewhile(partial(is_not, reached), reached.graph.nodes):
+                    if before.target is torch._C._set_grad_enabled:
+                        torch.set_grad_enabled(before.args[0])
+                    elif before.target is _enter_autocast:
+                        entered[before] = _enter_autocast(*before.args)
+                    elif before.target is _exit_autocast:
+                        _exit_autocast(entered.pop(before.args[0]))
+            yield
+        finally:
+            for mode in reversed(entered.values()):
+                _exit_autocast(mode)
 
 
 def is_held(tensor: torch.Tensor) -> bool:

@@ -1,8 +1,9 @@
-"""Fixtures of all tests: a small transformer, a clean slate, and the mark of tests that need a Hopper GPU."""
+"""Fixtures of all tests: a small transformer, a clean slate, the marks of tests that need a GPU or a night."""
 
 import gc
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparse_compile
+import zoo
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nightly", action="store_true", help="run the tests marked nightly, too")
+    parser.addoption("--zoo-results", metavar="FILE", help="write what a nightly run found of the zoo, as JSON")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--nightly"):
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        items[:] = [item for item in items if item not in nightly]
+        config.hook.pytest_deselected(items=nightly)
     devices = torch.cuda.device_count()
     skip = pytest.mark.skip(reason="needs an NVIDIA Hopper GPU; torch.cuda.is_available() is False")
     skip_two = pytest.mark.skip(reason=f"needs two NVIDIA Hopper GPUs; torch.cuda.device_count() is {devices}")
@@ -23,6 +34,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip_two)
         elif item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[zoo.OUTCOMES] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    outcomes, file = config.stash[zoo.OUTCOMES], config.getoption("--zoo-results")
+    if outcomes and config.getoption("--nightly"):
+        terminalreporter.section("zoo")
+        terminalreporter.write_line(zoo.as_table(outcomes))
+    if outcomes and file:
+        Path(file).write_text(zoo.as_json(outcomes))
 
 
 def pytest_collection_finish() -> None:

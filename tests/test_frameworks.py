@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse_compile
+from libraries import library
 from sparse_compile.accelerate import accept_in_accelerate
 from sparse_compile.auto import AutoCompile
 from sparse_compile.route import _routed, _Seen
@@ -33,14 +34,6 @@ def unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Libraries wrap torch.compile when they are imported, and here it is routed: both end with the test."""
     monkeypatch.setattr(torch, "compile", torch.compile)
     monkeypatch.setattr(nn.Module, "_compiled_call_impl", None)
-
-
-def library(name: str) -> Any:
-    """A library; the test is skipped where it is not installed, or not built for the PyTorch that is."""
-    try:
-        return pytest.importorskip(name)
-    except RuntimeError as error:  # torchvision, for another build of PyTorch
-        return pytest.skip(f"{name} does not run with torch {torch.__version__}: {error}")
 
 
 def in_place(model: nn.Module) -> None:
