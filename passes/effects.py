@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import product
 from typing import Any
 
 import torch
@@ -115,9 +116,13 @@ class Effects:
         leaves = [leaf for value in values for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
         mixed = len({leaf.dtype for leaf in leaves} & set(_MIXED)) > 1
         error = None
-        for dtype in (None, torch.float32) if mixed else (None,):
+        # With gradients as it was traced, because attention chooses its kernel by that; without where it writes to an
+        # input that would be a leaf.
+        for dtype, grad in product(
+            (None, torch.float32) if mixed else (None,), (True, False) if backward else (False,)
+        ):
             try:
-                return _run(node, values, backward, dtype)
+                return _run(node, values, backward, dtype, grad)
             # What a node's own Python raises on fake tensors is anybody's guess; it is reported where it matters.
             except Exception as raised:  # noqa: BLE001
                 error = raised
@@ -326,7 +331,7 @@ def _described(leaf: Any) -> Hashable:
     return str(leaf) if isinstance(leaf, torch.SymInt) else id(leaf)
 
 
-def _run(node: Node, values: Sequence[Any], backward: bool, dtype: torch.dtype | None) -> NodeEffect:
+def _run(node: Node, values: Sequence[Any], backward: bool, dtype: torch.dtype | None, grad: bool) -> NodeEffect:
     inputs = node.all_input_nodes
     with _fakes(values, dtype) as fakes:
         handed = dict(zip(inputs, fakes, strict=True))
@@ -334,7 +339,7 @@ def _run(node: Node, values: Sequence[Any], backward: bool, dtype: torch.dtype |
         args = map_arg(node.args, handed.__getitem__)
         kwargs = map_arg(dict(node.kwargs), handed.__getitem__)
         recorder = _Recorder(leaves)
-        with torch.no_grad(), recorder:
+        with torch.set_grad_enabled(grad), _nothing_saved(), recorder:
             output = _call(node, args, kwargs)
         outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
         changed = [leaf for position in recorder.written for leaf in leaves[position]]
@@ -342,7 +347,7 @@ def _run(node: Node, values: Sequence[Any], backward: bool, dtype: torch.dtype |
         unknown = any(has_unbacked_size(leaf) for value in values for leaf in tree_flatten(value)[0])
         products = recorder.products
         if unknown:
-            products = [replace(product, flops=None) for product in products]
+            products = [replace(found, flops=None) for found in products]
         backward_flops = 0
         if products and backward and not unknown:
             backward_flops = _backward_flops(node, args, kwargs)
@@ -394,6 +399,12 @@ def _no_autocast() -> Iterator[None]:
         yield
 
 
+def _nothing_saved() -> Any:
+    """The user may compile within hooks that count what is saved, as those of activation checkpointing do."""
+    nothing = torch.empty(0)
+    return torch.autograd.graph.saved_tensors_hooks(lambda _: nothing, lambda _: nothing)
+
+
 class _Counter(TorchDispatchMode):
     """Adds up the floating-point operations of what runs."""
 
@@ -420,7 +431,7 @@ class _Counter(TorchDispatchMode):
 def _backward_flops(node: Node, args: Any, kwargs: Any) -> int:
     """Of a backward through the node to all of its inputs that require gradients."""
     leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
-    # The user may compile within hooks that count what is saved, as those of activation checkpointing do.
+    # As in _nothing_saved; a saved output that is not detached would hold itself for ever.
     hooks = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)
     with torch.enable_grad(), hooks, torch.autograd.set_multithreading_enabled(False):
         # Copies, because a leaf must not be written to.

@@ -15,8 +15,7 @@ import pytest
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import sparse_compile
 from sparse_compile.report import DENSE, GraphReport
@@ -125,29 +124,24 @@ def examine(architecture: Architecture, outcome: Outcome) -> None:
 
 
 def reported_flops(graphs: Iterable[GraphReport]) -> Counter[str]:
-    """By how they run, as the report has them: every row of every graph, as often as the graph was called."""
-    flops: Counter[str] = Counter()
-    for graph in graphs:
-        for row in graph.rows:
-            flops += _times(row.flops(), graph.calls)
-    return flops
+    """By how they run, as the report has them: every product of every graph, as often as the graph was called."""
+    return sum((_times(graph.flops(), graph.calls) for graph in graphs), Counter())
 
 
 def count(run: Callable[[], object]) -> Counter[str]:
-    """FLOPs by operation, as PyTorch counts them, of the products that the report promises to name.
+    """FLOPs by operation, as PyTorch counts them, and with its formulas what it does not count on a CPU.
 
-    Attention is counted as its two products, which backward takes the gradients of, not as what a fused kernel repeats;
-    and module by module: PyTorch counts nothing of the fast path of nn.TransformerEncoderLayer.
+    Module by module: PyTorch counts nothing of the fast path of nn.TransformerEncoderLayer.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=_GROUPED)
+    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), counter:
+        with counter:
             run()
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-    return Counter({str(op): flops for op, flops in counter.get_flop_counts()["Global"].items() if op not in _ASIDE})
+    return Counter({str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()})
 
 
 def as_table(outcomes: Iterable[Outcome]) -> str:
@@ -272,7 +266,23 @@ def _grouped_flops(a_shape: Sequence[int], b_shape: Sequence[int], *_: Any, out_
     return 2 * math.prod(a_shape) * b_shape[-1]
 
 
-_ATEN = torch.ops.aten
-_GROUPED = {_ATEN._grouped_mm: _grouped_flops}
-# Convolutions are named in the report, without their FLOPs.
-_ASIDE = {_ATEN.convolution, _ATEN._convolution, _ATEN.convolution_backward, _ATEN._slow_conv2d_forward}
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(
+    grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    aten, transformers = torch.ops.aten, torch.ops.transformers
+    formulas = {
+        aten._grouped_mm: _grouped_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    }
+    if hasattr(transformers, "grouped_mm_fallback"):
+        formulas[transformers.grouped_mm_fallback] = _grouped_flops
+    return formulas
