@@ -23,7 +23,7 @@ from sparse_compile.passes.find import find
 from sparse_compile.passes.materialize import materialize
 from sparse_compile.passes.phase import phase
 from sparse_compile.passes.recompute import recompute
-from sparse_compile.passes.rewrite import rewrite
+from sparse_compile.passes.rewrite import new_seed, rewrite, seed_devices
 from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
 from sparse_compile.pattern import is_24
@@ -92,7 +92,7 @@ def sste(
         rejections += slower
     recompute(plans)
     materialize(graph)
-    slots = rewrite(graph, plans)
+    seeded, slots = seed_devices(plans), rewrite(graph, plans)
     verify(graph, plans)
     trace_artifact("sparse_compile_graph", lambda: graph.print_readable(print_output=False))
 
@@ -100,11 +100,12 @@ def sste(
     for device in devices:
         ops.prepare(device)
     with backend_fake_mode(example_inputs):
-        fake_operands = [operand for slot in slots for operand in slot.new_operands()]
+        fakes = [new_seed(device) for device in seeded]
+        fakes += [operand for slot in slots for operand in slot.new_operands()]
     with announced(f"compiling a graph in which {len(plans)} linears are rewritten"):
         compiled = compile_graph(
             graph,
-            [*example_inputs, *fake_operands],
+            [*example_inputs, *fakes],
             chosen.inductor,
             generate_code=chosen.executor is Executor.INDUCTOR,
             recompute=chosen.recompute,
@@ -128,7 +129,7 @@ def sste(
         sample_every(chosen.health)
     logger.info("rewrote %d of %d linears", len(plans), len(rows))
     twin = _dense_twin(graph_module, chosen) if chosen.report_measure else None
-    return Runtime(compiled, slots, fake_operands, graph_report, twin)
+    return Runtime(compiled, slots, fakes, graph_report, twin, seeded)
 
 
 def _is_pruned_now(plan: Plan, schedule: Schedule) -> bool:
