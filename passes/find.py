@@ -37,6 +37,7 @@ class Reason(Enum):
     FROZEN = "weight is frozen"
     HEAD = "vocabulary head"
     SLOWER = "not faster"
+    NO_KERNELS = "not emulated"
     NOT_A_TARGET = "not a target"
     DENSE_PHASE = "in a dense phase"
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from sparse_compile.betas import KEY, PRUNED
 from sparse_compile.courses import Schedule
 from sparse_compile.kernels import ops
 from sparse_compile.linear import linear
@@ -17,7 +18,7 @@ from sparse_compile.measure import Twin
 from sparse_compile.options import Executor, Options, read_options
 from sparse_compile.origin import origin
 from sparse_compile.owners import ParameterOwners
-from sparse_compile.passes.choose import choose
+from sparse_compile.passes.choose import choose, leave_without_kernels
 from sparse_compile.passes.decide import Plan, decide
 from sparse_compile.passes.find import find
 from sparse_compile.passes.materialize import materialize
@@ -32,7 +33,7 @@ from sparse_compile.progress import announced
 from sparse_compile.record import record, write_to
 from sparse_compile.report import GraphReport
 from sparse_compile.runtime import Runtime
-from sparse_compile.state import is_pruned
+from sparse_compile.state import is_pruned, saved_with
 from sparse_compile.step_times import time_steps
 from sparse_compile.torch_internals import (
     backend_fake_mode,
@@ -82,6 +83,10 @@ def sste(
         is_pruned=is_pruned,
         is_24=lambda weight, dim: chosen.frozen and is_24(weight, dim) and bool(weight.any()),
     )
+    if chosen.measure:
+        # Before a schedule is followed: at its end it would write into weights that were never pruned.
+        plans, not_emulated = leave_without_kernels(plans, _was_pruned)
+        rejections += not_emulated
     if chosen.schedule is not None:
         plans, dense_now = phase(plans, chosen.schedule, partial(_is_pruned_now, schedule=chosen.schedule))
         rejections += dense_now
@@ -130,6 +135,15 @@ def sste(
     logger.info("rewrote %d of %d linears", len(plans), len(rows))
     twin = _dense_twin(graph_module, chosen) if chosen.report_measure else None
     return Runtime(compiled, slots, fakes, graph_report, twin, seeded)
+
+
+def _was_pruned(plan: Plan) -> bool:
+    """Whether the weight of a plan that prunes was trained pruned, here or as the checkpoint of its optimizer says."""
+    if plan.pruned:
+        return True
+    weight = real_parameter(plan.site.weight)
+    saved = {} if weight is None else saved_with(weight, torch.is_grad_enabled())[0]
+    return KEY in saved or bool(saved.get(PRUNED))
 
 
 def _is_pruned_now(plan: Plan, schedule: Schedule) -> bool:

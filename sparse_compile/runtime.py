@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparse_compile.clock import capturing
 from sparse_compile.derived import WeightState
+from sparse_compile.fallbacks import watch_fallbacks
 from sparse_compile.measure import Twin, measure
 from sparse_compile.passes.rewrite import WeightSlot, new_seed
 from sparse_compile.report import GraphReport
@@ -45,12 +46,15 @@ class Runtime:
         # the models that they were compiled for.
         self._last: list[tuple[ref[Tensor], ref[WeightState]] | None] = [None] * len(slots)
         self._met_gathered = False  # a weight that FSDP2 gathers
+        self._fallbacks = watch_fallbacks()
 
     def __call__(self, *args: Any) -> Any:
         # DDP's bucketing calls each part once to learn its outputs' shapes: with fake activations, but real parameters.
         if any(isinstance(argument, FakeTensor) for argument in args):
             return self._compiled(*args, *self._fakes)
         self._report.calls += 1
+        if self._fallbacks.watching or self._report.calls == 1 or capturing():
+            self._fallbacks.note(args)
         weights = [args[slot.position] for slot in self._slots]
         states = [self._state(index, weight) for index, weight in enumerate(weights)]
         seeds = [new_seed(device) for device in self._seed_devices]

@@ -5,11 +5,13 @@ Importing this module imports no ``torch._dynamo``, because ``autoload`` does so
 
 import copy
 import gc
+import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
@@ -480,6 +482,49 @@ def mutated(node: Node) -> bool:
     """Whether dynamo, when it traced the graph, saw the tensor of a placeholder change."""
     value = example_value(node)
     return isinstance(value, torch.Tensor) and value._version > 0
+
+
+@dataclass(frozen=True, slots=True)
+class RecompileLimit:
+    """What dynamo says when it will compile a function no more.
+
+    Attributes:
+        function: ``'forward' (file.py:12)``.
+        name, value: of the limit, ``recompile limit``.
+    """
+
+    function: str
+    name: str
+    value: int
+
+    @property
+    def is_pytorchs(self) -> bool:
+        """Whether the function is PyTorch's own, a frame around the user's."""
+        return os.path.dirname(torch.__file__) in self.function
+
+
+def on_recompile_limit(call: Callable[[RecompileLimit], None]) -> None:
+    """Call it each time that dynamo reaches a limit, which it tells its log alone."""
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.msg.startswith("torch._dynamo hit config.") and isinstance(record.args, tuple):
+                name, value, function, *_ = record.args
+                call(RecompileLimit(str(function), str(name).replace("_", " "), cast(int, value)))
+
+    logging.getLogger("torch._dynamo.convert_frame").addHandler(Listener())
+
+
+def compiled_modules() -> list[Module]:
+    """Modules that torch.compile or Module.compile was called with: a walk over the heap."""
+    from torch._dynamo import OptimizedModule
+
+    found = {}
+    for module in instances_of(Module):
+        root = module._orig_mod if isinstance(module, OptimizedModule) else module
+        if root is not module or vars(module).get("_compiled_call_impl") is not None:
+            found[id(root)] = root
+    return list(found.values())
 
 
 def trace_artifact(name: str, content: Callable[[], str]) -> None:
