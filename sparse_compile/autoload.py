@@ -9,7 +9,6 @@ import os
 import sys
 from pathlib import Path
 
-from sparse_compile.record import recorded, write_to
 from sparse_compile.report import check_file
 
 VARIABLE = "SPARSE_COMPILE"
@@ -28,6 +27,8 @@ def autoload() -> None:
 
         route(auto=auto, report_file=report_file, launched=False)
     elif report_file is not None:
+        from sparse_compile.record import recorded, write_to
+
         write_to(report_file, when=lambda: recorded() > 0)
 
 

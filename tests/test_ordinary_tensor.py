@@ -373,3 +373,42 @@ def test_a_second_derivative_is_refused_clearly():
     (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"double backward|does not require grad"):
         grad.sum().backward()
+
+
+SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+LLAMA_4 = {
+    "num_key_value_heads": 4, "head_dim": 16, "intermediate_size": 128, "intermediate_size_mlp": 128,
+    "num_local_experts": 2, "num_experts_per_tok": 1, "pad_token_id": 0, "max_position_embeddings": 64,
+    "attention_chunk_size": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "more"),
+    [
+        ("FalconForCausalLM", "FalconConfig", {"parallel_attn": False, "bias": True, "hidden_dropout": 0.0}),
+        ("Llama4ForCausalLM", "Llama4TextConfig", LLAMA_4),
+    ],
+)
+def test_models_that_write_in_place(model, config, more):
+    """Falcon adds to what its linears return, Llama-4 multiplies it."""
+    transformers = pytest.importorskip("transformers")
+    ids = torch.randint(0, 128, (2, 16))
+    losses = []
+    for compiler in (DENSE, ours("s-ste")):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        net = getattr(transformers, model)(getattr(transformers, config)(**SIZES, **more)).train()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+        call, of_steps = torch.compile(net, **compiler), []
+        for _ in range(3):
+            loss = call(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            of_steps.append(loss.item())
+        losses.append(of_steps)
+    dense, rewritten = losses
+    assert rewritten[0] != dense[0]
+    assert rewritten[-1] < rewritten[0] - 0.1
+    assert max(abs(a - b) for a, b in zip(dense, rewritten, strict=True)) < 0.2
