@@ -52,7 +52,11 @@ def candidate(model: StepModel, parallelism: str, kind: str, device: torch.devic
     network = model.make().to(device).train()
     compiling = dict(COMPILE.get(kind, {}))
     if device.type == "cpu":
-        compiling = {"backend": "aot_eager"} if kind == BF16 else {**compiling, "options": {"sste.executor": "eager"}}
+        compiling = (
+            {"backend": "aot_eager"}
+            if kind == BF16
+            else {**compiling, "options": {"sste.executor": "eager", "sste.when": "always"}}
+        )
     compiled: nn.Module
     if parallelism == DDP:
         devices = [device.index] if device.type == "cuda" else None

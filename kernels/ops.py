@@ -31,6 +31,11 @@ def emulation_reason(device: torch.device) -> str | None:
     """Why the ops run their eager reference on ``device``; None where they run kernels."""
     if _reference_forced:
         return "the eager reference was asked for"
+    return missing_kernels(device)
+
+
+def missing_kernels(device: torch.device) -> str | None:
+    """Why there are no kernels for ``device``; None where there are."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return _missing_kernels(device)
@@ -40,11 +45,12 @@ def emulation_reason(device: torch.device) -> str | None:
 def _missing_kernels(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"no kernels for {device.type}"
+    name = torch.cuda.get_device_name(device)
     if torch.version.hip is not None:
-        return "no kernels for ROCm"
+        return f"no kernels for {name} (ROCm)"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):
-        return f"no kernels for sm_{major}{minor}, only for sm_90 (Hopper)"
+        return f"no kernels for {name} (sm_{major}{minor}), only for sm_90 (Hopper)"
     return None
 
 

@@ -1,10 +1,13 @@
 """CHOOSE: how each product of a planned linear runs, by measured time; what would be slower than dense stays dense.
 
+So does everything on a device without kernels, where the eager definitions are many times slower.
+
 Prices are sums of measured pieces (``kernels.costs``), and of bytes where Inductor fuses an operation into a neighbour:
 how much of it remains cannot be measured on its own.
 """
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -49,6 +52,9 @@ _TRANSPOSE_BYTES = 4.0  # the fp32 copy of the gradient that a sampled dgrad rea
 _PRODUCT_BYTES = 2.0  # the scale of each token is applied by the reader, or in another pass
 
 
+_warned: set[str] = set()  # of which devices
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Fastest:
     """The fastest variant of a recipe, and the microseconds of the linear in it and dense."""
@@ -56,6 +62,31 @@ class _Fastest:
     variant: str
     rewritten: float
     dense: float
+
+
+def leave_without_kernels(
+    plans: Sequence[Plan], was_pruned: Callable[[Plan], bool] = lambda plan: plan.pruned
+) -> tuple[list[Plan], list[Rejection]]:
+    """The plans whose devices have kernels, and a rejection for each other one, whoever named it; warns once of each.
+
+    Args:
+        was_pruned: whether the weight was trained pruned: dense products would compute another function, so it is
+            emulated.
+    """
+    kept: list[Plan] = []
+    rejections: list[Rejection] = []
+    for plan in plans:
+        missing = ops.missing_kernels(example_value(plan.site.weight).device)
+        if missing is None or (plan.recipe.projection.prunes and was_pruned(plan)):
+            kept.append(plan)
+            continue
+        rejections.append(plan.site.reject(Reason.NO_KERNELS, missing, "'sste.when': 'always' emulates"))
+        if missing not in _warned:
+            _warned.add(missing)
+            warnings.warn(
+                f"sparse_compile: {missing}: the model runs dense; 'sste.when': 'always' emulates", stacklevel=2
+            )
+    return kept, rejections
 
 
 def choose(

@@ -3,8 +3,9 @@
 Before: ``%y = linear(%x, %weight, %bias)``
 After:  ``%y = sparse_compile.linear.linear(%x, %weight, %bias, %seed, 3, "s-ste", False, bf16, *%operands)``
 
-``%seed`` is drawn once at the top of the graph: a linear in a checkpointed region sees the same randomness when the
-region is recomputed.  ``%operands`` are new inputs of the graph that hold what is derived from the weight.
+``%seed`` and ``%operands`` are new inputs of the graph.  The seed is drawn for each call: as an input it is saved for
+backward, whatever the compiler moves there, and a checkpointed region sees the same when it is recomputed.  The
+operands hold what is derived from the weight.
 """
 
 import logging
@@ -20,7 +21,7 @@ from sparse_compile.linear import linear
 from sparse_compile.passes.decide import Plan
 from sparse_compile.passes.flow import Region
 from sparse_compile.recipe import Projection
-from sparse_compile.torch_internals import add_static_input, checkpoint_body, example_value
+from sparse_compile.torch_internals import add_input, add_static_input, checkpoint_body, example_value
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +56,14 @@ class WeightSlot:
 
 
 def rewrite(graph_module: GraphModule, plans: Sequence[Plan]) -> list[WeightSlot]:
-    """Edit the graph by the plans; returns the slots whose operands its new inputs expect, in order."""
+    """Edit the graph by the plans; returns the slots whose operands its new inputs expect, in order.
+
+    Before them come the seeds, one for each of ``seed_devices``.
+    """
     graph = graph_module.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     operands_of: dict[WeightSlot, list[Node]] = {}  # a weight that several linears read has them once
-    seeds = _draw_seed(graph, plans)
+    seeds = _add_seeds(graph, plans)
     replaced: dict[Node, Node] = {}
     for index, plan in enumerate(plans):
         site = plan.site
@@ -69,12 +73,12 @@ def rewrite(graph_module: GraphModule, plans: Sequence[Plan]) -> list[WeightSlot
                 fakes = slot.new_operands()
             operands_of[slot] = [add_static_input(graph, f"sste_{index}_{i}", fake) for i, fake in enumerate(fakes)]
         operands = operands_of[slot]
-        handed_seeds = _hand_in(seeds, site.region) if plan.recipe.estimator is not None else [None]
+        (seed,) = _hand_in([seeds[slot.device]], site.region) if _samples(plan) else [None]
         arguments = (
             replaced.get(site.input, site.input),  # one linear may read another
             *_hand_in([site.weight], site.region),
             site.bias,
-            *handed_seeds,
+            seed,
             index,
             plan.recipe.full_name,
             site.transposed,
@@ -105,18 +109,27 @@ def _slot(plan: Plan, position: int) -> WeightSlot:
     )
 
 
-def _draw_seed(graph: Graph, plans: Sequence[Plan]) -> list[Node]:
-    """One random 62-bit integer per call of the graph, or none if no plan needs randomness."""
-    random = [plan for plan in plans if plan.recipe.estimator is not None]
-    if not random:
-        return []
-    weight = example_value(random[0].site.weight)
-    first = next(node for node in graph.nodes if node.op != "placeholder")
-    with graph.inserting_before(first):
-        seed = graph.call_function(torch.randint, (0, 2**62, (1,)), {"device": weight.device})
-    with weight.fake_mode:
-        seed.meta["example_value"] = torch.empty(1, dtype=torch.int64, device=weight.device)
-    return [seed]
+def seed_devices(plans: Sequence[Plan]) -> list[torch.device]:
+    """Where a call of the rewritten graph needs a seed: on each device with linears that sample gradients."""
+    return list(dict.fromkeys(example_value(plan.site.weight).device for plan in plans if _samples(plan)))
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """A random 62-bit integer, ``[1]``, of the default generator, as dropout's."""
+    return torch.randint(2**62, (1,), device=device)
+
+
+def _samples(plan: Plan) -> bool:
+    return plan.recipe.estimator is not None and bool(example_value(plan.site.node).requires_grad)
+
+
+def _add_seeds(graph: Graph, plans: Sequence[Plan]) -> dict[torch.device, Node]:
+    """The inputs that hold the seeds."""
+    seeds = {}
+    for index, device in enumerate(seed_devices(plans)):
+        with example_value(plans[0].site.weight).fake_mode:
+            seeds[device] = add_input(graph, f"seed_{index}", new_seed(device))
+    return seeds
 
 
 def _hand_in(nodes: Sequence[Node], region: Region) -> list[Node]:

@@ -30,6 +30,7 @@ class Reason(Enum):
     ADAPTER = "adapter"
     HEAD = "vocabulary head"
     SLOWER = "not faster"
+    NO_KERNELS = "not emulated"
     NOT_A_TARGET = "not a target"
     DENSE_PHASE = "in a dense phase"
 

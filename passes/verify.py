@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node, map_arg
 
 from sparse_compile.errors import SparseCompileError
@@ -15,7 +16,7 @@ def verify(graph_module: GraphModule, plans: Sequence[Plan]) -> None:
     """Check the rewrite of ``plans``.
 
     Every graph passes FX's lint; there is one rewritten node per plan and no planned original left; each rewritten
-    node, run on fake tensors, gives the shape, dtype and device that dynamo recorded for the original.
+    node, run on fake tensors, gives the shape, strides, dtype and device that dynamo recorded for the original.
 
     Raises:
         SparseCompileError: naming the node.
@@ -42,7 +43,11 @@ def _check_output(node: Node) -> None:
     expected = example_value(node)
     with torch.no_grad(), expected.fake_mode:
         actual = linear(*map_arg(node.args, example_value))  # type: ignore[arg-type]
-    for attribute in ("shape", "dtype", "device"):
-        before, after = getattr(expected, attribute), getattr(actual, attribute)
+    for attribute, before in _described(expected).items():
+        after = _described(actual)[attribute]
         if before != after:
             raise SparseCompileError("verify", node.name, f"output {attribute} was {before}, is {after}")
+
+
+def _described(output: Tensor) -> dict[str, object]:
+    return {"shape": output.shape, "strides": output.stride(), "dtype": output.dtype, "device": output.device}

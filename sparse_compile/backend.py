@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from sparse_compile.betas import KEY, PRUNED
 from sparse_compile.courses import Schedule
 from sparse_compile.kernels import ops
 from sparse_compile.linear import linear
@@ -18,7 +19,7 @@ from sparse_compile.module_names import ModuleNames
 from sparse_compile.options import Executor, Options, read_options
 from sparse_compile.origin import origin
 from sparse_compile.owners import ParameterOwners
-from sparse_compile.passes.choose import choose
+from sparse_compile.passes.choose import choose, leave_without_kernels
 from sparse_compile.passes.decide import Plan, decide
 from sparse_compile.passes.expand import expand
 from sparse_compile.passes.find import find
@@ -26,7 +27,7 @@ from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.materialize import materialize
 from sparse_compile.passes.phase import phase
 from sparse_compile.passes.recompute import recompute
-from sparse_compile.passes.rewrite import rewrite
+from sparse_compile.passes.rewrite import new_seed, rewrite, seed_devices
 from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
 from sparse_compile.pattern import is_24
@@ -35,7 +36,7 @@ from sparse_compile.progress import announced
 from sparse_compile.record import record, write_to
 from sparse_compile.report import GraphReport
 from sparse_compile.runtime import Runtime
-from sparse_compile.state import is_pruned
+from sparse_compile.state import is_pruned, saved_with
 from sparse_compile.step_times import time_steps
 from sparse_compile.torch_internals import (
     backend_fake_mode,
@@ -86,6 +87,10 @@ def sste(
         is_pruned=is_pruned,
         is_24=lambda weight, dim: chosen.frozen and is_24(weight, dim) and bool(weight.any()),
     )
+    if chosen.measure:
+        # Before a schedule is followed: at its end it would write into weights that were never pruned.
+        plans, not_emulated = leave_without_kernels(plans, _was_pruned)
+        rejections += not_emulated
     if chosen.schedule is not None:
         plans, dense_now = phase(plans, chosen.schedule, partial(_is_pruned_now, schedule=chosen.schedule))
         rejections += dense_now
@@ -96,7 +101,7 @@ def sste(
         rejections += slower
     recompute(plans)
     materialize(graph)
-    slots = rewrite(graph, plans)
+    seeded, slots = seed_devices(plans), rewrite(graph, plans)
     verify(graph, plans)
     trace_artifact("sparse_compile_graph", lambda: graph.print_readable(print_output=False))
 
@@ -104,11 +109,12 @@ def sste(
     for device in devices:
         ops.prepare(device)
     with backend_fake_mode(example_inputs):
-        fake_operands = [operand for slot in slots for operand in slot.new_operands()]
+        fakes = [new_seed(device) for device in seeded]
+        fakes += [operand for slot in slots for operand in slot.new_operands()]
     with announced(f"compiling a graph in which {len(plans)} linears are rewritten"):
         compiled = compile_graph(
             graph,
-            [*example_inputs, *fake_operands],
+            [*example_inputs, *fakes],
             chosen.inductor,
             generate_code=chosen.executor is Executor.INDUCTOR,
             recompute=chosen.recompute,
@@ -132,7 +138,16 @@ def sste(
         sample_every(chosen.health)
     logger.info("rewrote %d of %d linears", len(plans), len(rows))
     twin = _dense_twin(graph_module, chosen) if chosen.report_measure else None
-    return Runtime(compiled, slots, fake_operands, graph_report, twin)
+    return Runtime(compiled, slots, fakes, graph_report, twin, seeded)
+
+
+def _was_pruned(plan: Plan) -> bool:
+    """Whether the weight of a plan that prunes was trained pruned, here or as the checkpoint of its optimizer says."""
+    if plan.pruned:
+        return True
+    weight = real_parameter(plan.site.weight)
+    saved = {} if weight is None else saved_with(weight, torch.is_grad_enabled())[0]
+    return KEY in saved or bool(saved.get(PRUNED))
 
 
 def _is_pruned_now(plan: Plan, schedule: Schedule) -> bool:

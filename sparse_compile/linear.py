@@ -28,6 +28,7 @@ from sparse_compile.kernels.formats import (
 from sparse_compile.kernels.reference import saturating_cast
 from sparse_compile.linear_bf16 import LinearBF16
 from sparse_compile.recipe import Estimator, Gemm, Recipe, Rounding, recipe_named
+from sparse_compile.torch_internals import unsafe_view
 
 # Added to the index of a linear where it samples grad_output for dgrad: other random numbers than any wgrad's.
 DGRAD_DRAWS = 2**30
@@ -52,7 +53,7 @@ def linear(
             product itself reads ``operands``.
         bias: ``[N]`` or None.
         seed: int64 ``[1]``, and ``index``, distinct for each linear of a graph: the randomness of the estimator.
-            None for recipes without one.
+            None for recipes without one, and where there will be no backward.
         recipe_name: ``full_name`` of the recipe.
         out_dtype: dtype of the result.
         operands: what ``state`` keeps of the weight for this recipe: ``values, metadata, weight_t, scale_inv`` where
@@ -60,16 +61,24 @@ def linear(
             values_t, metadata_t, scale_inv`` where it is 2:4 both ways, ``payload, payload_t, scale_inv`` where it is
             cast only.
     """
+    # Views are made out here, where autograd knows them: what a Function returns may be written in place if it is none.
+    tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     result: Tensor
     if recipe_named(recipe_name).is_bf16:
-        result = LinearBF16.apply(x, weight, bias, transposed, out_dtype, *operands)  # type: ignore[no-untyped-call]
+        result = LinearBF16.apply(tokens, weight, bias, transposed, out_dtype, *operands)  # type: ignore[no-untyped-call]
+    else:
+        arguments = (tokens, weight, bias, seed, index, recipe_name, transposed, out_dtype, *operands)
+        result = _Linear.apply(*arguments)  # type: ignore[no-untyped-call]
+    if x.ndim == 2:
         return result
-    arguments = (x, weight, bias, seed, index, recipe_name, transposed, out_dtype, *operands)
-    result = _Linear.apply(*arguments)  # type: ignore[no-untyped-call]
-    return result
+    # As F.linear does: with a bias its result is a view, without one it is none, which hooks and writes can tell.
+    unflatten = unsafe_view if bias is None else Tensor.view
+    return unflatten(result, (*x.shape[:-1], result.shape[1]))
 
 
 class _Linear(torch.autograd.Function):
+    """``linear`` of tokens ``[T, K]``; the result ``[T, N]`` is contiguous and no view."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -84,29 +93,28 @@ class _Linear(torch.autograd.Function):
         *operands: Tensor,
     ) -> Tensor:
         recipe = recipe_named(recipe_name)
-        tokens = x.reshape(-1, x.shape[-1])  # any strides: its cast is contiguous
-        scale, scale_inv = token_scale(tokens.abs().amax(dim=1))
-        x_fp8 = cast(tokens, scale)
+        scale, scale_inv = token_scale(x.abs().amax(dim=1))
+        x_fp8 = cast(x, scale)
         output = _fprop(recipe, x_fp8, scale_inv, operands, out_dtype)
         if bias is not None:
             output = output + bias.to(out_dtype)
         # What the backward products read, and nothing more.
-        saved_input = (tokens, None) if recipe.wgrad is Gemm.HP else (x_fp8, scale_inv)
+        saved_input = (x, None) if recipe.wgrad is Gemm.HP else (x_fp8, scale_inv)
         saved_weight = {
             Gemm.HP: (weight,), Gemm.FP8: operands[-2:], Gemm.SPARSE24: operands[-3:], Gemm.MVUE24: operands[-2:]
         }  # fmt: skip
         ctx.save_for_backward(*saved_input, seed, *saved_weight[recipe.dgrad])
         ctx.recipe, ctx.index, ctx.transposed = recipe, index, transposed
-        ctx.input_shape, ctx.input_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
+        ctx.input_dtype, ctx.weight_dtype = x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return output.reshape(*x.shape[:-1], output.shape[-1])
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, x_scale_inv, seed, *weight = ctx.saved_tensors
         recipe = ctx.recipe
-        grad = grad_output.reshape(-1, grad_output.shape[-1]).contiguous()
+        grad = grad_output.contiguous()
         grad_input = grad_weight = grad_bias = None
         amax = grad.abs().amax(dim=1)
         dtype = recipe.grad_format.dtype
@@ -127,7 +135,7 @@ class _Linear(torch.autograd.Function):
                 product = _sampled_dgrad(ctx, grad, amax, weight[0], weight[1], seed)
             else:
                 product = _scaled_mm(grad_fp8, weight[0], weight[1], row_scale_inv, ctx.input_dtype)
-            grad_input = product.to(ctx.input_dtype).reshape(ctx.input_shape)
+            grad_input = product.to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
             if recipe.wgrad is Gemm.HP:
                 x = x.to(grad.dtype)
@@ -153,9 +161,8 @@ def cast(x: Tensor, scale: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
 
 def _bound(amax: Tensor, floor: float) -> Tensor:
     """Largest of ``amax [T]`` as ``[1]``, floored; the floor for an empty batch."""
-    if amax.shape[0] == 0:
-        return torch.full((1,), floor, device=amax.device)
-    return amax.amax(dim=0, keepdim=True).clamp_min(floor)
+    # One more element, and no branch on T, which may be known at run time alone.
+    return F.pad(amax, (0, 1), value=floor).amax(dim=0, keepdim=True)
 
 
 def _fprop(

@@ -66,12 +66,12 @@ def measure(
     rewritten: Callable[..., Any],
     slots: Sequence[WeightSlot],
     arguments: Sequence[Any],
-    operands: Sequence[Tensor],
+    inputs: Sequence[Tensor],
 ) -> Measurement | str:
     """The times of both graphs; or why they were not measured.
 
     Args:
-        rewritten: the compiled graph, called with ``arguments`` and ``operands``.
+        rewritten: the compiled graph, called with ``arguments`` and ``inputs``: seeds and operands.
     """
     refusal = _refusal(twin, slots, arguments)
     if refusal is not None:
@@ -87,7 +87,7 @@ def measure(
                 dense = twin.compile(twin.graph, arguments)
             runs = {
                 "dense": _Run(dense, _copies(twin, arguments), clock),
-                "rewritten": _Run(partial(_with_operands, rewritten, operands), _copies(twin, arguments), clock),
+                "rewritten": _Run(partial(_with_inputs, rewritten, inputs), _copies(twin, arguments), clock),
             }
             measurement = _measure(runs, clock, slots, arguments)
     except torch.OutOfMemoryError as error:
@@ -115,8 +115,8 @@ def _refusal(twin: Twin, slots: Sequence[WeightSlot], arguments: Sequence[Any]) 
     return None
 
 
-def _with_operands(rewritten: Callable[..., Any], operands: Sequence[Tensor], *arguments: Any) -> Any:
-    return rewritten(*arguments, *operands)
+def _with_inputs(rewritten: Callable[..., Any], inputs: Sequence[Tensor], *arguments: Any) -> Any:
+    return rewritten(*arguments, *inputs)
 
 
 def _copies(twin: Twin, arguments: Sequence[Any]) -> list[Any]:

@@ -41,7 +41,7 @@ class Options:
         targets: ``"ffn"``, ``"ffn-up"``, ``"all"``, or a glob of module names such as ``"*.mlp.*"``.
         head: whether the vocabulary head gets dense FP8.
         frozen: whether frozen weights that are 2:4 are treated as if they were trained.
-        measure: whether only what measured times predict to be faster is rewritten.
+        measure: whether only what measured times predict to be faster is rewritten, and nothing without kernels.
         recompute: whether backward makes FP8 copies of activations again, where forward could keep them.
         executor: what runs the rewritten graph.
         tune: whether the 2:4 GEMMs are timed, those that no earlier run has timed, while the graph is compiled.

@@ -66,4 +66,6 @@ def _dynamic(graph_module: GraphModule) -> Iterable[str]:
         if isinstance(value, Tensor):
             for dimension, size in enumerate(value.shape):
                 if isinstance(size, SymInt):
-                    yield f"{parameter_name(node)}.size({dimension}) = {size} ({hint(size)} when traced)"
+                    traced = hint(size)
+                    known = "depends on data" if traced is None else f"{traced} when traced"
+                    yield f"{parameter_name(node)}.size({dimension}) = {size} ({known})"

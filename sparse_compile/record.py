@@ -90,7 +90,11 @@ def _write_to_files() -> None:
     _note_rank()
     for path, when in _files.items():
         if not _rank and when():
-            _report.write(_own(path))
+            own = _own(path)
+            try:
+                _report.write(own)
+            except (OSError, ValueError) as error:  # the disk is full, or the folder is gone
+                sys.stderr.write(f"sparse_compile: {own} was not written: {error}\n\n{_report}\n")
 
 
 def _write_to_stderr() -> None:
@@ -112,5 +116,5 @@ def _note_rank() -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         _rank = distributed.get_rank()
-    elif _rank is None and "RANK" in os.environ:
+    elif _rank is None and os.environ.get("RANK", "").isdecimal():  # others may mean something else by it
         _rank = int(os.environ["RANK"])

@@ -198,11 +198,13 @@ class Report:
         health: samples of its pruned weights, by their names.
         step_ms: milliseconds of the last training steps, from a step of an optimizer to its next; without those in
             which a graph was compiled or measured.
+        fallbacks: what dynamo runs eagerly of the modules that were compiled, a sentence each.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
     health: dict[str, list[Health]] = field(default_factory=dict)
     step_ms: list[float] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
     torch: str = ""
     device: str = ""
 
@@ -276,6 +278,7 @@ class Report:
         return {
             "version": VERSION, "torch": self.torch, "device": self.device,
             "coverage": self.coverage(), "gains": gains, "graphs": graphs, "health": health, "step_ms": self.step_ms,
+            "fallbacks": self.fallbacks,
         }  # fmt: skip
 
     def to_json(self) -> str:
@@ -298,7 +301,8 @@ class Report:
         try:
             health = {name: [Health(**sample) for sample in samples] for name, samples in read["health"].items()}
             graphs = [_graph(graph) for graph in read["graphs"]]
-            return cls(graphs, health, read["step_ms"], torch=read["torch"], device=read["device"])
+            fallbacks = read.get("fallbacks", [])
+            return cls(graphs, health, read["step_ms"], fallbacks, torch=read["torch"], device=read["device"])
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"the report is damaged: {error!r}") from error
 
@@ -331,12 +335,16 @@ def check_file(path: Path, formats: Sequence[str] = FORMATS) -> None:
     """What everyone asks who is given a file to write a report to, before there is a report.
 
     Raises:
-        ValueError: its name ends in none of the formats, or its folder is not there.
+        ValueError: its name ends in none of the formats, its folder is not there, or it cannot be written.
     """
+    # os.path and os.access answer, where pathlib may raise: of names that are too long, or folders that hide.
+    folder = path.parent
     if path.suffix not in formats:
         raise ValueError(f"the report's file {str(path)!r} must end in {' or '.join(formats)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {str(path.parent)!r} for the report's file {str(path)!r}; make it first")
+    if not os.path.isdir(folder):
+        raise ValueError(f"there is no folder {str(folder)!r} for the report's file {str(path)!r}; make it first")
+    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise ValueError(f"the report's file {str(path)!r} cannot be written; name another, or change its permissions")
 
 
 def shares(flops: Counter[str]) -> dict[str, float]:
@@ -353,6 +361,14 @@ def fold(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     return [
         (_folded_name(pattern, {row.module for row in members}), members) for (pattern, *_), members in groups.items()
     ]
+
+
+def fold_names(names: Iterable[str]) -> list[str]:
+    """Names that differ only in their numbers together, as in ``fold``."""
+    groups: dict[str, set[str]] = {}
+    for name in sorted(names):
+        groups.setdefault(_pattern(name), set()).add(name)
+    return [_folded_name(pattern, members) for pattern, members in groups.items()]
 
 
 def _pattern(module: str) -> str:

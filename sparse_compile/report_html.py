@@ -54,6 +54,9 @@ def _overview(report: Report) -> Iterable[Markup]:
             yield _bars([("dense", [(dense, "dense")], ""), ("now", [(step.median, "sparse")], "")])
         note = "From a step of an optimizer to its next, without steps in which something was compiled or measured."
         yield tag("p", note, class_="faint")
+    if report.fallbacks:
+        yield tag("h2", "Run eagerly")
+        yield from (tag("p", line) for line in report.fallbacks)
 
 
 def _graphs_side_by_side(report: Report) -> Iterable[Markup]:

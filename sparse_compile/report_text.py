@@ -142,6 +142,8 @@ def _summary(report: Report) -> list[str]:
         parts.append("\n".join(lines))
     if report.health:
         parts.append("\n".join(_health(report)))
+    if report.fallbacks:
+        parts.append("\n".join(report.fallbacks))
     return parts
 
 

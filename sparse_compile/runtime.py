@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor
 
 from sparse_compile.clock import capturing
 from sparse_compile.derived import WeightState
+from sparse_compile.fallbacks import watch_fallbacks
 from sparse_compile.measure import Twin, measure
-from sparse_compile.passes.rewrite import WeightSlot
+from sparse_compile.passes.rewrite import WeightSlot, new_seed
 from sparse_compile.report import GraphReport
 from sparse_compile.state import current_operands, restore_operands, weight_state
 from sparse_compile.torch_internals import FakeTensor
@@ -20,7 +22,7 @@ on_weight: list[Callable[[WeightSlot, Tensor, WeightState], object]] = [watch]
 
 
 class Runtime:
-    """A prologue, which brings the operands of every rewritten weight up to date, then the compiled graph.
+    """A prologue, which draws seeds and brings the operands of every rewritten weight up to date, then the graph.
 
     The state is looked up from the actual arguments: graphs are shared between blocks and between models.
     """
@@ -29,31 +31,37 @@ class Runtime:
         self,
         compiled: Callable[..., Any],
         slots: Sequence[WeightSlot],
-        fake_operands: Sequence[Tensor],
+        fakes: Sequence[Tensor],
         report: GraphReport,
         twin: Twin | None = None,
+        seed_devices: Sequence[torch.device] = (),
     ) -> None:
         self._compiled = compiled
         self._slots = tuple(slots)
-        self._fake_operands = tuple(fake_operands)
+        self._seed_devices = tuple(seed_devices)
+        self._fakes = tuple(fakes)  # of seeds and operands
         self._report = report
         self._twin = twin
         # The weight each slot saw last, and its state: saves the look-up by tensor.  Weak: compiled graphs may outlive
         # the models that they were compiled for.
         self._last: list[tuple[ref[Tensor], ref[WeightState]] | None] = [None] * len(slots)
         self._met_gathered = False  # a weight that FSDP2 gathers
+        self._fallbacks = watch_fallbacks()
 
     def __call__(self, *args: Any) -> Any:
         # DDP's bucketing calls each part once to learn its outputs' shapes: with fake activations, but real parameters.
         if any(isinstance(argument, FakeTensor) for argument in args):
-            return self._compiled(*args, *self._fake_operands)
+            return self._compiled(*args, *self._fakes)
         self._report.calls += 1
+        if self._fallbacks.watching or self._report.calls == 1 or capturing():
+            self._fallbacks.note(args)
         weights = [args[slot.position] for slot in self._slots]
         states = [self._state(index, weight) for index, weight in enumerate(weights)]
-        operands = current_operands(weights, self._slots, states)
+        seeds = [new_seed(device) for device in self._seed_devices]
+        inputs = [*seeds, *current_operands(weights, self._slots, states)]
         if self._twin is not None and not capturing():
-            self._measure(self._twin, args, operands)
-        outputs = self._compiled(*args, *operands)
+            self._measure(self._twin, args, inputs)
+        outputs = self._compiled(*args, *inputs)
         if self._met_gathered:
             self._restore_before_backward(outputs, weights, states)
         return outputs
@@ -70,10 +78,10 @@ class Runtime:
         for node in nodes:
             node.register_prehook(lambda _: restore_operands(weights, self._slots, states))
 
-    def _measure(self, twin: Twin, args: tuple[Any, ...], operands: list[Tensor]) -> None:
+    def _measure(self, twin: Twin, args: tuple[Any, ...], inputs: list[Tensor]) -> None:
         """Once."""
         self._twin = None
-        result = measure(twin, self._compiled, self._slots, args, operands)
+        result = measure(twin, self._compiled, self._slots, args, inputs)
         if isinstance(result, str):
             self._report.not_measured = result
         else:

@@ -5,11 +5,13 @@ Importing this module imports no ``torch._dynamo``, because ``autoload`` does so
 
 import copy
 import gc
+import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import sha256
 from importlib import import_module
@@ -75,6 +77,7 @@ def self_test() -> list[str]:
         ("torch._guards", "detect_fake_mode"),
         ("torch._inductor.compile_fx", "compile_fx"),
         ("torch._inductor.cudagraph_trees", "reset_cudagraph_trees"),
+        ("torch._inductor.decomposition", "select_decomp_table"),
         ("torch._logging._internal", "trace_structured"),
         ("torch._decomp", "decomposition_table"),
         ("torch._subclasses.fake_tensor", "FakeTensor"),
@@ -87,6 +90,7 @@ def self_test() -> list[str]:
         ("torch.fx._symbolic_trace", "_is_fx_tracing_flag"),
         ("torch.fx.experimental.sym_node", "SymNode.hint"),
         ("torch.nn", "Module._compiled_call_impl"),
+        ("torch", "ops.aten._unsafe_view.default"),
         ("torch.utils._python_dispatch", "is_in_torch_dispatch_mode"),
     ):
         try:
@@ -206,7 +210,9 @@ def compile_graph(
     # What a process found to be the faster of two kernels it keeps on disk under a key that PyTorch 2.11 cannot make of
     # kernels that come from a cache: the second process would fail.  Without it each process finds out anew.
     os.environ.setdefault("TORCHINDUCTOR_DISABLE_MULTI_KERNEL_CACHE", "1")
-    inner: Any = compile_fx_inner if generate_code else _run_eagerly
+    how: dict[str, Any] = {"inner_compile": compile_fx_inner}
+    if not generate_code:
+        how = {"inner_compile": _run_eagerly, "decompositions": _eager_decompositions()}
     # AOTAutograd caches graphs that call a python function only if told what stands for the function's code.
     marked = {} if cacheable_function is None else {cacheable_function: _sources_hash()}
     cacheable = {"unsafe_marked_cacheable_functions": marked} if marked else {}
@@ -214,7 +220,7 @@ def compile_graph(
     with config.patch(partition):
         return cast(
             Callable[..., Any],
-            compile_fx(graph_module, list(inputs), inner_compile=inner, config_patches={**patches, **cacheable}),
+            compile_fx(graph_module, list(inputs), config_patches={**patches, **cacheable}, **how),
         )
 
 
@@ -224,6 +230,14 @@ def _sources_hash() -> str:
     folders = os.walk(Path(__file__).parent, followlinks=True)
     sources = sorted(Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py"))
     return sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+
+
+def _eager_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's, but those that make a view where the result is none: generated code has no views."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    unsafe_view = torch.ops.aten._unsafe_view.default
+    return {op: decomposed for op, decomposed in select_decomp_table().items() if op is not unsafe_view}
 
 
 def _run_eagerly(graph_module: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
@@ -428,6 +442,11 @@ def versions_kept(tensors: Sequence[torch.Tensor]) -> AbstractContextManager[Non
     return torch.autograd._unsafe_preserve_version_counter(tuple(tensors))  # type: ignore[attr-defined]
 
 
+def unsafe_view(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """``tensor.view(shape)`` that autograd takes for a tensor of its own: for one that nobody else reads or writes."""
+    return cast(torch.Tensor, torch.ops.aten._unsafe_view.default(tensor, shape))
+
+
 def local_tensor(tensor: Any) -> torch.Tensor:
     """The shard of a DTensor that this process holds; any other tensor itself."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -553,6 +572,49 @@ def mutated(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and value._version > 0
 
 
+@dataclass(frozen=True, slots=True)
+class RecompileLimit:
+    """What dynamo says when it will compile a function no more.
+
+    Attributes:
+        function: ``'forward' (file.py:12)``.
+        name, value: of the limit, ``recompile limit``.
+    """
+
+    function: str
+    name: str
+    value: int
+
+    @property
+    def is_pytorchs(self) -> bool:
+        """Whether the function is PyTorch's own, a frame around the user's."""
+        return os.path.dirname(torch.__file__) in self.function
+
+
+def on_recompile_limit(call: Callable[[RecompileLimit], None]) -> None:
+    """Call it each time that dynamo reaches a limit, which it tells its log alone."""
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.msg.startswith("torch._dynamo hit config.") and isinstance(record.args, tuple):
+                name, value, function, *_ = record.args
+                call(RecompileLimit(str(function), str(name).replace("_", " "), cast(int, value)))
+
+    logging.getLogger("torch._dynamo.convert_frame").addHandler(Listener())
+
+
+def compiled_modules() -> list[Module]:
+    """Modules that torch.compile or Module.compile was called with: a walk over the heap."""
+    from torch._dynamo import OptimizedModule
+
+    found = {}
+    for module in instances_of(Module):
+        root = module._orig_mod if isinstance(module, OptimizedModule) else module
+        if root is not module or vars(module).get("_compiled_call_impl") is not None:
+            found[id(root)] = root
+    return list(found.values())
+
+
 def trace_artifact(name: str, content: Callable[[], str]) -> None:
     """An artifact of the compilation in the structured trace (``TORCH_TRACE``, tlparse), if there is one."""
     from torch._logging._internal import trace_structured
@@ -576,9 +638,16 @@ def module_name(node: Node) -> str:
 
 def add_static_input(graph: Graph, name: str, fake: torch.Tensor) -> Node:
     """Append a placeholder whose storage keeps its address between calls, as a parameter does."""
+    node = add_input(graph, name, fake)
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    return node
+
+
+def add_input(graph: Graph, name: str, fake: torch.Tensor) -> Node:
+    """Append a placeholder."""
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     with graph.inserting_after(last):
         node = graph.placeholder(name)
-    node.meta = {"example_value": fake, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
+    node.meta = {"example_value": fake}
     node._dynamo_source = None
     return node

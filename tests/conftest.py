@@ -62,6 +62,7 @@ def clean_slate() -> Iterator[None]:
     sparse_compile.report().graphs.clear()
     sparse_compile.report().health.clear()
     sparse_compile.report().step_ms.clear()
+    sparse_compile.report().fallbacks.clear()
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ from sparse_compile import state
 from sparse_compile.kernels import reference
 from sparse_compile.testing import assert_same_bits
 
-EAGER = {"sste.executor": "eager"}
+EAGER = {"sste.executor": "eager", "sste.when": "always"}
 # No randomness: results must be the same to the last bit, whatever the order of calls.
 DENSE_FP8 = EAGER | {"sste.recipe": "fp8"}
 

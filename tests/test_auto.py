@@ -56,7 +56,9 @@ class Wrapper(nn.Module):
 def auto(monkeypatch: pytest.MonkeyPatch) -> AutoCompile:
     # Set, so that what AutoCompile sets is undone.
     monkeypatch.setattr(nn.Module, "_compiled_call_impl", None)
-    return AutoCompile(partial(torch.compile, backend="sste", options={"sste.executor": "eager"}))
+    return AutoCompile(
+        partial(torch.compile, backend="sste", options={"sste.executor": "eager", "sste.when": "always"})
+    )
 
 
 def rewritten() -> list[str]:
@@ -70,7 +72,7 @@ def test_the_first_training_call_is_compiled_already(auto: AutoCompile, capsys: 
     """Bit for bit what Module.compile does; and the module stays what it is."""
     model = FFN()
     state, explicit = model.state_dict(), copy.deepcopy(model)
-    explicit.compile(backend="sste", options={"sste.executor": "eager"})
+    explicit.compile(backend="sste", options={"sste.executor": "eager", "sste.when": "always"})
     assert torch.equal(model(x), explicit(x))
     assert auto.compiled == ["FFN"]
     assert type(model) is FFN

@@ -15,7 +15,7 @@ from sparse_compile.kernels import reference
 from sparse_compile.kernels.reference import group_uniforms
 from sparse_compile.torch_internals import self_test
 
-EAGER = {"sste.executor": "eager"}
+EAGER = {"sste.executor": "eager", "sste.when": "always"}
 
 
 # An independent implementation of S-STE with MVUE and fp8, dense throughout: sorts instead of comparisons, loops over
@@ -119,7 +119,7 @@ def relative_errors(actual, expected):
 def test_gradients_equal_an_independent_implementation(small_gpt, batch, grad_format, executor, monkeypatch):
     model = small_gpt(depth=2 if executor == "eager" else 1)
     twin = copy.deepcopy(model)
-    options = {"sste.executor": executor, "sste.grad_format": grad_format}
+    options = {"sste.executor": executor, "sste.when": "always", "sste.grad_format": grad_format}
     compiled = torch.compile(model, backend="sste", options=options)
     seeds = []
 
@@ -143,7 +143,7 @@ def test_bf16_prunes_targets_and_leaves_the_rest(small_gpt, batch, executor):
     """Against autograd through the projected weights, in fp32: within the rounding of bf16."""
     model = small_gpt(depth=1)
     twin = copy.deepcopy(model)
-    options = {"sste.executor": executor, "sste.recipe": "ste-bf16"}
+    options = {"sste.executor": executor, "sste.when": "always", "sste.recipe": "ste-bf16"}
     loss = torch.compile(model, backend="sste", options=options)(*batch)
     loss.backward()
     decisions = {row.module: row.decision for row in sparse_compile.report().rows}

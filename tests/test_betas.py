@@ -15,7 +15,7 @@ from sparse_compile import betas, state
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.recipe import Projection
 
-OPTIONS = {"sste.executor": "eager"}
+OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
     "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),

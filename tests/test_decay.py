@@ -14,7 +14,7 @@ from sparse_compile.kernels import decay, ops, reference, reference_transposable
 from sparse_compile.testing import assert_same_bits
 
 DECAY = 0.25
-EAGER = {"sste.executor": "eager"}
+EAGER = {"sste.executor": "eager", "sste.when": "always"}
 
 
 def dropped(weight):

@@ -23,7 +23,7 @@ class Block(nn.Module):
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = nn.parallel.DistributedDataParallel(nn.Sequential(*(Block() for _ in range(3))), bucket_cap_mb=2)
-compiled = torch.compile(model, backend="sste", options={"sste.executor": "eager"})
+compiled = torch.compile(model, backend="sste", options={"sste.executor": "eager", "sste.when": "always"})
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 torch.manual_seed(1 + dist.get_rank())
 losses = []
@@ -60,7 +60,7 @@ mesh = dist.init_device_mesh("cpu", (size,))
 torch.manual_seed(0)
 model = SmallGPT()
 names = [name for name, _ in model.named_parameters()]
-options = {"sste.executor": "eager", **json.loads(sys.argv[1])}
+options = {"sste.executor": "eager", "sste.when": "always", **json.loads(sys.argv[1])}
 for block in model.blocks:
     block.compile(backend="sste", options=options)
     if size > 1:
@@ -131,7 +131,7 @@ def test_fsdp2_shards_decay_and_follow_a_schedule(tmp_path):
 
 def test_buckets_of_ddp_follow_a_schedule(tmp_path):
     schedule = '"sste.recipe": "ste", "sste.targets": "all", "sste.warmup": 1, "sste.tail": 1, "sste.total_steps": 3'
-    script = BUCKETS.replace('"sste.executor": "eager"', f'"sste.executor": "eager", {schedule}')
+    script = BUCKETS.replace('"sste.executor": "eager"', f'"sste.executor": "eager", "sste.when": "always", {schedule}')
     check = """
 calls = {kind: sum(g.calls for g in graphs if g.rows[0].decision.startswith(kind)) for kind in ("fp8", "ste")}
 assert calls["fp8"] == 3 * calls["ste"] > 0, calls

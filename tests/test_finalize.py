@@ -16,7 +16,7 @@ from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import E4M3_MAX
 from sparse_compile.pattern import is_24, share_of_groups
 
-OPTIONS = {"sste.executor": "eager"}
+OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 
 
 def train(model: Any, optimizer: torch.optim.Optimizer, batch: Any, steps: int = 3) -> list[float]:
@@ -310,7 +310,7 @@ from conftest import SmallGPT
 dist.init_process_group("gloo")
 mesh = dist.init_device_mesh("cpu", (1,))
 model = SmallGPT(depth=1)
-model.blocks[0].compile(backend="sste", options={"sste.executor": "eager"})
+model.blocks[0].compile(backend="sste", options={"sste.executor": "eager", "sste.when": "always"})
 fully_shard(model.blocks[0], mesh=mesh)
 fully_shard(model, mesh=mesh)
 ids = torch.randint(0, 128, (2, 33))

@@ -67,7 +67,7 @@ def test_losses_are_those_of_one_device(make, batch, device, executor):
     batch = [part.to(device) for part in batch]
     losses = []
     for sharded in (True, False):
-        model, optimizer = make(sharded, device, **{"sste.executor": executor})
+        model, optimizer = make(sharded, device, **{"sste.executor": executor, "sste.when": "always"})
         losses.append([])
         for _ in range(3):
             loss = model(*batch)
@@ -123,7 +123,7 @@ def test_a_backward_without_the_weight_says_so(make, batch):
     """Calls of a module's forward run none of FSDP2's hooks."""
     model, _ = make()
     block = model.blocks[0]
-    forward = torch.compile(block.forward, backend="sste", options={"sste.executor": "eager"})
+    forward = torch.compile(block.forward, backend="sste", options={"sste.executor": "eager", "sste.when": "always"})
     block.unshard()
     loss = forward(torch.randn(2, 8, 64)).sum()
     block.reshard()

@@ -90,7 +90,9 @@ class TestOptions:
 
 @pytest.mark.parametrize("executor", ["eager", "inductor"])
 def test_the_report_says_so(small_gpt, batch, executor):
-    model = torch.compile(small_gpt(depth=1), backend="sste", options={"sste.executor": executor} | BOTH)
+    model = torch.compile(
+        small_gpt(depth=1), backend="sste", options={"sste.executor": executor, "sste.when": "always"} | BOTH
+    )
     model(*batch).backward()
     rows = {row.module: row for row in sparse_compile.report().rows}
     up, qkv = rows["blocks.0.up"], rows["blocks.0.qkv"]
@@ -101,7 +103,7 @@ def test_the_report_says_so(small_gpt, batch, executor):
 
 
 def test_a_dense_phase_keeps_the_format(small_gpt, batch):
-    options = {"sste.executor": "eager", "sste.warmup": 1} | BOTH
+    options = {"sste.executor": "eager", "sste.when": "always", "sste.warmup": 1} | BOTH
     torch.compile(small_gpt(depth=1), backend="sste", options=options)(*batch).backward()
     assert {row.decision for row in sparse_compile.report().rows if row.fprop == "fp8"} == {
         "fp8 (fp8, fp8, fp8; e5m2 gradients)"

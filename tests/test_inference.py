@@ -25,7 +25,7 @@ def loaded(small_gpt) -> nn.Module:
 
 def run(model: nn.Module, ids: torch.Tensor, mode: Any, **options: Any) -> tuple[torch.Tensor, dict[str, str]]:
     """What the compiled model returns, and the precision of each linear's fprop."""
-    call = torch.compile(model, backend="sste", options={"sste.executor": "eager"} | options)
+    call = torch.compile(model, backend="sste", options={"sste.executor": "eager", "sste.when": "always"} | options)
     with mode():
         out = call(ids)
     rows = sparse_compile.report().rows
@@ -78,7 +78,7 @@ def test_a_base_model_that_is_finalized_and_frozen_passes_gradients_on(loaded, b
     """As adapters train: gradients reach what lies before the frozen 2:4 linears."""
     loaded.requires_grad_(False)
     loaded.embedding.requires_grad_(True)
-    options = {"sste.executor": "eager", "sste.frozen": "sparse"}
+    options = {"sste.executor": "eager", "sste.when": "always", "sste.frozen": "sparse"}
     expected = torch.autograd.grad(loaded(*batch), loaded.embedding.weight)[0]
     torch.compile(loaded, backend="sste", options=options)(*batch).backward()
     actual = loaded.embedding.weight.grad

@@ -37,7 +37,7 @@ print("gradients", all(parameter.grad is not None for parameter in model.paramet
 sys.exit(3)
 """
 # The option is accepted by this backend alone; it also saves compiling C++.
-OURS = 'options={"sste.executor": "eager"}'
+OURS = 'options={"sste.executor": "eager", "sste.when": "always"}'
 
 
 def launch(folder: Path, compile: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -80,7 +80,8 @@ def test_a_module_and_a_report_as_a_table(tmp_path: Path) -> None:
 
 def test_auto_compiles_a_model_that_the_script_does_not(tmp_path: Path) -> None:
     """With the options of the command line; and the report finds its file though the script changes the folder."""
-    options = ["--auto", "--option", "sste.executor=eager", "--option", "sste.recipe=fp8", "--report", "report.json"]
+    options = ["--auto", "--option", "sste.executor=eager", "--option", "sste.when=always", "--report", "report.json"]
+    options += ["--option", "sste.recipe=fp8"]
     options += ["--option", "sste.health=1", "--option", "sste.tune=false", "--option", "sste.report=report.html"]
     done = launch(tmp_path, "lambda model: (__import__('os').chdir('/'), model)[1]", *options, "scripts/train.py")
     assert done.returncode == 3, done.stderr

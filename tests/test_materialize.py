@@ -106,7 +106,7 @@ def test_training_is_bit_equal(monkeypatch, options):
             patch.setattr(torch_internals, "_run_eagerly", keep)
             if not tables:
                 patch.setattr("sparse_compile.backend.materialize", lambda graph: None)
-            torch.compile(model, backend="sste", options={"sste.executor": "eager"})(
+            torch.compile(model, backend="sste", options={"sste.executor": "eager", "sste.when": "always"})(
                 torch.randn(2, TOKENS, WIDTH)
             ).square().sum().backward()
         calls = Counter(node.target for graph in graphs for node in graph.graph.nodes)

@@ -13,7 +13,7 @@ from sparse_compile import progress
 STEP = (
     "import torch; from torch import nn; import sparse_compile\n"
     "ffn = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 70))\n"
-    "options = {'sste.executor': 'eager'}\n"
+    "options = {'sste.executor': 'eager', 'sste.when': 'always'}\n"
     "torch.compile(lambda x: ffn(x), backend='sste', options=options)(torch.randn(8, 64))\n"
     "sparse_compile.report()"
 )

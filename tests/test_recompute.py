@@ -10,7 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from sparse_compile import torch_internals
 from sparse_compile.kernels import ops
 
-OPTIONS = {"sste.executor": "eager"}
+OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 
 
 def saves(*names):

@@ -24,7 +24,7 @@ def train(rank, start, grouped):
         dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=2)
     features = 64 * (rank + 1)
     ffn = nn.Sequential(nn.Linear(64, features), nn.ReLU(), nn.Linear(features, 64))
-    options = {"sste.executor": "eager", "sste.report": "report.json"}
+    options = {"sste.executor": "eager", "sste.when": "always", "sste.report": "report.json"}
     torch.compile(lambda x: ffn(x), backend="sste", options=options)(torch.randn(8, 64)).sum().backward()
     if grouped:
         dist.barrier()

@@ -15,7 +15,7 @@ from sparse_compile.report import GraphReport, Measurement, Passes, Report, Row,
 from sparse_compile.report_health import Health
 from sparse_compile.view import view
 
-EAGER = {"sste.executor": "eager"}
+EAGER = {"sste.executor": "eager", "sste.when": "always"}
 
 
 def row(module, decision="s-ste", reason="", **more):
@@ -239,7 +239,8 @@ def test_written_to_stderr_when_the_process_ends():
     code = (
         "import torch; from torch import nn; import sparse_compile\n"
         "ffn = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))\n"
-        "f = torch.compile(lambda x: ffn(x), backend='sste', options={'sste.executor': 'eager'})\n"
+        "options = {'sste.executor': 'eager', 'sste.when': 'always'}\n"
+        "f = torch.compile(lambda x: ffn(x), backend='sste', options=options)\n"
         "f(torch.randn(8, 64)).sum().backward()"
     )
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -252,7 +253,7 @@ def test_option_writes_files_which_are_viewed_again(tmp_path, capsys):
         "import sys, torch; from torch import nn; import sparse_compile\n"
         "ffn = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))\n"
         "for file in sys.argv[1:]:\n"
-        "    options = {'sste.executor': 'eager', 'sste.report': file}\n"
+        "    options = {'sste.executor': 'eager', 'sste.when': 'always', 'sste.report': file}\n"
         "    torch.compile(lambda x: ffn(x), backend='sste', options=options)(torch.randn(8, 64))"
     )
     files = [str(tmp_path / f"report.{suffix}") for suffix in ("txt", "json", "html")]

@@ -96,7 +96,7 @@ def test_draws_are_its_own(monkeypatch):
 
     monkeypatch.setattr(ops, "cast_mvue", recorded)
     model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
-    options = {"sste.executor": "eager", "sste.targets": "all", "sste.dgrad": "mvue"}
+    options = {"sste.executor": "eager", "sste.when": "always", "sste.targets": "all", "sste.dgrad": "mvue"}
     compiled = torch.compile(model, backend="sste", options=options)
     compiled(torch.randn(8, 64, requires_grad=True)).sum().backward()
     assert sorted(indices) == [0, 1, 2, 3, *(DGRAD_DRAWS + index for index in range(4))]
@@ -178,7 +178,10 @@ def test_runs_through_the_backend(small_gpt, batch, checkpoint, dynamic):
         torch.manual_seed(0)
         model = small_gpt(depth=1, **options)
         compiled = torch.compile(
-            model, backend="sste", dynamic=dynamic, options={"sste.executor": "eager", "sste.dgrad": "mvue"}
+            model,
+            backend="sste",
+            dynamic=dynamic,
+            options={"sste.executor": "eager", "sste.when": "always", "sste.dgrad": "mvue"},
         )
         torch.manual_seed(1)
         compiled(*batch).backward()

@@ -13,7 +13,7 @@ from sparse_compile.courses import Schedule
 from sparse_compile.kernels import reference
 from sparse_compile.options import read_options
 
-EAGER = {"sste.executor": "eager"}
+EAGER = {"sste.executor": "eager", "sste.when": "always"}
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),

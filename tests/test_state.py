@@ -124,7 +124,9 @@ def test_addresses_stay_across_optimizer_steps():
 def test_calls_within_a_step_do_not_overwrite_each_other():
     """A backward that is still to come needs the operands of its own forward; without one, addresses stay."""
     ffn = nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU(), nn.Linear(64, 64, bias=False))
-    compiled = torch.compile(lambda x: ffn(x), backend="sste", options={"sste.executor": "eager"})
+    compiled = torch.compile(
+        lambda x: ffn(x), backend="sste", options={"sste.executor": "eager", "sste.when": "always"}
+    )
     x = torch.randn(8, 64)
 
     def input_grad(edit):
@@ -151,7 +153,9 @@ def test_calls_within_a_step_do_not_overwrite_each_other():
 def test_a_backward_after_the_optimizer_step_is_an_error():
     """As for a dense weight: the operands that the forward used are gone."""
     ffn = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
-    compiled = torch.compile(lambda x: ffn(x), backend="sste", options={"sste.executor": "eager"})
+    compiled = torch.compile(
+        lambda x: ffn(x), backend="sste", options={"sste.executor": "eager", "sste.when": "always"}
+    )
     optimizer = torch.optim.SGD(ffn.parameters(), lr=0.1)
     x = torch.randn(8, 64)
     for _ in range(2):

@@ -23,7 +23,7 @@ class FFN(nn.Module):
 
 
 def compiled(model):
-    return torch.compile(model, backend="sste", options={"sste.executor": "eager"})
+    return torch.compile(model, backend="sste", options={"sste.executor": "eager", "sste.when": "always"})
 
 
 @pytest.fixture

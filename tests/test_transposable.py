@@ -23,7 +23,7 @@ from sparse_compile.kernels.reference_transposable import (
 )
 from sparse_compile.testing import assert_same_bits
 
-EAGER = {"sste.executor": "eager", "sste.recipe": "t-sr-ste"}
+EAGER = {"sste.executor": "eager", "sste.when": "always", "sste.recipe": "t-sr-ste"}
 
 
 def all_masks():

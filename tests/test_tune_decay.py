@@ -108,7 +108,7 @@ def test_the_dense_run_is_dense_and_decays_nothing(tmp_path):
     """What ``fp8`` trains, to the bit."""
     dense = run(tmp_path, None)
     trained = torch.load(tmp_path / "weights.pt")
-    options = "torch.compile(model, backend='sste', options={'sste.recipe': 'fp8', 'sste.executor': 'eager'})"
+    options = f"torch.compile(model, backend='sste', options={OPTIONS | {'sste.recipe': 'fp8'}})"
     request = {"steps": 6, "auto": False, "module": False, "options": {}, "overrides": {}}
     with pytest.raises(RunFailed, match=r"dense run no weight is or would be pruned(.|\n)*fp8"):
         run_script(None, request, script(tmp_path, options))

@@ -9,7 +9,7 @@ from torch import nn
 import sparse_compile
 from sparse_compile.kernels import reference
 
-OPTIONS = {"sste.executor": "eager"}
+OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 
 
 @pytest.fixture

@@ -1,0 +1,126 @@
+"""What dynamo runs eagerly of the modules that were compiled is told at the end of the report; nothing else is."""
+
+import pytest
+import torch
+import torch._dynamo.config
+from torch import nn
+
+import sparse_compile
+from sparse_compile.fallbacks import watch_fallbacks
+from sparse_compile.report import Report
+from sparse_compile.torch_internals import RecompileLimit
+
+OPTIONS = {"sste.executor": "eager", "sste.when": "always", "sste.recipe": "fp8"}
+ADVICE = "recompile limit 8; say dynamic=True or raise it"
+
+
+@pytest.fixture(autouse=True)
+def nothing_reached_so_far():
+    watch_fallbacks()._limits.clear()
+
+
+class Block(nn.Module):
+    """Specialised on its own label: each needs a graph of its own."""
+
+    def __init__(self, label=""):
+        super().__init__()
+        self.up, self.down, self.label = nn.Linear(64, 64), nn.Linear(64, 64), label
+
+    def forward(self, x):
+        return x + (1 + len(self.label)) * self.down(self.up(x).relu())
+
+
+class Blocks(nn.Module):
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(64, 64)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def train(model, call=None, steps=2, tokens=(8,), optimizer=torch.optim.SGD, **zero):
+    optimizers = [
+        optimizer(part.parameters(), lr=1e-3) for part in (model.children() if zero.pop("many", 0) else [model])
+    ]
+    call = model if call is None else call
+    for step in range(steps):
+        call(torch.randn(tokens[step % len(tokens)], 64)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad(**zero)
+    return sparse_compile.report().fallbacks
+
+
+@pytest.mark.parametrize(
+    "compile_block", [lambda block: block.compile, lambda block: None], ids=["in place", "wrapped"]
+)
+def test_blocks_beyond_the_recompile_limit(compile_block):
+    blocks = [Block(str(index)) for index in range(12)]
+    if compile_block(blocks[0]) is None:
+        blocks = [torch.compile(block, backend="sste", options=OPTIONS) for block in blocks]
+    else:
+        for block in blocks:
+            block.compile(backend="sste", options=OPTIONS)
+    expected = f"4 of 12 compiled modules of class Block fell back to eager: {ADVICE}"
+    assert train(Blocks(blocks)) == [expected]
+    report = sparse_compile.report()
+    assert str(report).endswith(expected)
+    assert Report.from_json(report.to_json()).fallbacks == [expected]
+
+
+def test_a_model_whose_shapes_vary():
+    model = Block()
+    call = torch.compile(model, backend="sste", options=OPTIONS, dynamic=False)
+    lengths = range(8, 26)
+    (line,) = train(model, call, steps=9, tokens=lengths)
+    assert "test_fallbacks.py" in line
+    assert line.endswith(f"has reached {ADVICE.replace(';', ': calls that fit none of its graphs run eagerly;')}")
+    assert train(model, call, steps=2, tokens=lengths[9:]) == [
+        f"1 of 1 compiled modules of class Block fell back to eager: {ADVICE}"
+    ]
+    # With a graph again there is nothing to tell but the limit.
+    assert train(model, call, steps=2) == [line]
+
+
+def test_parts_that_are_disabled():
+    model = Blocks([Block(), Block(), Block()])
+    for block in model.blocks[1:]:
+        block.down.forward = torch.compiler.disable(block.down.forward)
+    call = torch.compile(model, backend="sste", options=OPTIONS)
+    why = "in no graph: a graph break or torch.compiler.disable around it; TORCH_LOGS=graph_breaks says which"
+    # A break inside of a loop makes dynamo leave the frame around it, and what that calls of PyTorch's own modules.
+    assert train(model, call) == [f"{name} of Blocks runs eagerly, {why}" for name in ("blocks.*.down (2)", "head")]
+
+
+@pytest.mark.parametrize("named", [{}, {"set_to_none": False}, {"many": True}], ids=str)
+def test_nothing_is_told_where_all_is_in_graphs(named):
+    """With a head that nobody compiled, graph breaks between linears, and several optimizers that step in turns."""
+    model = Blocks([Block(), Block()])
+    for block in model.blocks:
+        block.down.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+        block.compile(backend="sste", options=OPTIONS)
+    embedding = nn.Embedding(16, 64)
+    assert train(model, steps=9, **named) == []
+    # A module that is not called has no gradients, or those of before, as zeros.
+    other = Block()
+    other.compile(backend="sste", options=OPTIONS)
+    assert train(other, **{name: value for name, value in named.items() if name != "many"}) == []
+    assert embedding.weight.grad is None
+
+
+def test_what_another_backend_compiles_is_its_own():
+    ours, others = Block(), nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    model = nn.Sequential(ours, others)
+    ours.compile(backend="sste", options=OPTIONS)
+    others.compile(backend="eager")
+    assert train(model) == []
+
+
+def test_the_limit_is_recognised_by_its_function():
+    path = f"{torch.__path__[0]}/_dynamo/external_utils.py"
+    assert RecompileLimit(f"'inner' ({path}:62)", "recompile limit", 8).is_pytorchs
+    assert not RecompileLimit("'forward' (/home/me/model.py:12)", "recompile limit", 8).is_pytorchs

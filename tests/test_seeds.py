@@ -1,0 +1,156 @@
+"""The samples of a backward are those that its forward drew the seed of, whenever and however often it runs."""
+
+import pytest
+import torch
+import torch._functorch.config
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
+X = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+
+
+def ffn():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+
+
+def compiled(module, **options):
+    return torch.compile(module, backend="sste", options=OPTIONS | {f"sste.{name}": v for name, v in options.items()})
+
+
+def gradients(module):
+    """Of all weights, which are without any afterwards."""
+    found = [weight.grad.clone() for weight in module.parameters()]
+    module.zero_grad()
+    return found
+
+
+def same(these, those):
+    return all(torch.equal(a, b) for a, b in zip(these, those, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"dgrad": "mvue"}, {"memory": "small"}, {"rounding": "stochastic"}], ids=str)
+@torch._functorch.config.patch(donated_buffer=False)
+def test_a_second_backward_draws_the_same(options):
+    module = ffn()
+    y = compiled(module, **options)(X)
+    y.square().sum().backward(retain_graph=True)
+    first = gradients(module)
+    y.square().sum().backward()
+    assert same(gradients(module), first)
+
+
+def test_the_order_of_backwards_changes_nothing():
+    module = ffn()
+    call = compiled(module)
+
+    def in_order(order):
+        torch.manual_seed(3)
+        outputs = [call(X) for _ in range(3)]
+        found = {}
+        for index in order:
+            outputs[index].square().sum().backward()
+            found[index] = gradients(module)
+        return found
+
+    forwards, backwards = in_order([0, 1, 2]), in_order([2, 0, 1])
+    assert all(same(forwards[index], backwards[index]) for index in range(3))
+    # Each call draws its own.
+    assert not same(forwards[0], forwards[1])
+
+
+def test_the_generator_moves_in_forward_alone_and_by_one_draw():
+    module = ffn()
+    call = compiled(module)
+    torch.manual_seed(5)
+    torch.randint(2**62, (1,))
+    expected = torch.get_rng_state()
+    torch.manual_seed(5)
+    y = call(X)
+    assert torch.equal(torch.get_rng_state(), expected)
+    y.sum().backward()
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_what_samples_nothing_draws_nothing():
+    before = torch.get_rng_state()
+    module, recipe = nn.Linear(64, 64), "fp8"
+    torch.set_rng_state(before)
+    compiled(module, recipe=recipe)(X).sum().backward()
+    assert torch.equal(torch.get_rng_state(), before)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        module = ffn()
+        before = torch.get_rng_state()
+        with context:
+            compiled(module)(X)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_seed_makes_training_repeat():
+    def train():
+        torch._dynamo.reset()
+        module = ffn()
+        call, optimizer = compiled(module), torch.optim.AdamW(module.parameters(), lr=1e-2)
+        torch.manual_seed(7)
+        for _ in range(3):
+            call(X).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return list(module.parameters())
+
+    assert same(train(), train())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("where", ["in the graph", "around the compiled module"])
+def test_recomputation_sees_the_same_samples(where, reentrant):
+    module = ffn()
+    x = X.clone().requires_grad_()
+
+    def run(call):
+        torch.manual_seed(11)
+        call(x).square().sum().backward()
+        x.grad = None
+        return gradients(module)
+
+    plain = run(compiled(module))
+    if where == "in the graph":
+        call = compiled(lambda x: checkpoint(module, x, use_reentrant=reentrant))
+    else:
+        inner = compiled(module)
+        call = lambda x: checkpoint(inner, x, use_reentrant=reentrant)  # noqa: E731
+    assert same(run(call), plain)
+
+
+def test_graphs_with_dropout_draw_theirs_apart():
+    """Dropout in the graph is functionalised by the compiler; neither takes the other's numbers."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 128), nn.Dropout(0.5), nn.GELU(), nn.Linear(128, 64))
+    call = compiled(module)
+
+    def run():
+        torch.manual_seed(13)
+        y = call(X)
+        y.square().sum().backward()
+        return [y.detach(), *gradients(module)]
+
+    assert same(run(), run())
+
+
+def test_generated_code_saves_the_seed():
+    """Inductor neither moves it to backward nor draws it anew."""
+    module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    call = compiled(module, executor="inductor")
+    torch.manual_seed(17)
+    first, second = call(X), call(X)
+    state = torch.get_rng_state()
+    second.square().sum().backward()
+    of_second = gradients(module)
+    first.square().sum().backward()
+    of_first = gradients(module)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(17)
+    for expected in (of_first, of_second):
+        call(X).square().sum().backward()
+        assert same(gradients(module), expected)
