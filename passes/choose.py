@@ -8,11 +8,13 @@ how much of it remains cannot be measured on its own.
 
 import json
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from math import prod
+
+from torch.fx import Node
 
 from sparse_compile.agreement import agreed
 from sparse_compile.kernels import ops
@@ -110,24 +112,36 @@ def choose(
     # Asked when the first answer is needed: processes that find the others' choices measure nothing.
     times = cache(lambda: clock(pieces))
 
-    chosen: list[Plan] = []
-    rejections: list[Rejection] = []
+    priced: list[tuple[Plan, _Fastest | None]] = []
     for plan, question in zip(plans, asked, strict=True):
         if question is None:
+            priced.append((plan, None))
+            continue
+        (shape, _), sharing = question, inputs[plan.site.input]
+        answer = partial(_find, plan, question, sharing, times, training)
+        priced.append((plan, _Fastest(**json.loads(agree(_agreed_on(plan, shape, sharing, training), answer)))))
+
+    gains: dict[Node, float] = defaultdict(float)  # of each weight, whose linears are rewritten together or not at all
+    for plan, fastest in priced:
+        if fastest is not None:
+            gains[plan.site.weight] += fastest.dense * (1 - _MARGIN) - fastest.rewritten
+    chosen: list[Plan] = []
+    rejections: list[Rejection] = []
+    for plan, fastest in priced:
+        if fastest is None:
             chosen.append(plan)
             continue
-        site, (shape, _), sharing = plan.site, question, inputs[plan.site.input]
-        answer = partial(_find, plan, question, sharing, times, training)
-        fastest = _Fastest(**json.loads(agree(_agreed_on(plan, shape, sharing, training), answer)))
         (recipe,) = (variant for variant in plan.recipe.variants() if variant.full_name == fastest.variant)
-        dense = fastest.dense
-        if plan.named or plan.pruned or fastest.rewritten <= dense * (1 - _MARGIN):
-            chosen.append(replace(plan, recipe=recipe, price=Price(dense=dense, rewritten=fastest.rewritten)))
+        if plan.named or plan.pruned or gains[plan.site.weight] >= 0:
+            price = Price(dense=fastest.dense, rewritten=fastest.rewritten)
+            chosen.append(replace(plan, recipe=recipe, price=price))
         else:
             call = "a step" if training else "a call"
-            detail = f"{call} would take {fastest.rewritten:.0f} us in {recipe.short_str()}, {dense:.0f} us dense"
+            detail = (
+                f"{call} would take {fastest.rewritten:.0f} us in {recipe.short_str()}, {fastest.dense:.0f} us dense"
+            )
             advice = "more tokens in a call may change that; 'sste.when': 'always' rewrites it all the same"
-            rejections.append(replace(site.reject(Reason.SLOWER, detail, advice), dense_us=dense))
+            rejections.append(replace(plan.site.reject(Reason.SLOWER, detail, advice), dense_us=fastest.dense))
     return chosen, rejections
 
 

@@ -13,6 +13,7 @@ from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes import choose
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import find
+from sparse_compile.passes.flow import Flow
 from sparse_compile.recipe import SSTE
 
 FASTER = {"sste.executor": "eager"}
