@@ -243,7 +243,7 @@ ARCHITECTURES = [
     hf("EsmForMaskedLM", BERT, TEXT),
     hf("LayoutLMForMaskedLM", BERT, TEXT, max_2d_position_embeddings=64),
     hf("LongformerForMaskedLM", BERT, TEXT, attention_window=8, max_position_embeddings=66),
-    hf("BigBirdForMaskedLM", BERT, TEXT),
+    hf("BigBirdForMaskedLM", BERT, TEXT, attention_type="original_full"),
     hf("FNetForMaskedLM", BERT, TEXT),
     hf("NystromformerForMaskedLM", BERT, TEXT),
     hf("ConvBertForMaskedLM", BERT, TEXT),
