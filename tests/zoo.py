@@ -189,7 +189,9 @@ def _train(
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+    """Without those of zeros, which a graph gives to parameters whose results it hands out for nothing."""
+    given = ((name, parameter.grad) for name, parameter in model.named_parameters())
+    return {name: gradient.detach().clone() for name, gradient in given if gradient is not None and gradient.any()}
 
 
 def _check_gradients(
