@@ -50,4 +50,4 @@ def _check_output(node: Node) -> None:
 
 
 def _described(output: Tensor) -> dict[str, object]:
-    return {"shape": output.shape, "strides": output.stride(), "dtype": output.dtype, "device": output.device}
+    return {"shape": output.shape, "stride": output.stride(), "dtype": output.dtype, "device": output.device}

@@ -21,13 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sparse_compile.clock import capturing
 from sparse_compile.record import report_so_far
 from sparse_compile.report import Report, fold_names
-from sparse_compile.torch_internals import (
-    RecompileLimit,
-    compiled_modules,
-    local_tensor,
-    on_recompile_limit,
-    sharded_parameter,
-)
+from sparse_compile.torch_internals import RecompileLimit, compiled_modules, on_recompile_limit
 
 # Steps 2, 8, 32, ... of each optimizer are looked at: the first compiles, and a look may walk over the heap.
 _FIRST, _FACTOR = 2, 4
@@ -92,7 +86,7 @@ class Fallbacks:
     def _look(self, optimizer: Optimizer, now: set[int]) -> None:
         trained = (weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None)
         self._eager = []
-        if any(weight.ndim == 2 and id(weight) not in now for weight in trained):
+        if any(weight.ndim == 2 and type(weight) is Parameter and id(weight) not in now for weight in trained):
             roots = [(root, linears) for root in compiled_modules() if (linears := dict(_linears_of(root)))]
             # Of what another backend compiles no weight was ever in a graph of this one.
             noted = _alive(self._noted)
@@ -147,23 +141,23 @@ class Fallbacks:
 
 def _is_trained(weight: Tensor) -> bool:
     """Gradients of what was not called may be there still, as zeros."""
-    return weight.grad is not None and bool(local_tensor(weight.grad).any())
+    return weight.grad is not None and bool(weight.grad.any())
 
 
 def _alive(weights: _Weights) -> set[int]:
-    """Ids of those that live; of what FSDP2 gathers, those of its shards, which the module and the optimizer hold."""
-    known = (weight for reference in weights.values() if (weight := reference()) is not None)
-    return {id(weight if (shards := sharded_parameter(weight)) is None else shards) for weight in known}
+    """Ids of those that live."""
+    return {key for key, reference in weights.items() if reference() is not None}
 
 
 def _linears_of(root: Module) -> Iterator[tuple[str, Parameter]]:
+    """Weights by their names; none that FSDP shards, for which graphs see others."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for prefix, module in root.named_modules():
         if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
-            return  # its weights are no parameters while it computes
+            return
         if not isinstance(module, (Embedding, EmbeddingBag)):
             for name, weight in module.named_parameters(prefix, recurse=False):
-                if weight.ndim == 2 and name.rpartition(".")[2].endswith("weight"):
+                if weight.ndim == 2 and type(weight) is Parameter and name.rpartition(".")[2].endswith("weight"):
                     yield name.removesuffix(".weight"), weight
 
 

@@ -596,7 +596,7 @@ def on_recompile_limit(call: Callable[[RecompileLimit], None]) -> None:
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if record.msg.startswith("torch._dynamo hit config.") and isinstance(record.args, tuple):
+            if str(record.msg).startswith("torch._dynamo hit config.") and isinstance(record.args, tuple):
                 name, value, function, *_ = record.args
                 call(RecompileLimit(str(function), str(name).replace("_", " "), cast(int, value)))
 

@@ -9,7 +9,7 @@ from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
-from sparse_compile.passes.rewrite import rewrite
+from sparse_compile.passes.rewrite import rewrite, seed_devices
 from sparse_compile.passes.verify import verify
 from sparse_compile.recipe import FP8, SSTE, Projection
 from sparse_compile.torch_internals import clone_graph_module, is_checkpoint
@@ -105,6 +105,25 @@ def test_verify_catches_another_output(trace, small_gpt, batch):
     node.args = (*node.args[:7], torch.bfloat16, *node.args[8:])
     with pytest.raises(SparseCompileError, match=r"output dtype was torch.float32, is torch.bfloat16"):
         verify(clone, plans)
+
+
+def test_verify_catches_other_strides(trace, small_gpt, batch):
+    clone, plans = planned(trace(small_gpt(), *batch))
+    rewrite(clone, plans)
+    node = next(n for n in clone.graph.nodes if n.target is linear)
+    before = node.meta["example_value"]
+    with before.fake_mode:
+        node.meta["example_value"] = before.transpose(0, 1).contiguous().transpose(0, 1)
+    with pytest.raises(SparseCompileError, match=r"output stride was \(192, 384, 1\), is \(6144, 192, 1\)"):
+        verify(clone, plans)
+
+
+def test_linears_without_gradients_need_no_seed(trace, small_gpt, batch):
+    with torch.no_grad():
+        clone, plans = planned(trace(small_gpt(), *batch))
+    rewrite(clone, plans)
+    assert seed_devices(plans) == []
+    assert not [n for n in clone.graph.nodes if n.name.startswith("seed_")]
 
 
 def test_verify_catches_an_ill_formed_graph(trace, small_gpt, batch):
