@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 from torch.fx import Node
-from torch.utils._pytree import tree_flatten
 
 from sparse_compile.passes.effects import Product
 from sparse_compile.passes.flow import Flow, Kind, Origin
@@ -24,7 +23,7 @@ def account(flow: Flow, node: Node, name_of: Callable[[Node], str]) -> tuple[lis
         name_of: the model's own name of a parameter, by its placeholder.
     """
     effect, spelling = flow.effect(node), read_linear(node)
-    times = 2 if flow.regions[node].calls and _requires_grad(node) else 1
+    times = flow.forwards(node)
     forward = sum(product.flops or 0 for product in effect.products)
     rejections: list[Rejection] = []
     others: Counter[str] = Counter()
@@ -141,7 +140,3 @@ def _not_understood(flow: Flow, node: Node, error: str, name_of: Callable[[Node]
 def _is_matrix(node: Node) -> bool:
     value = example_value(node)
     return isinstance(value, Tensor) and value.ndim >= 2 and value.is_floating_point()
-
-
-def _requires_grad(node: Node) -> bool:
-    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_flatten(example_value(node))[0])

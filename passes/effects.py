@@ -73,6 +73,7 @@ class NodeEffect:
         aliased: inputs whose memory an output shares.
         layout: of its output, for a node with one input.
         backward_flops: of the products in its backward, as far as inputs require gradients.
+        saves: whether it keeps a tensor for its backward.
         unknown: why it could not be run; empty where it could.
     """
 
@@ -83,6 +84,7 @@ class NodeEffect:
     layout: Layout = Layout.OTHER
     products: tuple[Product, ...] = ()
     backward_flops: int = 0
+    saves: bool = False
     unknown: str = ""
 
 
@@ -338,8 +340,8 @@ def _run(node: Node, values: Sequence[Any], backward: bool, dtype: torch.dtype |
         leaves = [[leaf for leaf in tree_flatten(fake)[0] if isinstance(leaf, Tensor)] for fake in fakes]
         args = map_arg(node.args, handed.__getitem__)
         kwargs = map_arg(dict(node.kwargs), handed.__getitem__)
-        recorder = _Recorder(leaves)
-        with torch.set_grad_enabled(grad), _nothing_saved(), recorder:
+        recorder, saved = _Recorder(leaves), list[Tensor]()
+        with torch.set_grad_enabled(grad), _saved_to(saved), recorder:
             output = _call(node, args, kwargs)
         outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
         changed = [leaf for position in recorder.written for leaf in leaves[position]]
@@ -359,6 +361,7 @@ def _run(node: Node, values: Sequence[Any], backward: bool, dtype: torch.dtype |
             layout=_layout(leaves, outputs, recorder),
             products=tuple(products),
             backward_flops=backward_flops,
+            saves=bool(saved),
         )
 
 
@@ -399,10 +402,15 @@ def _no_autocast() -> Iterator[None]:
         yield
 
 
-def _nothing_saved() -> Any:
+def _saved_to(saved: list[Tensor]) -> Any:
     """The user may compile within hooks that count what is saved, as those of activation checkpointing do."""
     nothing = torch.empty(0)
-    return torch.autograd.graph.saved_tensors_hooks(lambda _: nothing, lambda _: nothing)
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return nothing
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed)
 
 
 class _Counter(TorchDispatchMode):
@@ -431,7 +439,7 @@ class _Counter(TorchDispatchMode):
 def _backward_flops(node: Node, args: Any, kwargs: Any) -> int:
     """Of a backward through the node to all of its inputs that require gradients."""
     leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
-    # As in _nothing_saved; a saved output that is not detached would hold itself for ever.
+    # As in _saved_to; a saved output that is not detached would hold itself for ever.
     hooks = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)
     with torch.enable_grad(), hooks, torch.autograd.set_multithreading_enabled(False):
         # Copies, because a leaf must not be written to.

@@ -126,6 +126,23 @@ class Flow:
             return Effect.MIXES
         return self.effect(node).effect if node.op.startswith("call") else Effect.MOVES
 
+    def forwards(self, node: Node) -> int:
+        """How often it runs in a step: once more in backward where a checkpointed region needs its value again."""
+        calls = self.regions[node].calls
+        value = self._value(node)
+        if not calls or not any(leaf.requires_grad for leaf in _flat(value) if isinstance(leaf, Tensor)):
+            return 1
+        pending, seen = list(self.users(node)), set()
+        while pending:
+            user = pending.pop()
+            if user in seen or self.regions[user].calls[:1] != calls[:1]:
+                continue
+            if self.effect(user).saves:
+                return 2
+            seen.add(user)
+            pending.extend(self.users(user))
+        return 1
+
     def outer(self, node: Node) -> Node:
         """What a placeholder of a checkpointed body stands for; any other node itself."""
         while node in self.regions and node in self.regions[node].handed:

@@ -88,6 +88,7 @@ class LinearSite:
     role: Role
     uses: int  # linears of the graph that read the weight in the same way, this one included
     other_uses: tuple[str, ...]  # what else reads it
+    forwards: int  # how often fprop runs in a step: once more in backward where a checkpointed region needs its result
 
     @property
     def out_features(self) -> int:
@@ -111,11 +112,6 @@ class LinearSite:
             wanted["dgrad"] = example_value(self.input).requires_grad
             wanted["wgrad"] = example_value(self.weight).requires_grad
         return tuple(name for name, is_wanted in wanted.items() if is_wanted)
-
-    @property
-    def forwards(self) -> int:
-        """How often fprop runs in a step: once more in backward where activations are checkpointed."""
-        return 2 if self.region.calls and example_value(self.node).requires_grad else 1
 
     @property
     def dtype_name(self) -> str:

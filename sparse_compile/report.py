@@ -37,7 +37,7 @@ class Row:
         tokens, in_features, out_features: M, K, N; None where the graph does not tell.
         fprop, dgrad, wgrad: how each product runs: ``2:4 fp8``, ``fp8``, or a dtype such as ``bf16``; empty where the
             graph has no such product.
-        forwards: how often fprop runs in a step: twice in an activation-checkpointed region.
+        forwards: how often fprop runs in a step: twice where a checkpointed region needs its result again.
         dense_flops: of a step, as ``fprop`` says, where the product is no linear with tokens and features.
         dense_us, rewritten_us: predicted microseconds in a step, dense and as it is now; None if not measured.
     """

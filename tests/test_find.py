@@ -423,3 +423,17 @@ def test_a_trained_ffn_beside_frozen_attention_is_one(trace):
 
     sites, _ = found(trace(block, torch.randn(8, 64)))
     assert [site.role for site in sites] == [Role.OTHER, Role.UP, Role.DOWN]
+
+
+def test_a_checkpointed_region_runs_again_what_its_backward_needs(trace):
+    """Not its last linear: the gradient of a sum needs none of its terms."""
+    up, down = nn.Linear(64, 128), nn.Linear(128, 64)
+    x = torch.randn(8, 64, requires_grad=True)
+
+    def block(x):
+        return x + down(F.gelu(up(x)))
+
+    sites, _ = found(trace(lambda x: checkpoint(block, x, use_reentrant=False), x))
+    assert [site.forwards for site in sites] == [2, 1]
+    sites, _ = found(trace(lambda x: checkpoint(lambda v: block(v).tanh(), x, use_reentrant=False), x))
+    assert [site.forwards for site in sites] == [2, 2]
