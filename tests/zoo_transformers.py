@@ -293,7 +293,7 @@ ARCHITECTURES = [
     hf("WavLMForCTC", SPEECH, WAVE, wave),
     # Vision.
     hf("ViTForImageClassification", FC, IMAGE, pixels, sample=True),
-    hf("DeiTForImageClassification", FC, IMAGE, pixels),
+    hf("DeiTForImageClassification", FC, IMAGE, pixels, num_hidden_layers=2),
     hf("BeitForImageClassification", FC, IMAGE, pixels),
     hf("Dinov2ForImageClassification", FC, IMAGE, pixels),
     hf("SwinForImageClassification", FC, WINDOWS, pixels),
