@@ -33,7 +33,8 @@ def account(flow: Flow, node: Node, name_of: Callable[[Node], str]) -> tuple[lis
         flops = None if product.flops is None else round(product.flops * times + effect.backward_flops * share)
         origins = [flow.operand(node, positions) for positions in product.operands]
         weights = [index for index, origin in enumerate(origins) if origin.weights]
-        if "attention" in product.op or "attention" in target_name(node):
+        # Where no kernel of its own serves, attention is made of plain products.
+        if "attention" in product.op or target_name(node) == "scaled_dot_product_attention":
             others[ATTENTION] += flops or 0
         elif weights and (product.flops is not None or len(weights) < len(origins)):
             rejections.append(_refused(flow, node, product, weights, origins[weights[-1]], spelling, flops, name_of))

@@ -74,6 +74,8 @@ class NodeEffect:
         layout: of its output, for a node with one input.
         backward_flops: of the products in its backward, as far as inputs require gradients.
         saves: whether it keeps a tensor for its backward.
+        bends: whether it is no linear function of its inputs, whatever they are.
+        factors: what it multiplies elementwise: for each product the inputs behind each of its factors.
         unknown: why it could not be run; empty where it could.
     """
 
@@ -85,6 +87,8 @@ class NodeEffect:
     products: tuple[Product, ...] = ()
     backward_flops: int = 0
     saves: bool = False
+    bends: bool = False
+    factors: tuple[tuple[frozenset[int], ...], ...] = ()
     unknown: str = ""
 
 
@@ -146,6 +150,11 @@ _FRESH = frozenset(("bernoulli", "bernoulli_", "normal_", "uniform_", "random_",
 _ELEMENTWISE = frozenset(("rrelu_with_noise", "rrelu_with_noise_", "native_dropout", "_fused_dropout"))
 
 
+# Elementwise operations that are linear, and those that are so in each of their factors.  What is in neither bends.
+_LINEAR = frozenset(("add", "sub", "rsub", "neg", "clone", "positive", "conj", "view_as_real"))
+_MULTIPLIES = frozenset(("mul", "div", "native_dropout", "where", "masked_fill", "addcmul", "lerp"))
+
+
 class _Recorder(TorchDispatchMode):
     """Follows, through the operations of a node, which inputs each tensor comes from, and what was done on the way."""
 
@@ -156,6 +165,8 @@ class _Recorder(TorchDispatchMode):
         self.products: list[Product] = []
         self.written: set[int] = set()
         self.operations: set[str] = set()
+        self.bends = False
+        self.factors: list[tuple[frozenset[int], ...]] = []
         self._alive: list[Tensor] = []  # so that no id is used twice
         self._origins: dict[int, frozenset[int]] = {}
         self._effects: dict[int, Effect] = {}
@@ -200,6 +211,8 @@ class _Recorder(TorchDispatchMode):
         before = _worst([self._effects[id(tensor)] for tensor in known]) if known else Effect.FRESH
         after = Effect.FRESH if effect is Effect.FRESH or not known else _worst([before, effect])
         origins = frozenset().union(*(self._origins[id(tensor)] for tensor in known)) if known else frozenset()
+        if effect is Effect.COMPUTES and known:
+            self._note_shape(name.removesuffix("_"), [self._origins[id(tensor)] for tensor in known])
         if effect is Effect.FRESH:
             origins = frozenset()
         for tensor in _written(func, args, kwargs):
@@ -247,6 +260,13 @@ class _Recorder(TorchDispatchMode):
             return Effect.MOVES
         tagged = torch.Tag.pointwise in func.tags or torch.Tag.pointwise in _functional_tags(functional)
         return Effect.COMPUTES if tagged or name in _ELEMENTWISE else Effect.MIXES
+
+    def _note_shape(self, name: str, origins: list[frozenset[int]]) -> None:
+        """Whether an elementwise operation is linear; of a multiplication that depends on what its factors are."""
+        if name in _MULTIPLIES:
+            self.factors.append(tuple(origins))
+        elif name not in _LINEAR:
+            self.bends = True
 
     def _add_product(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
@@ -362,6 +382,8 @@ def _run(node: Node, values: Sequence[Any], backward: bool, dtype: torch.dtype |
             products=tuple(products),
             backward_flops=backward_flops,
             saves=bool(saved),
+            bends=recorder.bends,
+            factors=tuple(recorder.factors),
         )
 
 

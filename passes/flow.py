@@ -117,9 +117,16 @@ class Flow:
         """Whether a node hands on an elementwise function of its sources, or moves of it."""
         return self._kind(node) is not Effect.MIXES
 
-    def computes(self, node: Node) -> bool:
-        """Whether a node that passes does more than move elements."""
-        return self._kind(node) is Effect.COMPUTES
+    def bends(self, node: Node, values: Collection[Node]) -> bool:
+        """Whether a node that passes is no linear function of values: an activation function, or a product of two."""
+        effect, inputs = self.effect(node), node.all_input_nodes
+        if effect.bends:
+            return True
+        for factors in effect.factors:
+            made = [any(self.depends(inputs[position], values) for position in factor) for factor in factors]
+            if sum(made) > 1:
+                return True
+        return False
 
     def _kind(self, node: Node) -> Effect:
         if node.op == "output":

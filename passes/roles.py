@@ -34,9 +34,9 @@ def assign_roles(
 ) -> dict[Node, Role]:
     """The role of each linear.
 
-    A linear is an FFN's down projection when its input is an elementwise function of linears' outputs and of nothing
-    else that has features; an up projection when its output goes into such an input and it is no down projection
-    itself.  Moves between dimensions are let through.  Attention lies outside: softmax and
+    A linear is an FFN's down projection when its input is an elementwise function of linears' outputs, not a linear
+    one, and of nothing else that has features; an up projection when its output goes into such an input and it is no
+    down projection itself.  Moves between dimensions are let through.  Attention lies outside: softmax and
     scaled_dot_product_attention mix elements, and so does a norm, whose mean runs over features.
 
     A pair of linears is an adapter (LoRA and its kin) when it narrows what it reads, and its result is added to that
@@ -53,10 +53,10 @@ def assign_roles(
     roles = dict.fromkeys(inputs, Role.OTHER)
     adapters = _adapters(flow, inputs, features, frozen)
     roles.update(dict.fromkeys(adapters, Role.ADAPTER))
-    producers_of = {node: _producers(flow, source, inputs) for node, source in inputs.items()}
-    for node, (producers, computes) in producers_of.items():
+    for node, source in inputs.items():
+        producers, bends = _producers(flow, source, inputs)
         ffn = producers - adapters
-        if node in adapters or not (ffn and computes):
+        if node in adapters or not (ffn and bends):
             continue
         roles[node] = Role.DOWN
         for producer in ffn:
@@ -72,13 +72,12 @@ def assign_roles(
 
 
 def _producers(flow: Flow, source: Node, linears: Mapping[Node, Node]) -> tuple[set[Node], bool]:
-    """The linears that a value is an elementwise function of, and whether more than moves make it of them.
+    """The linears that a value is an elementwise function of, and whether that is more than a linear one.
 
     No linears if it depends on another activation with features as well.
     """
     producers: set[Node] = set()
     masks: list[Node] = []
-    computes = False
     pending, seen = [source], set()
     while pending:
         node = pending.pop()
@@ -89,7 +88,6 @@ def _producers(flow: Flow, source: Node, linears: Mapping[Node, Node]) -> tuple[
             elif _is_mask(node):
                 masks.append(node)
             elif flow.passes(node) and flow.sources(node):
-                computes = computes or flow.computes(node)
                 pending.extend(flow.sources(node))
             else:
                 return set(), False
@@ -101,7 +99,7 @@ def _producers(flow: Flow, source: Node, linears: Mapping[Node, Node]) -> tuple[
                 if not (flow.passes(mask) and flow.sources(mask)):
                     return set(), False
                 pending.extend(flow.sources(mask))
-    return producers, computes
+    return producers, any(flow.bends(node, producers) for node in seen - producers)
 
 
 def _is_mask(node: Node) -> bool:

@@ -368,6 +368,25 @@ class Gated(nn.Module):
         return x + self.down(self.function(self.gate(x), self.up(x)))
 
 
+SCALE = nn.Parameter(torch.ones(128))
+LINEAR = {
+    "nothing": lambda h: h,
+    "dropout": lambda h: F.dropout(h, 0.1),
+    "dropout by hand": lambda h: dropped(h),
+    "a scale and a shift": lambda h: h * SCALE + torch.ones(128),
+    "a mask of tokens": lambda h: h.masked_fill(torch.rand(8, 1) > 0.9, 0.0),
+    "a residual": lambda h: h + h.roll(1, 0) / 2,
+    "casts": lambda h: h.bfloat16().float(),
+}
+
+
+@pytest.mark.parametrize("function", LINEAR.values(), ids=LINEAR.keys())
+def test_without_an_activation_function_it_is_no_ffn(trace, function):
+    first, second = nn.Linear(64, 128), nn.Linear(128, 64)
+    sites, _ = found(trace(lambda x: x + second(function(first(x))), torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.OTHER, Role.OTHER]
+
+
 @pytest.mark.parametrize("function", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
 def test_an_ffn_is_told_by_what_its_activation_does(trace, function):
     sites, _ = found(trace(Gated(function), torch.randn(8, 64)))
