@@ -21,7 +21,6 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import train_gpt
-
 from sparse_compile.state import give_beta
 
 DENSE = "bf16"

@@ -145,11 +145,15 @@ def _cannot(
         detail = "requires_grad is False, and it was never trained pruned"
         advice = "set requires_grad if it shall be trained; 'sste.frozen': 'sparse' if it was finalized"
         return site.reject(Reason.FROZEN, detail, advice)
+    # What was trained pruned goes on so, whoever else reads it by now.
+    if pruned:
+        return None
     untie = "give each use a parameter of its own, if the model allows"
     if site.weight_uses > 1:
         return site.reject(Reason.TIED, f"{site.weight_uses} operations of this graph read it", untie)
     holders = owners.holders(parameter) if parameter is not None else ()
-    if len(holders) > 1:
+    embedded = parameter is not None and owners.is_embedding(parameter)
+    if len(holders) > 1 or embedded:
         return site.reject(Reason.TIED, f"held by {', '.join(holders)}", untie)
     return None
 

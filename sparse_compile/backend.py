@@ -1,53 +1,43 @@
 """The backend: a traced graph goes in; its linears are found, decided on and rewritten; Inductor compiles the rest."""
 
-import json
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
-from sparse_compile.courses import Schedule
 from sparse_compile.kernels import ops
 from sparse_compile.linear import linear
 from sparse_compile.measure import Twin
 from sparse_compile.options import Executor, Options, read_options
-from sparse_compile.origin import origin
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import choose
 from sparse_compile.passes.decide import Plan, decide
-from sparse_compile.passes.find import find
+from sparse_compile.passes.find import LinearSite, Rejection, find
 from sparse_compile.passes.materialize import materialize
 from sparse_compile.passes.phase import phase
 from sparse_compile.passes.recompute import recompute
-from sparse_compile.passes.rewrite import rewrite
+from sparse_compile.passes.rewrite import WeightSlot, rewrite
 from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
-from sparse_compile.pattern import is_24
-from sparse_compile.phases import follow
 from sparse_compile.progress import announced
-from sparse_compile.record import record, write_to
-from sparse_compile.report import GraphReport
+from sparse_compile.record import write_to
 from sparse_compile.runtime import Runtime
-from sparse_compile.state import is_pruned
 from sparse_compile.step_times import time_steps
 from sparse_compile.torch_internals import (
     backend_fake_mode,
     clone_graph_module,
     compile_graph,
     graph_before_cut,
-    guard_phase,
-    real_parameter,
     reset_cuda_graphs,
     trace_artifact,
     uses_cuda_graphs,
 )
+from sparse_compile.variants import Decisions, Variants
 from sparse_compile.weight_health import leave_gradients, sample_every
-
-logger = logging.getLogger(__name__)
+from sparse_compile.weights.standing import Standing
 
 
 def sste(
@@ -70,76 +60,84 @@ def sste(
     """
     chosen = read_options(mode, options)
     graph = clone_graph_module(graph_module)
-
     sites, near_misses = find(graph, graph_before_cut(graph_module))
-    owners = ParameterOwners()
-    plans, rejections = decide(
+    decisions = Decisions(
+        graph,
         sites,
-        chosen.recipe,
-        chosen.targets,
-        owners,
-        head=chosen.head,
-        is_pruned=is_pruned,
-        is_24=lambda weight, dim: chosen.frozen and is_24(weight, dim) and bool(weight.any()),
+        near_misses,
+        chosen,
+        decide=partial(_decide, options=chosen, owners=ParameterOwners()),
+        choose=partial(_choose, options=chosen),
     )
-    if chosen.schedule is not None:
-        plans, dense_now = phase(plans, chosen.schedule, partial(_is_pruned_now, schedule=chosen.schedule))
-        rejections += dense_now
-    if chosen.tune:
-        tune(plans)
-    if chosen.measure:
-        plans, slower = choose(plans, training=torch.is_grad_enabled())
-        rejections += slower
-    recompute(plans)
-    materialize(graph)
-    slots = rewrite(graph, plans)
-    verify(graph, plans)
-    trace_artifact("sparse_compile_graph", lambda: graph.print_readable(print_output=False))
-
-    devices = {slot.device for slot in slots}
-    for device in devices:
-        ops.prepare(device)
-    with backend_fake_mode(example_inputs):
-        fake_operands = [operand for slot in slots for operand in slot.new_operands()]
-    with announced(f"compiling a graph in which {len(plans)} linears are rewritten"):
-        compiled = compile_graph(
-            graph,
-            [*example_inputs, *fake_operands],
-            chosen.inductor,
-            generate_code=chosen.executor is Executor.INDUCTOR,
-            recompute=chosen.recompute,
-            cacheable_function=f"{linear.__module__}.{linear.__name__}",
-        )
-
-    refused = [*rejections, *near_misses]
-    for rejection in refused:
-        logger.debug("left %s dense: %s: %s", rejection.name, rejection.reason.value, rejection.detail)
-    rows = (*(plan.row() for plan in plans), *(rejection.row() for rejection in refused))
-    description = origin(graph_module, [row.module for row in rows])
-    graph_report = GraphReport(rows=rows, execution=_execution(devices), **description)
-    record(graph_report)
+    variants = Variants(
+        graph_module,
+        decisions,
+        compile=partial(_compile, options=chosen),
+        follows_schedule=chosen.schedule is not None,
+        twin=_dense_twin(graph_module, chosen) if chosen.report_measure else None,
+    )
+    first = variants.traced(example_inputs)
     time_steps()
-    trace_artifact("sparse_compile_report", lambda: json.dumps(asdict(graph_report), indent=1))
     if chosen.report is not None:
         write_to(chosen.report)
     if uses_cuda_graphs(chosen.inductor):
         leave_gradients()
     if chosen.health:
         sample_every(chosen.health)
-    logger.info("rewrote %d of %d linears", len(plans), len(rows))
-    twin = _dense_twin(graph_module, chosen) if chosen.report_measure else None
-    return Runtime(compiled, slots, fake_operands, graph_report, twin)
+    return Runtime(decisions.questions, chosen.schedule, variants.of_call, first)
 
 
-def _is_pruned_now(plan: Plan, schedule: Schedule) -> bool:
-    """Whether the schedule has the weight of a plan that prunes pruned; dynamo will compile anew when that changes."""
-    weight = real_parameter(plan.site.weight)
-    if weight is None or not guard_phase(plan.site.weight):
-        raise ValueError(
-            f"the weight of {plan.site.name!r} is no parameter that dynamo can find again, so that it can follow no "
-            "schedule; leave it out by 'sste.targets', or leave 'sste.warmup' and 'sste.tail' away"
+def _decide(
+    sites: Sequence[LinearSite], standing: Standing, *, options: Options, owners: ParameterOwners
+) -> tuple[list[Plan], list[Rejection]]:
+    return decide(
+        sites,
+        options.recipe,
+        options.targets,
+        owners,
+        head=options.head,
+        is_pruned=lambda _: standing is Standing.PRUNED,
+        is_24=lambda *_: standing is Standing.SPARSE,
+    )
+
+
+def _choose(plans: Sequence[Plan], standing: Standing, *, options: Options) -> tuple[list[Plan], list[Rejection]]:
+    """What a dense phase makes of the plans, and what is faster."""
+    rejections: list[Rejection] = []
+    if standing is Standing.DENSE:
+        plans, rejections = phase(plans, options.schedule or "dense now", lambda _: False)
+    if options.measure:
+        plans, slower = choose(plans, training=torch.is_grad_enabled())
+        rejections = [*rejections, *slower]
+    return list(plans), rejections
+
+
+def _compile(
+    graph: GraphModule, plans: Sequence[Plan], inputs: Sequence[Any], *, options: Options
+) -> tuple[Callable[..., Any], list[WeightSlot], list[Tensor]]:
+    """Rewrite the linears, and let Inductor compile the graph."""
+    if options.tune:
+        tune(plans)
+    recompute(plans)
+    materialize(graph)
+    slots = rewrite(graph, plans)
+    verify(graph, plans)
+    trace_artifact("sparse_compile_graph", lambda: graph.print_readable(print_output=False))
+
+    for device in {slot.device for slot in slots}:
+        ops.prepare(device)
+    with backend_fake_mode(inputs):
+        fake_operands = [operand for slot in slots for operand in slot.new_operands()]
+    with announced(f"compiling a graph in which {len(plans)} linears are rewritten"):
+        compiled = compile_graph(
+            graph,
+            [*inputs, *fake_operands],
+            options.inductor,
+            generate_code=options.executor is Executor.INDUCTOR,
+            recompute=options.recompute,
+            cacheable_function=f"{linear.__module__}.{linear.__name__}",
         )
-    return follow(weight, schedule, plan.recipe.projection, plan.site.transposed)
+    return compiled, slots, fake_operands
 
 
 def _dense_twin(graph_module: GraphModule, options: Options) -> Twin:
@@ -150,15 +148,6 @@ def _dense_twin(graph_module: GraphModule, options: Options) -> Twin:
         return compile_graph(graph, inputs, options.inductor, generate_code=generate_code, recompute=options.recompute)
 
     return Twin.of(graph_module, compile, cuda_graphs=uses_cuda_graphs(options.inductor))
-
-
-def _execution(devices: Iterable[torch.device]) -> str:
-    """What runs the rewritten linears, as the report says it."""
-    reasons = {device: ops.emulation_reason(device) for device in devices}
-    emulated = sorted({reason for reason in reasons.values() if reason})
-    if emulated:
-        return "emulated: " + "; ".join(emulated)
-    return "kernels" if reasons else "dense"
 
 
 # torch._dynamo.reset() calls this attribute of a backend.

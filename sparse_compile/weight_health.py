@@ -6,25 +6,24 @@ mask is ever stored.  Kept between samples is the metadata of the last one, an e
 Gradients are watched in the step before a sample that is due, or after one that was asked for (``grad_noise``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache
-from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparse_compile.clock import capturing
-from sparse_compile.derived import WeightState, before_freeing
 from sparse_compile.grad_noise import GradNoise, noise_and_underflow
 from sparse_compile.kernels.formats import padded
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.record import record_health
 from sparse_compile.report_health import Health
-from sparse_compile.state import optimizer_steps, optimizers_stepped
+from sparse_compile.weights.optimizer_watch import Stage
+from sparse_compile.weights.optimizer_watch import watch as optimizer_watch
+from sparse_compile.weights.record import OperandSet, before_freeing
 
 Listener = Callable[[str, float, int], object]
 
@@ -51,7 +50,7 @@ class _Watched:
         return weight is not None and weight.device == self.device
 
 
-_watched: WeakKeyDictionary[WeightState, _Watched] = WeakKeyDictionary()
+_watched: WeakKeyDictionary[OperandSet, _Watched] = WeakKeyDictionary()
 _listeners: list[Listener] = []
 _every = 0  # optimizer steps
 _noise = GradNoise()
@@ -59,7 +58,7 @@ _gradients_left = False
 _noise_until = 0  # the optimizer step up to which it was asked for
 
 
-def watch(slot: WeightSlot, weight: Tensor, state: WeightState) -> None:
+def watch(slot: WeightSlot, weight: Tensor, state: OperandSet) -> None:
     """Let samples include a weight, if it is pruned."""
     if slot.projection.prunes and state not in _watched:
         # A weight that was moved keeps its name.
@@ -92,7 +91,7 @@ def sample_now() -> dict[str, Health]:
     """A sample that was asked for; gradients are watched up to the next step of each optimizer, for the next one."""
     global _noise_until
     samples = sample()
-    _noise_until = optimizer_steps() + max(1, optimizers_stepped())
+    _noise_until = optimizer_watch.count + max(1, optimizer_watch.stepped)
     _watch_gradients()
     return samples
 
@@ -122,7 +121,7 @@ def sample() -> dict[str, Health]:
     return {watched.name: taken for watched, taken in samples.items()}
 
 
-def _take(state: WeightState, watched: _Watched) -> tuple[Tensor, Tensor, int] | None:
+def _take(state: OperandSet, watched: _Watched) -> tuple[Tensor, Tensor, int] | None:
     """Counts, a copy of the metadata, and the address by which its gradients are kept; None before it was pruned."""
     if not state.operands:
         return None
@@ -169,7 +168,7 @@ def _health(watched: _Watched, counts: list[int], sums: list[float] | None) -> H
     noise, grad_underflow = (None, None) if sums is None else noise_and_underflow(sums)
     zeros -= watched.out_features * (padded(watched.in_features) - watched.in_features) // 2
     return Health(
-        step=optimizer_steps(),
+        step=optimizer_watch.count,
         flips=None if flips < 0 else flips / elements,
         zeros=(elements - kept + zeros) / elements,
         underflow=zeros / kept,
@@ -179,27 +178,27 @@ def _health(watched: _Watched, counts: list[int], sums: list[float] | None) -> H
     )
 
 
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    del optimizer, args, kwargs
-    if _every and optimizer_steps() % _every == 0 and not capturing():
+def _after_step(optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
+    del optimizer, weights
+    if _every and optimizer_watch.count % _every == 0 and not capturing():
         sample()
     _watch_gradients()
 
 
 def _watch_gradients() -> None:
     """Whether a backward that now comes belongs to a sample: each optimizer steps once after it."""
-    steps, optimizers = optimizer_steps(), max(1, optimizers_stepped())
+    steps, optimizers = optimizer_watch.count, max(1, optimizer_watch.stepped)
     due = bool(_every) and _every - steps % _every <= optimizers
     _noise.watch((due or steps < _noise_until) and not _gradients_left)
 
 
-def _before_freeing(state: WeightState) -> None:
+def _before_freeing(state: OperandSet) -> None:
     """What FSDP2 frees before the optimizer steps is counted before."""
     watched = _watched.get(state)
-    if watched is not None and _every and (optimizer_steps() + 1) % _every == 0 and not capturing():
+    if watched is not None and _every and (optimizer_watch.count + 1) % _every == 0 and not capturing():
         with torch.no_grad():
             watched.taken = _take(state, watched)
 
 
 before_freeing.append(_before_freeing)
-register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
+optimizer_watch.subscribe(Stage.HEALTH, after=_after_step)
