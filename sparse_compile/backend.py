@@ -36,7 +36,7 @@ from sparse_compile.torch_internals import (
     uses_cuda_graphs,
 )
 from sparse_compile.variants import Decisions, Variants
-from sparse_compile.weight_health import leave_gradients, sample_every
+from sparse_compile.weight_health import leave_gradients
 from sparse_compile.weights.standing import Standing
 
 
@@ -75,6 +75,7 @@ def sste(
         compile=partial(_compile, options=chosen),
         follows_schedule=chosen.schedule is not None,
         twin=_dense_twin(graph_module, chosen) if chosen.report_measure else None,
+        health=chosen.health,
     )
     first = variants.traced(example_inputs)
     time_steps()
@@ -82,8 +83,6 @@ def sste(
         write_to(chosen.report)
     if uses_cuda_graphs(chosen.inductor):
         leave_gradients()
-    if chosen.health:
-        sample_every(chosen.health)
     return Runtime(decisions.questions, chosen.schedule, variants.of_call, first)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import ref
 
 import torch
@@ -21,7 +21,7 @@ from sparse_compile.weights.schedule import Schedule
 from sparse_compile.weights.standing import Standing
 
 # Called with each weight that a rewritten linear reads, and its operands, before its first call.
-on_weight: list[Callable[[WeightSlot, Tensor, OperandSet], object]] = [watch]
+on_weight: list[Callable[[WeightSlot, Tensor, OperandSet], object]] = []
 
 
 class Variant:
@@ -37,7 +37,9 @@ class Variant:
         fake_operands: Sequence[Tensor],
         report: GraphReport,
         twin: Twin | None = None,
+        health: int = 0,
     ) -> None:
+        self._health = health
         self._compiled = compiled
         self._slots = tuple(slots)
         self._layouts = [layout_of(slot) for slot in slots]
@@ -111,6 +113,7 @@ class Variant:
         record, operands = record_of(weight), operand_set(weight, slot)
         operands.readers.add(self)
         self._last[index] = (ref(weight), ref(record), ref(operands))
+        watch(slot, weight, operands, self._health)
         for listener in on_weight:
             listener(slot, weight, operands)
         return record, operands
@@ -164,10 +167,10 @@ class Runtime:
         training = torch.is_grad_enabled()
         weights = [args[question.position] for question in self._questions]
         if self._last is not None and not self._asks_24:
-            known, changes, was_training, variant = self._last
-            if changes == WeightRecord.changes and was_training == training:
-                if all(last() is weight for last, weight in zip(known, weights, strict=True)):
-                    return variant
+            known, *asked, variant = self._last
+            same = all(last() is weight for last, weight in zip(known, weights, strict=True))
+            if same and asked == [WeightRecord.changes, training]:
+                return cast(Variant, variant)
         with lock:
             standings = tuple(
                 self._standing(question, weight, training)

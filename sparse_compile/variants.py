@@ -161,6 +161,7 @@ class Variants:
     Args:
         graph_module: dynamo's graph.
         twin: the graph as it was traced, to be measured.
+        health: optimizer steps between two samples of the weights' health; 0 takes none.
     """
 
     def __init__(
@@ -171,7 +172,9 @@ class Variants:
         *,
         follows_schedule: bool,
         twin: Twin | None,
+        health: int,
     ) -> None:
+        self._health = health
         self._decisions = decisions
         self._compiler = compile
         self._follows_schedule = follows_schedule
@@ -232,7 +235,7 @@ class Variants:
         compiled, slots, fake_operands = self._compiler(graph, plans, inputs)
         if kinds not in self._reports:
             self._reports[kinds] = self._report(outcomes, {slot.device for slot in slots})
-        return Variant(compiled, slots, fake_operands, self._reports[kinds], self._twin)
+        return Variant(compiled, slots, fake_operands, self._reports[kinds], self._twin, self._health)
 
     def _report(self, outcomes: list[Plan | Rejection], devices: Iterable[torch.device]) -> GraphReport:
         plans = [outcome for outcome in outcomes if isinstance(outcome, Plan)]

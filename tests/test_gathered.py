@@ -132,7 +132,6 @@ def test_a_backward_without_the_weight_says_so(make, batch):
 
 
 def test_health_is_sampled_before_operands_are_freed(make, batch, monkeypatch):
-    monkeypatch.setattr(weight_health, "_every", 0)
     healths = []
     for sharded in (True, False):
         weight_health._watched.clear()

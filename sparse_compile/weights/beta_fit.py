@@ -17,8 +17,11 @@ PRIOR = 1.48  # of normal weights
 LARGEST = 2.0  # above what real distributions give
 SMALLEST = 1.25  # below it outliers decide the fit: the mean over groups is taken instead
 # Share of a group's energy that beta * S(W) holds: 0.74 of normal weights, 0.61 of uniform ones, 0.5 of weights of
-# three magnitudes, less where magnitudes are nearly equal or many groups constant.
+# three magnitudes, less where magnitudes are nearly equal.
 _LEAST_ENERGY = 0.55
+# Share of groups of which S(W) holds next to nothing, since their smallest three magnitudes are equal.
+_MOST_LOST = 0.2
+_LOST = 1e-4
 # A weight that began with the prior is fitted in its first pruned steps, or not at all: later the fit grows to 2.5 or
 # 3, as S-STE gathers small elements near the threshold.  The change must be small.
 WINDOW = 10
@@ -53,15 +56,16 @@ def fit_beta(matrix: Tensor) -> Fit | None:
     energy, projected, squared = (group[used] for group in groups)
     # Groups of any size count alike here, so outliers do not decide.
     products, squares = (projected / energy).mean(), (squared / energy).mean()
-    numbers = torch.stack([ws, ss, products, squares, (s == w).all(), energy.numel() * torch.ones_like(ws)])
-    ws, ss, products, squares, equal, count = numbers.tolist()  # one wait for the device
-    if count == 0:
+    lost = (squared < _LOST * energy).double().mean()
+    # One wait for the device.
+    ws, ss, products, squares, lost, equal = torch.stack([ws, ss, products, squares, lost, (s == w).all()]).tolist()
+    if ws == 0:
         return Fit(PRIOR, representative=False)
     if not (abs(ws) < float("inf") and abs(ss) < float("inf")):
         return None
     if equal:
         return Fit(1.0, representative=True, is_24=True)
-    if not ss or not squares or products**2 / squares < _LEAST_ENERGY:
+    if lost > _MOST_LOST or products**2 / squares < _LEAST_ENERGY:
         return Fit(PRIOR, representative=False)
     fitted, typical = ws / ss, products / squares
     value = fitted if fitted >= SMALLEST else typical
