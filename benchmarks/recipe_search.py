@@ -21,6 +21,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import train_gpt
+
 from sparse_compile.weights.registry import record_of
 
 DENSE = "bf16"

@@ -14,7 +14,7 @@ from sparse_compile.measure import Twin
 from sparse_compile.options import Executor, Options, read_options
 from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.choose import choose
-from sparse_compile.passes.decide import Plan, decide
+from sparse_compile.passes.decide import TARGETS, Plan, decide
 from sparse_compile.passes.find import LinearSite, Rejection, find
 from sparse_compile.passes.materialize import materialize
 from sparse_compile.passes.phase import phase
@@ -24,8 +24,9 @@ from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
 from sparse_compile.progress import announced
 from sparse_compile.record import write_to
-from sparse_compile.runtime import Runtime
+from sparse_compile.runtime import Chooser
 from sparse_compile.step_times import time_steps
+from sparse_compile.target_patterns import TargetPattern
 from sparse_compile.torch_internals import (
     backend_fake_mode,
     clone_graph_module,
@@ -83,7 +84,10 @@ def sste(
         write_to(chosen.report)
     if uses_cuda_graphs(chosen.inductor):
         leave_gradients()
-    return Runtime(decisions.questions, chosen.schedule, variants.of_call, first)
+    pattern = None
+    if chosen.targets not in TARGETS:
+        pattern = TargetPattern(chosen.targets, decisions.names), decisions.positions
+    return Chooser(decisions.questions, chosen.schedule, variants.of_call, first, pattern)
 
 
 def _decide(

@@ -12,6 +12,7 @@ from sparse_compile.clock import capturing
 from sparse_compile.measure import Twin, measure
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.report import GraphReport
+from sparse_compile.target_patterns import TargetPattern
 from sparse_compile.torch_internals import FakeTensor
 from sparse_compile.weight_health import watch
 from sparse_compile.weights.operands import current_operands, is_sparse, layout_of, operand_set, restore_operands
@@ -24,7 +25,7 @@ from sparse_compile.weights.standing import Standing
 on_weight: list[Callable[[WeightSlot, Tensor, OperandSet], object]] = []
 
 
-class Variant:
+class Runtime:
     """A compiled graph, and the prologue that brings the operands of every rewritten weight up to date.
 
     What is kept of weights is looked up from the actual arguments: graphs are shared between blocks and between models.
@@ -49,11 +50,14 @@ class Variant:
         # The weight each slot saw last, and what is kept of it: saves the look-up by tensor.  Weak: compiled graphs may
         # outlive the models that they were compiled for.
         self._last: list[tuple[ref[Tensor], ref[WeightRecord], ref[OperandSet]] | None] = [None] * len(slots)
+        self._met_gathered = False  # a weight that FSDP2 gathers
+        # Up to which change of records no backward through these weights would say anything new.
+        self._settled_at = -1
 
-    def call_fake(self, args: tuple[Any, ...]) -> Any:
-        return self._compiled(*args, *self._fake_operands)
-
-    def __call__(self, args: tuple[Any, ...]) -> Any:
+    def __call__(self, *args: Any) -> Any:
+        # DDP's bucketing calls each part once to learn its outputs' shapes: with fake activations, but real parameters.
+        if _is_fake(args):
+            return self._compiled(*args, *self._fake_operands)
         self._report.calls += 1
         weights = [args[slot.position] for slot in self._slots]
         kept = [self._kept(index, weight) for index, weight in enumerate(weights)]
@@ -74,12 +78,15 @@ class Variant:
         FSDP2 may free what it gathered, and the operands with it: backward reads those that forward did.  Its own
         hooks, which gather the weights for backward, are on the outputs of modules, and so run before.
         """
-        passing = [
-            (record, layout, record.current_beta)
-            for record, layout, weight in zip(records, self._layouts, weights, strict=True)
-            if weight.requires_grad and record.awaits_gradient(layout)
-        ]
-        gathered = any(operands.shards is not None for operands in sets)
+        passing = []
+        if self._settled_at != WeightRecord.changes:
+            passing = [
+                (record, layout, record.current_beta)
+                for record, layout, weight in zip(records, self._layouts, weights, strict=True)
+                if weight.requires_grad and record.awaits_gradient(layout)
+            ]
+            self._settled_at = -1 if passing else WeightRecord.changes
+        gathered = self._met_gathered and any(operands.shards is not None for operands in sets)
         if not passing and not gathered:
             return
 
@@ -107,16 +114,22 @@ class Variant:
         last = self._last[index]
         if last is not None and last[0]() is weight:
             record, operands = last[1](), last[2]()
-            if record is not None and operands is not None and record.operands.get(self._layouts[index]) is operands:
+            if record is not None and operands is not None and not operands.dropped:
                 return record, operands
         slot = self._slots[index]
         record, operands = record_of(weight), operand_set(weight, slot)
         operands.readers.add(self)
         self._last[index] = (ref(weight), ref(record), ref(operands))
+        self._met_gathered = self._met_gathered or operands.shards is not None
+        self._settled_at = -1
         watch(slot, weight, operands, self._health)
         for listener in on_weight:
             listener(slot, weight, operands)
         return record, operands
+
+
+def _is_fake(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(argument, FakeTensor) for argument in args)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,21 +146,24 @@ class Question:
     in_features_dim: int | None
 
 
-class Runtime:
+class Chooser:
     """Chooses, by the weights that a call is given, which variant of its graph runs.
 
     Args:
         choose: the variant for how the weights of the questions stand, compiled if it is none of those that are.
         first: the variant that was compiled when dynamo traced the graph.
+        pattern: of names of linears that are targets, where the user gave one, and where the linears' weights are.
     """
 
     def __init__(
         self,
         questions: Sequence[Question],
         schedule: Schedule | None,
-        choose: Callable[[tuple[Standing, ...], tuple[Any, ...]], Variant],
-        first: Variant,
+        choose: Callable[[tuple[Standing, ...], tuple[Any, ...]], Runtime],
+        first: Runtime,
+        pattern: tuple[TargetPattern, Sequence[int]] | None = None,
     ) -> None:
+        self._pattern = pattern
         self._questions = tuple(questions)
         self._schedule = schedule
         self._choose = choose
@@ -156,12 +172,15 @@ class Runtime:
         self._asks_24 = any(question.in_features_dim is not None for question in questions)
 
     def __call__(self, *args: Any) -> Any:
-        # DDP's bucketing calls each part once to learn its outputs' shapes: with fake activations, but real parameters.
-        if any(isinstance(argument, FakeTensor) for argument in args):
-            return self._first.call_fake(args)
-        return self._variant(args)(args)
+        if _is_fake(args):
+            return self._first(*args)
+        if self._pattern is not None and torch.is_grad_enabled():
+            # Once: the error comes with the first step.
+            (pattern, positions), self._pattern = self._pattern, None
+            pattern.ran(args[position] for position in positions)
+        return self._variant(args)(*args)
 
-    def _variant(self, args: tuple[Any, ...]) -> Variant:
+    def _variant(self, args: tuple[Any, ...]) -> Runtime:
         if not self._questions:
             return self._first
         training = torch.is_grad_enabled()
@@ -170,7 +189,7 @@ class Runtime:
             known, *asked, variant = self._last
             same = all(last() is weight for last, weight in zip(known, weights, strict=True))
             if same and asked == [WeightRecord.changes, training]:
-                return cast(Variant, variant)
+                return cast(Runtime, variant)
         with lock:
             standings = tuple(
                 self._standing(question, weight, training)

@@ -395,7 +395,7 @@ def call_with_new_optimizers(call: Callable[[torch.optim.Optimizer], None]) -> N
         patch_step_function(optimizer)
         call(optimizer)
 
-    torch.optim.Optimizer._patch_step_function = patch_and_call  # type: ignore[method-assign]
+    torch.optim.Optimizer._patch_step_function = patch_and_call  # type: ignore[assignment,method-assign]
     for optimizer in instances_of(torch.optim.Optimizer):
         # Wrappers, as Accelerate's, are optimizers by name, and neither hold parameters nor take hooks.
         if "param_groups" in vars(optimizer):
@@ -456,7 +456,7 @@ def _sharder(weight: torch.Tensor) -> Any | None:
 @cache
 def _know_sharders(kind: type) -> None:
     """Those that are alive, by one walk over the heap, and those that are made from now on."""
-    initialise = kind.__init__
+    initialise = kind.__init__  # type: ignore[misc]
 
     def initialise_and_know(sharder: Any, *args: Any, **kwargs: Any) -> None:
         initialise(sharder, *args, **kwargs)

@@ -25,7 +25,7 @@ from sparse_compile.passes.find import LinearSite, Reason, Rejection, find
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.record import record
 from sparse_compile.report import GraphReport
-from sparse_compile.runtime import Question, Variant, follow, standing_of
+from sparse_compile.runtime import Question, Runtime, follow, standing_of
 from sparse_compile.torch_internals import (
     clone_graph_module,
     example_value,
@@ -72,13 +72,19 @@ class Decisions:
         self._choose = choose
         self._decided = {standing: [_decide(decide, site, standing) for site in sites] for standing in Standing}
         self._outcomes = cache(self._outcomes_of)
-        placeholders = graph_module.graph.find_nodes(op="placeholder")
+        placeholders = list(graph_module.graph.find_nodes(op="placeholder"))
+        self.positions = [placeholders.index(site.weight) for site in sites]  # of the weights among the inputs
         asked = [index for index, _ in enumerate(self.sites) if self._depends(index)]
-        self.questions = [self._question(index, placeholders.index(self.sites[index].weight)) for index in asked]
+        self.questions = [self._question(index, self.positions[index]) for index in asked]
         self._asked = dict(zip(asked, range(len(asked)), strict=True))
         self.standings_now = tuple(
             self._standing_now(index, question) for index, question in zip(asked, self.questions, strict=True)
         )
+
+    @property
+    def names(self) -> list[str]:
+        """Of the graph's linears."""
+        return [site.name for site in self.sites] + [rejection.name for rejection in self.near_misses]
 
     def outcomes(self, standings: tuple[Standing, ...]) -> list[Plan | Rejection]:
         """Of each linear, the weights of the questions standing so.
@@ -141,7 +147,7 @@ def _decide(
         plans, rejections = decide([site], standing)
     except ValueError as error:
         return error
-    return (*plans, *rejections)[0]
+    return plans[0] if plans else rejections[0]
 
 
 def _prunes(outcome: Outcome) -> bool:
@@ -179,15 +185,15 @@ class Variants:
         self._compiler = compile
         self._follows_schedule = follows_schedule
         self._twin = twin
-        self._origin = origin(graph_module, [found.name for found in (*decisions.sites, *decisions.near_misses)])
+        self._origin = origin(graph_module, decisions.names)
         # Dynamo lets go of the real parameters when its backend returns.
         self._graph = forget_examples(clone_graph_module(graph_module))
-        self._variants: dict[Any, Variant] = {}
+        self._variants: dict[Any, Runtime] = {}
         self._reports: dict[tuple[str | Reason, ...], GraphReport] = {}
         self._recorded: set[tuple[str | Reason, ...]] = set()
         self._lock = RLock()
 
-    def traced(self, inputs: Sequence[Any]) -> Variant:
+    def traced(self, inputs: Sequence[Any]) -> Runtime:
         """While dynamo traces: the variant for how the weights stand now, of whatever sizes dynamo lets vary.
 
         Where sizes vary, that of the other phase of a schedule is compiled as well: later it could not be guarded.
@@ -204,7 +210,7 @@ class Variants:
         self._record(kinds)
         return self._variants[kinds]
 
-    def of_call(self, standings: tuple[Standing, ...], arguments: Sequence[Any]) -> Variant:
+    def of_call(self, standings: tuple[Standing, ...], arguments: Sequence[Any]) -> Runtime:
         """The variant for how the weights of the questions stand, compiled for a call's arguments if there is none."""
         with self._lock:
             kinds, outcomes = self._outcomes(standings)
@@ -223,7 +229,7 @@ class Variants:
 
     def _compile(
         self, kinds: tuple[str | Reason, ...], outcomes: list[Plan | Rejection], inputs: Sequence[Any]
-    ) -> Variant:
+    ) -> Runtime:
         graph = clone_graph_module(self._graph)
         sites, _ = find(graph)
         plans = [
@@ -235,7 +241,7 @@ class Variants:
         compiled, slots, fake_operands = self._compiler(graph, plans, inputs)
         if kinds not in self._reports:
             self._reports[kinds] = self._report(outcomes, {slot.device for slot in slots})
-        return Variant(compiled, slots, fake_operands, self._reports[kinds], self._twin, self._health)
+        return Runtime(compiled, slots, fake_operands, self._reports[kinds], self._twin, self._health)
 
     def _report(self, outcomes: list[Plan | Rejection], devices: Iterable[torch.device]) -> GraphReport:
         plans = [outcome for outcome in outcomes if isinstance(outcome, Plan)]

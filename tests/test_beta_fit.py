@@ -1,7 +1,5 @@
 """The scale of a weight: fitted where its elements say something, a prior where not; and training from zero."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -9,8 +7,6 @@ from torch import nn
 import sparse_compile
 from sparse_compile.kernels.reference import soft_threshold24, sste_beta
 from sparse_compile.weights.beta_fit import LARGEST, PRIOR, fit_beta
-from sparse_compile.weights.record import BetaSource, Phase
-from sparse_compile.weights.registry import record_of
 
 SHAPE = (128, 256)
 
@@ -32,7 +28,7 @@ DEGENERATE = {
     "ternary": normal().sign() * (normal(1) > 0),
     "constant": torch.ones(SHAPE),
     "half of the groups constant": torch.where(torch.arange(256) // 4 % 2 == 0, normal(), torch.ones(SHAPE)),
-    "after Adam's first step, half of the inputs dead": normal().sign() * (normal(1)[:1] > 0) * (1 + 1e-5 * normal(2)),
+    "Adam's first step, half of the inputs dead": normal().sign() * (normal(1)[:1] > 0) * (1 + 1e-5 * normal(2)),
     "a step of sign descent": steps_of_sign_descent(1),
     "two steps of sign descent": steps_of_sign_descent(2),
     "one step in bf16": (1e-3 * normal().sign() * (1 + 1e-5 * normal(1))).bfloat16(),
@@ -139,7 +135,9 @@ def losses_of(spread, make, dtype, warmup, steps=300):
     torch.manual_seed(0)
     model = FFN(spread).to(dtype)
     teacher = nn.Linear(64, 64, bias=False)
-    options = {"sste.executor": "eager", "sste.when": "always", "sste.mvue": "off"} | ({"sste.warmup": warmup} if warmup else {})
+    options = {"sste.executor": "eager", "sste.when": "always", "sste.mvue": "off"} | (
+        {"sste.warmup": warmup} if warmup else {}
+    )
     run = torch.compile(model, backend="sste", options=options)
     optimizer, losses = make(model.parameters()), []
     for step in range(steps):

@@ -40,9 +40,9 @@ def set_beta(model: Module, betas: Mapping[str, float]) -> None:
         betas: scales by the parameters' names, with or without what wrappers put in front or between.
 
     Raises:
-        ValueError: a name that no parameter has, or whose parameter is no weight that can be pruned: it is no matrix, an
-            embedding, or its recipe has no scale; or a scale that is not a positive, finite number.  Nothing is changed
-            then.
+        ValueError: a name that no parameter has, or whose parameter can have no scale: no matrix, an embedding, one
+            whose recipe has none or whose linear is dense; or a scale that is not a positive, finite number.  Nothing
+            is changed then.
     """
     from sparse_compile.weights.registry import record_of
 

@@ -112,7 +112,7 @@ def is_sparse(weight: Tensor, record: WeightRecord, dim: int) -> bool:
 
 def _version(weight: Tensor, kept: OperandSet) -> WeightVersion:
     owned = weight if kept.shards is None else kept.shards()
-    return WeightVersion(None if owned is None else watch.last_of(owned), _counter(weight), weight.data_ptr())
+    return None if owned is None else watch.last_of(owned), _counter(weight), weight.data_ptr()
 
 
 def _counter(weight: Tensor) -> int:
@@ -136,7 +136,7 @@ def _find_stale(
                 stale.append(index)
             continue
         # A weight that cannot be trained needs no owner.
-        watched = version.step is not None or not weight.requires_grad
+        watched = version[0] is not None or not weight.requires_grad
         if version != kept.version or kept.sample is None or not watched or record.refit_due or _capturing(weight):
             stale.append(index)
             continue
@@ -156,7 +156,7 @@ def _find_stale(
 def _refresh(
     weight: Tensor, slot: WeightSlot, record: WeightRecord, kept: OperandSet, version: WeightVersion, training: bool
 ) -> None:
-    stepped = kept.version is not None and version.step not in (None, kept.version.step)
+    stepped = kept.version is not None and version[0] not in (None, kept.version[0])
     # Within one optimizer step an earlier call's backward may still need the old operands; otherwise addresses stay,
     # as CUDA graphs need them.
     freed = kept.freed
@@ -259,9 +259,9 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: WeightRecord
 
 def _provisional(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: WeightRecord, training: bool) -> Beta:
     """Of a weight that has none yet: it becomes final when the weight is trained, and until then it is the weight's."""
-    if record.provisional is not None and record.provisional_glimpse is not None:
-        if _capturing(weight) or _is_still(weight, record.provisional_glimpse):
-            return record.provisional
+    known, glimpse = record.provisional, record.provisional_glimpse
+    if known is not None and glimpse is not None and (_capturing(weight) or _is_still(weight, glimpse)):
+        return known
     fit = _fit(matrix, slot)
     if training and take_blind(weight) and not fit.is_24:
         warnings.warn(

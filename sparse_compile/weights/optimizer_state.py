@@ -47,7 +47,8 @@ class SavedState:
         if record.target is None and record.schedule is None and not record.pruned and record.loaded_from is None:
             return None
         if record.loaded_from is not None and record.layout is None and not record.operands:
-            return record.loaded_from  # no call has used it: it goes on as it came
+            loaded: SavedState = record.loaded_from
+            return loaded  # no call has used it: it goes on as it came
         numbers: dict[str, float] = {STEPS: record.steps, PRUNED: int(record.pruned)}
         if record.current_beta is not None:
             numbers[BETA] = record.current_beta.value

@@ -1,7 +1,7 @@
 """Steps of all optimizers of the process: one hook before, one after, and who hears of them in which order."""
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 from threading import local
 from typing import Any
@@ -62,6 +62,9 @@ class OptimizerWatch:
     def last_of(self, weight: Tensor) -> int | None:
         """The last step of an optimizer that owns the weight; None if no live optimizer that has stepped does."""
         return self._last.get(id(weight))
+
+    def has_stepped(self, optimizer: Optimizer) -> bool:
+        return optimizer in self._owned
 
     def subscribe(self, stage: Stage, *, before: Before | None = None, after: After | None = None) -> None:
         """Hear of each outermost step.
@@ -140,8 +143,7 @@ class OptimizerWatch:
 
 def held_by(optimizer: Optimizer) -> Iterable[Tensor]:
     """Its weights, in order."""
-    groups: list[Mapping[str, Any]] = optimizer.param_groups
-    return (weight for group in groups for weight in group["params"])
+    return (weight for group in optimizer.param_groups for weight in group["params"])
 
 
 watch = OptimizerWatch()

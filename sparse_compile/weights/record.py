@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakSet, ref
 
 import torch
@@ -23,8 +23,6 @@ from sparse_compile.errors import SparseCompileError
 from sparse_compile.recipe import Projection
 from sparse_compile.weights.beta_fit import WINDOW
 from sparse_compile.weights.schedule import Schedule
-
-_INVALID_STEP = -1
 
 
 class Phase(Enum):
@@ -60,15 +58,9 @@ class Beta:
     source: BetaSource
 
 
-class WeightVersion(NamedTuple):
-    """What shows that a weight changed: the last step of the optimizer that owns it, its version and its address."""
-
-    step: int | None
-    version: int
-    address: int
-
-
-STALE = WeightVersion(_INVALID_STEP, _INVALID_STEP, _INVALID_STEP)  # that no weight has
+# What shows that a weight changed: the last step of the optimizer that owns it, its version and its address.
+WeightVersion = tuple[int | None, int, int]
+STALE: WeightVersion = (-1, -1, -1)  # that no weight has
 
 
 class OperandLayout(NamedTuple):
@@ -89,24 +81,15 @@ class OperandSet:
     """
 
     __slots__ = (
-        "__weakref__",
-        "freed",
-        "mask_steps",
-        "masks",
-        "operands",
-        "readers",
-        "refreshes",
-        "reuses",
-        "sample",
-        "shards",
-        "used",
-        "version",
+        "__weakref__", "dropped", "freed", "mask_steps", "masks", "operands", "readers", "refreshes", "reuses",
+        "sample", "shards", "used", "version",
     )  # fmt: skip
 
     def __init__(self, shards: ref[Tensor] | None) -> None:
         self.shards = shards
         self.operands: tuple[Tensor, ...] = ()
         self.freed = False
+        self.dropped = False  # by the record
         self.masks: Tensor | None = None  # transposable ones, and the optimizer steps since they were found
         self.mask_steps = 0
         self.version: WeightVersion | None = None
@@ -203,7 +186,7 @@ class WeightRecord:
         self.target: OperandLayout | None = None
         self.layout: OperandLayout | None = None
         self.decay = 0.0
-        self.loaded_from: object | None = None  # what a checkpoint held of it
+        self.loaded_from: Any = None  # the SavedState that it was loaded from
         self.loaded_masks: tuple[Tensor, int] | None = None
         self.unbaked = False
         self.unverified = False
@@ -287,7 +270,7 @@ class WeightRecord:
             self.refit_due = self.prior_steps <= WINDOW
         if len(self.operands) > 1:
             # What no call has read since the last step is that of a recipe that is given up.
-            self.operands = {layout: kept for layout, kept in self.operands.items() if kept.used}
+            self._keep(lambda _, kept: kept.used)
         for kept in self.operands.values():
             kept.used = False
         self._keep_to_schedule()
@@ -298,6 +281,7 @@ class WeightRecord:
                 self._enter(Phase.PRUNED)
             if not layout.projection.has_beta:
                 self.beta = None
+                WeightRecord.changes += 1
             elif self.beta is None and beta is not None:
                 self.adopt(beta.value, beta.source)
         elif self.pruned:
@@ -337,6 +321,7 @@ class WeightRecord:
                 self.refit_due = beta.source is BetaSource.PRIOR and prior_steps <= WINDOW
             self._enter(Phase.PRUNED)
         self.mark_stale()
+        WeightRecord.changes += 1
         self._keep_to_schedule()
 
     def _keep_to_schedule(self) -> None:
@@ -372,8 +357,7 @@ class WeightRecord:
         """Of this layout, made at first use."""
         if layout not in self.operands:
             # A weight lives on one device, and what no graph can read any more is given back.
-            alike = {other: kept for other, kept in self.operands.items() if other.device == layout.device}
-            self.operands = {other: kept for other, kept in alike.items() if len(kept.readers)}
+            self._keep(lambda other, kept: other.device == layout.device and len(kept.readers) > 0)
             self.operands[layout] = OperandSet(self.shards)
         return self.operands[layout]
 
@@ -389,7 +373,13 @@ class WeightRecord:
 
     def drop_operands(self) -> None:
         """Give back what linears computed with."""
-        self.operands.clear()
+        self._keep(lambda *_: False)
+
+    def _keep(self, wanted: Callable[[OperandLayout, OperandSet], bool]) -> None:
+        for layout, kept in list(self.operands.items()):
+            if not wanted(layout, kept):
+                kept.dropped = True
+                del self.operands[layout]
 
     def free(self) -> None:
         for kept in self.operands.values():

@@ -18,7 +18,7 @@ from sparse_compile.torch_internals import (
 )
 from sparse_compile.weights.masked_decay import MaskedDecay
 from sparse_compile.weights.optimizer_state import SavedState, connect, read, writes_its_own
-from sparse_compile.weights.optimizer_watch import Stage, watch
+from sparse_compile.weights.optimizer_watch import Stage, held_by, watch
 from sparse_compile.weights.projection import write_projected
 from sparse_compile.weights.record import BetaSource, WeightRecord
 
@@ -101,7 +101,7 @@ def _saved_of(weight: Tensor) -> SavedState | None:
     if record is None:
         return None
     made = record.trained_set.version if record.trained_set is not None else None
-    return SavedState.of(record, lambda: made is not None and made.step not in (None, watch.last_of(weight)))
+    return SavedState.of(record, lambda: made is not None and made[0] not in (None, watch.last_of(weight)))
 
 
 def _load(weight: Tensor, saved: SavedState | None, keeps_state: bool) -> None:
@@ -141,7 +141,17 @@ _blind: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def take_blind(weight: Tensor) -> bool:
     """Whether an optimizer was loaded that has trained the weight, and brought nothing of ours; said once."""
-    return _blind.pop(owned_by_optimizer(weight), False) is True
+    owned = owned_by_optimizer(weight)
+    blind = _blind.pop(owned, False) is True
+    for optimizer in list(watch.optimizers):
+        # It holds a state, and was neither seen to step nor to be loaded.
+        if optimizer not in _heard and optimizer.state and not watch.has_stepped(optimizer):
+            blind = blind or any(held is owned for held in held_by(optimizer))
+    return blind
+
+
+# Optimizers that were loaded through their hooks.
+_heard: WeakSet[Optimizer] = WeakSet()
 
 
 def _after_step(optimizer: Optimizer, weights: list[Tensor]) -> None:
@@ -169,6 +179,7 @@ _warned: WeakSet[Optimizer] = WeakSet()
 
 def _connect(optimizer: Optimizer) -> None:
     connect(optimizer, _saved_of, _load, _found)
+    optimizer.register_load_state_dict_post_hook(_heard.add)
 
 
 watch.on_optimizer(_connect)

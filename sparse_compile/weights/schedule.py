@@ -1,4 +1,4 @@
-"""When weights are pruned: a dense warm-up, then pruned, then a dense tail, counted in steps of the weight's optimizer."""
+"""When weights are pruned: a dense warm-up, then pruned, then a dense tail, in steps of the weight's optimizer."""
 
 from dataclasses import dataclass
 
