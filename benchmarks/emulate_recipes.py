@@ -30,10 +30,10 @@ from harness import RESULTS, Run, side_by_side, write
 from recipe_search import compared, merged
 
 import sparse_compile  # noqa: F401 - registers the backend where it is not installed
-from sparse_compile.courses import Schedule
 from sparse_compile.kernels.reference import sste_beta
-from sparse_compile.projected import project
 from sparse_compile.recipe import Projection
+from sparse_compile.weights.projection import project
+from sparse_compile.weights.schedule import Schedule
 
 SHAPE = train_gpt.GPTConfig(layers=3, heads=4, width=96, context=64)
 STEPS, BATCH = 1600, 16

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import train_gpt
 
-from sparse_compile.state import give_beta
+from sparse_compile.weights.registry import record_of
 
 DENSE = "bf16"
 SHAPE = train_gpt.GPTConfig(layers=6, heads=6, width=384, context=512, vocabulary=recipe_runs.VOCABULARY)
@@ -125,7 +125,7 @@ def run_trial(name: str, rate: float, seed: int, at_least: int, device: str, sha
             if trial.grad != 1.0:
                 weight.register_hook(lambda grad: grad * trial.grad)
             if trial.beta is not None:
-                give_beta(weight, trial.beta)
+                record_of(weight).tell(trial.beta)
         options = dict(trial.options)
         if options.keys() & {"sste.tail", "sste.warmup"}:
             options["sste.total_steps"] = steps

@@ -105,10 +105,10 @@ def decide(
             )
         else:
             rejections.append(refusal)
-    return _alike(plans, rejections)
+    return alike(plans, rejections)
 
 
-def _alike(plans: list[Plan], rejections: list[Rejection]) -> tuple[list[Plan], list[Rejection]]:
+def alike(plans: list[Plan], rejections: list[Rejection]) -> tuple[list[Plan], list[Rejection]]:
     """One arithmetic for each weight, whatever parts the linears play that read it: a block that is called twice.
 
     Where one of them stays dense all do, and where one is no target none is pruned.
@@ -160,11 +160,15 @@ def _cannot(
         detail = "requires_grad is False, and it was never trained pruned"
         advice = "set requires_grad if it shall be trained; 'sste.frozen': 'sparse' if it was finalized"
         return site.reject(Reason.FROZEN, detail, advice)
+    # What was trained pruned goes on so, whoever else reads it by now.
+    if pruned:
+        return None
     untie = "give each use a parameter of its own, if the model allows"
     if site.other_uses:
         return site.reject(Reason.TIED, f"{', '.join(site.other_uses)} of this graph reads it, too", untie)
     holders = owners.holders(parameter) if parameter is not None else ()
-    if len(holders) > 1:
+    embedded = parameter is not None and owners.is_embedding(parameter)
+    if len(holders) > 1 or embedded:
         return site.reject(Reason.TIED, f"held by {', '.join(holders)}", untie)
     return None
 

@@ -13,12 +13,15 @@ from sparse_compile.report import Report
 if TYPE_CHECKING:
     from sparse_compile.compress import to_sparse
     from sparse_compile.finish import finalize
-    from sparse_compile.weights import beta, health, invalidate, on_health, set_beta
+    from sparse_compile.weights import attach, beta, health, invalidate, on_health, set_beta
 
-__all__ = ["Report", "beta", "finalize", "health", "invalidate", "on_health", "report", "set_beta", "to_sparse"]
+__all__ = [
+    "Report", "attach", "beta", "finalize", "health", "invalidate", "on_health", "report", "set_beta", "to_sparse",
+]  # fmt: skip
 
 _WEIGHTS = "sparse_compile.weights"
 _MODULES = {
+    "attach": _WEIGHTS,
     "beta": _WEIGHTS,
     "finalize": "sparse_compile.finish",
     "health": _WEIGHTS,

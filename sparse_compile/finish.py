@@ -8,10 +8,12 @@ from torch.nn import Module
 
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.pattern import in_features_dim, is_24
-from sparse_compile.pruning import Pruning
+from sparse_compile.recipe import Projection
 from sparse_compile.weights import original, plain_name
+from sparse_compile.weights.projection import ProjectionState
+from sparse_compile.weights.record import Phase, WeightRecord
 
-# ``state`` is imported in calls: importing it begins to watch optimizers.
+# ``registry`` is imported in calls: importing it begins to watch optimizers.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +22,8 @@ class _Weight:
 
     name: str
     parameter: Tensor
-    pruning: Pruning
+    record: WeightRecord
+    state: ProjectionState
     transposed: bool
 
     @property
@@ -29,7 +32,7 @@ class _Weight:
         return 0 if self.transposed else 1
 
     def projected(self) -> Tensor:
-        return self.pruning.project(self.parameter, transposed=self.transposed)
+        return self.state.project(self.parameter, transposed=self.transposed)
 
 
 @torch.no_grad()
@@ -57,8 +60,6 @@ def finalize(model: Module) -> list[str]:
             changed after an earlier call without the backend, which then never computed with its projection.  No
             weight is changed then.
     """
-    from sparse_compile.state import mark_finalized
-
     weights = _pruned_weights(model)
     if not weights:
         raise ValueError(
@@ -70,28 +71,29 @@ def finalize(model: Module) -> list[str]:
     for weight in weights:
         _check(weight)
     for weight in weights:
-        if weight.pruning.finalized:
+        if weight.state.finalized:
             continue
         projected = weight.projected()
         if not torch.equal(projected, weight.parameter):
             weight.parameter.copy_(projected)
         if not is_24(weight.parameter, weight.dim):
             raise SparseCompileError("finalize", weight.name, "the projected weight is not 2:4")
-        mark_finalized(weight.parameter, weight.pruning)
+        weight.record.finalize()
     return [weight.name for weight in weights]
 
 
 def _pruned_weights(model: Module) -> list[_Weight]:
-    from sparse_compile.state import pruning_of
+    from sparse_compile.weights.registry import find_record, read_unread
 
-    moment = object()  # this call
+    read_unread()
     names: dict[int, list[str]] = {}
     for name, parameter in original(model).named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     weights = []
     for parameter in original(model).parameters():
-        pruning = pruning_of(parameter, moment)
-        if pruning is None:
+        record = find_record(parameter)
+        state = None if record is None else _projection_state(record)
+        if record is None or state is None:
             continue
         name, *others = (plain_name(name) for name in names[id(parameter)])
         if type(parameter.data) is not Tensor:
@@ -104,9 +106,31 @@ def _pruned_weights(model: Module) -> list[_Weight]:
             raise ValueError(
                 f"{name!r} was trained pruned and is now shared with {', '.join(map(repr, others))}; untie them first"
             )
-        transposed = pruning.transposed if pruning.transposed is not None else _stored_transposed(model, name)
-        weights.append(_Weight(name=name, parameter=parameter, pruning=pruning, transposed=transposed))
+        if record.target is None and record.operands:
+            raise ValueError(
+                f"{name!r} was told a scale, and its linear computes with it dense, not pruned: leave it out of "
+                "sparse_compile.set_beta, or name it in 'sste.targets'"
+            )
+        transposed = state.transposed if state.transposed is not None else _stored_transposed(model, name)
+        weights.append(_Weight(name=name, parameter=parameter, record=record, state=state, transposed=transposed))
     return weights
+
+
+def _projection_state(record: WeightRecord) -> ProjectionState | None:
+    """How a weight is pruned; None if no linear computes with it so."""
+    if not record.computed_pruned:
+        return None
+    kept = record.trained_set or next((kept for kept in record.operands.values() if kept.masks is not None), None)
+    masks = kept.masks if kept is not None else None
+    if masks is None and record.loaded_masks is not None:
+        masks = record.loaded_masks[0]
+    return ProjectionState(
+        projection=Projection.SSTE if record.target is None else record.target.projection,
+        beta=None if record.current_beta is None else record.current_beta.value,
+        masks=masks,
+        transposed=None if record.target is None else record.target.transposed,
+        finalized=record.phase is Phase.FINALIZED,
+    )
 
 
 def _stored_transposed(model: Module, name: str) -> bool:
@@ -123,7 +147,7 @@ def _stored_transposed(model: Module, name: str) -> bool:
 
 
 def _check(weight: _Weight) -> None:
-    if weight.pruning.finalized:
+    if weight.state.finalized:
         if not is_24(weight.parameter, weight.dim):
             raise ValueError(
                 f"{weight.name!r} was finalized, then changed without the backend, and is no longer 2:4. What it "

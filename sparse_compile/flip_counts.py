@@ -4,21 +4,21 @@ The mask of a weight after a step is the one that pruning would give it then: wh
 pruned, with masks that are kept for some steps, or dense.  So runs of all three kinds are measured alike.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sparse_compile.derived import WeightState
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.recipe import Projection
 from sparse_compile.runtime import on_weight
-from sparse_compile.state import fill_operands
 from sparse_compile.weight_health import mask_flips
+from sparse_compile.weights.operands import fill_operands
+from sparse_compile.weights.optimizer_watch import Stage, watch
+from sparse_compile.weights.record import OperandSet
 
 
 class Enough(SystemExit):
@@ -60,7 +60,7 @@ class FlipCounts:
         self._counted: dict[str, _Counted] = {}
         self._taken: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         on_weight.append(self._see)
-        register_optimizer_step_post_hook(torch.compiler.disable(self._after_step))
+        watch.subscribe(Stage.FLIP_COUNTS, after=self._after_step)
 
     def by_weight(self) -> dict[str, tuple[int, list[int]]]:
         """Elements of each weight that is or would be pruned, and how many bits of its mask flipped in each step."""
@@ -69,18 +69,17 @@ class FlipCounts:
             for name, counted in self._counted.items()
         }
 
-    def _see(self, slot: WeightSlot, weight: Tensor, state: WeightState) -> None:
+    def _see(self, slot: WeightSlot, weight: Tensor, operands: OperandSet) -> None:
         if not _projection(slot).prunes or any(counted.weight() is weight for counted in self._counted.values()):
             return
-        if state.shards is not None:
+        if operands.shards is not None:
             raise ValueError(f"FSDP2 holds the weight of {slot.name!r} in shards: flips are counted without it")
         # Blocks that share a graph share its names.
         names = (slot.name if number == 1 else f"{slot.name} ({number})" for number in range(1, len(self._counted) + 2))
         self._counted[next(name for name in names if name not in self._counted)] = _Counted(slot, weight)
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        del args, kwargs
-        stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    def _after_step(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
+        stepped = set(map(id, weights))
         for counted in self._counted.values():
             weight = counted.weight()
             if weight is not None and id(weight) in stepped:

@@ -25,8 +25,8 @@ from sparse_compile.kernels import ops
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.progress import announced, tracked
 from sparse_compile.report import Measurement, Passes, Spread
-from sparse_compile.state import fill_operands
 from sparse_compile.torch_internals import clone_graph_module, forget_examples, mutated, several_processes
+from sparse_compile.weights.operands import fill_operands
 
 logger = logging.getLogger(__name__)
 

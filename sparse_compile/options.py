@@ -9,11 +9,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from sparse_compile.courses import Schedule
 from sparse_compile.passes.decide import TARGETS
 from sparse_compile.recipe import MVUE, RECIPES, SSTE, Gemm, GradFormat, Recipe, Rounding
 from sparse_compile.report import check_file
 from sparse_compile.torch_internals import inductor_option_names, inductor_patches
+from sparse_compile.weights.schedule import Schedule
 
 # A row of activations is cast in one reading where its registers allow it: Inductor tries, and takes the faster way.
 _INDUCTOR_DEFAULTS = {"triton.multi_kernel": 1}

@@ -2,9 +2,9 @@
 
 from functools import cached_property
 
-from torch.nn import Embedding, Module, Parameter
+from torch.nn import Embedding, EmbeddingBag, Module, Parameter
 
-from sparse_compile.torch_internals import OptimizedModule, instances_of
+from sparse_compile.torch_internals import bare_modules_of, instances_of, is_trace
 
 
 class ParameterOwners:
@@ -14,6 +14,10 @@ class ParameterOwners:
         """``["Embedding.weight", "Linear.weight"]``: the class and attribute of each module that holds it."""
         return [f"{type(module).__name__}.{name}" for module, name in self._holders.get(id(parameter), [])]
 
+    def is_embedding(self, parameter: Parameter) -> bool:
+        """Whether an embedding holds it: a linear that reads it, in whatever graph, shares it."""
+        return any(isinstance(module, (Embedding, EmbeddingBag)) for module, _ in self._holders.get(id(parameter), []))
+
     def has_embedding(self, vocabulary: int, features: int) -> bool:
         """Whether an embedding of this shape is alive: then a linear of this shape is likely to be its inverse."""
         return (vocabulary, features) in self._embeddings
@@ -21,8 +25,10 @@ class ParameterOwners:
     @cached_property
     def _holders(self) -> dict[int, list[tuple[Module, str]]]:
         holders: dict[int, list[tuple[Module, str]]] = {}
-        for candidate in instances_of(Module):
-            if issubclass(type(candidate), OptimizedModule):
+        modules = list(instances_of(Module))
+        traces = {id(inner) for module in modules if is_trace(module) for inner in bare_modules_of(module)}
+        for candidate in modules:
+            if is_trace(candidate) or id(candidate) in traces:
                 continue
             for name, parameter in candidate.__dict__.get("_parameters", {}).items():
                 if parameter is not None:

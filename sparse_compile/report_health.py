@@ -18,6 +18,9 @@ class Health:
         grad_underflow: share of the elements of its output's gradient that are zero in FP8, and were not before.
             Both None where no gradient was seen: none came since it was asked for, CUDA graphs run in the process, or
             dgrad does not run in FP8, by which a gradient's weight is known.
+        beta: the scale of S-STE; None where the recipe has none.
+        beta_source: ``"fitted"``, ``"prior"`` (the weight was not representative when training began),
+            ``"checkpoint"``, ``"told"``, or ``"of a 2:4 weight"``.
     """
 
     step: int
@@ -27,6 +30,13 @@ class Health:
     saturated: float
     noise: float | None = None
     grad_underflow: float | None = None
+    beta: float | None = None
+    beta_source: str = ""
+
+    @property
+    def unusual_beta(self) -> bool:
+        """Whether the scale is not what real distributions give: 1.25 to 2, or 1 for a 2:4 weight."""
+        return self.beta is not None and self.beta != 1.0 and not 1.25 <= self.beta <= 2.0
 
 
 # What is plotted, a share above which one should look closer, by rule of thumb, and what it says.

@@ -154,3 +154,13 @@ def _health(report: Report) -> Iterable[str]:
             step, median, largest = points[-1]
             look = f", above {precise(limit)}: look at the HTML report" if largest > limit else ""
             yield f"  {quantity.replace('_', ' ')} at step {step}: {precise(median)}, {precise(largest)}{look}"
+    betas = {name: samples[-1] for name, samples in report.health.items() if samples[-1].beta is not None}
+    if betas:
+        values = sorted(sample.beta for sample in betas.values() if sample.beta is not None)
+        yield f"  scale beta: {values[0]:.2f} to {values[-1]:.2f}"
+        for why, names in (
+            ("outside of 1.25 to 2", [name for name, sample in betas.items() if sample.unusual_beta]),
+            ("a prior, not fitted", [name for name, sample in betas.items() if sample.beta_source == "prior"]),
+        ):
+            if names:
+                yield f"  scale beta {why}: {', '.join(names)}"

@@ -1,30 +1,35 @@
 """RUN: what dynamo calls instead of the traced graph."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 from weakref import ref
 
 import torch
 from torch import Tensor
 
 from sparse_compile.clock import capturing
-from sparse_compile.derived import WeightState
 from sparse_compile.fallbacks import watch_fallbacks
 from sparse_compile.measure import Twin, measure
 from sparse_compile.passes.rewrite import WeightSlot, new_seed
 from sparse_compile.report import GraphReport
-from sparse_compile.state import current_operands, restore_operands, weight_state
+from sparse_compile.target_patterns import TargetPattern
 from sparse_compile.torch_internals import FakeTensor
 from sparse_compile.weight_health import watch
+from sparse_compile.weights.operands import current_operands, is_sparse, layout_of, operand_set, restore_operands
+from sparse_compile.weights.record import OperandLayout, OperandSet, WeightRecord
+from sparse_compile.weights.registry import bake, lock, record_of
+from sparse_compile.weights.schedule import Schedule
+from sparse_compile.weights.standing import Standing
 
-# Called with each weight that a rewritten linear reads, and its state, before its first call.
-on_weight: list[Callable[[WeightSlot, Tensor, WeightState], object]] = [watch]
+# Called with each weight that a rewritten linear reads, and its operands, before its first call.
+on_weight: list[Callable[[WeightSlot, Tensor, OperandSet], object]] = []
 
 
 class Runtime:
-    """A prologue, which draws seeds and brings the operands of every rewritten weight up to date, then the graph.
+    """A compiled graph, and the prologue that draws its seeds and brings the operands of its weights up to date.
 
-    The state is looked up from the actual arguments: graphs are shared between blocks and between models.
+    What is kept of weights is looked up from the actual arguments: graphs are shared between blocks and between models.
     """
 
     def __init__(
@@ -35,48 +40,73 @@ class Runtime:
         report: GraphReport,
         twin: Twin | None = None,
         seed_devices: Sequence[torch.device] = (),
+        health: int = 0,
     ) -> None:
+        self._health = health
         self._compiled = compiled
         self._slots = tuple(slots)
         self._seed_devices = tuple(seed_devices)
+        self._layouts = [layout_of(slot) for slot in slots]
         self._fakes = tuple(fakes)  # of seeds and operands
         self._report = report
         self._twin = twin
-        # The weight each slot saw last, and its state: saves the look-up by tensor.  Weak: compiled graphs may outlive
-        # the models that they were compiled for.
-        self._last: list[tuple[ref[Tensor], ref[WeightState]] | None] = [None] * len(slots)
+        # The weight each slot saw last, and what is kept of it: saves the look-up by tensor.  Weak: compiled graphs may
+        # outlive the models that they were compiled for.
+        self._last: list[tuple[ref[Tensor], ref[WeightRecord], ref[OperandSet]] | None] = [None] * len(slots)
         self._met_gathered = False  # a weight that FSDP2 gathers
         self._fallbacks = watch_fallbacks()
+        # Up to which change of records no backward through these weights would say anything new.
+        self._settled_at = -1
 
     def __call__(self, *args: Any) -> Any:
         # DDP's bucketing calls each part once to learn its outputs' shapes: with fake activations, but real parameters.
-        if any(isinstance(argument, FakeTensor) for argument in args):
+        if _is_fake(args):
             return self._compiled(*args, *self._fakes)
         self._report.calls += 1
         if self._fallbacks.watching or self._report.calls == 1 or capturing():
             self._fallbacks.note(args)
         weights = [args[slot.position] for slot in self._slots]
-        states = [self._state(index, weight) for index, weight in enumerate(weights)]
+        kept = [self._kept(index, weight) for index, weight in enumerate(weights)]
+        records, sets = [record for record, _ in kept], [operands for _, operands in kept]
         seeds = [new_seed(device) for device in self._seed_devices]
-        inputs = [*seeds, *current_operands(weights, self._slots, states)]
+        inputs = [*seeds, *current_operands(weights, self._slots, records, sets)]
         if self._twin is not None and not capturing():
             self._measure(self._twin, args, inputs)
         outputs = self._compiled(*args, *inputs)
-        if self._met_gathered:
-            self._restore_before_backward(outputs, weights, states)
+        if torch.is_grad_enabled():
+            self._prepare_backward(outputs, weights, records, sets)
         return outputs
 
-    def _restore_before_backward(self, outputs: Any, weights: list[Tensor], states: list[WeightState]) -> None:
-        """FSDP2 may free what it gathered, and the operands with it: backward reads those that forward did.
+    def _prepare_backward(
+        self, outputs: Any, weights: list[Tensor], records: list[WeightRecord], sets: list[OperandSet]
+    ) -> None:
+        """Let a backward say that it has passed, where that changes what a weight is, and find its operands.
 
-        Its own hooks, which gather the weights for backward, are on the outputs of modules, and so run before.
+        FSDP2 may free what it gathered, and the operands with it: backward reads those that forward did.  Its own
+        hooks, which gather the weights for backward, are on the outputs of modules, and so run before.
         """
-        if all(state.shards is None for state in states):
+        passing = []
+        if self._settled_at != WeightRecord.changes:
+            passing = [
+                (record, layout, record.current_beta)
+                for record, layout, weight in zip(records, self._layouts, weights, strict=True)
+                if weight.requires_grad and record.awaits_gradient(layout)
+            ]
+            self._settled_at = -1 if passing else WeightRecord.changes
+        gathered = self._met_gathered and any(operands.shards is not None for operands in sets)
+        if not passing and not gathered:
             return
+
+        def before_backward(_: Any) -> None:
+            for record, layout, beta in passing:
+                record.gradient_passed(layout, beta)
+            if gathered:
+                restore_operands(weights, self._slots, records, sets)
+
         results = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         nodes = {result.grad_fn for result in results if isinstance(result, Tensor) and result.grad_fn is not None}
         for node in nodes:
-            node.register_prehook(lambda _: restore_operands(weights, self._slots, states))
+            node.register_prehook(torch.compiler.disable(before_backward))
 
     def _measure(self, twin: Twin, args: tuple[Any, ...], inputs: list[Tensor]) -> None:
         """Once."""
@@ -87,16 +117,117 @@ class Runtime:
         else:
             self._report.measured = result
 
-    def _state(self, index: int, weight: Tensor) -> WeightState:
+    def _kept(self, index: int, weight: Tensor) -> tuple[WeightRecord, OperandSet]:
         last = self._last[index]
         if last is not None and last[0]() is weight:
-            state = last[1]()
-            if state is not None:
-                return state
+            record, operands = last[1](), last[2]()
+            if record is not None and operands is not None and not operands.dropped:
+                return record, operands
         slot = self._slots[index]
-        state = weight_state(weight, slot)
-        self._last[index] = (ref(weight), ref(state))
-        self._met_gathered = self._met_gathered or state.shards is not None
+        record, operands = record_of(weight), operand_set(weight, slot)
+        operands.readers.add(self)
+        self._last[index] = (ref(weight), ref(record), ref(operands))
+        self._met_gathered = self._met_gathered or operands.shards is not None
+        self._settled_at = -1
+        watch(slot, weight, operands, self._health)
         for listener in on_weight:
-            listener(slot, weight, state)
-        return state
+            listener(slot, weight, operands)
+        return record, operands
+
+
+def _is_fake(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(argument, FakeTensor) for argument in args)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """A weight of which it depends what its linear is compiled to: asked at each call.
+
+    Attributes:
+        target: how it is pruned outside of dense phases; None if it never is.
+        in_features_dim: along which it may be 2:4 itself, where that is asked; else None.
+    """
+
+    position: int  # among the graph's inputs
+    target: OperandLayout | None
+    in_features_dim: int | None
+
+
+class Chooser:
+    """Chooses, by the weights that a call is given, which variant of its graph runs.
+
+    Args:
+        choose: the variant for how the weights of the questions stand, compiled if it is none of those that are.
+        first: the variant that was compiled when dynamo traced the graph.
+        pattern: of names of linears that are targets, where the user gave one, and where the linears' weights are.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        schedule: Schedule | None,
+        choose: Callable[[tuple[Standing, ...], tuple[Any, ...]], Runtime],
+        first: Runtime,
+        pattern: tuple[TargetPattern, Sequence[int]] | None = None,
+    ) -> None:
+        self._pattern = pattern
+        self._questions = tuple(questions)
+        self._schedule = schedule
+        self._choose = choose
+        self._first = first
+        self._last: tuple[Any, ...] | None = None
+        self._asks_24 = any(question.in_features_dim is not None for question in questions)
+
+    def __call__(self, *args: Any) -> Any:
+        if _is_fake(args):
+            return self._first(*args)
+        if self._pattern is not None and torch.is_grad_enabled():
+            # Once: the error comes with the first step.
+            (pattern, positions), self._pattern = self._pattern, None
+            pattern.ran(args[position] for position in positions)
+        return self._variant(args)(*args)
+
+    def _variant(self, args: tuple[Any, ...]) -> Runtime:
+        if not self._questions:
+            return self._first
+        training = torch.is_grad_enabled()
+        weights = [args[question.position] for question in self._questions]
+        if self._last is not None and not self._asks_24:
+            known, *asked, variant = self._last
+            same = all(last() is weight for last, weight in zip(known, weights, strict=True))
+            if same and asked == [WeightRecord.changes, training]:
+                return cast(Runtime, variant)
+        with lock:
+            standings = tuple(
+                self._standing(question, weight, training)
+                for question, weight in zip(self._questions, weights, strict=True)
+            )
+        variant = self._choose(standings, args)
+        self._last = (tuple(map(ref, weights)), WeightRecord.changes, training, variant)
+        return variant
+
+    def _standing(self, question: Question, weight: Tensor, training: bool) -> Standing:
+        record = record_of(weight)
+        if question.target is not None:
+            follow(record, question.target, self._schedule, training=training and weight.requires_grad)
+            if record.unbaked:
+                bake(weight, record)
+        return standing_of(record, weight, question.in_features_dim)
+
+
+def follow(record: WeightRecord, target: OperandLayout, schedule: Schedule | None, *, training: bool) -> None:
+    """What trains a weight says which schedule it follows; an evaluation only where nothing has."""
+    if record.target is None or training:
+        record.target = target
+    if training or record.schedule is None:
+        record.follow(schedule)
+
+
+def standing_of(record: WeightRecord, weight: Tensor, in_features_dim: int | None) -> Standing:
+    if not record.phase.prunes:
+        return Standing.DENSE
+    if record.pruned:
+        return Standing.PRUNED
+    if in_features_dim is not None and not weight.requires_grad and is_sparse(weight, record, in_features_dim):
+        return Standing.SPARSE
+    return Standing.FRESH

@@ -11,13 +11,13 @@ from functools import cache
 from typing import Any
 from weakref import ref
 
-import torch
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparse_compile.clock import Clock, capturing
 from sparse_compile.record import report_so_far
 from sparse_compile.report import GraphReport, Report
+from sparse_compile.weights.optimizer_watch import Stage, watch
 
 _MAX_TIMES = 512
 
@@ -38,8 +38,8 @@ class StepTimes:
         self._report = report
         self._optimizer: ref[Optimizer] | None = None
 
-    def on_step(self, optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
-        del args, kwargs
+    def on_step(self, optimizer: Optimizer, weights: Sequence[Tensor] = ()) -> None:
+        del weights
         followed = self._optimizer() if self._optimizer is not None else None
         if followed is None and any(graph.calls for graph in self._report.graphs):
             self._follow(optimizer)
@@ -85,4 +85,4 @@ def _interruptions(graphs: Sequence[GraphReport]) -> tuple[int, int]:
 @cache
 def time_steps() -> None:
     """Time training steps from now on."""
-    register_optimizer_step_post_hook(torch.compiler.disable(StepTimes(report_so_far()).on_step))
+    watch.subscribe(Stage.STEP_TIMES, after=StepTimes(report_so_far()).on_step)

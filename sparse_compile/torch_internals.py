@@ -19,8 +19,9 @@ from importlib.metadata import EntryPoint
 from itertools import takewhile
 from operator import attrgetter, is_not
 from pathlib import Path
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -39,8 +40,6 @@ _LATE = {
     "OptimizedModule": "torch._dynamo",
 }
 
-# The attribute of parameters that says whether linears compute with it pruned now.
-PRUNED_NOW = "_sste_pruned_now"
 # In the metadata of a checkpointed body: the user's function that makes the contexts of forward and recomputation.
 CHECKPOINT_CONTEXTS = "_checkpoint_context_fn"
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in ([^\n]+)\n([^\n]*)')
@@ -66,9 +65,6 @@ def self_test() -> list[str]:
         ("torch._C._dynamo.eval_frame", "get_eval_frame_callback"),
         ("torch._C._functorch", "peek_interpreter_stack"),
         ("torch._dynamo.external_utils", "wrap_inline"),
-        ("torch._dynamo.guards", "GuardBuilder.EQUALS_MATCH"),
-        ("torch._dynamo.guards", "install_guard"),
-        ("torch._dynamo.source", "AttrSource"),
         ("torch._dynamo.backends.registry", "_BACKENDS"),
         ("torch._dynamo.symbolic_convert", "tls"),
         ("torch._functorch.config", "ban_recompute_materialized_backward"),
@@ -84,6 +80,7 @@ def self_test() -> list[str]:
         ("torch._subclasses.fake_tensor", "FakeTensorMode"),
         ("torch.amp.autocast_mode", "_enter_autocast"),
         ("torch.amp.autocast_mode", "_exit_autocast"),
+        ("torch._subclasses.fake_tensor", "FakeTensorMode.from_tensor"),
         ("torch.autograd", "_unsafe_preserve_version_counter"),
         ("torch.distributed.distributed_c10d", "_get_default_store"),
         ("torch.distributed.fsdp._fully_shard._fsdp_param", "FSDPParam.free_unsharded_param"),
@@ -91,6 +88,8 @@ def self_test() -> list[str]:
         ("torch.fx.experimental.sym_node", "SymNode.hint"),
         ("torch.nn", "Module._compiled_call_impl"),
         ("torch", "ops.aten._unsafe_view.default"),
+        ("torch.optim", "Optimizer._patch_step_function"),
+        ("torch.optim", "Optimizer.profile_hook_step"),
         ("torch.utils._python_dispatch", "is_in_torch_dispatch_mode"),
     ):
         try:
@@ -247,22 +246,6 @@ def _run_eagerly(graph_module: GraphModule, inputs: Sequence[Any], **_: Any) -> 
     return run
 
 
-def guard_phase(node: Node) -> bool:
-    """Let dynamo use the graph that it compiles only while ``PRUNED_NOW`` of a parameter's placeholder is as it is now.
-
-    False where it does not say where the parameter comes from.
-    """
-    from torch._dynamo.guards import GuardBuilder, install_guard
-    from torch._dynamo.source import AttrSource
-
-    argument = node.meta.get("grapharg")
-    source = getattr(node, "_dynamo_source", None) or getattr(argument, "source", None)
-    if source is None:
-        return False
-    install_guard(AttrSource(source, PRUNED_NOW).make_guard(GuardBuilder.EQUALS_MATCH))
-    return True
-
-
 def reset_cuda_graphs() -> None:
     # What was never imported holds no graphs; and dynamo, which calls this, cannot stand what an import may compile.
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
@@ -275,6 +258,14 @@ def backend_fake_mode(inputs: Sequence[Any]) -> Any:
     from torch._guards import detect_fake_mode
 
     return detect_fake_mode(inputs)
+
+
+def fake_inputs(arguments: Sequence[Any]) -> list[Any]:
+    """What stands for a call's arguments when a graph is compiled outside of dynamo: their sizes are fixed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode()
+    return [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in arguments]
 
 
 def clone_graph_module(graph_module: GraphModule) -> GraphModule:
@@ -386,9 +377,103 @@ def is_held(tensor: torch.Tensor) -> bool:
 
 
 def instances_of(kind: type) -> Iterator[Any]:
-    """All that are alive, by a walk over the heap."""
+    """All that are alive, by a walk over the heap; of frozen ones (``gc.freeze``) those that a script can reach."""
     # type(), because isinstance() would wake lazy proxies that pretend to be of the kind.
-    return (found for found in gc.get_objects() if issubclass(type(found), kind))
+    listed = [found for found in gc.get_objects() if issubclass(type(found), kind)]
+    known = set(map(id, listed))
+    yield from listed
+    yield from (found for found in _frozen_objects() if issubclass(type(found), kind) and id(found) not in known)
+
+
+def is_trace(module: Module) -> bool:
+    """Whether it stands for another module that was compiled, traced or exported, and holds that one's parameters."""
+    export = sys.modules.get("torch.export.unflatten")
+    exported = (export.InterpreterModule, export.UnflattenedModule) if export is not None else ()
+    dynamo = sys.modules.get("torch._dynamo")
+    compiled = (dynamo.OptimizedModule,) if dynamo is not None else ()
+    return issubclass(type(module), (GraphModule, torch.jit.ScriptModule, *compiled, *exported))
+
+
+def bare_modules_of(trace: Module) -> Iterator[Module]:
+    """The modules without a class that a trace makes to hold parameters by their names."""
+    if issubclass(type(trace), GraphModule):
+        yield from (module for module in trace.modules() if type(module) is Module)
+
+
+_frozen: "list[ref[Any]]" = []
+_frozen_count = 0
+
+
+def _frozen_objects() -> list[Any]:
+    """Modules and optimizers that the collector does not list, by a walk from the globals and locals of the script."""
+    global _frozen_count
+    count = gc.get_freeze_count()
+    if count > _frozen_count:
+        _frozen[:] = [ref(found) for found in _reachable((Module, torch.optim.Optimizer))]
+    _frozen_count = count
+    return [found for known in _frozen if (found := known()) is not None]
+
+
+def _reachable(kinds: tuple[type, ...]) -> list[Any]:
+    """What of some classes the running frames and the main module hold, directly or through other objects."""
+    pending: list[Any] = list(vars(sys.modules["__main__"]).values())
+    for frame in sys._current_frames().values():
+        caller: FrameType | None = frame
+        while caller is not None:
+            pending += caller.f_locals.values()
+            caller = caller.f_back
+    seen: set[int] = set()
+    found = []
+    while pending:
+        held = pending.pop()
+        # What belongs to modules of Python, and its classes, is no script's.
+        if id(held) in seen or isinstance(held, (str, bytes, int, float, type, ModuleType, torch.Tensor, FrameType)):
+            continue
+        seen.add(id(held))
+        if isinstance(held, FunctionType):
+            pending += held.__closure__ or ()
+            continue
+        if issubclass(type(held), kinds):
+            found.append(held)
+        pending += gc.get_referents(held)
+    return found
+
+
+def call_with_new_optimizers(call: Callable[[torch.optim.Optimizer], None]) -> None:
+    """Call with each optimizer that is alive, and with each that is made, copied or unpickled from now on.
+
+    All of these pass through one method, which wraps the step for its hooks.
+    """
+    patch_step_function = torch.optim.Optimizer._patch_step_function
+
+    def patch_and_call(optimizer: torch.optim.Optimizer) -> None:
+        patch_step_function(optimizer)
+        call(optimizer)
+
+    torch.optim.Optimizer._patch_step_function = patch_and_call  # type: ignore[assignment,method-assign]
+    for optimizer in instances_of(torch.optim.Optimizer):
+        # Wrappers, as Accelerate's, are optimizers by name, and neither hold parameters nor take hooks.
+        if "param_groups" in vars(optimizer):
+            call(optimizer)
+
+
+def nested_optimizer_steps() -> int:
+    """How many steps of optimizers are running in this thread, one called by the other; 1 in the outermost.
+
+    Asked of the stack, so that a step that failed leaves nothing behind.
+    """
+    wrapper = _step_wrapper()
+    steps, frame = 0, sys._getframe()
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        # Not by identity: dynamo gives a compiled step other code, of the same name.
+        steps += frame.f_code.co_name == wrapper.co_name and frame.f_code.co_filename == wrapper.co_filename
+    return steps
+
+
+@cache
+def _step_wrapper() -> CodeType:
+    return torch.optim.Optimizer.profile_hook_step(lambda _: None).__code__
 
 
 _sharders: "WeakSet[Any]" = WeakSet()
@@ -414,20 +499,31 @@ def call_when_freed(weight: torch.Tensor, call: Callable[[], None]) -> None:
 
 
 def _sharder(weight: torch.Tensor) -> Any | None:
-    """What of FSDP2 manages a weight, in shards or gathered.
-
-    The gathered form knows nothing of it, so those who manage both are searched for: a walk over the heap where
-    ``weight`` is not among what the known ones manage.
-    """
+    """What of FSDP2 manages a weight, in shards or gathered; the gathered form itself knows nothing of it."""
     module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
     # Libraries import FSDP without using it; its use makes a class for each class of modules.
     if module is None or not torch.distributed.fsdp.FSDPModule.__subclasses__():
         return None
-    sharder = _manager_of(weight, _sharders)
-    if sharder is None:
-        _sharders.update(instances_of(module.FSDPParam))
-        sharder = _manager_of(weight, _sharders)
-    return sharder
+    _know_sharders(module.FSDPParam)
+    return _manager_of(weight, _sharders)
+
+
+@cache
+def _know_sharders(kind: type) -> None:
+    """Those that are alive, by one walk over the heap, and those that are made from now on."""
+    initialise = kind.__init__  # type: ignore[misc]
+
+    def initialise_and_know(sharder: Any, *args: Any, **kwargs: Any) -> None:
+        initialise(sharder, *args, **kwargs)
+        _sharders.add(sharder)
+
+    kind.__init__ = initialise_and_know  # type: ignore[misc]
+    _sharders.update(instances_of(kind))
+    for module in instances_of(torch.distributed.fsdp.FSDPModule):
+        state = module._get_fsdp_state()
+        # PyTorch 2.11 has one group.
+        for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
+            _sharders.update(group.fsdp_params if group is not None else ())
 
 
 def _manager_of(weight: torch.Tensor, sharders: Iterable[Any]) -> Any | None:

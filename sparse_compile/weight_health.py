@@ -6,25 +6,25 @@ mask is ever stored.  Kept between samples is the metadata of the last one, an e
 Gradients are watched in the step before a sample that is due, or after one that was asked for (``grad_noise``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import cache
-from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparse_compile.clock import capturing
-from sparse_compile.derived import WeightState, before_freeing
 from sparse_compile.grad_noise import GradNoise, noise_and_underflow
 from sparse_compile.kernels.formats import padded
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.record import record_health
-from sparse_compile.report_health import Health
-from sparse_compile.state import optimizer_steps, optimizers_stepped
+from sparse_compile.report_health import HEALTH_LIMITS, Health
+from sparse_compile.weights.optimizer_watch import Stage
+from sparse_compile.weights.optimizer_watch import watch as optimizer_watch
+from sparse_compile.weights.record import OperandSet, before_freeing
+from sparse_compile.weights.registry import find_record, record_of
 
 Listener = Callable[[str, float, int], object]
 
@@ -35,11 +35,13 @@ _LARGEST = 0x7E  # 448
 class _Watched:
     """A weight on one device, and the metadata of its last sample there."""
 
-    __slots__ = ("device", "in_features", "last", "name", "out_features", "taken", "weight")
+    __slots__ = ("device", "every", "in_features", "last", "name", "out_features", "record", "taken", "weight")
 
-    def __init__(self, name: str, slot: WeightSlot, weight: Tensor) -> None:
+    def __init__(self, name: str, slot: WeightSlot, weight: Tensor, every: int) -> None:
         self.name = name
         self.weight = ref(weight)
+        self.record = ref(record_of(weight))
+        self.every = every  # optimizer steps of the weight between two samples; 0 takes none
         self.device = slot.device
         self.out_features, self.in_features = slot.out_features, slot.in_features
         self.last: Tensor | None = None
@@ -51,34 +53,36 @@ class _Watched:
         return weight is not None and weight.device == self.device
 
 
-_watched: WeakKeyDictionary[WeightState, _Watched] = WeakKeyDictionary()
+_watched: WeakKeyDictionary[OperandSet, _Watched] = WeakKeyDictionary()
 _listeners: list[Listener] = []
-_every = 0  # optimizer steps
 _noise = GradNoise()
 _gradients_left = False
 _noise_until = 0  # the optimizer step up to which it was asked for
 
 
-def watch(slot: WeightSlot, weight: Tensor, state: WeightState) -> None:
-    """Let samples include a weight, if it is pruned."""
-    if slot.projection.prunes and state not in _watched:
+def watch(slot: WeightSlot, weight: Tensor, operands: OperandSet, every: int) -> None:
+    """Let samples include a weight, if it is pruned.
+
+    Args:
+        every: take one each so many steps of its optimizer; of several graphs' wishes, the most frequent.  0: none.
+    """
+    if not slot.projection.prunes:
+        return
+    watched = _watched.get(operands)
+    if watched is None:
         # A weight that was moved keeps its name.
-        taken = {watched.name for watched in _watched.values() if watched.is_there() or watched.weight() is not weight}
+        taken = {other.name for other in _watched.values() if other.is_there() or other.weight() is not weight}
         names = (slot.name if number == 1 else f"{slot.name} ({number})" for number in range(1, len(taken) + 2))
-        _watched[state] = _Watched(next(name for name in names if name not in taken), slot, weight)
+        watched = _watched[operands] = _Watched(next(name for name in names if name not in taken), slot, weight, every)
+    elif every:
+        watched.every = min(watched.every or every, every)
+    _watch_gradients()
 
 
 def listen(listener: Listener) -> None:
     """Hand every sample to ``listener(tag, value, step)``."""
     if listener not in _listeners:
         _listeners.append(listener)
-
-
-def sample_every(steps: int) -> None:
-    """Take a sample each so many optimizer steps; of several graphs' wishes, the most frequent."""
-    global _every
-    _every = min(_every or steps, steps)
-    _watch_gradients()
 
 
 def leave_gradients() -> None:
@@ -91,17 +95,18 @@ def leave_gradients() -> None:
 def sample_now() -> dict[str, Health]:
     """A sample that was asked for; gradients are watched up to the next step of each optimizer, for the next one."""
     global _noise_until
-    samples = sample()
-    _noise_until = optimizer_steps() + max(1, optimizers_stepped())
+    samples = sample(list(_watched))
+    _noise_until = optimizer_watch.count + max(1, optimizer_watch.stepped)
     _watch_gradients()
     return samples
 
 
-def sample() -> dict[str, Health]:
+def sample(sets: Iterable[OperandSet]) -> dict[str, Health]:
     """One of each weight that has been pruned; also kept for the report, and handed to the listeners."""
     counts, gradients = {}, _noise.take()
     with torch.no_grad():
-        for state, watched in list(_watched.items()):
+        for state in sets:
+            watched = _watched[state]
             counted, watched.taken = watched.taken, None
             if not state.freed:
                 counted = _take(state, watched)
@@ -116,13 +121,13 @@ def sample() -> dict[str, Health]:
     for watched, taken in samples.items():
         record_health(watched.name, taken)
         for quantity, value in asdict(taken).items():
-            if quantity != "step" and value is not None:
+            if value is not None and (quantity in HEALTH_LIMITS or quantity == "zeros"):
                 for listener in _listeners:
                     listener(f"sste/{quantity}/{watched.name}", value, taken.step)
     return {watched.name: taken for watched, taken in samples.items()}
 
 
-def _take(state: WeightState, watched: _Watched) -> tuple[Tensor, Tensor, int] | None:
+def _take(state: OperandSet, watched: _Watched) -> tuple[Tensor, Tensor, int] | None:
     """Counts, a copy of the metadata, and the address by which its gradients are kept; None before it was pruned."""
     if not state.operands:
         return None
@@ -168,38 +173,56 @@ def _health(watched: _Watched, counts: list[int], sums: list[float] | None) -> H
     kept = elements // 2
     noise, grad_underflow = (None, None) if sums is None else noise_and_underflow(sums)
     zeros -= watched.out_features * (padded(watched.in_features) - watched.in_features) // 2
+    record = watched.record()
+    beta = None if record is None else record.current_beta
     return Health(
-        step=optimizer_steps(),
+        step=0 if record is None else record.steps,
         flips=None if flips < 0 else flips / elements,
         zeros=(elements - kept + zeros) / elements,
         underflow=zeros / kept,
         saturated=saturated / kept,
         noise=noise,
         grad_underflow=grad_underflow,
+        beta=None if beta is None else beta.value,
+        beta_source="" if beta is None else beta.source.value,
     )
 
 
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    del optimizer, args, kwargs
-    if _every and optimizer_steps() % _every == 0 and not capturing():
-        sample()
+def _after_step(optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
+    del optimizer
+    if any(watched.every for watched in _watched.values()) and not capturing():
+        stepped = {id(find_record(weight)) for weight in weights}
+        due = [state for state, watched in _watched.items() if _is_due(watched, 0, stepped)]
+        if due:
+            sample(due)
     _watch_gradients()
 
 
+def _is_due(watched: _Watched, later: int, stepped: set[int] | None = None) -> bool:
+    """Whether a weight is sampled after so many further steps of its optimizer.
+
+    Args:
+        stepped: ids of the records that are asked about; all if it is None.
+    """
+    record = watched.record()
+    if record is None or not watched.every or (stepped is not None and id(record) not in stepped):
+        return False
+    return (record.steps + later) % watched.every == 0
+
+
 def _watch_gradients() -> None:
-    """Whether a backward that now comes belongs to a sample: each optimizer steps once after it."""
-    steps, optimizers = optimizer_steps(), max(1, optimizers_stepped())
-    due = bool(_every) and _every - steps % _every <= optimizers
-    _noise.watch((due or steps < _noise_until) and not _gradients_left)
+    """Whether a backward that now comes belongs to a sample."""
+    due = any(_is_due(watched, 1) for watched in _watched.values())
+    _noise.watch((due or optimizer_watch.count < _noise_until) and not _gradients_left)
 
 
-def _before_freeing(state: WeightState) -> None:
+def _before_freeing(operands: OperandSet) -> None:
     """What FSDP2 frees before the optimizer steps is counted before."""
-    watched = _watched.get(state)
-    if watched is not None and _every and (optimizer_steps() + 1) % _every == 0 and not capturing():
+    watched = _watched.get(operands)
+    if watched is not None and _is_due(watched, 1) and not capturing():
         with torch.no_grad():
-            watched.taken = _take(state, watched)
+            watched.taken = _take(operands, watched)
 
 
 before_freeing.append(_before_freeing)
-register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
+optimizer_watch.subscribe(Stage.HEALTH, after=_after_step)

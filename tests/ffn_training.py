@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparse_compile
-from sparse_compile import state
 from sparse_compile.kernels import reference
 from sparse_compile.testing import assert_same_bits
+from sparse_compile.weights.registry import find_record
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 # No randomness: results must be the same to the last bit, whatever the order of calls.
@@ -33,9 +33,9 @@ def some_tokens():
 
 
 def states(model):
-    """The states of the pruned weights by name."""
-    kept = {name: state._derived.get(parameter) for name, parameter in model.named_parameters()}
-    return {name: weight_state for name, of in kept.items() if of for weight_state in of.states.values()}
+    """The operands of the pruned weights by name."""
+    records = {name: find_record(parameter) for name, parameter in model.named_parameters()}
+    return {name: kept for name, record in records.items() if record for kept in record.operands.values()}
 
 
 def assert_current(model, pruned=2):

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparse_compile
-from sparse_compile import state, torch_internals
+from sparse_compile import torch_internals
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.reference import group_uniforms
 from sparse_compile.torch_internals import self_test
+from sparse_compile.weights.registry import find_record
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 
@@ -296,7 +297,7 @@ def test_microbatches_share_one_prune(small_gpt, batch):
             compiled(*batch).backward()
         optimizer.step()
         optimizer.zero_grad()
-        (weight_state,) = state._derived[weight].states.values()
+        (weight_state,) = find_record(weight).operands.values()
         counts.append(weight_state.refreshes)
     assert counts == [4, 5, 6]
 

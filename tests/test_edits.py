@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparse_compile.edits import find_edited, take_samples
+from sparse_compile.weights.edit_detection import find_edited, take_samples
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import sparse_compile
-from sparse_compile import state
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import E4M3_MAX
 from sparse_compile.pattern import is_24, share_of_groups
+from sparse_compile.weights.registry import find_record
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 
@@ -88,7 +88,7 @@ def test_the_weights_are_those_that_training_used(small_gpt, conv1d, batch, dtyp
 
 
 def states(weight: nn.Parameter) -> list[torch.Tensor]:
-    (only,) = state._derived[weight].states.values()
+    (only,) = find_record(weight).operands.values()
     return [operand.clone() for operand in only.operands]
 
 

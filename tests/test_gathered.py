@@ -11,10 +11,10 @@ from torch.distributed.fsdp import fully_shard
 
 import sparse_compile
 from sparse_compile import weight_health
-from sparse_compile.derived import WeightState
 from sparse_compile.torch_internals import instances_of
+from sparse_compile.weights.record import OperandSet
 
-_of_other_tests: WeakSet[WeightState] = WeakSet()
+_of_other_tests: WeakSet[OperandSet] = WeakSet()
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def one_process():
     """A process group of one, in which FSDP2 frees and gathers as in any other."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    _of_other_tests.update(instances_of(WeightState))
+    _of_other_tests.update(instances_of(OperandSet))
     yield
     torch.distributed.destroy_process_group()
 
@@ -45,7 +45,7 @@ def make(small_gpt):
 
 def operand_bytes():
     """What the operands of all weights take, but for their scales."""
-    states = [state for state in instances_of(WeightState) if state not in _of_other_tests]
+    states = [state for state in instances_of(OperandSet) if state not in _of_other_tests]
     assert states
     return sum(operand.untyped_storage().size() for state in states for operand in state.operands[:-1])
 
@@ -132,7 +132,6 @@ def test_a_backward_without_the_weight_says_so(make, batch):
 
 
 def test_health_is_sampled_before_operands_are_freed(make, batch, monkeypatch):
-    monkeypatch.setattr(weight_health, "_every", 0)
     healths = []
     for sharded in (True, False):
         weight_health._watched.clear()

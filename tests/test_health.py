@@ -20,7 +20,6 @@ EAGER = {"sste.executor": "eager", "sste.when": "always"}
 def nothing_watched(monkeypatch):
     health._watched.clear()
     monkeypatch.setattr(health, "_listeners", [])
-    monkeypatch.setattr(health, "_every", 0)
     monkeypatch.setattr(health, "_noise_until", 0)
     monkeypatch.setattr(health, "_noise", GradNoise())
     monkeypatch.setattr(health, "_gradients_left", False)

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import sparse_compile
-from sparse_compile import betas
-from sparse_compile.courses import Schedule
 from sparse_compile.kernels import reference
 from sparse_compile.options import read_options
+from sparse_compile.weights.optimizer_state import PRUNED
+from sparse_compile.weights.schedule import Schedule
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 OPTIMIZERS = {
@@ -170,7 +170,7 @@ def test_a_shorter_run_writes_the_weights_when_it_goes_on(recipe):
     train(compiled(model, recipe, tail=1, total_steps=100), optimizer, range(3))
     checkpoint = saved(model, optimizer)
     beta = sparse_compile.beta(model)
-    assert {entry[betas.PRUNED] for entry in checkpoint[1]["state"].values() if betas.PRUNED in entry} == {1}
+    assert {entry[PRUNED] for entry in checkpoint[1]["state"].values() if PRUNED in entry} == {1}
     torch._dynamo.reset()
     resumed = FFN()
     optimizer = torch.optim.SGD(resumed.parameters(), lr=0.0)

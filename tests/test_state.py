@@ -9,11 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_compile import state
 from sparse_compile.kernels import reference
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.recipe import Projection
 from sparse_compile.testing import assert_same_bits
+from sparse_compile.weights import operands as operands_module
+from sparse_compile.weights import registry
+from sparse_compile.weights.beta_fit import PRIOR
+from sparse_compile.weights.operands import current_operands, operand_set
+from sparse_compile.weights.optimizer_watch import watch
+from sparse_compile.weights.registry import record_of
 
 SLOT = WeightSlot(
     name="w",
@@ -28,8 +33,12 @@ SLOT = WeightSlot(
 
 def refreshed(weight, slot=SLOT):
     """The operands now, and how often they were made."""
-    weight_state = state.weight_state(weight, slot)
-    return state.current_operands([weight], [slot], [weight_state]), weight_state.refreshes
+    kept = operand_set(weight, slot)
+    return current_operands([weight], [slot], [record_of(weight)], [kept]), kept.refreshes
+
+
+def beta_of(weight):
+    return record_of(weight).current_beta.value
 
 
 OPTIMIZERS = {
@@ -48,7 +57,7 @@ def test_one_prune_per_optimizer_step(make):
     for _ in range(4):
         for _ in range(3):  # microbatches
             operands, count = refreshed(weight)
-        beta = torch.tensor([state.beta_of(weight)])
+        beta = torch.tensor([beta_of(weight)])
         for actual, expected in zip(operands, reference.prune_weight(weight.detach(), beta), strict=True):
             assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
         counts.append(count)
@@ -82,23 +91,36 @@ def test_an_owned_weight_changed_in_place_is_seen():
     assert refreshed(weight)[1] == count + 1
 
 
-def test_beta_is_frozen_at_first_use():
-    weight = nn.Parameter(torch.randn(32, 64))
-    first = reference.sste_beta(weight)
-    refreshed(weight)
-    weight.data.uniform_()
-    refreshed(weight)
-    assert state.beta_of(weight) == first != reference.sste_beta(weight)
+def test_beta_is_that_of_the_weight_until_it_is_trained():
+    """Weights that are loaded after an evaluation, or after a forward that no step follows, begin with their own."""
+    ffn = nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU(), nn.Linear(64, 64, bias=False))
+    step = torch.compile(lambda x: ffn(x), backend="sste", options={"sste.executor": "eager"})
+    optimizer = torch.optim.SGD(ffn.parameters(), lr=0.1)
+    weight = ffn[0].weight
+    for _ in range(2):
+        with torch.no_grad():
+            step(torch.randn(8, 64))
+        assert beta_of(weight) == reference.sste_beta(weight)
+        weight.data.normal_()
+        loss = step(torch.randn(8, 64)).sum()
+        assert beta_of(weight) == reference.sste_beta(weight)
+        weight.data.uniform_()
+    first = beta_of(weight)
+    loss.backward()
+    optimizer.step()
+    weight.data.normal_()
+    step(torch.randn(8, 64))
+    assert beta_of(weight) == first != reference.sste_beta(weight)
 
 
 def test_a_zero_weight_gets_its_beta_when_it_has_values():
     weight = nn.Parameter(torch.zeros(32, 64))
     operands, _ = refreshed(weight)
-    assert state.beta_of(weight) is None
+    assert beta_of(weight) == PRIOR
     assert not reference.decompress24(*operands[:2]).float().any()
     weight.data.normal_()
     refreshed(weight)
-    assert state.beta_of(weight) == reference.sste_beta(weight)
+    assert beta_of(weight) == reference.sste_beta(weight)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -141,7 +163,7 @@ def test_calls_within_a_step_do_not_overwrite_each_other():
             parameter.data.neg_()
         compiled(x)
 
-    weight_state = state.weight_state(ffn[2].weight, dataclasses.replace(SLOT, out_features=64))
+    weight_state = operand_set(ffn[2].weight, dataclasses.replace(SLOT, out_features=64))
     expected = input_grad(lambda: None)
     addresses = [operand.data_ptr() for operand in weight_state.operands]
     assert torch.equal(input_grad(lambda: None), expected)
@@ -188,12 +210,12 @@ def test_orientations_have_states_of_their_own():
 
 
 def test_state_dies_with_its_weight():
-    before = len(state._derived)
+    before = len(registry._records)
     weight = nn.Parameter(torch.randn(32, 64))
     refreshed(weight)
-    assert len(state._derived) == before + 1
+    assert len(registry._records) == before + 1
     del weight
-    assert len(state._derived) == before
+    assert len(registry._records) == before
 
 
 def sgd_by_hand(weight):
@@ -292,7 +314,7 @@ def test_every_kind_of_update_is_seen(make):
     for _ in range(5):
         for _ in range(2):  # microbatches
             operands, _ = refreshed(weight)
-            expected = reference.prune_weight(weight.detach(), torch.tensor([state.beta_of(weight)]))
+            expected = reference.prune_weight(weight.detach(), torch.tensor([beta_of(weight)]))
             for actual, wanted in zip(operands, expected, strict=True):
                 assert_same_bits(actual, wanted)
         weight.grad = torch.randn_like(weight)
@@ -319,16 +341,16 @@ def test_an_owner_that_is_gone_owns_nothing():
     optimizer = torch.optim.SGD([weight], lr=0.1)
     weight.grad = torch.randn_like(weight)
     optimizer.step()
-    assert state._steps.last_of(weight) == state._steps.count
+    assert watch.last_of(weight) == watch.count
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(1))]
     optimizer.step()
-    assert state._steps.last_of(weight) is None
+    assert watch.last_of(weight) is None
     optimizer.param_groups[0]["params"] = [weight]
     optimizer.step()
-    assert state._steps.last_of(weight) == state._steps.count
+    assert watch.last_of(weight) == watch.count
     del optimizer
     gc.collect()
-    assert state._steps.last_of(weight) is None
+    assert watch.last_of(weight) is None
 
 
 def test_edits_are_looked_for_less_and_less_often():
@@ -337,7 +359,7 @@ def test_edits_are_looked_for_less_and_less_often():
     optimizer = torch.optim.SGD([weight], lr=0.1)
     weight.grad = torch.randn_like(weight)
     optimizer.step()
-    with mock.patch.object(state, "find_edited", return_value=[]) as look:
+    with mock.patch.object(operands_module, "find_edited", return_value=[]) as look:
         looks = []
         for _ in range(10):
             refreshed(weight)

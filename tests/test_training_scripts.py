@@ -26,7 +26,8 @@ from ffn_training import (
     refreshes,
     some_tokens,
 )
-from sparse_compile import backend, state
+from sparse_compile import backend
+from sparse_compile.weights.registry import find_record
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_optimizers_that_step_inside_backward(x, checkpointed):
             model.zero_grad()
         results.append([model(x), *model.parameters()])
         counts = [
-            kept.refreshes for p in model.parameters() if p.ndim == 2 for kept in state._derived[p].states.values()
+            kept.refreshes for p in model.parameters() if p.ndim == 2 for kept in find_record(p).operands.values()
         ]
         # Nobody knows the optimizers before their first step, so recomputation then makes the operands again.
         assert counts == [4 + checkpointed] * 4

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import sparse_compile
-from sparse_compile import state
 from sparse_compile.kernels import prune, reference
 from sparse_compile.kernels.formats import E4M3, metadata_shape, values_shape
 from sparse_compile.kernels.reference_transposable import (
@@ -22,6 +21,7 @@ from sparse_compile.kernels.reference_transposable import (
     ways,
 )
 from sparse_compile.testing import assert_same_bits
+from sparse_compile.weights.registry import find_record
 
 EAGER = {"sste.executor": "eager", "sste.when": "always", "sste.recipe": "t-sr-ste"}
 
@@ -188,7 +188,7 @@ def compiled(model, **options):
 
 
 def state_of(weight):
-    (kept,) = state._derived[weight].states.values()
+    (kept,) = find_record(weight).operands.values()
     return kept
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import sparse_compile
 from sparse_compile.kernels import reference
+from sparse_compile.weights.registry import find_record
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 
@@ -95,12 +96,10 @@ def test_an_edit_that_cannot_be_seen_is_seen_after_invalidate(trained) -> None:
 
 
 def test_operands_keep_their_addresses(trained) -> None:
-    from sparse_compile import state
-
     model, _, loss = trained
     loss()
     weight = model._orig_mod.blocks[0].up.weight
-    (kept,) = state._derived[weight].states.values()
+    (kept,) = find_record(weight).operands.values()
     addresses = [operand.data_ptr() for operand in kept.operands]
     refreshes = kept.refreshes
     sparse_compile.invalidate(model)

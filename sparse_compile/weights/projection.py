@@ -1,5 +1,7 @@
 """A weight as its linear computes with it, before the cast to FP8."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,19 @@ def write_projected(matrix: Tensor, projection: Projection, beta: float | None, 
         )
     for rows in matrix.split(max(1, _ELEMENTS // matrix.shape[1])):
         rows.copy_(project(rows, projection, beta, None))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProjectionState:
+    """How a weight is projected."""
+
+    projection: Projection
+    beta: float | None  # of S-STE
+    masks: Tensor | None  # transposable ones that are kept for some steps
+    transposed: bool | None  # whether the weight is stored [in_features, out_features]; None where no call has told
+    finalized: bool  # whether the weight was made its own projection, and no training has used it since
+
+    def project(self, weight: Tensor, *, transposed: bool) -> Tensor:
+        """The projected weight in the layout and dtype of the weight, computed in fp32."""
+        projected = project(weight.t() if transposed else weight, self.projection, self.beta, self.masks)
+        return (projected.t() if transposed else projected).to(weight.dtype)

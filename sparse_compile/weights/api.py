@@ -1,0 +1,177 @@
+"""What is derived from the weights of a model: to look at, and to make anew."""
+
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from math import isfinite
+
+from torch.nn import Embedding, EmbeddingBag, Module, Parameter
+from torch.optim import Optimizer
+
+from sparse_compile.report_health import Health
+
+# The functions import ``registry`` when they are called: importing it begins to watch optimizers.
+
+
+def beta(model: Module) -> dict[str, float]:
+    """The S-STE scale of each weight that is pruned, by the parameter's name.
+
+    Empty before the first call.  Until a weight is trained, its scale is the one that the weight as it is would begin
+    with.  ``W~ = beta * S(W)`` is what the forward pass multiplies with (S-STE, arXiv
+    2409.09099).  Recipes that keep the largest elements as they are, such as ``ste``, have no scale: their weights are
+    not among these.
+    """
+    from sparse_compile.weights.registry import find_record
+
+    records = {name: find_record(parameter) for name, parameter in original(model).named_parameters()}
+    scales = {name: record.current_beta for name, record in records.items() if record is not None}
+    return {name: scale.value for name, scale in scales.items() if scale is not None}
+
+
+def set_beta(model: Module, betas: Mapping[str, float]) -> None:
+    """Give weights the S-STE scales that ``beta`` returned for another model, before or after the first step.
+
+    A parameter keeps its scale, and an optimizer's ``state_dict`` brings it back.  In a copy of a trained model, or in
+    one from a checkpoint without its optimizer, it would be computed from the trained weights, and the linears would
+    not compute what they were trained to::
+
+        sparse_compile.set_beta(average, sparse_compile.beta(model))
+
+    Args:
+        betas: scales by the parameters' names, with or without what wrappers put in front or between.
+
+    Raises:
+        ValueError: a name that no parameter has, or whose parameter can have no scale: no matrix, an embedding, one
+            whose recipe has none or whose linear is dense; or a scale that is not a positive, finite number.  Nothing
+            is changed then.
+    """
+    from sparse_compile.weights.registry import record_of
+
+    named = _by_name(model)
+    told = []
+    for name, value in betas.items():
+        found = named.get(name) or named.get(plain_name(name)) or named.get(_bare(name))
+        if not found:
+            nearest = get_close_matches(plain_name(name), named, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"no parameter of the model is named {name!r}{hint}")
+        if len(found) > 1:
+            raise ValueError(f"several parameters of the model may be meant by {name!r}; give the whole name")
+        if isinstance(value, bool) or not (isfinite(value) and value > 0):
+            raise ValueError(f"the scale of {name!r} is {value}; it must be a positive, finite number")
+        reason = _why_not_pruned(name, *found[0])
+        if reason is not None:
+            raise ValueError(f"{reason}; only the weights that 's-ste' recipes prune have one")
+        told.append((found[0][1], float(value)))
+    for parameter, value in told:
+        record_of(parameter).tell(value)
+
+
+def attach(model: Module, optimizer: Optimizer) -> None:
+    """Say that an optimizer trains a model, where this cannot be found: see README.md, checkpoints.
+
+    Optimizers that are made after this package was imported are known, and those before that the interpreter lists.
+    Call it after ``optimizer.load_state_dict`` and before the first step where scripts freeze the garbage collector.
+
+    Raises:
+        ValueError: it is no optimizer of PyTorch, or holds no parameter of the model.
+    """
+    from sparse_compile.weights.optimizer_watch import held_by, watch
+    from sparse_compile.weights.registry import owned_by_optimizer, read_now
+
+    if "param_groups" not in getattr(optimizer, "__dict__", {}):
+        raise ValueError(
+            f"a {type(optimizer).__name__} holds no parameters; give the torch.optim.Optimizer inside of it"
+        )
+    held = {id(weight) for weight in held_by(optimizer)}
+    if not any(id(owned_by_optimizer(parameter)) in held for parameter in original(model).parameters()):
+        raise ValueError("the optimizer holds no parameter of the model")
+    watch.meet(optimizer)
+    read_now(optimizer)
+
+
+def invalidate(model: Module) -> None:
+    """Prune and cast the model's weights again in the next call.
+
+    Needed after a change of a few elements that cannot be seen: through ``.data`` or from another library, between two
+    steps of an optimizer that owns the weight.  Between a forward and its backward it makes that backward fail, as the
+    change of a dense weight would.
+    """
+    from sparse_compile.weights.registry import find_record
+
+    for parameter in original(model).parameters():
+        record = find_record(parameter)
+        if record is not None:
+            record.mark_stale()
+
+
+def health() -> dict[str, Health]:
+    """A sample of every pruned weight that is alive, by the name of its module: see ``Health``.
+
+    The first call, or the first sample of option ``sste.health``, begins: flips are counted from one to the next, and
+    the gradients of the optimizer step after a call are compared for the next one.  Weights that FSDP2 holds in shards
+    are not among them: the option looks at these before they are given back.  Waits for the GPU.  A graph that several
+    blocks share names their weights ``up``, ``up (2)``, ...
+    """
+    from sparse_compile.weight_health import sample_now
+
+    return sample_now()
+
+
+def on_health(listener: Callable[[str, float, int], object]) -> None:
+    """Hand every sample on: ``listener(tag, value, step)``, as TensorBoard's ``SummaryWriter.add_scalar`` takes it.
+
+    Tags are ``sste/flips/<module>`` and alike, for each quantity of ``Health``.
+    """
+    from sparse_compile.weight_health import listen
+
+    listen(listener)
+
+
+def original(model: Module) -> Module:
+    """The module that torch.compile wrapped."""
+    original = getattr(model, "_orig_mod", model)
+    return original if isinstance(original, Module) else model
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers (torch.compile, AveragedModel, DistributedDataParallel) add."""
+    inside = ".".join(part for part in name.split(".") if part not in _INSIDE)
+    while inside.startswith("module."):
+        inside = inside.removeprefix("module.")
+    return inside
+
+
+# What torch.compile, checkpoint_wrapper and FSDP put into names.
+_INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def _bare(name: str) -> str:
+    """Without every ``module``, which wrappers of parts of a model put in between."""
+    return ".".join(part for part in plain_name(name).split(".") if part != "module")
+
+
+def _by_name(model: Module) -> dict[str, list[tuple[Module, Parameter]]]:
+    """The parameters, and the modules that hold them, by their names as they are, plain and bare."""
+    named: dict[str, list[tuple[Module, Parameter]]] = {}
+    for path, module in original(model).named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{attribute}".removeprefix(".")
+            for alias in {name, plain_name(name), _bare(name)}:
+                named.setdefault(alias, []).append((module, parameter))
+    return named
+
+
+def _why_not_pruned(name: str, module: Module, parameter: Parameter) -> str | None:
+    """Why a parameter is no weight that linears could compute with pruned and scaled; None where it may be."""
+    from sparse_compile.weights.registry import find_record
+
+    if parameter.ndim != 2 or not parameter.is_floating_point():
+        return f"{name!r} can have no scale, being no matrix: its shape is {tuple(parameter.shape)}"
+    if isinstance(module, (Embedding, EmbeddingBag)):
+        return f"{name!r} of a {type(module).__name__} can have no scale"
+    record = find_record(parameter)
+    if record is not None and record.target is not None and not record.target.projection.has_beta:
+        return f"the recipe of {name!r} has no scale"
+    if record is not None and record.target is None and record.operands:
+        return f"the linear of {name!r} computes with it dense, without a scale"
+    return None

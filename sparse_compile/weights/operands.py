@@ -1,0 +1,304 @@
+"""The operands that the GEMMs read of each weight: when they are made anew, and with which scale.
+
+They are made once per optimizer step and reused by microbatches, recomputation and evaluation.  Tensor versions alone
+cannot tell when a weight changed: fused optimizers do not bump them.  So operands are reused only if the weight's
+version, its address and the last step of the optimizer that owns it are unchanged; a weight that no optimizer owns
+that has stepped is pruned at every call.  What all these do not show, edits through ``.data``, is looked for in samples
+(``edit_detection``).
+
+Of a weight that FSDP2 gathers, the operands live as long as its gathered form: they are freed when FSDP2 frees that,
+and made again, in the same tensors, when it has gathered the weight anew, for a forward or for a backward.
+"""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels import ops
+from sparse_compile.passes.rewrite import WeightSlot
+from sparse_compile.pattern import is_24
+from sparse_compile.recipe import Projection
+from sparse_compile.torch_internals import is_held, versions_kept
+from sparse_compile.weights.beta_fit import PRIOR, Fit, fit_beta
+from sparse_compile.weights.edit_detection import find_edited, take_samples
+from sparse_compile.weights.optimizer_watch import watch
+from sparse_compile.weights.record import (
+    STALE,
+    Beta,
+    BetaSource,
+    Glimpse,
+    OperandLayout,
+    OperandSet,
+    WeightRecord,
+    WeightVersion,
+)
+from sparse_compile.weights.registry import lock, plain_tensors, record_of, take_blind
+
+logger = logging.getLogger(__name__)
+
+
+def layout_of(slot: WeightSlot) -> OperandLayout:
+    return OperandLayout(slot.projection, slot.bf16, slot.transposed, slot.device)
+
+
+def operand_set(weight: Tensor, slot: WeightSlot) -> OperandSet:
+    """The operands of a weight in a slot's layout, made at first use."""
+    record = record_of(weight)
+    if slot.refresh and record.shards is not None:
+        raise ValueError(
+            f"FSDP2 gathers the weight of {slot.name!r} anew for each forward, but transposable masks stay with one; "
+            "take recipe 'sr-ste', or leave it out by 'sste.targets'"
+        )
+    return record.operand_set(layout_of(slot))
+
+
+def current_operands(
+    weights: Sequence[Tensor], slots: Sequence[WeightSlot], records: Sequence[WeightRecord], sets: Sequence[OperandSet]
+) -> list[Tensor]:
+    """The operands of the weights as they are now: all of the first weight, then of the next."""
+    training = torch.is_grad_enabled()
+    with lock, plain_tensors():
+        versions = [_version(weight, kept) for weight, kept in zip(weights, sets, strict=True)]
+        stale = _find_stale(weights, records, sets, versions, training)
+        for index in stale:
+            _refresh(weights[index], slots[index], records[index], sets[index], versions[index], training)
+        sampled = [index for index in stale if sets[index].shards is None]
+        _keep_samples([weights[index] for index in sampled], [sets[index] for index in sampled])
+        for slot, record, kept in zip(slots, records, sets, strict=True):
+            kept.used = True
+            if training and record.trained_set is not kept:
+                record.train_in(layout_of(slot), kept, slot.decay)
+        return [operand for kept in sets for operand in kept.operands]
+
+
+def restore_operands(
+    weights: Sequence[Tensor], slots: Sequence[WeightSlot], records: Sequence[WeightRecord], sets: Sequence[OperandSet]
+) -> None:
+    """Make operands that were freed again, for a backward, from weights that FSDP2 has gathered anew.
+
+    Raises:
+        RuntimeError: FSDP2 has not gathered a weight.
+    """
+    with lock, plain_tensors():
+        for weight, slot, record, kept in zip(weights, slots, records, sets, strict=True):
+            if kept.freed:
+                if weight.untyped_storage().size() == 0:
+                    raise RuntimeError(
+                        f"the backward of {slot.name!r} runs while FSDP2 holds its weight in shards: call the module "
+                        "to which fully_shard was applied, whose hooks gather it, and not its forward or a submodule"
+                    )
+                _refresh(weight, slot, record, kept, _version(weight, kept), True)
+
+
+def fill_operands(weight: Tensor, slot: WeightSlot, operands: tuple[Tensor, ...]) -> None:
+    """Make operands of a weight with beta = 1, to see how long that takes; what is kept of it is not touched."""
+    with plain_tensors():
+        masks = ops.new_masks(slot.out_features, slot.in_features, slot.device) if slot.refresh else None
+        _fill(slot, _matrix(weight, slot.transposed), None, operands, masks, True)
+
+
+def is_sparse(weight: Tensor, record: WeightRecord, dim: int) -> bool:
+    """Whether a weight is 2:4 along ``dim`` as it is now, and not zero; asked again when it has changed."""
+    with lock, plain_tensors():
+        if record.glimpse_24 is None or not _is_still(weight, record.glimpse_24):
+            record.glimpse_24 = _glimpse(weight)
+            record.is_24 = is_24(weight, dim) and bool(weight.any())
+        return record.is_24
+
+
+def _version(weight: Tensor, kept: OperandSet) -> WeightVersion:
+    owned = weight if kept.shards is None else kept.shards()
+    return None if owned is None else watch.last_of(owned), _counter(weight), weight.data_ptr()
+
+
+def _counter(weight: Tensor) -> int:
+    # Tensors made under inference_mode have no version.
+    return -1 if weight.is_inference() else weight._version
+
+
+def _find_stale(
+    weights: Sequence[Tensor],
+    records: Sequence[WeightRecord],
+    sets: Sequence[OperandSet],
+    versions: Sequence[WeightVersion],
+    training: bool,
+) -> list[int]:
+    """The indices of the weights whose operands must be made again."""
+    stale, doubtful = [], []
+    for index, (weight, record, kept, version) in enumerate(zip(weights, records, sets, versions, strict=True)):
+        if kept.shards is not None:
+            # What changes in the shards comes with the next gathering, before which the operands are freed.
+            if kept.freed or version != kept.version or _capturing(weight):
+                stale.append(index)
+            continue
+        # A weight that cannot be trained needs no owner.
+        watched = version[0] is not None or not weight.requires_grad
+        if version != kept.version or kept.sample is None or not watched or record.refit_due or _capturing(weight):
+            stale.append(index)
+            continue
+        # Evaluation is where averaged weights are swapped in.  In training a look is rare, as it waits for the device:
+        # at the first, second, fourth, eighth ... reuse of all, and the count starts again at each edit.
+        kept.reuses = kept.reuses + 1 if training else 0
+        if kept.reuses & (kept.reuses - 1) == 0 or not training:
+            doubtful.append(index)
+    if doubtful:
+        samples = [sample for index in doubtful if (sample := sets[index].sample) is not None]
+        for position in find_edited([weights[index] for index in doubtful], samples):
+            sets[doubtful[position]].reuses = 0
+            stale.append(doubtful[position])
+    return stale
+
+
+def _refresh(
+    weight: Tensor, slot: WeightSlot, record: WeightRecord, kept: OperandSet, version: WeightVersion, training: bool
+) -> None:
+    stepped = kept.version is not None and version[0] not in (None, kept.version[0])
+    # Within one optimizer step an earlier call's backward may still need the old operands; otherwise addresses stay,
+    # as CUDA graphs need them.
+    freed = kept.freed
+    in_place = freed or (bool(kept.operands) and (stepped or not any(is_held(operand) for operand in kept.operands)))
+    if freed:
+        kept.allocate()
+    elif not in_place:
+        kept.operands = slot.new_operands()
+    matrix = _matrix(weight, slot.transposed)
+    beta = None
+    if slot.projection.has_beta:
+        beta = record.beta_on(_beta(weight, matrix, slot, record, training), weight.device)
+    search = _needs_masks(slot, record, kept, stepped)
+    same = freed and not stepped  # as for the gathered weight itself, being freed and made again is no change
+    with versions_kept(kept.operands) if same else nullcontext():
+        _fill(slot, matrix, beta, kept.operands, kept.masks, search)
+    if in_place and not same:
+        # A backward that comes after the optimizer step must fail as it does for a dense weight.
+        torch.autograd.graph.increment_version(kept.operands)
+    kept.version = version
+    kept.refreshes += 1
+
+
+def _matrix(weight: Tensor, transposed: bool) -> Tensor:
+    """``[out_features, in_features]``"""
+    return weight.detach().t() if transposed else weight.detach()
+
+
+def _needs_masks(slot: WeightSlot, record: WeightRecord, kept: OperandSet, stepped: bool) -> bool:
+    """Whether transposable masks must be found: at first, after so many optimizer steps, and for an edited weight."""
+    if not slot.refresh:
+        return False
+    if record.loaded_masks is not None:
+        (masks, kept.mask_steps), record.loaded_masks = record.loaded_masks, None
+        kept.masks = masks.to(slot.device)
+        if kept.mask_steps < slot.refresh:
+            return False
+    else:
+        kept.mask_steps += stepped
+        if kept.masks is None:
+            kept.masks = ops.new_masks(slot.out_features, slot.in_features, slot.device)
+        elif stepped and kept.version != STALE and kept.mask_steps < slot.refresh:
+            return False
+    kept.mask_steps = 0
+    return True
+
+
+def _fill(
+    slot: WeightSlot,
+    matrix: Tensor,
+    beta: Tensor | None,
+    operands: tuple[Tensor, ...],
+    masks: Tensor | None,
+    search: bool,
+) -> None:
+    if masks is not None:
+        ops.prune_transposable_(matrix, *operands, masks, search)
+    elif slot.projection.prunes:
+        scale = ops.unit_scale(matrix.device) if beta is None else beta
+        prune = ops.prune_weight_bf16_ if slot.bf16 else ops.prune_weight_
+        prune(matrix, scale, *operands, slot.projection is Projection.TOP2)
+    else:
+        ops.cast_weight_(matrix, *operands)
+
+
+def _keep_samples(weights: Sequence[Tensor], sets: Sequence[OperandSet]) -> None:
+    if any(_capturing(weight) for weight in weights):
+        # Memory of the graph: the next call outside it prunes anew.
+        for kept in sets:
+            kept.sample = None
+        return
+    for kept, sample in zip(sets, take_samples(weights), strict=True):
+        kept.sample = sample
+
+
+def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: WeightRecord, training: bool) -> Beta:
+    """The scale that linears compute with now: the final one, or what the weight as it is would begin with."""
+    if record.beta is None:
+        return _provisional(weight, matrix, slot, record, training)
+    if _capturing(weight):
+        return record.beta
+    if record.unverified:
+        record.unverified = False
+        fit = _fit(matrix, slot)
+        if fit.is_24 and record.beta.value != 1.0:
+            raise ValueError(
+                f"the weight of {slot.name!r} is 2:4 already, so its S-STE scale beta is 1, but its optimizer's "
+                f"state_dict holds {record.beta.value}: the weight was saved after finalize, the optimizer before. "
+                "Load those that were saved together, or begin with a new optimizer"
+            )
+    if record.refit_due:
+        record.refit_due = False
+        fit = _fit(matrix, slot)
+        if fit.may_replace_prior():
+            logger.info("beta of %s: %.3f, fitted, in place of the prior %.3f", slot.name, fit.value, PRIOR)
+            record.adopt(fit.value * slot.beta_factor, BetaSource.FITTED)
+            record.refit_due = False
+    return record.beta
+
+
+def _provisional(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: WeightRecord, training: bool) -> Beta:
+    """Of a weight that has none yet: it becomes final when the weight is trained, and until then it is the weight's."""
+    known, glimpse = record.provisional, record.provisional_glimpse
+    if known is not None and glimpse is not None and (_capturing(weight) or _is_still(weight, glimpse)):
+        return known
+    fit = _fit(matrix, slot)
+    if training and take_blind(weight) and not fit.is_24:
+        warnings.warn(
+            f"an optimizer has trained {slot.name!r} before, and has no S-STE scale beta of it, which is therefore "
+            "computed from the weight as it is now. If this resumes a run with backend 'sste', its linears go on "
+            "with another scale; load the optimizer's state_dict of that run before the first step. "
+            "torch.distributed.checkpoint loads beta if the model is called once before get_state_dict.",
+            stacklevel=2,
+        )
+    if fit.is_24:
+        # It goes on as what it is.
+        record.provisional = Beta(1.0, BetaSource.SPARSE)
+    else:
+        source = BetaSource.FITTED if fit.representative else BetaSource.PRIOR
+        record.provisional = Beta(fit.value * slot.beta_factor, source)
+    record.provisional_glimpse = _glimpse(weight)
+    return record.provisional
+
+
+def _fit(matrix: Tensor, slot: WeightSlot) -> Fit:
+    fit = fit_beta(matrix)
+    if fit is None:
+        raise ValueError(
+            f"the weight of {slot.name!r} holds NaN or infinite values at its first use, so it has no S-STE scale "
+            "beta; initialise or load it before the first step"
+        )
+    return fit
+
+
+def _glimpse(weight: Tensor) -> Glimpse:
+    return Glimpse((_counter(weight), weight.data_ptr()), take_samples([weight.detach()])[0])
+
+
+def _is_still(weight: Tensor, glimpse: Glimpse) -> bool:
+    return glimpse.version == (_counter(weight), weight.data_ptr()) and not find_edited([weight], [glimpse.sample])
+
+
+def _capturing(weight: Tensor) -> bool:
+    """While the user captures a CUDA graph of the whole step, pruning must be part of it."""
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,143 @@
+"""What checkpoints hold of a weight, beside what its optimizer keeps of it: scale, phase, steps, masks.
+
+The model's ``state_dict`` stays as it is.  An optimizer's ``state_dict`` holds numbers under the weight where the
+optimizer keeps something of the weight, and else in the weight's parameter group, under ``"sste"``, by its place in the
+group: most optimizers initialise what they keep of a weight when they find nothing, so nothing may come first.  The
+optimizer itself holds none of it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from sparse_compile.weights.record import Beta, BetaSource, WeightRecord
+
+BETA = "sste_beta"
+STEPS = "sste_steps"  # of the optimizer with this weight
+PRUNED = "sste_pruned"  # 1 if the weight was trained pruned, and is not dense since
+PRIOR_STEPS = "sste_prior_steps"  # with the prior for a scale
+_NUMBERS = (BETA, STEPS, PRUNED, PRIOR_STEPS)
+GROUP = "sste"
+_MASKS = "masks"  # transposable ones, and the optimizer steps since they were found
+_MASK_STEPS = "mask_steps"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """What a checkpoint holds of a weight."""
+
+    numbers: Mapping[str, float]
+    masks: tuple[Tensor, int] | None = None
+
+    @property
+    def lacks_beta(self) -> bool:
+        """Whether the weight was trained pruned without a scale, or the scale was lost."""
+        return bool(self.numbers.get(PRUNED)) and BETA not in self.numbers
+
+    @classmethod
+    def of(cls, record: WeightRecord, stepped: Callable[[], bool]) -> "SavedState | None":
+        """Of a weight that is or will be pruned; None of others.
+
+        Args:
+            stepped: whether the weight's optimizer has stepped since its operands were made.
+        """
+        if record.target is None and record.schedule is None and not record.pruned and record.loaded_from is None:
+            return None
+        if record.loaded_from is not None and record.layout is None and not record.operands:
+            loaded: SavedState = record.loaded_from
+            return loaded  # no call has used it: it goes on as it came
+        numbers: dict[str, float] = {STEPS: record.steps, PRUNED: int(record.pruned)}
+        if record.current_beta is not None:
+            numbers[BETA] = record.current_beta.value
+        if record.beta is not None and record.beta.source is BetaSource.PRIOR:
+            numbers[PRIOR_STEPS] = record.prior_steps
+        masks = None
+        if record.pruned and record.trained_set is not None and record.trained_set.masks is not None:
+            masks = record.trained_set.masks, record.trained_set.mask_steps + stepped()
+        return cls(numbers, masks)
+
+    def to(self, record: WeightRecord) -> None:
+        """Let a record go on from here."""
+        kept = self.numbers
+        pruned = bool(kept.get(PRUNED, BETA in kept))
+        beta = None
+        if pruned and BETA in kept:
+            beta = Beta(kept[BETA], BetaSource.PRIOR if PRIOR_STEPS in kept else BetaSource.CHECKPOINT)
+        record.load(steps=int(kept.get(STEPS, 0)), pruned=pruned, beta=beta, prior_steps=int(kept.get(PRIOR_STEPS, 0)))
+        record.loaded_masks = self.masks
+        record.loaded_from = self
+
+
+def connect(
+    optimizer: Optimizer,
+    saved_of: Callable[[Tensor], SavedState | None],
+    load: Callable[[Tensor, SavedState | None, bool], None],
+    found: Callable[[Tensor, SavedState | None, bool], None],
+) -> None:
+    """Let every ``state_dict`` of the optimizer hold what is kept of its weights, and what it loads be taken over.
+
+    Args:
+        saved_of: what is to be saved of a weight.
+        load: called with each weight whose optimizer was loaded, what was saved of the weight, and whether the
+            optimizer keeps something of its own of it.
+        found: the same, now, of what the optimizer holds: it may have been loaded before.
+    """
+
+    def write(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state, groups = dict(state_dict["state"]), []
+        for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+            apart: dict[str, Any] = {}
+            for place, (weight, index) in enumerate(zip(group["params"], packed["params"], strict=True)):
+                saved = saved_of(weight)
+                if saved is None:
+                    continue
+                if state.get(index) or isinstance(optimizer, SGD):
+                    state[index] = {**_without_numbers(state.get(index, {})), **saved.numbers}
+                elif saved.numbers.get(PRUNED) or saved.numbers.get(STEPS):
+                    apart.setdefault(str(place), {}).update(saved.numbers)
+                if saved.masks is not None:  # as they are: tensors under a weight are cast to its dtype
+                    masks, steps = saved.masks
+                    apart.setdefault(str(place), {}).update({_MASKS: masks.clone(), _MASK_STEPS: steps})
+            groups.append({key: value for key, value in packed.items() if key != GROUP})
+            if apart:
+                groups[-1][GROUP] = apart
+        return {**state_dict, "state": state, "param_groups": groups}
+
+    def read_loaded(optimizer: Optimizer) -> None:
+        read(optimizer, load)
+
+    read(optimizer, found)
+    optimizer.register_state_dict_post_hook(write)
+    optimizer.register_load_state_dict_post_hook(read_loaded)
+
+
+def read(optimizer: Optimizer, load: Callable[[Tensor, SavedState | None, bool], None]) -> None:
+    """Take what an optimizer has loaded out of it."""
+    # In the middle of its initialiser it has no groups.
+    for group in vars(optimizer).get("param_groups", ()):
+        apart = group.pop(GROUP, None) or {}
+        for place, weight in enumerate(group["params"]):
+            kept = optimizer.state.get(weight)
+            numbers = {key: float(kept.pop(key)) for key in _NUMBERS if kept and key in kept}
+            if numbers and not kept:
+                del optimizer.state[weight]
+            beside = dict(apart.get(str(place), {}))
+            masks = beside.pop(_MASKS, None)
+            steps = int(beside.pop(_MASK_STEPS, 0))
+            numbers |= {key: float(value) for key, value in beside.items()}
+            saved = SavedState(numbers, None if masks is None else (masks, steps)) if numbers else None
+            load(weight, saved, bool(kept))
+
+
+def writes_its_own(optimizer: Optimizer) -> bool:
+    """Whether its ``state_dict`` is made without that of PyTorch, and so without what is kept here."""
+    method = type(optimizer).state_dict
+    code = getattr(method, "__code__", None)
+    return method is not Optimizer.state_dict and code is not None and "state_dict" not in code.co_names
+
+
+def _without_numbers(kept: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kept.items() if key not in _NUMBERS}

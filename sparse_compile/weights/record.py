@@ -1,0 +1,386 @@
+"""One record for each weight: its phase, its scale beta, its schedule, and its operands.
+
+Transitions are methods, and an illegal one raises::
+
+    FRESH ──trained──▶ PRUNED ──finalize──▶ FINALIZED ──trained──▶ PRUNED
+      ▲                  │ ▲
+      │ schedule         │ └─ told its scale, or loaded: from every phase
+      ▼                  ▼ schedule, when beta * S(W) is written into the weight (baked)
+    WARMUP              TAIL
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakSet, ref
+
+import torch
+from torch import Tensor
+
+from sparse_compile.errors import SparseCompileError
+from sparse_compile.recipe import Projection
+from sparse_compile.weights.beta_fit import WINDOW
+from sparse_compile.weights.schedule import Schedule
+
+
+class Phase(Enum):
+    """Where a weight stands in training."""
+
+    FRESH = "fresh"  # linears compute with it pruned, and no optimizer has trained it so
+    WARMUP = "dense warm-up"
+    PRUNED = "pruned"  # trained pruned, or told the scale of a weight that was
+    TAIL = "dense tail"
+    FINALIZED = "finalized"  # it is its own projection
+
+    @property
+    def prunes(self) -> bool:
+        """Whether linears compute with the weight pruned."""
+        return self not in (Phase.WARMUP, Phase.TAIL)
+
+
+class BetaSource(Enum):
+    """Where a scale comes from."""
+
+    FITTED = "fitted"
+    PRIOR = "prior"  # the weight was not representative when training began
+    CHECKPOINT = "checkpoint"
+    TOLD = "told"  # by set_beta
+    SPARSE = "of a 2:4 weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Beta:
+    """The S-STE scale of a weight; other projections have none."""
+
+    value: float
+    source: BetaSource
+
+
+# What shows that a weight changed: the last step of the optimizer that owns it, its version and its address.
+WeightVersion = tuple[int | None, int, int]
+STALE: WeightVersion = (-1, -1, -1)  # that no weight has
+
+
+class OperandLayout(NamedTuple):
+    """Weights have operands of their own for each."""
+
+    projection: Projection
+    bf16: bool
+    transposed: bool
+    device: torch.device
+
+
+class OperandSet:
+    """The operands of one weight in one layout.
+
+    Attributes:
+        shards: the parameter that an optimizer owns, where FSDP2 gathers the weight; None for every other weight.
+        freed: whether the operands have no memory, because FSDP2 freed that of the gathered weight.
+    """
+
+    __slots__ = (
+        "__weakref__", "dropped", "freed", "mask_steps", "masks", "operands", "readers", "refreshes", "reuses",
+        "sample", "shards", "used", "version",
+    )  # fmt: skip
+
+    def __init__(self, shards: ref[Tensor] | None) -> None:
+        self.shards = shards
+        self.operands: tuple[Tensor, ...] = ()
+        self.freed = False
+        self.dropped = False  # by the record
+        self.masks: Tensor | None = None  # transposable ones, and the optimizer steps since they were found
+        self.mask_steps = 0
+        self.version: WeightVersion | None = None
+        self.sample: Tensor | None = None  # of the weight that the operands were made from
+        self.refreshes = 0  # how often the operands were made
+        self.readers: WeakSet[object] = WeakSet()  # compiled graphs
+        self.used = False  # since the weight's last step
+        self.reuses = 0  # how often calls that record gradients used them again, since an edit or an evaluation
+
+    def free(self) -> None:
+        """Give the operands' memory back; the tensors stay, because a backward may hold them."""
+        # But for the last, the scale: it is one number, and pruning again begins with it.
+        if self.operands and not self.freed:
+            for listener in before_freeing:
+                listener(self)
+            for operand in self.operands[:-1]:
+                operand.untyped_storage().resize_(0)
+            self.freed = True
+
+    def allocate(self) -> None:
+        """Uninitialised memory for operands that were freed."""
+        for operand in self.operands[:-1]:
+            operand.untyped_storage().resize_(operand.nbytes)
+        self.freed = False
+
+
+# Called with each set whose operands are about to be freed.
+before_freeing: list[Callable[[OperandSet], None]] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Glimpse:
+    """What was computed of a weight as it was, and how to tell that it is still that: its version, and a sample."""
+
+    version: tuple[int, int]
+    sample: Tensor
+
+
+class WeightRecord:
+    """All that is kept of one weight, in shards and gathered.
+
+    Attributes:
+        phase: see ``Phase``.
+        beta: final since the weight was trained; None before, and for projections that have none.
+        provisional: the scale with which linears compute until there is a final one.
+        steps: of its optimizer, with this weight, in this run and those that it resumes.
+        prior_steps: how many of these have used the prior.
+        target: the layout in which it is pruned, or would be outside of dense phases; None where no call has told.
+        layout: the one of the last call that recorded gradients; None before.
+        unbaked: whether it is to be dense from now on and was trained pruned: beta * S(W) must be written into it.
+        unverified: whether its scale comes from a checkpoint, and the weight has not been looked at since.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_on_devices",
+        "beta",
+        "decay",
+        "glimpse_24",
+        "is_24",
+        "layout",
+        "loaded_from",
+        "loaded_masks",
+        "operands",
+        "phase",
+        "prior_steps",
+        "provisional",
+        "provisional_glimpse",
+        "refit_due",
+        "schedule",
+        "shards",
+        "steps",
+        "target",
+        "trained_set",
+        "trained_with",
+        "unbaked",
+        "unverified",
+    )  # fmt: skip
+
+    # Of all records, how often one changed what linears compute with: what was decided by them is decided anew then.
+    changes: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        self.phase = Phase.FRESH
+        self.beta: Beta | None = None
+        self.provisional: Beta | None = None
+        self.provisional_glimpse: Glimpse | None = None
+        self.schedule: Schedule | None = None
+        self.steps = 0
+        self.prior_steps = 0
+        self.refit_due = False
+        self.shards: ref[Tensor] | None = None  # weak: what a dictionary with weak keys holds must not hold the key
+        self.operands: dict[OperandLayout, OperandSet] = {}
+        self.target: OperandLayout | None = None
+        self.layout: OperandLayout | None = None
+        self.decay = 0.0
+        self.loaded_from: Any = None  # the SavedState that it was loaded from
+        self.loaded_masks: tuple[Tensor, int] | None = None
+        self.unbaked = False
+        self.unverified = False
+        self.trained_set: OperandSet | None = None  # of that layout
+        # How a gradient passed since the last step.
+        self.trained_with: tuple[OperandLayout, Beta | None] | None = None
+        self.is_24 = False
+        self.glimpse_24: Glimpse | None = None
+        self._on_devices: dict[tuple[float, torch.device], Tensor] = {}
+
+    @property
+    def pruned(self) -> bool:
+        """Whether dense products would compute another function than training did."""
+        return self.phase in (Phase.PRUNED, Phase.FINALIZED)
+
+    @property
+    def computed_pruned(self) -> bool:
+        """Whether a linear has computed with the weight pruned, or it has the scale of one that did."""
+        return self.pruned or (self.phase.prunes and any(layout.projection.prunes for layout in self.operands))
+
+    @property
+    def current_beta(self) -> Beta | None:
+        """What linears compute with now."""
+        return self.beta or (self.provisional if self.phase is Phase.FRESH else None)
+
+    def beta_on(self, beta: Beta, device: torch.device) -> Tensor:
+        """A scale as fp32 ``[1]``."""
+        key = (beta.value, device)
+        if key not in self._on_devices:
+            self._on_devices = {key: torch.tensor([beta.value], dtype=torch.float32, device=device)}
+        return self._on_devices[key]
+
+    # Transitions.
+
+    def adopt(self, value: float, source: BetaSource) -> None:
+        """The one way for a scale to become that of the weight.
+
+        Raises:
+            ValueError: it is not a positive, finite number.
+        """
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"a scale beta is {value}; it must be a positive, finite number")
+        if self.current_beta is None or self.current_beta.value != value:
+            self.mark_stale()
+        self.beta = Beta(value, source)
+        self.prior_steps, self.refit_due = 0, source is BetaSource.PRIOR
+        self.unverified = source is BetaSource.CHECKPOINT
+
+    def tell(self, value: float) -> None:
+        """The weight is a copy of one that was trained with this scale."""
+        self.adopt(value, BetaSource.TOLD)
+        self._enter(Phase.PRUNED)
+        self.unbaked = False
+        self._keep_to_schedule()
+
+    def follow(self, schedule: Schedule | None) -> None:
+        """Keep to a schedule from now on, or to none."""
+        if schedule != self.schedule:
+            self.schedule = schedule
+            self.unbaked = False
+            self._keep_to_schedule()
+
+    def awaits_gradient(self, layout: OperandLayout) -> bool:
+        """Whether training in this layout would change what the weight is: asked before a backward."""
+        if not layout.projection.prunes:
+            return self.pruned
+        return self.phase is not Phase.PRUNED or (self.beta is None and layout.projection.has_beta)
+
+    def gradient_passed(self, layout: OperandLayout, beta: Beta | None) -> None:
+        """A backward ran through a linear: the optimizer's next step trains the weight in this layout."""
+        self.trained_with = (layout, beta)
+
+    def step(self) -> None:
+        """Its optimizer has stepped."""
+        self.steps += 1
+        if self.trained_with is not None:
+            (layout, beta), self.trained_with = self.trained_with, None
+            self._train(layout, beta)
+        if self.beta is not None and self.beta.source is BetaSource.PRIOR:
+            self.prior_steps += 1
+            self.refit_due = self.prior_steps <= WINDOW
+        if len(self.operands) > 1:
+            # What no call has read since the last step is that of a recipe that is given up.
+            self._keep(lambda _, kept: kept.used)
+        for kept in self.operands.values():
+            kept.used = False
+        self._keep_to_schedule()
+
+    def _train(self, layout: OperandLayout, beta: Beta | None) -> None:
+        if layout.projection.prunes:
+            if self.phase.prunes:
+                self._enter(Phase.PRUNED)
+            if not layout.projection.has_beta:
+                self.beta = None
+                WeightRecord.changes += 1
+            elif self.beta is None and beta is not None:
+                self.adopt(beta.value, beta.source)
+        elif self.pruned:
+            # Another recipe trains it dense, from the weight as it is.
+            self.beta = None
+            self._enter(Phase.FRESH)
+        self.provisional = self.provisional_glimpse = None
+
+    def baked(self) -> None:
+        """beta * S(W) was written into the weight, which is dense from now on."""
+        if not self.unbaked:
+            raise SparseCompileError("bake", "weight", f"it is {self.phase.value}, and nothing is to be written")
+        self.unbaked = False
+        self._go_dense()
+
+    def finalize(self) -> None:
+        """The weight holds its own projection now: S(W) = W, so a scale is 1 from now on."""
+        if not self.phase.prunes:
+            raise SparseCompileError("finalize", "weight", f"it is in its {self.phase.value}")
+        if self.current_beta is not None:
+            self.adopt(1.0, BetaSource.SPARSE)
+        self.mark_stale()
+        self._enter(Phase.FINALIZED)
+
+    def load(self, *, steps: int, pruned: bool, beta: Beta | None, prior_steps: int) -> None:
+        """Go on from a checkpoint."""
+        self.steps, self.trained_with, self.unbaked, self.loaded_masks = steps, None, False, None
+        self.beta = self.provisional = self.provisional_glimpse = None
+        if not pruned:
+            if self.pruned:
+                self.drop_operands()
+            self._enter(Phase.FRESH)
+        else:
+            if beta is not None:
+                self.adopt(beta.value, beta.source)
+                self.prior_steps = prior_steps
+                self.refit_due = beta.source is BetaSource.PRIOR and prior_steps <= WINDOW
+            self._enter(Phase.PRUNED)
+        self.mark_stale()
+        WeightRecord.changes += 1
+        self._keep_to_schedule()
+
+    def _keep_to_schedule(self) -> None:
+        prunes = self.schedule is None or self.schedule.prunes_at(self.steps)
+        if prunes:
+            if not self.phase.prunes:
+                self._enter(Phase.FRESH)
+        elif self.phase is Phase.PRUNED:
+            # It is pruned until that is written, in this step, or in the next call: a model may be loaded after its
+            # optimizer.
+            if not self.unbaked:
+                self.unbaked = True
+                WeightRecord.changes += 1
+        else:
+            self._go_dense()
+
+    def _go_dense(self) -> None:
+        assert self.schedule is not None
+        phase = Phase.WARMUP if self.steps < self.schedule.begin else Phase.TAIL
+        if self.phase is not phase:
+            self.beta = self.provisional = self.provisional_glimpse = None
+            self.drop_operands()
+            self._enter(phase)
+
+    def _enter(self, phase: Phase) -> None:
+        if phase is not self.phase:
+            self.phase = phase
+            WeightRecord.changes += 1
+
+    # Operands.
+
+    def operand_set(self, layout: OperandLayout) -> OperandSet:
+        """Of this layout, made at first use."""
+        if layout not in self.operands:
+            # A weight lives on one device, and what no graph can read any more is given back.
+            self._keep(lambda other, kept: other.device == layout.device and len(kept.readers) > 0)
+            self.operands[layout] = OperandSet(self.shards)
+        return self.operands[layout]
+
+    def train_in(self, layout: OperandLayout, kept: OperandSet, decay: float) -> None:
+        """A call that records gradients reads the weight in a layout."""
+        self.layout, self.trained_set, self.decay = layout, kept, decay
+
+    def mark_stale(self) -> None:
+        """Let the next call make the operands again; beta stays."""
+        for kept in self.operands.values():
+            if kept.version is not None:
+                kept.version = STALE
+
+    def drop_operands(self) -> None:
+        """Give back what linears computed with."""
+        self._keep(lambda *_: False)
+
+    def _keep(self, wanted: Callable[[OperandLayout, OperandSet], bool]) -> None:
+        for layout, kept in list(self.operands.items()):
+            if not wanted(layout, kept):
+                kept.dropped = True
+                del self.operands[layout]
+
+    def free(self) -> None:
+        for kept in self.operands.values():
+            kept.free()

@@ -1,0 +1,187 @@
+"""The records of all weights, and what makes them change: steps of optimizers, and checkpoints."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import RLock
+from weakref import WeakSet, ref
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparse_compile.torch_internals import (
+    WeakTensorKeyDictionary,
+    call_when_freed,
+    local_tensor,
+    sharded_parameter,
+)
+from sparse_compile.weights.masked_decay import MaskedDecay
+from sparse_compile.weights.optimizer_state import SavedState, connect, read, writes_its_own
+from sparse_compile.weights.optimizer_watch import Stage, held_by, watch
+from sparse_compile.weights.projection import write_projected
+from sparse_compile.weights.record import BetaSource, WeightRecord
+
+lock = RLock()
+_records: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def find_record(weight: Tensor) -> WeightRecord | None:
+    """The record of a weight, in shards or gathered; None where nothing is kept of it."""
+    record: WeightRecord | None = _records.get(weight)
+    return record
+
+
+def record_of(weight: Tensor) -> WeightRecord:
+    """The record of a weight, made at first use, with what optimizers have loaded of it."""
+    record = find_record(weight)
+    if record is None:
+        record = _make_record(weight)
+        read_unread()
+    return record
+
+
+def _make_record(weight: Tensor) -> WeightRecord:
+    owned = owned_by_optimizer(weight)
+    record = find_record(owned)
+    if record is None:
+        record = _records[owned] = WeightRecord()
+    if owned is not weight:
+        _records[weight] = record
+        record.shards = ref(owned)
+        call_when_freed(weight, record.free)
+    return record
+
+
+def owned_by_optimizer(weight: Tensor) -> Tensor:
+    """What an optimizer holds of the weight: its shards, where FSDP2 gathers it."""
+    sharded = sharded_parameter(weight)
+    return weight if sharded is None else sharded
+
+
+def bake(weight: Tensor, record: WeightRecord) -> None:
+    """Write into a weight that was trained pruned, and is dense from now on, what linears computed with."""
+    owned, layout = owned_by_optimizer(weight), record.target
+    assert layout is not None  # whoever follows a schedule has one
+    beta = None if record.beta is None else record.beta.value
+    masks = next((kept.masks for kept in record.operands.values() if kept.masks is not None), None)
+    if masks is None and record.loaded_masks is not None:
+        masks = record.loaded_masks[0].to(weight.device)
+    with plain_tensors():
+        for tensor in (weight,) if owned is weight else (weight, owned):  # gathered, and in shards
+            local = local_tensor(tensor)
+            write_projected(local.t() if layout.transposed else local, layout.projection, beta, masks)
+    record.baked()
+
+
+def read_unread() -> None:
+    """Take over what optimizers hold that were loaded without their hooks."""
+    if _read_at[0] != watch.count:
+        _read_at[0] = watch.count
+        for optimizer in list(watch.optimizers):
+            read(optimizer, _unread)
+
+
+def read_now(optimizer: Optimizer) -> None:
+    read(optimizer, _unread)
+
+
+_read_at = [-1]  # steps so far
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Operands made under inference_mode could not be saved for a later backward."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _saved_of(weight: Tensor) -> SavedState | None:
+    record = find_record(weight)
+    if record is None:
+        return None
+    made = record.trained_set.version if record.trained_set is not None else None
+    return SavedState.of(record, lambda: made is not None and made[0] not in (None, watch.last_of(weight)))
+
+
+def _load(weight: Tensor, saved: SavedState | None, keeps_state: bool) -> None:
+    """An optimizer was loaded: its weights go on from what was saved with it, and where that is nothing, as fresh."""
+    with lock:
+        record = find_record(weight)
+        if saved is not None:
+            saved.to(_make_record(weight) if record is None else record)
+        elif record is not None and (record.beta is None or record.beta.source is not BetaSource.TOLD):
+            record.load(steps=0, pruned=False, beta=None, prior_steps=0)
+        _mark_blind(weight, keeps_state and (saved is None or saved.lacks_beta))
+
+
+def _found(weight: Tensor, saved: SavedState | None, keeps_state: bool) -> None:
+    """What an optimizer holds that was not seen to be loaded."""
+    if saved is not None:
+        _load(weight, saved, keeps_state)
+    elif find_record(weight) is None:
+        _mark_blind(weight, keeps_state)
+
+
+def _unread(weight: Tensor, saved: SavedState | None, keeps_state: bool) -> None:
+    if saved is not None:
+        _load(weight, saved, keeps_state)
+
+
+def _mark_blind(weight: Tensor, blind: bool) -> None:
+    if blind:
+        _blind[weight] = True
+    else:
+        _blind.pop(weight, None)
+
+
+# Weights whose optimizer was loaded with a state of them, without anything of ours.
+_blind: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def take_blind(weight: Tensor) -> bool:
+    """Whether an optimizer was loaded that has trained the weight, and brought nothing of ours; said once."""
+    owned = owned_by_optimizer(weight)
+    blind = _blind.pop(owned, False) is True
+    for optimizer in list(watch.optimizers):
+        # It holds a state, and was neither seen to step nor to be loaded.
+        if optimizer not in _heard and optimizer.state and not watch.has_stepped(optimizer):
+            blind = blind or any(held is owned for held in held_by(optimizer))
+    return blind
+
+
+# Optimizers that were loaded through their hooks.
+_heard: WeakSet[Optimizer] = WeakSet()
+
+
+def _after_step(optimizer: Optimizer, weights: list[Tensor]) -> None:
+    with lock:
+        saves = False
+        for weight in weights:
+            record = find_record(weight)
+            if record is not None:
+                record.step()
+                saves = saves or record.pruned
+                if record.unbaked:
+                    bake(weight, record)
+    if saves and writes_its_own(optimizer) and optimizer not in _warned:
+        _warned.add(optimizer)
+        warnings.warn(
+            f"{type(optimizer).__name__} writes a state_dict of its own, which cannot hold the S-STE scale beta of its "
+            "weights and their phase: save sparse_compile.beta(model) beside it, and give it to the resumed model by "
+            "sparse_compile.set_beta",
+            stacklevel=2,
+        )
+
+
+_warned: WeakSet[Optimizer] = WeakSet()
+
+
+def _connect(optimizer: Optimizer) -> None:
+    connect(optimizer, _saved_of, _load, _found)
+    optimizer.register_load_state_dict_post_hook(_heard.add)
+
+
+watch.on_optimizer(_connect)
+watch.subscribe(Stage.DECAY, before=MaskedDecay(find_record).before_step)
+watch.subscribe(Stage.RECORDS, after=_after_step)
