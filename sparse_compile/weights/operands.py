@@ -70,7 +70,7 @@ def current_operands(
         _keep_samples([weights[index] for index in sampled], [sets[index] for index in sampled])
         for slot, record, kept in zip(slots, records, sets, strict=True):
             kept.used = True
-            if training and record.trained_set is not kept:
+            if training and (record.trained_set is not kept or record.decay != slot.decay):
                 record.train_in(layout_of(slot), kept, slot.decay)
         return [operand for kept in sets for operand in kept.operands]
 

@@ -253,7 +253,7 @@ class WeightRecord:
         """Whether training in this layout would change what the weight is: asked before a backward."""
         if not layout.projection.prunes:
             return self.pruned
-        return self.phase is not Phase.PRUNED or (self.beta is None and layout.projection.has_beta)
+        return self.phase is not Phase.PRUNED or (self.beta is not None) != layout.projection.has_beta
 
     def gradient_passed(self, layout: OperandLayout, beta: Beta | None) -> None:
         """A backward ran through a linear: the optimizer's next step trains the weight in this layout."""
