@@ -342,3 +342,15 @@ def test_an_optimizer_loaded_without_a_weight_starts_it_afresh():
     other.load_state_dict(before[0])
     losses_of(compiled(other), torch.optim.AdamW(other.parameters(), lr=1e-2), range(1))
     assert sparse_compile.beta(model) == sparse_compile.beta(other)
+
+
+def test_loaded_weights_keep_no_masks():
+    """Also between a step and the next call."""
+    run = compiled(model := model_of(), recipe="t-sr-ste", refresh=100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses_of(run, optimizer, range(2))
+    other = model_of()
+    model.load_state_dict(other.state_dict())
+    x = torch.randn(16, 64)
+    with torch.no_grad():
+        assert torch.equal(run(x), compiled(other, recipe="t-sr-ste", refresh=100)(x))

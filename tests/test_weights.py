@@ -121,3 +121,112 @@ def test_models_without_the_backend() -> None:
     model = nn.Linear(4, 4)
     sparse_compile.invalidate(model)
     assert sparse_compile.beta(model) == {}
+
+
+def test_nothing_is_told_where_one_name_is_wrong(small_gpt, batch) -> None:
+    """A bias, an embedding, a norm or a head has no scale, and finalize must not overwrite it."""
+    model = small_gpt(depth=1)
+    run = torch.compile(model, backend="sste", options=OPTIONS)
+    good = {"blocks.0.up.weight": 1.5}
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for called in (False, True):
+        for name, message in (
+            ("blocks.0.up.bias", r"'blocks.0.up.bias' can have no scale, being no matrix: its shape is \(256,\)"),
+            ("embedding.weight", r"'embedding.weight' of a Embedding can have no scale"),
+            ("norm.weight", "can have no scale"),
+            *(
+                [("blocks.0.qkv.weight", "the linear of 'blocks.0.qkv.weight' computes with it dense")]
+                if called
+                else []
+            ),
+        ):
+            with pytest.raises(ValueError, match=message):
+                sparse_compile.set_beta(model, good | {name: 1.5})
+            assert "blocks.0.up.weight" not in sparse_compile.beta(model) or called
+        if not called:
+            with pytest.raises(ValueError, match="nothing to finalize"):
+                sparse_compile.finalize(model)
+        run(*batch)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_scale_of_a_weight_that_turns_out_dense_is_refused_by_finalize(small_gpt, batch) -> None:
+    model = small_gpt(depth=1)
+    sparse_compile.set_beta(model, {"blocks.0.qkv.weight": 1.5})
+    weight = model.blocks[0].qkv.weight.detach().clone()
+    torch.compile(model, backend="sste", options=OPTIONS)(*batch).backward()
+    with pytest.raises(
+        ValueError, match=r"'blocks.0.qkv.weight' was told a scale, and its linear computes with it dense"
+    ):
+        sparse_compile.finalize(model)
+    assert torch.equal(model.blocks[0].qkv.weight, weight)
+
+
+class _Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args):
+        return self.module(*args)
+
+
+def _checkpointed(model):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = checkpoint_wrapper(block)
+    return model
+
+
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend="sste", options=OPTIONS),
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "checkpointed": _checkpointed,
+    "wrapped twice": lambda model: _Wrapper(_Wrapper(model)),
+    "compiled, wrapped, averaged": lambda model: torch.optim.swa_utils.AveragedModel(
+        _Wrapper(torch.compile(_checkpointed(model), backend="sste", options=OPTIONS))
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_names_are_found_through_wrappers(small_gpt, wrap) -> None:
+    scales = {"blocks.0.up.weight": 1.25, "blocks.0.down.weight": 1.5}
+    wrapped = wrap(small_gpt(depth=1))
+    sparse_compile.set_beta(wrapped, scales)
+    told = sparse_compile.beta(wrapped)
+    assert sorted(told.values()) == [1.25, 1.5]
+    other = small_gpt(depth=1)
+    sparse_compile.set_beta(other, told)
+    assert sparse_compile.beta(other) == scales
+
+
+def test_a_frozen_model_is_told_its_scales_after_it_was_compiled(trained, small_gpt, batch) -> None:
+    """An average that is made, compiled and evaluated before training, and told its scales later."""
+    model, _, loss = trained
+    average = small_gpt(depth=1)
+    for layer in (average.blocks[0].up, average.blocks[0].down):
+        layer.weight.requires_grad_(False)
+    run = torch.compile(average, backend="sste", options=OPTIONS)
+    with torch.no_grad():
+        run(*batch)
+        average.load_state_dict(model._orig_mod.state_dict())
+        dense = run(*batch)
+        sparse_compile.set_beta(average, sparse_compile.beta(model))
+        assert run(*batch) == loss() != dense
+
+
+def test_recipes_that_were_tried_before_leave_no_operands(small_gpt, batch) -> None:
+    model = small_gpt(depth=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    weight = model.blocks[0].up.weight
+    for recipe in ("s-ste", "ste", "sr-ste", "fp8", "s-ste-bf16"):
+        run = torch.compile(model, backend="sste", options=OPTIONS | {"sste.recipe": recipe})
+        for _ in range(2):
+            run(*batch).backward()
+            optimizer.step()
+        kept = find_record(weight)
+        assert len(kept.operands) == 1, recipe
+        assert bool(kept.decay) == (recipe == "sr-ste")
+        assert bool(sparse_compile.beta(model)) == recipe.startswith("s-ste"), recipe

@@ -70,7 +70,7 @@ def current_operands(
         _keep_samples([weights[index] for index in sampled], [sets[index] for index in sampled])
         for slot, record, kept in zip(slots, records, sets, strict=True):
             kept.used = True
-            if training and record.trained_set is not kept:
+            if training and (record.trained_set is not kept or record.decay != slot.decay):
                 record.train_in(layout_of(slot), kept, slot.decay)
         return [operand for kept in sets for operand in kept.operands]
 
@@ -169,7 +169,8 @@ def _refresh(
     beta = None
     if slot.projection.has_beta:
         beta = record.beta_on(_beta(weight, matrix, slot, record, training), weight.device)
-    search = _needs_masks(slot, record, kept, stepped)
+    edited = record.stepped_to is not None and record.stepped_to != version[1]
+    search = _needs_masks(slot, record, kept, stepped=stepped, edited=edited)
     same = freed and not stepped  # as for the gathered weight itself, being freed and made again is no change
     with versions_kept(kept.operands) if same else nullcontext():
         _fill(slot, matrix, beta, kept.operands, kept.masks, search)
@@ -185,8 +186,13 @@ def _matrix(weight: Tensor, transposed: bool) -> Tensor:
     return weight.detach().t() if transposed else weight.detach()
 
 
-def _needs_masks(slot: WeightSlot, record: WeightRecord, kept: OperandSet, stepped: bool) -> bool:
-    """Whether transposable masks must be found: at first, after so many optimizer steps, and for an edited weight."""
+def _needs_masks(slot: WeightSlot, record: WeightRecord, kept: OperandSet, *, stepped: bool, edited: bool) -> bool:
+    """Whether transposable masks must be found: at first, after so many optimizer steps, and for an edited weight.
+
+    Args:
+        stepped: whether its optimizer has stepped since the operands were made.
+        edited: whether something has changed it since that step.
+    """
     if not slot.refresh:
         return False
     if record.loaded_masks is not None:
@@ -198,7 +204,7 @@ def _needs_masks(slot: WeightSlot, record: WeightRecord, kept: OperandSet, stepp
         kept.mask_steps += stepped
         if kept.masks is None:
             kept.masks = ops.new_masks(slot.out_features, slot.in_features, slot.device)
-        elif stepped and kept.version != STALE and kept.mask_steps < slot.refresh:
+        elif stepped and kept.version != STALE and kept.mask_steps < slot.refresh and not edited:
             return False
     kept.mask_steps = 0
     return True

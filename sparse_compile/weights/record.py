@@ -144,29 +144,9 @@ class WeightRecord:
     """
 
     __slots__ = (
-        "__weakref__",
-        "_on_devices",
-        "beta",
-        "decay",
-        "glimpse_24",
-        "is_24",
-        "layout",
-        "loaded_from",
-        "loaded_masks",
-        "operands",
-        "phase",
-        "prior_steps",
-        "provisional",
-        "provisional_glimpse",
-        "refit_due",
-        "schedule",
-        "shards",
-        "steps",
-        "target",
-        "trained_set",
-        "trained_with",
-        "unbaked",
-        "unverified",
+        "__weakref__", "_on_devices", "beta", "decay", "glimpse_24", "is_24", "layout", "loaded_from", "loaded_masks",
+        "operands", "phase", "prior_steps", "provisional", "provisional_glimpse", "refit_due", "schedule", "shards",
+        "stepped_to", "steps", "target", "trained_set", "trained_with", "unbaked", "unverified",
     )  # fmt: skip
 
     # Of all records, how often one changed what linears compute with: what was decided by them is decided anew then.
@@ -191,6 +171,7 @@ class WeightRecord:
         self.unbaked = False
         self.unverified = False
         self.trained_set: OperandSet | None = None  # of that layout
+        self.stepped_to: int | None = None  # the weight's version after its last step
         # How a gradient passed since the last step.
         self.trained_with: tuple[OperandLayout, Beta | None] | None = None
         self.is_24 = False
@@ -253,7 +234,7 @@ class WeightRecord:
         """Whether training in this layout would change what the weight is: asked before a backward."""
         if not layout.projection.prunes:
             return self.pruned
-        return self.phase is not Phase.PRUNED or (self.beta is None and layout.projection.has_beta)
+        return self.phase is not Phase.PRUNED or (self.beta is not None) != layout.projection.has_beta
 
     def gradient_passed(self, layout: OperandLayout, beta: Beta | None) -> None:
         """A backward ran through a linear: the optimizer's next step trains the weight in this layout."""
@@ -309,6 +290,7 @@ class WeightRecord:
     def load(self, *, steps: int, pruned: bool, beta: Beta | None, prior_steps: int) -> None:
         """Go on from a checkpoint."""
         self.steps, self.trained_with, self.unbaked, self.loaded_masks = steps, None, False, None
+        self.stepped_to = None
         self.beta = self.provisional = self.provisional_glimpse = None
         if not pruned:
             if self.pruned:

@@ -161,6 +161,7 @@ def _after_step(optimizer: Optimizer, weights: list[Tensor]) -> None:
             record = find_record(weight)
             if record is not None:
                 record.step()
+                record.stepped_to = weight._version
                 saves = saves or record.pruned
                 if record.unbaked:
                     bake(weight, record)
