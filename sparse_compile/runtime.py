@@ -41,6 +41,7 @@ class Runtime:
         health: int = 0,
     ) -> None:
         self._health = health
+        self.fixed_sizes = False  # whether dynamo may call its graph with other sizes than it was compiled for
         self._compiled = compiled
         self._slots = tuple(slots)
         self._layouts = [layout_of(slot) for slot in slots]
@@ -197,7 +198,7 @@ class Chooser:
                 for question, weight in zip(self._questions, weights, strict=True)
             )
         runtime = self._choose(standings, args)
-        self._last = (tuple(map(ref, weights)), WeightRecord.changes, now, runtime)
+        self._last = None if runtime.fixed_sizes else (tuple(map(ref, weights)), WeightRecord.changes, now, runtime)
         return runtime
 
     def _sparse(self, weights: Sequence[Tensor]) -> frozenset[int]:

@@ -224,6 +224,7 @@ class Variants:
             if found is None:
                 logger.info("a graph is compiled again: its weights are %s", sorted({s.value for s in standings}))
                 found = self._variants[key] = self._compile(kinds, outcomes, fake_inputs(arguments))
+                found.fixed_sizes = bool(self._origin["dynamic"])
             self._record(kinds)
             return found
 
