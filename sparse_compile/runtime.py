@@ -16,7 +16,7 @@ from sparse_compile.report import GraphReport
 from sparse_compile.target_patterns import TargetPattern
 from sparse_compile.torch_internals import FakeTensor
 from sparse_compile.weight_health import watch
-from sparse_compile.weights.operands import current_operands, is_sparse, layout_of, operand_set, restore_operands
+from sparse_compile.weights.operands import are_sparse, current_operands, layout_of, operand_set, restore_operands
 from sparse_compile.weights.record import OperandLayout, OperandSet, WeightRecord
 from sparse_compile.weights.registry import bake, lock, record_of
 from sparse_compile.weights.schedule import Schedule
@@ -43,6 +43,7 @@ class Runtime:
         health: int = 0,
     ) -> None:
         self._health = health
+        self.fixed_sizes = False  # whether dynamo may call its graph with other sizes than it was compiled for
         self._compiled = compiled
         self._slots = tuple(slots)
         self._seed_devices = tuple(seed_devices)
@@ -190,29 +191,40 @@ class Chooser:
     def _variant(self, args: tuple[Any, ...]) -> Runtime:
         if not self._questions:
             return self._first
-        training = torch.is_grad_enabled()
         weights = [args[question.position] for question in self._questions]
-        if self._last is not None and not self._asks_24:
-            known, *asked, variant = self._last
+        now = (torch.is_grad_enabled(), self._sparse(weights))
+        if self._last is not None:
+            known, changes, before, runtime = self._last
             same = all(last() is weight for last, weight in zip(known, weights, strict=True))
-            if same and asked == [WeightRecord.changes, training]:
-                return cast(Runtime, variant)
+            if same and changes == WeightRecord.changes and before == now:
+                return cast(Runtime, runtime)
+        training, sparse = now
         with lock:
             standings = tuple(
-                self._standing(question, weight, training)
+                self._standing(question, weight, question.position in sparse, training)
                 for question, weight in zip(self._questions, weights, strict=True)
             )
-        variant = self._choose(standings, args)
-        self._last = (tuple(map(ref, weights)), WeightRecord.changes, training, variant)
-        return variant
+        runtime = self._choose(standings, args)
+        self._last = None if runtime.fixed_sizes else (tuple(map(ref, weights)), WeightRecord.changes, now, runtime)
+        return runtime
 
-    def _standing(self, question: Question, weight: Tensor, training: bool) -> Standing:
+    def _sparse(self, weights: Sequence[Tensor]) -> frozenset[int]:
+        """The positions of the frozen weights that are 2:4 themselves, where that is asked."""
+        if not self._asks_24:
+            return frozenset()
+        pairs = zip(self._questions, weights, strict=True)
+        asked = [(question, weight) for question, weight in pairs if question.in_features_dim is not None]
+        dims = [question.in_features_dim or 0 for question, _ in asked]
+        found = are_sparse([weight for _, weight in asked], [record_of(weight) for _, weight in asked], dims)
+        return frozenset(question.position for (question, _), is_24 in zip(asked, found, strict=True) if is_24)
+
+    def _standing(self, question: Question, weight: Tensor, sparse: bool, training: bool) -> Standing:
         record = record_of(weight)
         if question.target is not None:
             follow(record, question.target, self._schedule, training=training and weight.requires_grad)
             if record.unbaked:
                 bake(weight, record)
-        return standing_of(record, weight, question.in_features_dim)
+        return standing_of(record, sparse=sparse)
 
 
 def follow(record: WeightRecord, target: OperandLayout, schedule: Schedule | None, *, training: bool) -> None:
@@ -223,11 +235,10 @@ def follow(record: WeightRecord, target: OperandLayout, schedule: Schedule | Non
         record.follow(schedule)
 
 
-def standing_of(record: WeightRecord, weight: Tensor, in_features_dim: int | None) -> Standing:
+def standing_of(record: WeightRecord, *, sparse: bool) -> Standing:
+    """Args: sparse: whether the weight is frozen and 2:4 itself."""
     if not record.phase.prunes:
         return Standing.DENSE
     if record.pruned:
         return Standing.PRUNED
-    if in_features_dim is not None and not weight.requires_grad and is_sparse(weight, record, in_features_dim):
-        return Standing.SPARSE
-    return Standing.FRESH
+    return Standing.SPARSE if sparse else Standing.FRESH

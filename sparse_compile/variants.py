@@ -36,6 +36,7 @@ from sparse_compile.torch_internals import (
     trace_artifact,
     with_checkpoint_bodies,
 )
+from sparse_compile.weights.operands import are_sparse
 from sparse_compile.weights.record import OperandLayout
 from sparse_compile.weights.registry import record_of
 from sparse_compile.weights.standing import Standing
@@ -143,7 +144,10 @@ class Decisions:
             training = torch.is_grad_enabled() and weight.requires_grad
             follow(known, question.target, self._options.schedule, training=training)
         # What must be written into a weight waits for the call.
-        return Standing.DENSE if known.unbaked else standing_of(known, weight, question.in_features_dim)
+        if known.unbaked:
+            return Standing.DENSE
+        dim = question.in_features_dim
+        return standing_of(known, sparse=dim is not None and are_sparse([weight], [known], [dim])[0])
 
     def _outcomes_of(self, standing: Standing) -> list[Outcome]:
         """With the phase of the schedule, and what is faster."""
@@ -254,6 +258,7 @@ class Variants:
             if found is None:
                 logger.info("a graph is compiled again: its weights are %s", sorted({s.value for s in standings}))
                 found = self._variants[key] = self._compile(kinds, outcomes, fake_inputs(arguments))
+                found.fixed_sizes = bool(self._origin["dynamic"])
             self._record(kinds)
             return found
 

@@ -101,13 +101,24 @@ def fill_operands(weight: Tensor, slot: WeightSlot, operands: tuple[Tensor, ...]
         _fill(slot, _matrix(weight, slot.transposed), None, operands, masks, True)
 
 
-def is_sparse(weight: Tensor, record: WeightRecord, dim: int) -> bool:
-    """Whether a weight is 2:4 along ``dim`` as it is now, and not zero; asked again when it has changed."""
+def are_sparse(weights: Sequence[Tensor], records: Sequence[WeightRecord], dims: Sequence[int]) -> list[bool]:
+    """Whether weights are 2:4 along dimensions as they are now, and not zero; asked again when they have changed."""
+    training = torch.is_grad_enabled()
     with lock, plain_tensors():
-        if record.glimpse_24 is None or not _is_still(weight, record.glimpse_24):
-            record.glimpse_24 = _glimpse(weight)
-            record.is_24 = is_24(weight, dim) and bool(weight.any())
-        return record.is_24
+        same = [
+            index
+            for index, (weight, record) in enumerate(zip(weights, records, strict=True))
+            if record.glimpse_24 is not None and record.glimpse_24.version == (_counter(weight), weight.data_ptr())
+        ]
+        changed = set(range(len(weights))) - set(same)
+        # One comparison for all, which waits for the device: not in training.
+        if same and not training:
+            samples = [glimpse.sample for index in same if (glimpse := records[index].glimpse_24) is not None]
+            changed.update(same[place] for place in find_edited([weights[index] for index in same], samples))
+        for index in changed:
+            records[index].glimpse_24 = _glimpse(weights[index])
+            records[index].is_24 = is_24(weights[index], dims[index]) and bool(weights[index].any())
+        return [record.is_24 for record in records]
 
 
 def _version(weight: Tensor, kept: OperandSet) -> WeightVersion:

@@ -95,7 +95,7 @@ class OptimizerWatch:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if nested_optimizer_steps() <= 1:
             self._inner.optimizers, self._inner.told = [], set()
-        told: set[int] = self._inner.told
+        told: set[int] = getattr(self._inner, "told", set())  # none where the watch began within a step
         weights = [weight for weight in held_by(optimizer) if id(weight) not in told]
         told.update(map(id, weights))
         changed = None

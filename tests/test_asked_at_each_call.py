@@ -1,0 +1,150 @@
+"""What a graph was compiled with is asked again at each call: weights that are frozen, trained, told, loaded."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import gelu
+
+import sparse_compile
+
+EAGER = {"sste.executor": "eager", "sste.when": "always"}
+
+
+class FFN(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x):
+        return self.down(gelu(self.up(x)))
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend="sste", options=EAGER | {f"sste.{name}": v for name, v in options.items()})
+
+
+def distance(actual, expected):
+    return float((actual - expected).detach().norm() / expected.detach().norm())
+
+
+def train(run, optimizer, steps=2):
+    for _ in range(steps):
+        run(torch.randn(16, 64, requires_grad=True)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def decisions():
+    """Of each graph in the report."""
+    return [{row.decision.split()[0] for row in graph.rows} for graph in sparse_compile.report().graphs]
+
+
+@pytest.mark.parametrize("executor", ["eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_frozen_then_trained_then_frozen(executor, dynamic):
+    """A discriminator in the generator's step, and in its own."""
+    model, x = FFN(), torch.randn(32, 64, requires_grad=True)
+    run = torch.compile(model, backend="sste", dynamic=dynamic, options=EAGER | {"sste.executor": executor})
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    model.requires_grad_(False)
+    assert distance(run(x), model(x)) < 0.01, "never trained: dense"
+    model.requires_grad_(True)
+    train(run, optimizer)
+    trained = run(x)
+    model.requires_grad_(False)
+    for tokens in (32, 24, 32):
+        frozen = run(x[:tokens])
+        assert distance(frozen, trained[:tokens]) < 1e-6
+        (slope,) = torch.autograd.grad(frozen.sum(), x)
+        assert slope[:tokens].abs().sum() > 0
+    assert {"dense"} in decisions()
+    assert {"s-ste"} in decisions()
+
+
+def test_the_report_has_the_variants_that_ran():
+    model = FFN().requires_grad_(False)
+    run = compiled(model)
+    with torch.no_grad():
+        run(torch.randn(16, 64))
+        assert decisions() == [{"dense"}]
+        sparse_compile.set_beta(model, {"up.weight": 1.5, "down.weight": 1.5})
+        run(torch.randn(16, 64))
+        run(torch.randn(16, 64))
+    assert decisions() == [{"dense"}, {"s-ste"}]
+    assert [graph.calls for graph in sparse_compile.report().graphs] == [1, 2]
+
+
+def test_one_of_two_weights():
+    model, x = FFN().requires_grad_(False), torch.randn(16, 64)
+    run = compiled(model)
+    with torch.no_grad():
+        dense = run(x)
+        sparse_compile.set_beta(model, {"up.weight": 1.5})
+        assert distance(run(x), dense) > 0.1
+    rows = {row.module: row.decision.split()[0] for row in sparse_compile.report().graphs[-1].rows}
+    assert rows == {"up": "s-ste", "down": "dense"}
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "data", "assign"])
+def test_a_dense_checkpoint_in_a_frozen_24_model(how):
+    trained, x = FFN(), torch.randn(32, 64)
+    compiled(trained)(x).sum().backward()
+    sparse_compile.finalize(trained)
+    served = FFN()
+    served.load_state_dict(trained.state_dict())
+    served.requires_grad_(False)
+    run = compiled(served, frozen="sparse")
+    with torch.no_grad():
+        assert 0 < distance(run(x), served(x)) < 0.1
+        for state, bound in ((FFN().state_dict(), 1e-6), (trained.state_dict(), 0.1)):
+            if how == "data":
+                for name, parameter in served.named_parameters():
+                    parameter.data.copy_(state[name])
+            else:
+                served.load_state_dict(state, assign=how == "assign")
+                served.requires_grad_(False)
+            assert distance(run(x), served(x)) < bound
+    assert [graph.calls for graph in sparse_compile.report().graphs if graph.rewritten][-1] >= 1
+
+
+@pytest.mark.parametrize("again", [{}, {"warmup": 1}, {"tail": 1, "total_steps": 100}], ids=str)
+def test_a_schedule_ends_with_its_compilation(again):
+    """At its old end nothing is written."""
+    model = FFN()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    train(compiled(model, tail=2, total_steps=5), optimizer, 2)
+    torch._dynamo.reset()
+    before = model.up.weight.detach().clone()
+    train(compiled(model, **again), optimizer, 4)
+    assert torch.equal(model.up.weight, before)
+
+
+def test_an_evaluation_without_the_schedule_follows_that_of_training():
+    """Compiled on its own, of a model in its dense warm-up."""
+    model, x = FFN(), torch.randn(16, 64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = compiled(model, warmup=3)
+    train(step, optimizer, 1)
+    with torch.no_grad():
+        assert torch.equal(compiled(model)(x), step(x))
+    train(step, optimizer, 3)
+    with torch.no_grad():
+        assert torch.equal(compiled(model)(x), step(x))
+
+
+def test_weights_loaded_after_an_evaluation_start_clean():
+    """Of a 2:4 checkpoint above all, whose scale is 1."""
+    trained, x = FFN(), torch.randn(32, 64)
+    compiled(trained)(x).sum().backward()
+    sparse_compile.finalize(trained)
+    fresh, warm = FFN(), FFN()
+    fresh.load_state_dict(trained.state_dict())
+    run = compiled(warm)
+    with torch.no_grad():
+        run(x)
+    run(x).sum().backward()  # and a sanity check
+    warm.zero_grad()
+    warm.load_state_dict(trained.state_dict())
+    with torch.no_grad():
+        assert torch.equal(run(x), compiled(fresh)(x))
+    assert sparse_compile.beta(warm) == {"up.weight": 1.0, "down.weight": 1.0}
