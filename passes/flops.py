@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 # Of shapes; the result's comes last.
 _Formula = Callable[..., int]
@@ -19,11 +19,10 @@ def is_product(func: Any) -> bool:
 
 def flops_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int | None:
     """2 M N K of a matrix product, and the like; None where nobody has a formula."""
-    if _packet(func) in flop_registry:
-        return int(flop_registry[_packet(func)](*args, **kwargs, out_val=result))
     formula = _FORMULAS.get(_name(func))
     if formula is None:
-        return None
+        counted = flop_registry.get(_packet(func))
+        return None if counted is None else int(counted(*args, **kwargs, out_val=result))
     shapes, shapes_by_name, of_result = tree_map_only(Tensor, lambda tensor: tensor.shape, (args, kwargs, result))
     return int(formula(*shapes, **shapes_by_name, result=of_result))
 
@@ -60,16 +59,20 @@ def _product(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
 
 
 def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    """Two products; with fewer heads of keys than of queries, too, which the counter of PyTorch 2.11 refuses."""
+    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _attention_backward(
-    grad: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
+    _: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *__: Any, **___: Any
 ) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))
+    """Five products: the scores again, and the gradients of scores, queries, keys and values."""
+    return 2 * prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
 
 
-# Contractions that PyTorch's counter does not know.
+_ATTENTION = "_scaled_dot_product_{}_attention{}"
+_KERNELS = ("flash", "efficient", "cudnn")
+# Contractions that PyTorch's counter does not know, or not in each supported version.
 _FORMULAS: Mapping[str, _Formula] = {
     "mv": _matrix_vector,
     "addmv": _added_matrix_vector,
@@ -85,6 +88,8 @@ _FORMULAS: Mapping[str, _Formula] = {
     "_grouped_mm": _grouped,
     "_scaled_grouped_mm": _grouped,
     "_scaled_grouped_mm_v2": _grouped,
+    **{_ATTENTION.format(kernel, ""): _attention for kernel in _KERNELS},
+    **{_ATTENTION.format(kernel, "_backward"): _attention_backward for kernel in _KERNELS},
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
     "_scaled_dot_product_fused_attention_overrideable": _attention,
