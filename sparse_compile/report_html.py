@@ -247,9 +247,10 @@ def _health(report: Report) -> Iterable[Markup]:
 def _health_table(report: Report) -> Markup:
     lines = []
     for name, samples in report.health.items():
-        step, *quantities = asdict(samples[-1]).values()
-        lines.append((name, str(step), *("" if value is None else precise(value) for value in quantities)))
-    headers = ("weight", "step", "flips", "zeros", "underflow", "saturated", "noise", "grad underflow")
+        step, *quantities, beta, source = asdict(samples[-1]).values()
+        scale = "" if beta is None else f"{beta:.3f}, {source}"
+        lines.append((name, str(step), *("" if value is None else precise(value) for value in quantities), scale))
+    headers = ("weight", "step", "flips", "zeros", "underflow", "saturated", "noise", "grad underflow", "scale beta")
     return table(headers, lines)
 
 

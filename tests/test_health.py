@@ -302,7 +302,8 @@ def test_a_weight_that_moves_keeps_its_name():
         samples = sparse_compile.health()
         names.append(list(samples))
     assert names[0] == names[1] == names[2]
-    assert {sample.flips for sample in samples.values()} == {0.0}
+    # What was kept on another device is given back, so flips are counted anew.
+    assert {sample.flips for sample in samples.values()} == {None}
 
 
 def test_many_samples_are_thinned():
