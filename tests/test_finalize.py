@@ -1,6 +1,7 @@
 """finalize: weights become their own projections; what holds exactly, what to rounding, and what is refused."""
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -326,9 +327,10 @@ dist.destroy_process_group()
 
 def test_sharded_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "sharded.py").write_text(SHARDED)
-    (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "sharded.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "'blocks.0.up.weight' is a DTensor; only a weight that is whole can be finalized" in done.stdout
 
