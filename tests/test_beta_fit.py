@@ -163,4 +163,4 @@ def test_a_projection_that_begins_at_zero_trains_as_from_a_small_random_start(ma
     assert max(zero) <= 1.02 * max(zero[:3])  # batches differ
     last, expected = sum(zero[-20:]) / 20, sum(small[-20:]) / 20
     assert last == pytest.approx(expected, rel=0.05)
-    assert last < 0.7 * zero[0]
+    assert last < 0.85 * zero[0]

@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 LINKS = ("sparse_compile/kernels", "sparse_compile/passes")
 SOURCES = {
     f"{package}/{path.name}"
-    for package in ("sparse_compile", *LINKS)
+    for package in ("sparse_compile", "sparse_compile/weights", *LINKS)
     for path in (REPOSITORY / package).iterdir()
     if path.suffix == ".py" or path.name == "py.typed"
 }
