@@ -25,12 +25,13 @@ def account(flow: Flow, node: Node, name_of: Callable[[Node], str]) -> tuple[lis
     effect, spelling = flow.effect(node), read_linear(node)
     times = flow.forwards(node)
     forward = sum(product.flops or 0 for product in effect.products)
+    backward = effect.backward_flops if flow.has_backward(node) else 0
     rejections: list[Rejection] = []
     others: Counter[str] = Counter()
     for product in effect.products:
         # The backward of a node's products is counted as a whole: to each falls its share of the forward.
         share = (product.flops or 0) / forward if forward else 0.0
-        flops = None if product.flops is None else round(product.flops * times + effect.backward_flops * share)
+        flops = None if product.flops is None else round(product.flops * times + backward * share)
         origins = [flow.operand(node, positions) for positions in product.operands]
         weights = [index for index, origin in enumerate(origins) if origin.weights]
         # Where no kernel of its own serves, attention is made of plain products.

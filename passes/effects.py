@@ -216,8 +216,10 @@ class _Recorder(TorchDispatchMode):
         if effect is Effect.FRESH:
             origins = frozenset()
         for tensor in _written(func, args, kwargs):
-            self.written |= self._memory.get(storage_key(tensor), set())
-            self._keep(tensor, origins, after)
+            key = storage_key(tensor)
+            self.written |= self._memory.get(key, set())
+            for other in [other for other in self._alive if storage_key(other) == key] or [tensor]:
+                self._keep(other, origins, after)
         for tensor in tree_flatten(result)[0]:
             if isinstance(tensor, Tensor):
                 self._keep(tensor, origins, after)

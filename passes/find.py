@@ -65,6 +65,7 @@ def find(flow: Flow, whole: GraphModule | None = None, name_of: Callable[[Node],
             role=roles[node],
             uses=uses[linear.weight, linear.transposed],
             other_uses=others_of(linear),
+            has_backward=flow.has_backward(node),
             forwards=flow.forwards(node),
         )
         if linear.spelling.refusal is None:

@@ -60,6 +60,7 @@ class Flow:
         self.regions: dict[Node, Region] = {}
         self._effects = Effects(self._value)
         self._known: dict[Node, NodeEffect] = {}
+        self._returned: set[Node] | None = None  # of what the graph returns something is made
         self._sources: dict[Node, tuple[Node, ...]] = {}
         self._results: dict[Node, Any] = {}  # of checkpointed calls: what their bodies return
         self._memory: dict[Node, Node] = {}  # the first node whose memory a node shares
@@ -132,6 +133,18 @@ class Flow:
         if node.op == "output":
             return Effect.MIXES
         return self.effect(node).effect if node.op.startswith("call") else Effect.MOVES
+
+    def has_backward(self, node: Node) -> bool:
+        """Whether a gradient can come to a node: not to what nothing that the graph returns is made of."""
+        if self._returned is None:
+            self._returned = set()
+            pending = list(self.returned)
+            while pending:
+                source = pending.pop()
+                if source not in self._returned:
+                    self._returned.add(source)
+                    pending.extend(self._sources[source])
+        return node in self._returned
 
     def forwards(self, node: Node) -> int:
         """How often it runs in a step: once more in backward where a checkpointed region needs its value again."""

@@ -88,6 +88,7 @@ class LinearSite:
     role: Role
     uses: int  # linears of the graph that read the weight in the same way, this one included
     other_uses: tuple[str, ...]  # what else reads it
+    has_backward: bool  # whether a gradient can come to it
     forwards: int  # how often fprop runs in a step: once more in backward where a checkpointed region needs its result
 
     @property
@@ -108,7 +109,7 @@ class LinearSite:
     def products(self) -> tuple[str, ...]:
         """The products that a step has: no wgrad of a frozen weight, no dgrad where the input needs none."""
         wanted = {"fprop": True, "dgrad": False, "wgrad": False}
-        if example_value(self.node).requires_grad:
+        if self.has_backward and example_value(self.node).requires_grad:
             wanted["dgrad"] = example_value(self.input).requires_grad
             wanted["wgrad"] = example_value(self.weight).requires_grad
         return tuple(name for name, is_wanted in wanted.items() if is_wanted)

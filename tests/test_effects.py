@@ -190,6 +190,23 @@ class TestFlow:
         add, _, _, mul_, mul = [node for node in graph.graph.nodes if node.op.startswith("call")]
         assert set(flow.sources(mul)) == {add, mul_}
 
+    def test_what_is_written_to_a_part_is_of_the_whole(self, trace):
+        """A recurrence that writes its states one by one: of all of them depends what reads the whole."""
+
+        def function(x):
+            states = torch.zeros_like(x)
+            for token in range(2):
+                states[token] = x[token].softmax(-1)
+            return states * 2
+
+        graph = trace(function, torch.randn(8, 64))
+        flow = Flow(graph)
+        (mul,) = [node for node in graph.graph.nodes if getattr(node.target, "__name__", "") == "mul"]
+        assert flow.origin(mul).kind is Kind.ACTIVATION
+        softmaxes = [node for node in graph.graph.nodes if node.target == "softmax"]
+        assert len(softmaxes) == 2
+        assert all(flow.depends(mul, [node]) for node in softmaxes)
+
     def test_values_cross_checkpointed_regions(self, trace):
         w = nn.Parameter(torch.randn(64, 64))
         graph = trace(lambda x: checkpoint(lambda v, t: v @ t, x * 2, w.T, use_reentrant=False) + 1, torch.randn(8, 64))

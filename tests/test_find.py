@@ -456,3 +456,18 @@ def test_a_checkpointed_region_runs_again_what_its_backward_needs(trace):
     assert [site.forwards for site in sites] == [2, 1]
     sites, _ = found(trace(lambda x: checkpoint(lambda v: block(v).tanh(), x, use_reentrant=False), x))
     assert [site.forwards for site in sites] == [2, 2]
+
+
+def test_what_nothing_returned_is_made_of_has_no_backward(trace):
+    """A pooler whose result the loss does not read."""
+    layer, pooler = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def function(x):
+        h = layer(x)
+        pooler(h)
+        return h
+
+    sites, _ = found(trace(function, torch.randn(8, 64, requires_grad=True)))
+    assert {site.name: site.products for site in sites} == {
+        "layer": ("fprop", "dgrad", "wgrad"), "pooler": ("fprop",)
+    }  # fmt: skip
