@@ -260,7 +260,10 @@ ARCHITECTURES = [
         block_sizes=[1, 1], d_model=64, n_head=4, d_head=16, d_inner=128, num_decoder_layers=1,
     ),
     hf(
-        "MobileBertForMaskedLM", (r"(layer|ffn)\.\d+\.intermediate.dense", r"(layer|ffn)\.\d+\.output.dense"), TEXT, embedding_size=64, true_hidden_size=64, intra_bottleneck_size=64,
+        "MobileBertForMaskedLM",
+        (r"(layer|ffn)\.\d+\.intermediate.dense", r"(layer|ffn)\.\d+\.output.dense"),
+        TEXT,
+        embedding_size=64, true_hidden_size=64, intra_bottleneck_size=64,
     ),
     # An encoder and a decoder.
     hf("T5ForConditionalGeneration", ("DenseReluDense.wi", "DenseReluDense.wo"), T5, two_texts, sample=True),
