@@ -1,12 +1,17 @@
 """The model's own names of its parameters, whatever part of it dynamo traced."""
 
-from collections.abc import Iterator
 from functools import cached_property
 
 from torch.fx import GraphModule, Node
 from torch.nn import Module, Parameter
 
-from sparse_compile.torch_internals import OptimizedModule, instances_of, parameter_name, real_parameter
+from sparse_compile.torch_internals import (
+    OptimizedModule,
+    instances_of,
+    is_compiled_in_place,
+    parameter_name,
+    real_parameter,
+)
 
 # Where wrappers keep the module that they wrap: torch.compile, PyTorch's wrapper of activation checkpointing, FSDP.
 _WRAPPED = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
@@ -23,17 +28,16 @@ class ModuleNames:
     def of(self, placeholder: Node) -> str:
         """``blocks.3.fc`` of the parameter behind a placeholder of dynamo's graph, less a final ``.weight``.
 
-        The name is that of ``named_parameters`` of the outermost module around it, without those of wrappers.  Of a
-        parameter that no module holds it is the way by which the traced function reaches it.
+        The name is that of ``named_parameters``, without those of wrappers, of the module that is compiled; where none is
+        or several are, as in regional compilation, of the outermost module around them.  Of a parameter that no module
+        holds it is the way by which the traced function reaches it.
         """
         parameter = real_parameter(placeholder)
         root = None if parameter is None else self._root(parameter)
         if root is None:
             return parameter_name(placeholder)
         if id(root) not in self._names:
-            names = self._names[id(root)] = {}
-            for name, held in _named_parameters(root):
-                names.setdefault(id(held), name)
+            self._names[id(root)] = self._names_within(root)
         return self._names[id(root)][id(parameter)].removesuffix(".weight")
 
     def _root(self, parameter: Parameter) -> Module | None:
@@ -42,6 +46,41 @@ class ModuleNames:
             seen.add(id(root))
             root = parent
         return root
+
+    def _names_within(self, root: Module) -> dict[int, str]:
+        """Each module by the first of its names, as ``named_parameters`` has it."""
+        names: dict[int, str] = {}
+        compiled: list[str] = []  # the prefixes of modules that are compiled, the outermost alone
+        pending, seen = [("", root, False)], set[int]()
+        while pending:
+            prefix, module, within = pending.pop(0)
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            if id(module) in self._compiled and not within:
+                compiled.append(prefix)
+                within = True
+            for name, parameter in vars(module)["_parameters"].items():
+                names.setdefault(id(parameter), f"{prefix}{name}")
+            children = [
+                (prefix if _is_wrapper(module, name) else f"{prefix}{name}.", child, within)
+                for name, child in vars(module)["_modules"].items()
+                if child is not None
+            ]
+            pending = [*children, *pending]
+        if len(compiled) == 1:
+            names = {parameter: name.removeprefix(compiled[0]) for parameter, name in names.items()}
+        return names
+
+    @cached_property
+    def _compiled(self) -> set[int]:
+        """The identities of the modules that are compiled, by torch.compile or in place."""
+        wrapped = {
+            id(vars(module)["_modules"].get("_orig_mod"))
+            for module in self._modules
+            if issubclass(type(module), OptimizedModule)
+        }
+        return wrapped | {id(module) for module in self._modules if is_compiled_in_place(module)}
 
     @cached_property
     def _modules(self) -> list[Module]:
@@ -66,26 +105,6 @@ class ModuleNames:
             for child in vars(module)["_modules"].values():
                 parents.setdefault(id(child), module)
         return parents
-
-
-def _named_parameters(root: Module) -> Iterator[tuple[str, Parameter]]:
-    """As ``named_parameters`` names them, less the wrappers' part; each module once, by the first of its names."""
-    pending, seen = [("", root)], set()
-    while pending:
-        prefix, module = pending.pop(0)
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        held = vars(module)
-        yield from (
-            (f"{prefix}{name}", parameter) for name, parameter in held["_parameters"].items() if parameter is not None
-        )
-        inner = [
-            (prefix if _is_wrapper(module, name) else f"{prefix}{name}.", child)
-            for name, child in held["_modules"].items()
-            if child is not None
-        ]
-        pending = [*inner, *pending]
 
 
 def _is_wrapper(module: Module, name: str) -> bool:

@@ -129,6 +129,11 @@ def call_instead(module: Module, call: Callable[..., Any]) -> None:
     module._compiled_call_impl = call
 
 
+def is_compiled_in_place(module: Module) -> bool:
+    """Whether its calls go to what ``Module.compile``, or ``call_instead``, has put there."""
+    return vars(module).get("_compiled_call_impl") is not None
+
+
 def with_frame_of_its_own(module: Module) -> Callable[..., Any]:
     """The call of a module, hooks included, as Module.compile compiles it.
 

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parent))
 import sparse_compile
 from conftest import SmallGPT
-from sparse_compile import state
 from sparse_compile.agreement import agreed
+from sparse_compile.weights import record
 
 STEPS, SEQUENCES, TOKENS = 3, 4, 32
 
@@ -76,28 +76,28 @@ def local(model: nn.Module) -> list[torch.Tensor]:
     return [getattr(parameter, "_local_tensor", parameter) for parameter in model.parameters()]
 
 
-class RememberedState(state.WeightState):
+class RememberedOperands(record.OperandSet):
     """``alive`` has all that are: a walk over the heap in each microbatch would take as long as the training."""
 
-    alive: ClassVar[WeakSet[state.WeightState]] = WeakSet()
+    alive: ClassVar[WeakSet[record.OperandSet]] = WeakSet()
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.alive.add(self)
 
 
-state.WeightState = RememberedState
+record.OperandSet = RememberedOperands
 
 
 def operand_bytes() -> int:
     """What the operands of all weights take, but for their scales."""
-    kept = [operand for found in RememberedState.alive for operand in found.operands[:-1]]
+    kept = [operand for found in RememberedOperands.alive for operand in found.operands[:-1]]
     return sum(operand.untyped_storage().size() for operand in kept)
 
 
 def made() -> int:
     """How often operands were made so far."""
-    return sum(found.refreshes for found in RememberedState.alive)
+    return sum(found.refreshes for found in RememberedOperands.alive)
 
 
 def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:

@@ -129,6 +129,17 @@ def test_patterns_match_the_models_own_names():
         assert all(name.endswith("up") == is_pruned for name, is_pruned in pruned.items())
 
 
+@pytest.mark.parametrize("way", [whole, in_place], ids=lambda way: way.__name__)
+def test_what_holds_the_compiled_model_is_not_part_of_its_names(way):
+    """A LightningModule or a loss around it."""
+    outer = nn.Module()
+    outer.model = Model()
+    run = way(outer.model)
+    outer.model = run
+    run(torch.randn(4, 64)).sum().backward()
+    assert names() == EXPECTED
+
+
 def test_a_parameter_that_no_module_holds_is_named_by_its_place():
     weights = [nn.Parameter(torch.randn(64, 64)) for _ in range(2)]
     run = torch.compile(lambda x: F.linear(F.linear(x, weights[0]), weights[1]), backend="sste", options=OPTIONS)
