@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from sparse_compile.passes.flops import flops_of, is_product
+from sparse_compile.passes.triton_kernels import is_elementwise
 from sparse_compile.torch_internals import (
     FakeTensorMode,
     concrete_size,
@@ -26,6 +27,7 @@ from sparse_compile.torch_internals import (
     example_value,
     has_unbacked_size,
     storage_key,
+    triton_kernel,
 )
 
 
@@ -243,11 +245,20 @@ class _Recorder(TorchDispatchMode):
                 return args[0](*args[2:])
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         result = func(*args, **kwargs)
-        self._add_product(func, args, kwargs, result)
         origins = frozenset().union(*(self._origins.get(id(tensor), frozenset()) for tensor in tensors))
-        for tensor in tree_flatten(result)[0]:
-            if isinstance(tensor, Tensor):
-                self._keep(tensor, origins, Effect.MIXES)
+        written = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+        effect = Effect.MIXES
+        if func.__name__.startswith("triton_kernel_wrapper"):
+            # What it writes are the tensors that hold nothing yet, or any.
+            fresh = [tensor for tensor in tensors if not self._origins.get(id(tensor))]
+            written += fresh or tensors
+            effect = Effect.COMPUTES if is_elementwise(triton_kernel(kwargs["kernel_idx"])) else Effect.MIXES
+            self.bends = True
+        if effect is Effect.MIXES:
+            self._add_product(func, args, kwargs, result)
+        for tensor in written:
+            self.written |= self._memory.get(storage_key(tensor), set())
+            self._keep(tensor, origins, effect)
         return result
 
     def _effect(self, func: Any, name: str) -> Effect:

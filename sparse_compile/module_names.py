@@ -28,9 +28,9 @@ class ModuleNames:
     def of(self, placeholder: Node) -> str:
         """``blocks.3.fc`` of the parameter behind a placeholder of dynamo's graph, less a final ``.weight``.
 
-        The name is that of ``named_parameters``, without those of wrappers, of the module that is compiled; where none is
-        or several are, as in regional compilation, of the outermost module around them.  Of a parameter that no module
-        holds it is the way by which the traced function reaches it.
+        The name is that of ``named_parameters``, without those of wrappers, of the module that is compiled; where none
+        is or several are, as in regional compilation, of the outermost module around them.  Of a parameter that no
+        module holds it is the way by which the traced function reaches it.
         """
         parameter = real_parameter(placeholder)
         root = None if parameter is None else self._root(parameter)

@@ -74,6 +74,7 @@ def self_test() -> list[str]:
         ("torch._inductor.compile_fx", "compile_fx"),
         ("torch._inductor.cudagraph_trees", "reset_cudagraph_trees"),
         ("torch._inductor.decomposition", "select_decomp_table"),
+        ("torch._higher_order_ops.triton_kernel_wrap", "kernel_side_table.get_kernel"),
         ("torch._logging._internal", "trace_structured"),
         ("torch._decomp", "decomposition_table"),
         ("torch._subclasses.fake_tensor", "FakeTensor"),
@@ -599,6 +600,13 @@ def has_unbacked_size(value: Any) -> bool:
 def storage_key(tensor: torch.Tensor) -> int:
     """The same for tensors that share memory, fake ones too."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def triton_kernel(index: int) -> Any:
+    """The user's Triton kernel that a node of dynamo's graph launches."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    return kernel_side_table.get_kernel(index)
 
 
 @cache

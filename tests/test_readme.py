@@ -1,5 +1,6 @@
 """The snippets of README.md's ways in, and of its way out, run as they stand there."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -142,3 +143,18 @@ def test_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (names["logits"] - expected).norm() < 0.05 * expected.norm()
     rewritten = {row.module for row in sparse_compile.report().graphs[0].rows if row.decision != "dense"}
     assert {name.rpartition(".")[2] for name in rewritten} == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_numbers_of_the_zoo_are_those_of_its_results():
+    readme = (ROOT / "README.md").read_text()
+    architectures = json.loads((ROOT / "benchmarks" / "results" / "zoo.json").read_text())["architectures"]
+    total = {name: sum(found[name] for found in architectures) for name in ("linears", "rewritten", "ffn", "ffn_found")}
+    text = " ".join(readme.split())
+    assert f"A zoo of {len(architectures)} architectures" in text
+    assert f"{total['rewritten']} of {total['linears']} products with a parameter are rewritten" in text
+    assert f"{total['ffn_found']} of {total['ffn']} linears of FFNs are found" in text
+    assert min(found["cosine"] for found in architectures) >= 0.99
+    assert min(found["lowest_cosine"] for found in architectures) >= 0.96
+    partly = [found for found in architectures if found["training_reported"] != found["training_counted"]]
+    assert len(partly) == 1
+    assert not any(found["faults"] for found in architectures)
