@@ -66,20 +66,16 @@ class _Fastest:
     dense: float
 
 
-def leave_without_kernels(
-    plans: Sequence[Plan], was_pruned: Callable[[Plan], bool] = lambda plan: plan.pruned
-) -> tuple[list[Plan], list[Rejection]]:
+def leave_without_kernels(plans: Sequence[Plan]) -> tuple[list[Plan], list[Rejection]]:
     """The plans whose devices have kernels, and a rejection for each other one, whoever named it; warns once of each.
 
-    Args:
-        was_pruned: whether the weight was trained pruned: dense products would compute another function, so it is
-            emulated.
+    A weight that was trained pruned is emulated: dense products would compute another function.
     """
     kept: list[Plan] = []
     rejections: list[Rejection] = []
     for plan in plans:
         missing = ops.missing_kernels(example_value(plan.site.weight).device)
-        if missing is None or (plan.recipe.projection.prunes and was_pruned(plan)):
+        if missing is None or (plan.recipe.projection.prunes and plan.pruned):
             kept.append(plan)
             continue
         rejections.append(plan.site.reject(Reason.NO_KERNELS, missing, "'sste.when': 'always' emulates"))

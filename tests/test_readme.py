@@ -29,7 +29,7 @@ from torch import nn
 from sparse_compile import backend
 compile_graph = backend.compile_graph
 backend.compile_graph = lambda *args, **named: compile_graph(*args, **{**named, "generate_code": False})
-backend.leave_without_kernels = lambda plans, _: (plans, [])  # as on a GPU that has them
+backend.leave_without_kernels = lambda plans: (plans, [])  # as on a GPU that has them
 model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
 step = torch.compile(model) if {compiles} else model
 step(torch.ones(8, 64)).sum().backward()
@@ -42,7 +42,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         backend, "compile_graph", lambda *args, **named: compile_graph(*args, **{**named, "generate_code": False})
     )
-    monkeypatch.setattr(backend, "leave_without_kernels", lambda plans, _: (plans, []))
+    monkeypatch.setattr(backend, "leave_without_kernels", lambda plans: (plans, []))
 
 
 def test_all_are_found() -> None:
