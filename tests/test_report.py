@@ -182,9 +182,10 @@ def test_without_gradients_there_is_one_product(small_gpt, batch):
 
 
 def test_checkpointed_forwards_run_twice(small_gpt, batch):
+    """But for the last linear of the region, whose result backward does not need."""
     torch.compile(small_gpt(depth=1, checkpoint=True), backend="sste", options=EAGER)(*batch)
     assert {row.module: row.forwards for row in sparse_compile.report().rows} == {
-        "blocks.0.qkv": 2, "blocks.0.proj": 2, "blocks.0.up": 2, "blocks.0.down": 2, "head": 1
+        "blocks.0.qkv": 2, "blocks.0.proj": 2, "blocks.0.up": 2, "blocks.0.down": 1, "head": 1
     }  # fmt: skip
 
 
