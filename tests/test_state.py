@@ -94,7 +94,7 @@ def test_an_owned_weight_changed_in_place_is_seen():
 def test_beta_is_that_of_the_weight_until_it_is_trained():
     """Weights that are loaded after an evaluation, or after a forward that no step follows, begin with their own."""
     ffn = nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU(), nn.Linear(64, 64, bias=False))
-    step = torch.compile(lambda x: ffn(x), backend="sste", options={"sste.executor": "eager"})
+    step = torch.compile(lambda x: ffn(x), backend="sste", options={"sste.executor": "eager", "sste.when": "always"})
     optimizer = torch.optim.SGD(ffn.parameters(), lr=0.1)
     weight = ffn[0].weight
     for _ in range(2):
