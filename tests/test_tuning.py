@@ -311,6 +311,7 @@ class TestGraph:
             return FAST if problem in problems else None
 
         monkeypatch.setattr(ops, "emulation_reason", lambda device: None)
+        monkeypatch.setattr(ops, "missing_kernels", lambda device: None)
         monkeypatch.setattr(tuning, "tune", tune)
         monkeypatch.setattr(tuning, "lookup", lookup)
         return problems
