@@ -110,19 +110,16 @@ class Effects:
             return NodeEffect(effect=Effect.FRESH)
         inputs = node.all_input_nodes
         values = [self._value_of(source) for source in inputs]
-        everything = frozenset(range(len(inputs)))
-        tensors = [leaf for value in values for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
-        if not tensors:
+        if not _tensors(values):
             return NodeEffect(effect=Effect.FRESH)
         key = _key(node, values, _needs_backward(self._value_of(node)))
         if key not in self._known:
-            self._known[key] = self._found(node, values, everything)
+            self._known[key] = self._found(node, values)
         return self._known[key]
 
-    def _found(self, node: Node, values: Sequence[Any], everything: frozenset[int]) -> NodeEffect:
+    def _found(self, node: Node, values: list[Any]) -> NodeEffect:
         backward = _needs_backward(self._value_of(node))
-        leaves = [leaf for value in values for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
-        mixed = len({leaf.dtype for leaf in leaves} & set(_MIXED)) > 1
+        mixed = len({tensor.dtype for tensor in _tensors(values)} & set(_MIXED)) > 1
         error = None
         # With gradients as it was traced, because attention chooses its kernel by that; without where it writes to an
         # input that would be a leaf.
@@ -136,7 +133,7 @@ class Effects:
                 error = raised
         reason = str(error).strip().split("\n", 1)[0][:120]
         unknown = f"{type(error).__name__}: {reason}"
-        return NodeEffect(effect=Effect.MIXES, sources=everything, unknown=unknown)
+        return NodeEffect(effect=Effect.MIXES, sources=frozenset(range(len(values))), unknown=unknown)
 
 
 # Core ATen operations whose every output element is an input element.  Core ATen is closed: what is not in it is a
@@ -205,7 +202,7 @@ class _Recorder(TorchDispatchMode):
         if effect is Effect.MIXES and not is_product(func) and func in decompositions():
             # It may be elementwise in parts, as glu is.
             return self._decomposed(func, args, kwargs)
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        tensors = _tensors((args, kwargs))
         known = [tensor for tensor in tensors if id(tensor) in self._origins]
         result = func(*args, **kwargs)
         if effect is Effect.MIXES and (is_product(func) or _may_be_product(tensors, result)):
@@ -222,17 +219,16 @@ class _Recorder(TorchDispatchMode):
             self.written |= self._memory.get(key, set())
             for other in [other for other in self._alive if storage_key(other) == key] or [tensor]:
                 self._keep(other, origins, after)
-        for tensor in tree_flatten(result)[0]:
-            if isinstance(tensor, Tensor):
-                self._keep(tensor, origins, after)
+        for tensor in _tensors(result):
+            self._keep(tensor, origins, after)
         return result
 
     def _decomposed(self, func: Any, args: Any, kwargs: Any) -> Any:
         before = len(self.products)
         with self:
             result = decompositions()[func](*args, **kwargs)
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        outputs = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+        tensors = _tensors((args, kwargs))
+        outputs = _tensors(result)
         mixes = any(self._effects.get(id(output)) is Effect.MIXES for output in outputs)
         if mixes and len(self.products) == before and _may_be_product(tensors, result):
             self._add_product(func, args, kwargs, result)
@@ -243,10 +239,10 @@ class _Recorder(TorchDispatchMode):
         if func.__name__ == "invoke_subgraph":
             with self:
                 return args[0](*args[2:])
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        tensors = _tensors((args, kwargs))
         result = func(*args, **kwargs)
         origins = frozenset().union(*(self._origins.get(id(tensor), frozenset()) for tensor in tensors))
-        written = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+        written = _tensors(result)
         effect = Effect.MIXES
         if func.__name__.startswith("triton_kernel_wrapper"):
             # What it writes are the tensors that hold nothing yet, or any.
@@ -265,7 +261,7 @@ class _Recorder(TorchDispatchMode):
         if is_product(func):
             return Effect.MIXES
         if func.namespace == "prims":  # parts of decompositions; ATen's operations of the same names are tagged
-            func, name = _of_aten(func, name), name
+            func = _of_aten(func, name)
         functional = name.removesuffix("_") if func._schema.is_mutable else name
         if name in _FRESH or functional.endswith("_like") or functional.startswith("new_") or "empty" in functional:
             return Effect.FRESH
@@ -282,7 +278,7 @@ class _Recorder(TorchDispatchMode):
             self.bends = True
 
     def _add_product(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        tensors = _tensors((args, kwargs))
         name = getattr(func, "_overloadpacket", func).__name__
         operands = _contracted(name, tensors, is_product(func))
         self.products.append(
@@ -308,6 +304,11 @@ def _asks_only(func: Any) -> bool:
     return func.namespace == "prim" or not any("Tensor" in str(value.type) for value in func._schema.returns)
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    """Those within nested tuples, lists and dictionaries."""
+    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
+
+
 def _worst(effects: Sequence[Effect]) -> Effect:
     order = (Effect.FRESH, Effect.MOVES, Effect.COMPUTES, Effect.MIXES)
     return max(effects, key=order.index)
@@ -325,7 +326,7 @@ def _contracted(name: str, tensors: list[Tensor], known: bool) -> list[Tensor]:
 def _may_be_product(tensors: Sequence[Tensor], result: Any) -> bool:
     """Whether an operation that nobody knows could be a contraction: of two floating-point matrices, to no number."""
     matrices = sum(tensor.ndim >= 2 and tensor.is_floating_point() for tensor in tensors)
-    return matrices >= 2 and any(isinstance(leaf, Tensor) and leaf.ndim for leaf in tree_flatten(result)[0])
+    return matrices >= 2 and any(tensor.ndim for tensor in _tensors(result))
 
 
 def _of_aten(func: Any, name: str) -> Any:
@@ -344,11 +345,11 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
-            yield from (leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor))
+            yield from _tensors(value)
 
 
 def _needs_backward(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_flatten(value)[0])
+    return any(tensor.requires_grad for tensor in _tensors(value))
 
 
 def _key(node: Node, values: Sequence[Any], backward: bool) -> Hashable:
@@ -370,16 +371,16 @@ def _run(node: Node, values: Sequence[Any], backward: bool, dtype: torch.dtype |
     inputs = node.all_input_nodes
     with _fakes(values, dtype) as fakes:
         handed = dict(zip(inputs, fakes, strict=True))
-        leaves = [[leaf for leaf in tree_flatten(fake)[0] if isinstance(leaf, Tensor)] for fake in fakes]
+        leaves = [_tensors(fake) for fake in fakes]
         args = map_arg(node.args, handed.__getitem__)
         kwargs = map_arg(dict(node.kwargs), handed.__getitem__)
         recorder, saved = _Recorder(leaves), list[Tensor]()
         with torch.set_grad_enabled(grad), _saved_to(saved), recorder:
             output = _call(node, args, kwargs)
-        outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+        outputs = _tensors(output)
         changed = [leaf for position in recorder.written for leaf in leaves[position]]
         effect, sources = recorder.result([*outputs, *changed])
-        unknown = any(has_unbacked_size(leaf) for value in values for leaf in tree_flatten(value)[0])
+        unknown = any(map(has_unbacked_size, _tensors(values)))
         products = recorder.products
         if unknown:
             products = [replace(found, flops=None) for found in products]
@@ -473,13 +474,13 @@ class _Counter(TorchDispatchMode):
 
 def _backward_flops(node: Node, args: Any, kwargs: Any) -> int:
     """Of a backward through the node to all of its inputs that require gradients."""
-    leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
+    leaves = [tensor for tensor in _tensors((args, kwargs)) if tensor.requires_grad]
     # As in _saved_to; a saved output that is not detached would hold itself for ever.
     hooks = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)
     with torch.enable_grad(), hooks, torch.autograd.set_multithreading_enabled(False):
         # Copies, because a leaf must not be written to.
         args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
-        outputs = [leaf for leaf in tree_flatten(_call(node, args, kwargs))[0] if isinstance(leaf, Tensor)]
+        outputs = _tensors(_call(node, args, kwargs))
         outputs = [output for output in outputs if output.requires_grad]
         counter = _Counter()
         if outputs and leaves:
