@@ -43,7 +43,7 @@ class OptimizerWatch:
         self._on_optimizer: list[Callable[[Optimizer], None]] = []
         self._before: dict[Stage, Before] = {}
         self._after: dict[Stage, list[After]] = {stage: [] for stage in Stage}
-        self._ticks = 0
+        self._ticks = 0  # steps, inner ones of others too
         # By identity: a weight lives as long as an optimizer holds it, so its id is its own until then.
         self._last: dict[int, int] = {}
         self._owned: weakref.WeakKeyDictionary[Optimizer, set[int]] = weakref.WeakKeyDictionary()
@@ -60,7 +60,10 @@ class OptimizerWatch:
         return len(self._owned)
 
     def last_of(self, weight: Tensor) -> int | None:
-        """The last step of an optimizer that owns the weight; None if no live optimizer that has stepped does."""
+        """When an optimizer that owns the weight stepped last, in steps of any optimizer, inner ones too.
+
+        None if no live optimizer that has stepped owns it.
+        """
         return self._last.get(id(weight))
 
     def has_stepped(self, optimizer: Optimizer) -> bool:
