@@ -12,9 +12,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sparse_compile.kernels import ops, sparse_gemm
-from sparse_compile.kernels.configs import configs
+from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, FP8_DTYPES, padded
+from sparse_compile.kernels.sparse_gemm import launch
+from sparse_compile.kernels.sparse_gemm.configs import configs
 
 DEVICE = torch.device("cuda")
 TOKENS, OUT_FEATURES, IN_FEATURES = 333, 208, 144
@@ -60,7 +61,7 @@ def sparse_gemms() -> None:
     for config in configs():
         for accurate, dense_scale_inv, shape in ((False, scales, (columns, rows)), (True, None, (rows, columns))):
             tensors = (values, metadata, dense, scale_inv, dense_scale_inv, out.view(shape))
-            multiply = sparse_gemm.plan(config, accurate, *tensors, shape[0] == columns)
+            multiply = launch.plan(config, accurate, *tensors, shape[0] == columns)
             multiply(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
 
 

@@ -47,12 +47,13 @@ from gemm_libraries import (
 )
 from harness import Candidate, Report, Timing, brief, measure, require_close, run_parts
 
-from sparse_compile.kernels import ops, tuning
-from sparse_compile.kernels.configs import Config, choose, configs, contraction_stages
+from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, E4M3_MAX, MVUE_GAIN
-from sparse_compile.kernels.problem import Problem as GemmProblem
 from sparse_compile.kernels.reference import decompress24
-from sparse_compile.linear import cast, token_scale
+from sparse_compile.kernels.sparse_gemm import tuning
+from sparse_compile.kernels.sparse_gemm.configs import Config, choose, configs, contraction_stages
+from sparse_compile.kernels.sparse_gemm.problem import Problem as GemmProblem
+from sparse_compile.linear.fp8 import cast, token_scale
 
 DEVICE = torch.device("cuda")
 # Dense TFLOP/s of an H200 SXM: NVIDIA's data sheet, half of what it states with sparsity.

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels import reference, reference_transposable
+from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import E4M3, metadata_shape, padded, values_shape
 
 P = ParamSpec("P")
@@ -141,14 +141,14 @@ def _launch(
 
     It is called with the op's arguments and its results, in ``order``; results are allocated like those of ``fake``.
     """
-    module, name = launcher.split(".")
+    module, name = launcher.rsplit(".", 1)
 
     @cache
     def load() -> Callable[..., Any]:
-        from sparse_compile.kernels import launch
+        from sparse_compile.kernels import launch_plan
 
         function = getattr(import_module(f"sparse_compile.kernels.{module}"), name)
-        return launch.planned(lambda *arguments: launch.plan_with_results(function, fake, arguments, order))
+        return launch_plan.planned(lambda *arguments: launch_plan.plan_with_results(function, fake, arguments, order))
 
     return load
 
@@ -229,7 +229,7 @@ prune_weight_ = _op(
     "prune_weight_(Tensor weight, Tensor beta, Tensor(a!) values, Tensor(b!) metadata, Tensor(c!) weight_t, "
     "Tensor(d!) scale_inv, bool hard=False) -> ()",
     _prune_weight_eager,
-    _launch("prune.launch_prune_weight", _no_results),
+    _launch("weight.prune_fp8.launch_prune_weight", _no_results),
     _no_results,
     any_strides=1,
 )
@@ -239,7 +239,7 @@ prune_weight_bf16_ = _op(
     "prune_weight_bf16_(Tensor weight, Tensor beta, Tensor(a!) values, Tensor(b!) metadata, Tensor(c!) dense, "
     "Tensor(d!) scale_inv, bool hard=False) -> ()",
     _prune_weight_bf16_eager,
-    _launch("prune_bf16.launch_prune_weight_bf16", _no_results),
+    _launch("weight.prune_bf16.launch_prune_weight_bf16", _no_results),
     _no_results,
     any_strides=1,
 )
@@ -250,8 +250,8 @@ def _prune_transposable_eager(
     masks: Tensor, search: bool,
 ) -> None:  # fmt: skip
     if search:
-        masks.copy_(reference_transposable.transposable_masks(weight))
-    results = reference_transposable.prune_transposable(weight, masks)
+        masks.copy_(reference.transposable_masks(weight))
+    results = reference.prune_transposable(weight, masks)
     _fill((values, metadata, values_t, metadata_t, scale_inv), results)
 
 
@@ -259,7 +259,7 @@ prune_transposable_ = _op(
     "prune_transposable_(Tensor weight, Tensor(a!) values, Tensor(b!) metadata, Tensor(c!) values_t, "
     "Tensor(d!) metadata_t, Tensor(e!) scale_inv, Tensor(f!) masks, bool search) -> ()",
     _prune_transposable_eager,
-    _launch("prune.launch_prune_transposable", _no_results),
+    _launch("weight.prune_fp8.launch_prune_transposable", _no_results),
     _no_results,
     any_strides=1,
 )
@@ -272,21 +272,21 @@ def _cast_weight_eager(weight: Tensor, *buffers: Tensor) -> None:
 cast_weight_ = _op(
     "cast_weight_(Tensor weight, Tensor(a!) payload, Tensor(b!) payload_t, Tensor(c!) scale_inv) -> ()",
     _cast_weight_eager,
-    _launch("prune.launch_cast_weight", _no_results),
+    _launch("weight.prune_fp8.launch_cast_weight", _no_results),
     _no_results,
     any_strides=1,
 )
 
 
 def _add_masked_decay_eager(grad: Tensor, weight: Tensor, factor: Tensor, masks: Tensor | None = None) -> None:
-    mask = reference.top2_mask(weight) if masks is None else reference_transposable.dense_mask(masks)
+    mask = reference.top2_mask(weight) if masks is None else reference.dense_mask(masks)
     grad.copy_(reference.add_masked_decay(grad, weight, factor, mask))
 
 
 add_masked_decay_ = _op(
     "add_masked_decay_(Tensor(a!) grad, Tensor weight, Tensor factor, Tensor? masks=None) -> ()",
     _add_masked_decay_eager,
-    _launch("decay.launch_add_masked_decay", _no_results),
+    _launch("weight.masked_decay.launch_add_masked_decay", _no_results),
     _no_results,
     any_strides=2,
 )
@@ -303,7 +303,7 @@ cast_transpose = _op(
     "cast_transpose(Tensor x, Tensor row_scale, Tensor token_scale, ScalarType dtype) -> (Tensor, Tensor)",
     reference.cast_transpose,
     _launch(
-        "quantize.launch_cast_transpose",
+        "activation.cast_transpose.launch_cast_transpose",
         _cast_transpose_fake,
         lambda x, row_scale, token_scale, dtype, *results: (x, row_scale, token_scale, *results),
     ),
@@ -318,7 +318,7 @@ def _transpose_tokens_fake(x: Tensor) -> Tensor:
 transpose_tokens = _op(
     "transpose_tokens(Tensor x) -> Tensor",
     reference.transpose_tokens,
-    _launch("quantize.launch_transpose_tokens", _transpose_tokens_fake),
+    _launch("activation.cast_transpose.launch_transpose_tokens", _transpose_tokens_fake),
     _transpose_tokens_fake,
 )
 
@@ -346,7 +346,7 @@ cast_mvue = _op(
     "bool stochastic, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     reference.cast_mvue,
     _launch(
-        "mvue.launch_cast_mvue",
+        "activation.cast_mvue.launch_cast_mvue",
         _cast_mvue_fake,
         lambda grad, row_scale, token_scale, seed, index, approximate, stochastic, dtype, *results: (
             (grad, row_scale, token_scale, seed, index, approximate, stochastic, *results)
@@ -389,7 +389,7 @@ sparse_mm = _op(
     "ScalarType out_dtype, bool transpose, bool use_fast_accum) -> Tensor",
     reference.sparse_mm,
     _launch(
-        "sparse_gemm.launch_sparse_gemm",
+        "sparse_gemm.launch.launch_sparse_gemm",
         _sparse_mm_fake,
         lambda values, metadata, dense, scale_inv, dense_scale_inv, out_dtype, transpose, use_fast_accum, out: (
             (values, metadata, dense, scale_inv, dense_scale_inv, out, transpose, use_fast_accum)

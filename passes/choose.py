@@ -16,9 +16,9 @@ from math import prod
 
 from torch.fx import Node
 
-from sparse_compile.agreement import agreed
 from sparse_compile.kernels import ops
-from sparse_compile.kernels.costs import LinearShape, Question, piece_times
+from sparse_compile.kernels.timing.linear_costs import LinearShape, Question, piece_times
+from sparse_compile.passes.agreement import agreed
 from sparse_compile.passes.decide import Plan, Price
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
 from sparse_compile.recipe import Gemm, Projection, Recipe, Rounding

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from sparse_compile.owners import ParameterOwners
+from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.passes.roles import Role
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
 from sparse_compile.recipe import Gemm, Projection, Recipe
-from sparse_compile.report import Row
+from sparse_compile.reporting.model import Row
 from sparse_compile.torch_internals import example_value, is_fake, real_parameter
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

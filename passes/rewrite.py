@@ -1,7 +1,7 @@
 """REWRITE: the planned edits.
 
 Before: ``%y = linear(%x, %weight, %bias)``
-After:  ``%y = sparse_compile.linear.linear(%x, %weight, %bias, %seed, 3, "s-ste", False, bf16, *%operands)``
+After:  ``%y = sparse_compile.linear.fp8.linear(%x, %weight, %bias, %seed, 3, "s-ste", False, bf16, *%operands)``
 
 ``%seed`` and ``%operands`` are new inputs of the graph.  The seed is drawn for each call: as an input it is saved for
 backward, whatever the compiler moves there, and a checkpointed region sees the same when it is recomputed.  The
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from sparse_compile.kernels import ops
-from sparse_compile.linear import linear
+from sparse_compile.linear.fp8 import linear
 from sparse_compile.passes.decide import Plan
 from sparse_compile.passes.flow import Region
 from sparse_compile.recipe import Projection

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from sparse_compile.passes.flow import Flow, Kind
-from sparse_compile.passes.spelling import target_name
+from sparse_compile.passes.match_linear import target_name
 from sparse_compile.torch_internals import example_value, hint
 
 

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from sparse_compile.passes.flow import Region
 from sparse_compile.passes.roles import Role
-from sparse_compile.report import CONVOLUTION, DENSE, Row
+from sparse_compile.reporting.model import CONVOLUTION, DENSE, Row
 from sparse_compile.torch_internals import example_value, hint, user_frames
 
 

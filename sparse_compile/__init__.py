@@ -7,12 +7,12 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import TYPE_CHECKING, Any
 
-from sparse_compile.record import report
-from sparse_compile.report import Report
+from sparse_compile.reporting.model import Report
+from sparse_compile.reporting.process_report import report
 
 if TYPE_CHECKING:
-    from sparse_compile.compress import to_sparse
-    from sparse_compile.finish import finalize
+    from sparse_compile.export.finalize import finalize
+    from sparse_compile.export.to_sparse import to_sparse
     from sparse_compile.weights import attach, beta, health, invalidate, on_health, set_beta
 
 __all__ = [
@@ -23,17 +23,17 @@ _WEIGHTS = "sparse_compile.weights"
 _MODULES = {
     "attach": _WEIGHTS,
     "beta": _WEIGHTS,
-    "finalize": "sparse_compile.finish",
+    "finalize": "sparse_compile.export.finalize",
     "health": _WEIGHTS,
     "invalidate": _WEIGHTS,
     "on_health": _WEIGHTS,
     "set_beta": _WEIGHTS,
-    "to_sparse": "sparse_compile.compress",
+    "to_sparse": "sparse_compile.export.to_sparse",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import at first use: PyTorch loads ``sparse_compile.autoload`` while it is being imported itself."""
+    """Import at first use: PyTorch loads ``sparse_compile.launcher.autoload`` while it is being imported itself."""
     if name in _MODULES:
         return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sparse_compile.arguments import add_script, check_script
-from sparse_compile.report import check_file
-from sparse_compile.view import view
+from sparse_compile.launcher.arguments import add_script, check_script
+from sparse_compile.reporting.model import check_file
+from sparse_compile.reporting.show import view
 
 _DESCRIPTION = 'Run a script whose torch.compile calls, where they name no backend or "inductor", use "sste".'
 
@@ -16,11 +16,11 @@ def main() -> None:
     if sys.argv[1:2] == ["report"]:
         return view(sys.argv[2:])
     if sys.argv[1:2] == ["check"]:
-        from sparse_compile.check import check
+        from sparse_compile.export.check import check
 
         return check(sys.argv[2:])
     if sys.argv[1:2] == ["tune-decay"]:
-        from sparse_compile.tune_decay import tune_decay
+        from sparse_compile.decay_search.command import tune_decay
 
         return tune_decay(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m sparse_compile", description=_DESCRIPTION)
@@ -44,7 +44,7 @@ def main() -> None:
     if "sste.report" in options:
         options["sste.report"] = Path(options["sste.report"]).absolute()  # the script may go to another folder
 
-    from sparse_compile.launch import run
+    from sparse_compile.launcher.run_script import run
 
     return run(
         args.script, args.arguments, module=args.module, auto=args.auto, options=options, report_file=args.report

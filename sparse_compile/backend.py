@@ -9,29 +9,29 @@ from torch.fx import GraphModule
 from torch.nn import Parameter
 
 from sparse_compile.kernels import ops
-from sparse_compile.linear import linear
-from sparse_compile.measure import Twin
-from sparse_compile.module_names import ModuleNames
+from sparse_compile.linear.fp8 import linear
+from sparse_compile.measuring.baseline import Twin
+from sparse_compile.measuring.step_times import time_steps
+from sparse_compile.measuring.weight_health import leave_gradients
 from sparse_compile.options import Executor, Options, read_options
-from sparse_compile.origin import origin
-from sparse_compile.owners import ParameterOwners
+from sparse_compile.passes.apply_schedule import phase
+from sparse_compile.passes.autotune import tune
+from sparse_compile.passes.checkpoint_policy import recompute
 from sparse_compile.passes.choose import choose, leave_without_kernels
 from sparse_compile.passes.decide import TARGETS, Plan, decide
 from sparse_compile.passes.expand import expand
 from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
-from sparse_compile.passes.materialize import materialize
-from sparse_compile.passes.phase import phase
-from sparse_compile.passes.recompute import recompute
+from sparse_compile.passes.keep_rotary_tables import materialize
+from sparse_compile.passes.module_names import ModuleNames
+from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.passes.rewrite import new_seed, rewrite, seed_devices
 from sparse_compile.passes.sites import LinearSite, Rejection
-from sparse_compile.passes.tune import tune
 from sparse_compile.passes.verify import verify
 from sparse_compile.progress import announced
-from sparse_compile.record import write_to
+from sparse_compile.reporting.graph_origin import origin
+from sparse_compile.reporting.process_report import write_to
 from sparse_compile.runtime import Chooser
-from sparse_compile.step_times import time_steps
-from sparse_compile.target_patterns import TargetPattern
 from sparse_compile.torch_internals import (
     backend_fake_mode,
     clone_graph_module,
@@ -42,9 +42,9 @@ from sparse_compile.torch_internals import (
     uses_cuda_graphs,
 )
 from sparse_compile.variants import Compiled, Decisions, Variants
-from sparse_compile.weight_health import leave_gradients
 from sparse_compile.weights.registry import find_record
 from sparse_compile.weights.standing import Standing
+from sparse_compile.weights.target_pattern import TargetPattern
 
 
 def sste(

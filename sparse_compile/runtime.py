@@ -8,19 +8,19 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from sparse_compile.clock import capturing
-from sparse_compile.fallbacks import watch_fallbacks
-from sparse_compile.measure import Twin, measure
+from sparse_compile.measuring.baseline import Twin, measure
+from sparse_compile.measuring.device_timer import capturing
+from sparse_compile.measuring.weight_health import watch
 from sparse_compile.passes.rewrite import WeightSlot, new_seed
-from sparse_compile.report import GraphReport
-from sparse_compile.target_patterns import TargetPattern
+from sparse_compile.reporting.eager_fallbacks import watch_fallbacks
+from sparse_compile.reporting.model import GraphReport
 from sparse_compile.torch_internals import FakeTensor
-from sparse_compile.weight_health import watch
 from sparse_compile.weights.operands import are_sparse, current_operands, layout_of, operand_set, restore_operands
 from sparse_compile.weights.record import OperandLayout, OperandSet, WeightRecord
 from sparse_compile.weights.registry import bake, lock, record_of
 from sparse_compile.weights.schedule import Schedule
 from sparse_compile.weights.standing import Standing
+from sparse_compile.weights.target_pattern import TargetPattern
 
 # Called with each weight that a rewritten linear reads, and its operands, before its first call.
 on_weight: list[Callable[[WeightSlot, Tensor, OperandSet], object]] = []

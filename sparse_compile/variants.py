@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from sparse_compile.kernels import ops
-from sparse_compile.measure import Twin
+from sparse_compile.measuring.baseline import Twin
 from sparse_compile.options import Options
 from sparse_compile.passes.decide import Plan, alike
 from sparse_compile.passes.find import Found
 from sparse_compile.passes.flow import Region
 from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
-from sparse_compile.record import record
-from sparse_compile.report import GraphReport
+from sparse_compile.reporting.model import GraphReport
+from sparse_compile.reporting.process_report import record
 from sparse_compile.runtime import Question, Runtime, follow, standing_of
 from sparse_compile.torch_internals import (
     clone_graph_module,

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parent))
 import sparse_compile
 from conftest import SmallGPT
-from sparse_compile.agreement import agreed
+from sparse_compile.passes.agreement import agreed
 from sparse_compile.weights import record
 
 STEPS, SEQUENCES, TOKENS = 3, 4, 32

@@ -20,19 +20,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from sparse_compile.kernels import (
-    decay,
-    groups,
-    mvue,
-    prune,
-    prune_bf16,
-    quantize,
-    reference,
-    reference_transposable,
-    tiles,
-    transposable,
-)
+from sparse_compile.kernels import reference, tiles
+from sparse_compile.kernels.activation import cast_mvue, cast_transpose
 from sparse_compile.kernels.formats import E4M3, E5M2, FP8_DTYPES, metadata_shape, padded, values_shape
+from sparse_compile.kernels.weight import groups_of_four, masked_decay, prune_bf16, prune_fp8, transposable
 from sparse_compile.testing import assert_same_bits, hard_groups
 from tests.gluon_interpreter import elementwise, fp8_word, interpret, prmt
 
@@ -73,7 +64,7 @@ def interpret_weight_kernels() -> None:
         return words | (signs & -2139062144)
 
     interpret(
-        tiles, groups, transposable, decay, prune, prune_bf16, quantize,
+        tiles, groups_of_four, transposable, masked_decay, prune_fp8, prune_bf16, cast_transpose,
         cast_words=cast, permute_bytes=elementwise(prmt, tl.int32),
         with_layout_of=lambda x, y: x,
         _widen=widen, _cast_positive_words=cast_positive,
@@ -143,7 +134,7 @@ def check_prune() -> None:
                 values, weight_t = poisoned_payload(*values_shape(n, k)), poisoned_payload(k, n)
                 metadata = poisoned(*metadata_shape(n, k), dtype=torch.int32)
                 scale_inv = torch.tensor([hint])
-                prune.launch_prune_weight(weight, beta, values, metadata, weight_t, scale_inv, hard)
+                prune_fp8.launch_prune_weight(weight, beta, values, metadata, weight_t, scale_inv, hard)
                 what = f"{name}, hard {hard}"
                 assert_same_bits(values, expected[0], f"values, {what}")
                 assert_same_bits(metadata, expected[1], f"metadata, {what}")
@@ -154,7 +145,7 @@ def check_prune() -> None:
         expected = reference.cast_weight(weight)
         for hint in hints(float(expected[-1])):
             payload, payload_t, scale_inv = poisoned_payload(n, k), poisoned_payload(k, n), torch.tensor([hint])
-            prune.launch_cast_weight(weight, payload, payload_t, scale_inv)
+            prune_fp8.launch_cast_weight(weight, payload, payload_t, scale_inv)
             assert_same_bits(payload, expected[0], f"payload, {name}")
             assert_same_bits(payload_t, expected[1], f"payload_t, {name}")
             assert_same_bits(scale_inv, expected[2], f"cast scale_inv, {name}")
@@ -168,10 +159,10 @@ def check_transposable() -> None:
     weights = {**various_weights(), "NaN": with_nan}
     for name, weight in weights.items():
         n, k = weight.shape
-        masks = reference_transposable.transposable_masks(weight)
-        other = reference_transposable.transposable_masks(torch.randn(n, k))
+        masks = reference.transposable_masks(weight)
+        other = reference.transposable_masks(torch.randn(n, k))
         for search, wanted in ((True, masks), (False, other)):
-            expected = reference_transposable.prune_transposable(weight, wanted)
+            expected = reference.prune_transposable(weight, wanted)
             for hint in hints(float(expected[-1]))[:3]:
                 found = torch.full_like(masks, -1) if search else other.clone()
                 buffers = (
@@ -181,7 +172,7 @@ def check_transposable() -> None:
                     poisoned(*metadata_shape(k, n), dtype=torch.int32),
                     torch.tensor([hint]),
                 )
-                prune.launch_prune_transposable(weight, *buffers, found, search)
+                prune_fp8.launch_prune_transposable(weight, *buffers, found, search)
                 assert torch.equal(found, wanted), f"masks, {name}, search {search}"
                 for index, (actual, right) in enumerate(zip(buffers, expected, strict=True)):
                     assert_same_bits(actual, right, f"{name}, search {search}, result {index}")
@@ -227,11 +218,11 @@ def check_decay() -> None:
             for dtype in DTYPES:
                 factor = torch.tensor([0.37])
                 grad = torch.randn(weight.t().shape).to(dtype).t() if transposed else torch.randn_like(weight).to(dtype)
-                masks = reference_transposable.transposable_masks(weight) if weight.shape[0] % 4 == 0 else None
+                masks = reference.transposable_masks(weight) if weight.shape[0] % 4 == 0 else None
                 for given in {None, masks}:
-                    mask = reference.top2_mask(weight) if given is None else reference_transposable.dense_mask(given)
+                    mask = reference.top2_mask(weight) if given is None else reference.dense_mask(given)
                     decayed = grad.clone()
-                    decay.launch_add_masked_decay(decayed, weight, factor, given)
+                    masked_decay.launch_add_masked_decay(decayed, weight, factor, given)
                     expected = reference.add_masked_decay(grad, weight, factor, mask)
                     assert_same_bits(decayed, expected, f"{name}, grad {dtype}, {given is not None}, {transposed}")
 
@@ -247,13 +238,13 @@ def check_quantize() -> None:
             for fp8 in (E5M2, E4M3):
                 row = poisoned_payload(tokens, columns, dtype=fp8)
                 column = poisoned_payload(columns, padded(tokens), dtype=fp8)
-                quantize.launch_cast_transpose(x, row_scale, token_scale, row, column)
+                cast_transpose.launch_cast_transpose(x, row_scale, token_scale, row, column)
                 expected_row, expected_column = reference.cast_transpose(x, row_scale, token_scale, fp8)
                 assert_same_bits(row, expected_row, f"row, {tuple(x.shape)}, {fp8}")
                 assert_same_bits(column, expected_column, f"column, {tuple(x.shape)}, {fp8}")
 
             out = poisoned_payload(columns, padded(tokens))
-            quantize.launch_transpose_tokens(expected_row, out)
+            cast_transpose.launch_transpose_tokens(expected_row, out)
             expected = reference.transpose_tokens(expected_row)
             assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8)), f"transpose, {tuple(x.shape)}"
 
@@ -302,7 +293,7 @@ def check_mvue() -> None:
             metadata = poisoned(*metadata_shape(columns, tokens), dtype=torch.int32)
             # A sampled dgrad's are large.
             arguments = (grad, row_scale, token_scale, seed, index << 28, approximate, stochastic)
-            mvue.launch_cast_mvue(*arguments, row, values, metadata)
+            cast_mvue.launch_cast_mvue(*arguments, row, values, metadata)
             expected = reference.cast_mvue(*arguments, fp8)
             for name, actual, wanted in zip(
                 ("row", "values", "metadata"), (row, values, metadata), expected, strict=True

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import sparse_compile
-from sparse_compile.auto import AutoCompile
-from sparse_compile.route import _routed, _Seen
+from sparse_compile.launcher.auto_compile import AutoCompile
+from sparse_compile.launcher.route_compile import _routed, _Seen
 
 
 class FFN(nn.Module):

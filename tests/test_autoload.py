@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_compile.autoload import autoload
+from sparse_compile.launcher.autoload import autoload
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,7 +64,7 @@ def test_other_values_are_explained_and_count_as_unset(
 
 COMPILED = """
 import torch
-from sparse_compile.autoload import autoload
+from sparse_compile.launcher.autoload import autoload
 autoload()
 ffn = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64))
 if {compiles}:

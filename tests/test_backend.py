@@ -12,7 +12,7 @@ from torch import nn
 import sparse_compile
 from sparse_compile import torch_internals
 from sparse_compile.kernels import reference
-from sparse_compile.kernels.reference import group_uniforms
+from sparse_compile.kernels.reference import group_uniforms, mvue
 from sparse_compile.torch_internals import self_test
 from sparse_compile.weights.registry import find_record
 
@@ -128,7 +128,7 @@ def test_gradients_equal_an_independent_implementation(small_gpt, batch, grad_fo
         seeds.append(seed)
         return group_uniforms(seed, *arguments)
 
-    monkeypatch.setattr(reference, "group_uniforms", recorded)
+    monkeypatch.setattr(mvue, "group_uniforms", recorded)
     loss = compiled(*batch)
     loss.backward()
     assert len({int(seed) for seed in seeds}) == 1

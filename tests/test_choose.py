@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparse_compile import agreement
-from sparse_compile.kernels import costs, ops
-from sparse_compile.owners import ParameterOwners
+from sparse_compile.kernels import ops
+from sparse_compile.kernels.timing import linear_costs
+from sparse_compile.passes import agreement
 from sparse_compile.passes.choose import _pieces, choose
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
+from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.passes.sites import Reason
 from sparse_compile.recipe import FP8, SSTE, SSTE_BF16, STE_BF16, T_SR_STE, Gemm, GradFormat, Projection, Rounding
 from variants import VARIANTS
@@ -274,9 +275,9 @@ def test_every_variant_has_its_pieces(kernels, plans):
         return clock()(questions)
 
     choose(plans(), read)
-    assert asked <= costs.PIECES.keys()
+    assert asked <= linear_costs.PIECES.keys()
     assert {f"{gemm.value} wgrad" for gemm in (Gemm.SPARSE24, Gemm.FP8, Gemm.HP)} <= asked
-    assert {piece for recipe in VARIANTS.values() for piece in _pieces(recipe)} <= costs.PIECES.keys()
+    assert {piece for recipe in VARIANTS.values() for piece in _pieces(recipe)} <= linear_costs.PIECES.keys()
 
 
 def test_linears_that_share_a_weight_are_chosen_together(kernels, trace):

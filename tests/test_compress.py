@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse_compile
-from sparse_compile import compress
+from sparse_compile.export import to_sparse
 from sparse_compile.kernels.reference import soft_threshold24
 
 
@@ -72,13 +72,13 @@ class OnGPU:
 )
 def test_weights_that_cannot_be_compressed(weight: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        compress._check("w", weight)
-    compress._check("w", OnGPU(torch.bfloat16, 16, 32))  # type: ignore[arg-type]
+        to_sparse._check("w", weight)
+    to_sparse._check("w", OnGPU(torch.bfloat16, 16, 32))  # type: ignore[arg-type]
 
 
 def test_without_cusparselt_it_is_an_error_and_nothing_changes(pruned) -> None:
     with (
-        mock.patch.object(compress, "_check"),
+        mock.patch.object(to_sparse, "_check"),
         mock.patch.object(torch.backends.cusparselt, "is_available", return_value=False),
         pytest.raises(RuntimeError, match="built without cuSPARSELt"),
     ):
@@ -104,9 +104,9 @@ def test_what_is_handed_to_be_compressed(pruned) -> None:
         return matrix
 
     with (
-        mock.patch.object(compress, "_check"),
+        mock.patch.object(to_sparse, "_check"),
         mock.patch.object(torch.backends.cusparselt, "is_available", return_value=True),
-        mock.patch.object(compress, "to_sparse_semi_structured", compressed),
+        mock.patch.object(to_sparse, "to_sparse_semi_structured", compressed),
     ):
         assert sparse_compile.to_sparse(pruned) == PRUNED
     assert [tuple(matrix.shape) for matrix in given] == [(256, 64), (64, 256), (32, 64)]

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from sparse_compile.errors import SparseCompileError
-from sparse_compile.kernels import costs, measured, ops
-from sparse_compile.kernels.costs import PIECES, LinearShape, piece_times
+from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E5M2, FP8_DTYPES, padded
+from sparse_compile.kernels.timing import gpu_times, linear_costs
+from sparse_compile.kernels.timing.linear_costs import PIECES, LinearShape, piece_times
 
 DEVICE = torch.device("cuda", 0)
 SHAPE = LinearShape(
@@ -28,10 +29,10 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(costs, "undisturbed", lambda device: nullcontext())
-    measured.folder.cache_clear()
+    monkeypatch.setattr(linear_costs, "undisturbed", lambda device: nullcontext())
+    gpu_times.folder.cache_clear()
     yield tmp_path
-    measured.folder.cache_clear()
+    gpu_times.folder.cache_clear()
 
 
 @pytest.fixture
@@ -46,9 +47,9 @@ def timed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
         names.append(call())
         return float(len(names[-1].rsplit(" ", 1)[0]))
 
-    monkeypatch.setattr(costs, "_Operands", lambda device: None)
-    monkeypatch.setattr(costs, "PIECES", {name: fake(name) for name in PIECES})
-    monkeypatch.setattr(costs, "_measure", measure)
+    monkeypatch.setattr(linear_costs, "_Operands", lambda device: None)
+    monkeypatch.setattr(linear_costs, "PIECES", {name: fake(name) for name in PIECES})
+    monkeypatch.setattr(linear_costs, "_measure", measure)
     return names
 
 
@@ -63,7 +64,7 @@ class TestPieces:
     @pytest.mark.parametrize("grad_dtype", FP8_DTYPES, ids=str)
     @pytest.mark.parametrize("name", PIECES)
     def test_runs_with_the_sizes_of_the_linear(self, name: str, grad_dtype: torch.dtype, transposed: bool) -> None:
-        make = costs._Operands(torch.device("cpu"))
+        make = linear_costs._Operands(torch.device("cpu"))
         call = PIECES[name](replace(SHAPE, grad_dtype=grad_dtype, transposed=transposed), make)
         result: Any = call()
         shapes = [tuple(r.shape) for r in (result if isinstance(result, tuple) else (result,)) if r is not None]
@@ -87,7 +88,7 @@ class TestPieces:
             assert result is None  # written into buffers
 
     def test_products_are_of_random_operands(self) -> None:
-        make = costs._Operands(torch.device("cpu"))
+        make = linear_costs._Operands(torch.device("cpu"))
         for name in PIECES:
             result: Any = PIECES[name](SHAPE, make)()
             if isinstance(result, torch.Tensor):
@@ -96,9 +97,9 @@ class TestPieces:
                 assert values.isfinite().all(), name
 
     def test_the_weight_lies_as_it_is_stored(self) -> None:
-        make = costs._Operands(torch.device("cpu"))
-        assert costs._weight(SHAPE, make).is_contiguous()
-        transposed = costs._weight(replace(SHAPE, transposed=True), make)
+        make = linear_costs._Operands(torch.device("cpu"))
+        assert linear_costs._weight(SHAPE, make).is_contiguous()
+        transposed = linear_costs._weight(replace(SHAPE, transposed=True), make)
         assert transposed.shape == (48, 64)
         assert transposed.t().is_contiguous()
 
@@ -166,8 +167,10 @@ class TestDisk:
 
             return lambda shape, make: call
 
-        monkeypatch.setattr(costs.os, "cpu_count", lambda: 2)
-        monkeypatch.setattr(costs, "PIECES", costs.PIECES | {name: kernel(name) for name in costs._KERNELS})
+        monkeypatch.setattr(linear_costs.os, "cpu_count", lambda: 2)
+        monkeypatch.setattr(
+            linear_costs, "PIECES", linear_costs.PIECES | {name: kernel(name) for name in linear_costs._KERNELS}
+        )
         times_of(SHAPE, DEVICE, ["copy", "cast_transpose", "prune_weight_"])
         assert sorted(compiled) == ["cast_transpose", "prune_weight_"]
         assert [name.split()[0] for name in timed] == ["copy", "cast_transpose", "prune_weight_"]
@@ -178,7 +181,7 @@ class TestDisk:
         def broken(shape: LinearShape, make: object) -> Callable[[], str]:
             raise SparseCompileError("the check of the sparse GEMM", "this variant", "a wrong product")
 
-        monkeypatch.setattr(costs, "PIECES", costs.PIECES | {"2:4 fp8 fprop": broken})
+        monkeypatch.setattr(linear_costs, "PIECES", linear_costs.PIECES | {"2:4 fp8 fprop": broken})
         with pytest.raises(SparseCompileError, match="a wrong product"):
             times_of(SHAPE, DEVICE, ["copy", "2:4 fp8 fprop"])
         assert list(folder.glob("*/linear/*")) == []
@@ -197,7 +200,7 @@ class TestDisk:
 def test_times_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """More than the launch, and no more than a hundred times what the slowest of its limits allows."""
     monkeypatch.setenv("SPARSE_COMPILE_CACHE_DIR", str(tmp_path))
-    measured.folder.cache_clear()
+    gpu_times.folder.cache_clear()
     shape = replace(SHAPE, tokens=4096, in_features=1024, out_features=2048, weight_dtype=torch.bfloat16)
     device = torch.device("cuda", torch.cuda.current_device())
     assert ops.emulation_reason(device) is None
@@ -208,4 +211,4 @@ def test_times_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert times["fp8 fprop"] < times["hp fprop"]
     assert times["2:4 fp8 fprop"] < times["hp fprop"]
     assert times == times_of(shape, device, PIECES), "read from disk"
-    measured.folder.cache_clear()
+    gpu_times.folder.cache_clear()

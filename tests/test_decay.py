@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_compile.kernels import decay, ops, reference, reference_transposable
+from sparse_compile.kernels import ops, reference
+from sparse_compile.kernels.weight import masked_decay
 from sparse_compile.testing import assert_same_bits
 
 DECAY = 0.25
@@ -53,12 +54,12 @@ def test_kernel_matches_the_reference(size, dtype, grad_dtype, layout):
         return torch.randn(2 * n, 3 * k, device="cuda").to(dtype)[::2, ::3]
 
     weight, factor = make(dtype), torch.tensor([DECAY], device="cuda")
-    masks = reference_transposable.transposable_masks(weight) if n % 4 == 0 else None
+    masks = reference.transposable_masks(weight) if n % 4 == 0 else None
     for given in {None, masks}:
         grad = make(grad_dtype)
-        mask = reference.top2_mask(weight) if given is None else reference_transposable.dense_mask(given)
+        mask = reference.top2_mask(weight) if given is None else reference.dense_mask(given)
         expected = reference.add_masked_decay(grad, weight, factor, mask)
-        decay.launch_add_masked_decay(grad, weight, factor, given)
+        masked_decay.launch_add_masked_decay(grad, weight, factor, given)
         assert_same_bits(grad, expected)
 
 
@@ -68,7 +69,7 @@ def test_offsets_beyond_32_bits():
     weight, grad = (torch.zeros(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     weight[-128:] = torch.randn(128, k, device="cuda")
     factor = torch.tensor([DECAY], device="cuda")
-    decay.launch_add_masked_decay(grad, weight, factor)
+    masked_decay.launch_add_masked_decay(grad, weight, factor)
     last = weight[-128:]
     expected = reference.add_masked_decay(torch.zeros_like(last), last, factor, reference.top2_mask(last))
     assert_same_bits(grad[-128:], expected)
@@ -88,7 +89,7 @@ def test_wrong_tensors_are_refused(position, wrong, message):
     arguments = [torch.empty(16, 32), torch.empty(16, 32), torch.ones(1)]
     arguments[position] = wrong
     with pytest.raises(ValueError, match=message):
-        decay.launch_add_masked_decay(*arguments)
+        masked_decay.launch_add_masked_decay(*arguments)
 
 
 class FFN(nn.Module):

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
+from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.passes.sites import Reason
 from sparse_compile.recipe import FP8, SSTE
 

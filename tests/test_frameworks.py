@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import sparse_compile
 from libraries import library
-from sparse_compile.accelerate import accept_in_accelerate
-from sparse_compile.auto import AutoCompile
-from sparse_compile.route import _routed, _Seen
+from sparse_compile.launcher.accelerate_patch import accept_in_accelerate
+from sparse_compile.launcher.auto_compile import AutoCompile
+from sparse_compile.launcher.route_compile import _routed, _Seen
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 # At losses of 4 to 5, which fall by 0.4 to 1.2.

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import sparse_compile
-from sparse_compile import weight_health
+from sparse_compile.measuring import weight_health
 from sparse_compile.torch_internals import instances_of
 from sparse_compile.weights.record import OperandSet
 

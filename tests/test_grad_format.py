@@ -11,7 +11,7 @@ import torch
 import sparse_compile
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3
-from sparse_compile.linear import linear
+from sparse_compile.linear.fp8 import linear
 from sparse_compile.options import read_options
 from sparse_compile.recipe import FP8, RECIPES, SSTE, T_SR_STE, GradFormat, Rounding, recipe_named
 from test_linear import operands_of

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 import sparse_compile
-from sparse_compile import weight_health as health
-from sparse_compile.grad_noise import GradNoise, noise_and_underflow
 from sparse_compile.kernels import ops, reference
+from sparse_compile.measuring import weight_health as health
+from sparse_compile.measuring.gradient_noise import GradNoise, noise_and_underflow
 from sparse_compile.options import read_options
-from sparse_compile.record import record_health
-from sparse_compile.report_health import Health
+from sparse_compile.reporting.health import Health
+from sparse_compile.reporting.process_report import record_health
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EAGER = {"sste.executor": "eager", "sste.when": "always"}

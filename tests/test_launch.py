@@ -23,9 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import _allocation
 
-from sparse_compile.kernels import launch
+from sparse_compile.kernels import launch_plan
 from sparse_compile.kernels.formats import E4M3
-from sparse_compile.kernels.launch import NOTHING, Once, Plan, allocator, plan_kernel, plan_with_results, planned
+from sparse_compile.kernels.launch_plan import NOTHING, Once, Plan, allocator, plan_kernel, plan_with_results, planned
 
 STREAM = 0x57
 FUNCTION = 0xF00
@@ -169,13 +169,13 @@ def recorder() -> Iterator[RecordingDriver]:
 
 
 def test_this_triton_is_known() -> None:
-    assert launch.self_test() == []
+    assert launch_plan.self_test() == []
 
 
 @pytest.mark.parametrize("version", ["3.5.1", "3.9.0", "4.0.0+git1"])
 def test_refuses_an_unknown_triton(version) -> None:
     with pytest.raises(ImportError, match=rf"triton {version[:3]}.* known to work with 3\.6, 3\.7, 3\.8"):
-        launch._check_version(version)
+        launch_plan._check_version(version)
 
 
 class TestPlans:
@@ -219,7 +219,7 @@ class TestPlans:
         assert len(made) == 2
 
     def test_their_number_is_bounded_and_the_oldest_goes(self, monkeypatch) -> None:
-        monkeypatch.setattr(launch, "_MAX_PLANS", 2)
+        monkeypatch.setattr(launch_plan, "_MAX_PLANS", 2)
         call, made, _ = self.calls()
         for size in (1, 2, 1, 3, 2, 1):
             call(torch.ones(size), None, 0, True)
@@ -389,7 +389,7 @@ class TestKernels:
 
     def test_scratch_memory(self, recorder, monkeypatch) -> None:
         # No kernel of ours needs any, but a profiler may instrument one.
-        monkeypatch.setattr(launch, "_passed_on", with_scratch(launch._passed_on))
+        monkeypatch.setattr(launch_plan, "_passed_on", with_scratch(launch_plan._passed_on))
         monkeypatch.setattr(_allocation, "_allocator", SimpleNamespace(get=lambda: lambda *request: request))
         x = torch.ones(512)
         plan = plan_kernel(axpy_kernel, (4,), (x, x, x, 0), (512, 1), FACTOR=1.0, BLOCK=128)
@@ -413,7 +413,7 @@ class TestKernels:
         assert recorder.launches[2].arguments[0] == ("encoded", other.data_ptr())
 
     def test_their_number_is_bounded(self, recorder, monkeypatch) -> None:
-        monkeypatch.setattr(launch, "_MAX_DESCRIPTORS", 1)
+        monkeypatch.setattr(launch_plan, "_MAX_DESCRIPTORS", 1)
         call = planned(plan_copy)
         x, out, other = (torch.zeros(64, 128, dtype=E4M3) for _ in range(3))
         for source in (x, other, x):

@@ -7,8 +7,8 @@ import torch
 
 from sparse_compile.kernels import ops, reference
 from sparse_compile.kernels.formats import FAST_ACCUM_MAX
-from sparse_compile.kernels.reference_transposable import dense_mask, transposable_masks
-from sparse_compile.linear import linear
+from sparse_compile.kernels.reference.transposable import dense_mask, transposable_masks
+from sparse_compile.linear.fp8 import linear
 from sparse_compile.recipe import (
     FP8,
     SSTE,

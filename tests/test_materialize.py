@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_compile import torch_internals
 from sparse_compile.kernels import ops
-from sparse_compile.passes.materialize import materialize
+from sparse_compile.passes.keep_rotary_tables import materialize
 
 TOKENS, WIDTH, HEADS = 16, 64, 4
 

@@ -9,10 +9,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparse_compile
-from sparse_compile import measure as measuring
 from sparse_compile import runtime
 from sparse_compile.kernels import ops
-from sparse_compile.report import GraphReport
+from sparse_compile.measuring import baseline as measuring
+from sparse_compile.reporting.model import GraphReport
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 MEASURED = EAGER | {"sste.report_measure": True}

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels import mvue, reference
+from sparse_compile.kernels import reference
+from sparse_compile.kernels.activation import cast_mvue
 from sparse_compile.kernels.formats import E4M3, E5M2, FP8_DTYPES, MVUE_GAIN, metadata_shape, values_shape
 from sparse_compile.testing import assert_same_bits, hard_groups
 
@@ -397,8 +398,8 @@ def test_kernel_matches_the_reference(tokens, columns, dtype, fp8, stochastic, a
     for seed, index in ((0, 0), (-(2**63) + 12345, 1), (2**40 + 7, 2**31 - 1)):
         arguments = (grad, row_scale, token_scale, torch.tensor([seed], device="cuda"), index, approximate, stochastic)
         results, again = buffers(tokens, columns, "cuda", fp8), buffers(tokens, columns, "cuda", fp8)
-        mvue.launch_cast_mvue(*arguments, *results)
-        mvue.launch_cast_mvue(*arguments, *again)
+        cast_mvue.launch_cast_mvue(*arguments, *results)
+        cast_mvue.launch_cast_mvue(*arguments, *again)
         for actual, expected, repeated in zip(results, reference.cast_mvue(*arguments, fp8), again, strict=True):
             assert_same_bits(actual, expected)
             assert torch.equal(actual.view(torch.uint8), repeated.view(torch.uint8))
@@ -412,7 +413,7 @@ def test_kernel_draws_anew_for_another_seed_or_index(approximate) -> None:
 
     def metadata(seed: int, index: int) -> Tensor:
         results = buffers(512, 128, "cuda")
-        mvue.launch_cast_mvue(
+        cast_mvue.launch_cast_mvue(
             grad, ones, ones, torch.tensor([seed], device="cuda"), index, approximate, False, *results
         )
         return results[2]
@@ -430,7 +431,7 @@ def test_offsets_beyond_32_bits() -> None:
     grad[start:] = torch.randn(tokens - start, columns, device="cuda")
     scale, seed, index = torch.rand(tokens, device="cuda") * 100, torch.tensor([5], device="cuda"), 3
     row, values, metadata = results = buffers(tokens, columns, "cuda")
-    mvue.launch_cast_mvue(grad, scale, scale, seed, index, False, False, *results)
+    cast_mvue.launch_cast_mvue(grad, scale, scale, seed, index, False, False, *results)
 
     # As in the reference, with the counters of the last two tiles.
     scaled = torch.zeros(256, columns, device="cuda")
@@ -452,11 +453,11 @@ def test_offsets_beyond_32_bits() -> None:
 
 def test_index_is_checked_in_every_call(monkeypatch) -> None:
     indices: list[int] = []
-    monkeypatch.setattr(mvue, "plan_kernel", lambda *_, **__: lambda *varying: indices.append(varying[4]))
+    monkeypatch.setattr(cast_mvue, "plan_kernel", lambda *_, **__: lambda *varying: indices.append(varying[4]))
     scale, seed = torch.ones(7), torch.zeros(1, dtype=torch.int64)
 
     def call(index: int) -> None:
-        mvue.launch_cast_mvue(torch.empty(7, 16), scale, scale, seed, index, False, False, *buffers(7, 16, "cpu"))
+        cast_mvue.launch_cast_mvue(torch.empty(7, 16), scale, scale, seed, index, False, False, *buffers(7, 16, "cpu"))
 
     for index in (3, 2**31 - 1, 0):
         call(index)
@@ -471,7 +472,7 @@ def test_nothing_is_launched_for_an_empty_input(size) -> None:
     results = buffers(*size, "cpu")
     assert all(buffer.numel() == 0 for buffer in results)
     scale, seed = torch.ones(size[0]), torch.zeros(1, dtype=torch.int64)
-    mvue.launch_cast_mvue(torch.empty(size), scale, scale, seed, 0, False, False, *results)
+    cast_mvue.launch_cast_mvue(torch.empty(size), scale, scale, seed, 0, False, False, *results)
 
 
 @pytest.mark.parametrize(
@@ -495,4 +496,4 @@ def test_launcher_refuses_wrong_arguments(position, wrong, message) -> None:
     arguments = [torch.empty(5, 16), scale, scale, seed, 0, False, False, *buffers(5, 16, "cpu")]
     arguments[position] = wrong
     with pytest.raises(ValueError, match=message):
-        mvue.launch_cast_mvue(*arguments)
+        cast_mvue.launch_cast_mvue(*arguments)

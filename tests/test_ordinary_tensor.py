@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_compile.linear import linear
+from sparse_compile.linear.fp8 import linear
 from sparse_compile.recipe import FP8, SSTE_BF16, Gemm
 from test_linear import operands_of
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import sparse_compile
 from sparse_compile import torch_internals
-from sparse_compile.owners import ParameterOwners
+from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.weights import attach
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}

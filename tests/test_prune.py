@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels import prune, prune_bf16, reference
+from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import E4M3, E4M3_MAX, PAD_WORD, metadata_shape, values_shape
+from sparse_compile.kernels.weight import prune_bf16, prune_fp8
 from sparse_compile.testing import assert_same_bits
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -206,7 +207,7 @@ def assert_kernels_match_the_reference(weight: Tensor) -> None:
     beta = torch.tensor([1.4839], device="cuda")
     for hard in (False, True):
         buffers = prune_buffers(n, k, "cuda")
-        prune.launch_prune_weight(weight, beta, *buffers, hard)
+        prune_fp8.launch_prune_weight(weight, beta, *buffers, hard)
         for actual, expected in zip(buffers, reference.prune_weight(weight, beta, hard), strict=True):
             assert_same_bits(actual, expected, f"hard {hard}")
         buffers = bf16_buffers(n, k, "cuda")
@@ -214,7 +215,7 @@ def assert_kernels_match_the_reference(weight: Tensor) -> None:
         for actual, expected in zip(buffers, reference.prune_weight_bf16(weight, beta, hard), strict=True):
             assert_same_bits(actual, expected, f"bf16, hard {hard}")
     buffers = cast_buffers(n, k, "cuda")
-    prune.launch_cast_weight(weight, *buffers)
+    prune_fp8.launch_cast_weight(weight, *buffers)
     for actual, expected in zip(buffers, reference.cast_weight(weight), strict=True):
         assert_same_bits(actual, expected)
 
@@ -277,8 +278,8 @@ def test_old_scale_inv_does_not_change_the_result(size) -> None:
     torch.manual_seed(0)
     weight, beta = torch.randn(size, device="cuda", dtype=torch.bfloat16), torch.tensor([1.4839], device="cuda")
     for launch, arguments, new_buffers, expected in (
-        (prune.launch_prune_weight, (weight, beta), prune_buffers, reference.prune_weight(weight, beta)),
-        (prune.launch_cast_weight, (weight,), cast_buffers, reference.cast_weight(weight)),
+        (prune_fp8.launch_prune_weight, (weight, beta), prune_buffers, reference.prune_weight(weight, beta)),
+        (prune_fp8.launch_cast_weight, (weight,), cast_buffers, reference.cast_weight(weight)),
     ):
         right = float(expected[-1])
         for hint in (right, 2 * right, 0.9 * right, -right, 0.0, float("nan"), float("inf"), 1e-42):
@@ -295,8 +296,8 @@ def test_kernels_repeat_their_bits() -> None:
     weight = torch.randn(1600, 6400, device="cuda", dtype=torch.bfloat16)
     beta = torch.ones(1, device="cuda")
     first, second = prune_buffers(1600, 6400, "cuda"), prune_buffers(1600, 6400, "cuda")
-    prune.launch_prune_weight(weight, beta, *first)
-    prune.launch_prune_weight(weight, beta, *second)
+    prune_fp8.launch_prune_weight(weight, beta, *first)
+    prune_fp8.launch_prune_weight(weight, beta, *second)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
@@ -310,7 +311,7 @@ def test_offsets_beyond_32_bits() -> None:
     weight[-128:] = torch.randn(128, k, device="cuda")
     beta = torch.ones(1, device="cuda")
     values, metadata, weight_t, scale_inv = buffers = prune_buffers(n, k, "cuda")
-    prune.launch_prune_weight(weight, beta, *buffers)
+    prune_fp8.launch_prune_weight(weight, beta, *buffers)
     expected = reference.prune_weight(weight[-128:], beta)
     assert_same_bits(values[-128:], expected[0])
     assert_same_bits(metadata[:, -8:], expected[1])
@@ -322,7 +323,7 @@ def test_offsets_beyond_32_bits() -> None:
     del values, metadata, weight_t, buffers
 
     payload, payload_t, scale_inv = buffers = cast_buffers(n, k, "cuda")
-    prune.launch_cast_weight(weight, *buffers)
+    prune_fp8.launch_cast_weight(weight, *buffers)
     expected_payload, expected_payload_t, expected_scale_inv = reference.cast_weight(weight[-128:])
     assert_same_bits(payload[-128:], expected_payload)
     assert_same_bits(payload_t[:, -128:], expected_payload_t)
@@ -345,7 +346,7 @@ def test_launches_wait_for_each_other() -> None:
     def prune_all() -> None:
         for new, copies in zip(weights, results, strict=True):
             weight.copy_(new)
-            prune.launch_prune_weight(weight, beta, *buffers)
+            prune_fp8.launch_prune_weight(weight, beta, *buffers)
             for copy, buffer in zip(copies, buffers, strict=True):
                 copy.copy_(buffer)
 
@@ -368,18 +369,18 @@ def test_both_launches_share_partials_of_their_own(monkeypatch) -> None:
     def plan_kernel(*_, launch_pdl=False, **__):
         return lambda *varying: launches.append((launch_pdl, varying))
 
-    monkeypatch.setattr(prune, "plan_kernel", plan_kernel)
+    monkeypatch.setattr(prune_fp8, "plan_kernel", plan_kernel)
     weight, beta = torch.empty(16, 48), torch.ones(1)
     for _ in range(2):
         buffers = prune_buffers(16, 48)
-        prune.launch_prune_weight(weight, beta, *buffers)
+        prune_fp8.launch_prune_weight(weight, beta, *buffers)
         (first, addresses), (second, again) = launches[-2:]
         assert (first, second) == (False, True)
         assert addresses == again
         *written, scale_inv = (tensor.data_ptr() for tensor in (weight, beta, *buffers))
         assert addresses[:-1] == (*written, None, None, scale_inv)
     payload, payload_t, scale_inv = buffers = cast_buffers(16, 48)
-    prune.launch_cast_weight(weight, *buffers)
+    prune_fp8.launch_cast_weight(weight, *buffers)
     assert launches[-1][1][:-1] == (
         (weight.data_ptr(), None, payload.data_ptr(), None, payload_t.data_ptr(), None, None, scale_inv.data_ptr())
     )
@@ -390,10 +391,10 @@ def test_both_launches_share_partials_of_their_own(monkeypatch) -> None:
 def test_empty_weight_has_a_defined_scale(size) -> None:
     beta, weight = torch.ones(1), torch.empty(size)
     buffers = prune_buffers(*size)
-    prune.launch_prune_weight(weight, beta, *buffers)
+    prune_fp8.launch_prune_weight(weight, beta, *buffers)
     assert buffers[-1] == 0
     buffers = cast_buffers(*size)
-    prune.launch_cast_weight(weight, *buffers)
+    prune_fp8.launch_cast_weight(weight, *buffers)
     assert buffers[-1] == 0
 
 
@@ -415,7 +416,7 @@ def test_prune_refuses_wrong_tensors(position, wrong, message) -> None:
     arguments = [torch.empty(16, 32), torch.ones(1), *prune_buffers(16, 32)]
     arguments[position] = wrong
     with pytest.raises(ValueError, match=message):
-        prune.launch_prune_weight(*arguments)
+        prune_fp8.launch_prune_weight(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -431,4 +432,4 @@ def test_cast_refuses_wrong_tensors(position, wrong, message) -> None:
     arguments = [torch.empty(16, 32), *cast_buffers(16, 32)]
     arguments[position] = wrong
     with pytest.raises(ValueError, match=message):
-        prune.launch_cast_weight(*arguments)
+        prune_fp8.launch_cast_weight(*arguments)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels import quantize, reference
+from sparse_compile.kernels import reference
+from sparse_compile.kernels.activation import cast_transpose
 from sparse_compile.kernels.formats import E4M3, E4M3_MAX, E5M2, FP8_DTYPES, padded
 from sparse_compile.testing import assert_same_bits
 
@@ -65,12 +66,12 @@ def test_cast_transpose_matches_the_reference(fp8, tokens, columns, dtype) -> No
     (row, column), (again_row, again_column) = (
         (poisoned(tokens, columns, dtype=fp8), poisoned(columns, padded(tokens), dtype=fp8)) for _ in range(2)
     )
-    quantize.launch_cast_transpose(x, row_scale, token_scale, row, column)
+    cast_transpose.launch_cast_transpose(x, row_scale, token_scale, row, column)
     expected_row, expected_column = reference.cast_transpose(x, row_scale, token_scale, fp8)
     assert_same_bits(row, expected_row)
     assert_same_bits(column, expected_column)
 
-    quantize.launch_cast_transpose(x, row_scale, token_scale, again_row, again_column)
+    cast_transpose.launch_cast_transpose(x, row_scale, token_scale, again_row, again_column)
     assert torch.equal(row.view(torch.uint8), again_row.view(torch.uint8))
     assert torch.equal(column.view(torch.uint8), again_column.view(torch.uint8))
 
@@ -83,7 +84,7 @@ def test_transpose_tokens_matches_the_reference(tokens, columns) -> None:
     # Every byte, both NaN among them, passes unchanged.
     x = torch.randint(256, (tokens, columns), device="cuda", dtype=torch.uint8).view(E4M3)
     out = poisoned(columns, padded(tokens))
-    quantize.launch_transpose_tokens(x, out)
+    cast_transpose.launch_transpose_tokens(x, out)
     assert torch.equal(out.view(torch.uint8), reference.transpose_tokens(x).view(torch.uint8))
 
 
@@ -96,7 +97,7 @@ def test_offsets_beyond_32_bits() -> None:
     x[start:] = torch.randn(tokens - start, columns, device="cuda")
     scale = torch.rand(tokens, device="cuda") * 100
     row, column = poisoned(tokens, columns), poisoned(columns, padded(tokens))
-    quantize.launch_cast_transpose(x, scale, 2 * scale, row, column)
+    cast_transpose.launch_cast_transpose(x, scale, 2 * scale, row, column)
     expected_row, expected_column = reference.cast_transpose(x[start:], scale[start:], 2 * scale[start:])
     assert_same_bits(row[start:], expected_row)
     assert_same_bits(column[:, start:], expected_column)
@@ -104,7 +105,7 @@ def test_offsets_beyond_32_bits() -> None:
     assert not column[:, :start].view(torch.uint8).any()
 
     out = poisoned(columns, padded(tokens))
-    quantize.launch_transpose_tokens(row, out)
+    cast_transpose.launch_transpose_tokens(row, out)
     assert_same_bits(out[:, start:], reference.transpose_tokens(expected_row))
     assert not out[:, :start].view(torch.uint8).any()
 
@@ -114,8 +115,8 @@ def test_nothing_is_launched_for_an_empty_input(size) -> None:
     tokens, columns = size
     row, column = torch.empty(size, dtype=E4M3), torch.empty(columns, padded(tokens), dtype=E4M3)
     assert column.numel() == 0
-    quantize.launch_cast_transpose(torch.empty(size), torch.empty(tokens), torch.empty(tokens), row, column)
-    quantize.launch_transpose_tokens(row, column)
+    cast_transpose.launch_cast_transpose(torch.empty(size), torch.empty(tokens), torch.empty(tokens), row, column)
+    cast_transpose.launch_transpose_tokens(row, column)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_cast_transpose_refuses_wrong_tensors(position, wrong, message) -> None:
     arguments = [torch.empty(5, 16), torch.empty(5), torch.empty(5), row, column]
     arguments[position] = wrong
     with pytest.raises(ValueError, match=message):
-        quantize.launch_cast_transpose(*arguments)
+        cast_transpose.launch_cast_transpose(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -150,4 +151,4 @@ def test_cast_transpose_refuses_wrong_tensors(position, wrong, message) -> None:
 )
 def test_transpose_tokens_refuses_wrong_tensors(x, out, message) -> None:
     with pytest.raises(ValueError, match=message):
-        quantize.launch_transpose_tokens(x, out)
+        cast_transpose.launch_transpose_tokens(x, out)

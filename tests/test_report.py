@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparse_compile
-from sparse_compile.report import GraphReport, Measurement, Passes, Report, Row, Spread
-from sparse_compile.report_health import Health
-from sparse_compile.view import view
+from sparse_compile.reporting.health import Health
+from sparse_compile.reporting.model import GraphReport, Measurement, Passes, Report, Row, Spread
+from sparse_compile.reporting.show import view
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 

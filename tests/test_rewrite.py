@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from sparse_compile.errors import SparseCompileError
-from sparse_compile.linear import linear
-from sparse_compile.owners import ParameterOwners
+from sparse_compile.linear.fp8 import linear
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
+from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.passes.rewrite import rewrite, seed_devices
 from sparse_compile.passes.verify import verify
 from sparse_compile.recipe import FP8, SSTE, Projection

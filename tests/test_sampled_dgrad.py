@@ -5,7 +5,7 @@ import torch
 
 import sparse_compile
 from sparse_compile.kernels import ops, reference
-from sparse_compile.linear import DGRAD_DRAWS, linear
+from sparse_compile.linear.fp8 import DGRAD_DRAWS, linear
 from sparse_compile.options import read_options
 from sparse_compile.recipe import RECIPES, SSTE, SSTE_APPROXIMATE, STE, Estimator, Gemm, Projection
 from test_backend import sampled

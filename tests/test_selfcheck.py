@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from sparse_compile.errors import SparseCompileError
-from sparse_compile.kernels import selfcheck, sparse_gemm
-from sparse_compile.kernels.configs import BLOCK_R, CARRY_STAGES, STAGE_BYTES, Config, configs
 from sparse_compile.kernels.formats import E4M3, E5M2
-from sparse_compile.kernels.problem import Problem
 from sparse_compile.kernels.reference import decompress24, sparse_mm
-from sparse_compile.kernels.selfcheck import check_variant
+from sparse_compile.kernels.sparse_gemm import launch, selfcheck
+from sparse_compile.kernels.sparse_gemm.configs import BLOCK_R, CARRY_STAGES, STAGE_BYTES, Config, configs
+from sparse_compile.kernels.sparse_gemm.problem import Problem
+from sparse_compile.kernels.sparse_gemm.selfcheck import check_variant
 from sparse_compile.testing import SPARSE_INSTRUCTION, tensor_core_product
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -93,7 +93,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Kernel], Kernel]]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def install(kernel: Kernel) -> Kernel:
-        monkeypatch.setattr(sparse_gemm, "plan", kernel.plan)
+        monkeypatch.setattr(launch, "plan", kernel.plan)
         return kernel
 
     return install
@@ -345,7 +345,7 @@ def test_every_config_on_the_gpu(monkeypatch, config, problem, form) -> None:
 @pytest.mark.gpu
 def test_a_wrong_kernel_is_caught_on_the_gpu(monkeypatch) -> None:
     monkeypatch.setattr(selfcheck, "_checked", set())
-    plan = sparse_gemm.plan
+    plan = launch.plan
 
     def one_stage_fewer(
         config: Config, accurate: bool, values: Tensor, metadata: Tensor, dense: Tensor, *others: Any
@@ -354,7 +354,7 @@ def test_a_wrong_kernel_is_caught_on_the_gpu(monkeypatch) -> None:
         run = plan(config, accurate, values, metadata, shorter, *others)
         return lambda values, metadata, dense, *others: run(values, metadata, shorter.data_ptr(), *others)
 
-    monkeypatch.setattr(sparse_gemm, "plan", one_stage_fewer)
+    monkeypatch.setattr(launch, "plan", one_stage_fewer)
     with pytest.raises(SparseCompileError, match="elements are wrong"):
         check_variant(CONFIG, PROBLEM, GPU)
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.tools.disasm import get_sass
 
-from sparse_compile.kernels import configs, reference, shared_memory, sparse_gemm
+from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import E4M3, E5M2, PAD_WORD, metadata_shape, padded, values_shape
+from sparse_compile.kernels.sparse_gemm import configs, launch, shared_memory
 from sparse_compile.testing import SPARSE_INSTRUCTION, assert_within_budget
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -161,10 +162,10 @@ def compile_plan(monkeypatch) -> Iterator[Callable[..., Any]]:
         out = torch.empty((columns, rows) if transpose else (rows, columns), dtype=out_dtype)
         dense = torch.randn(columns, 256).to(dense_dtype)
         scale = torch.ones(columns) if scaled else None
-        return sparse_gemm.plan(config, accurate, values, metadata, dense, torch.ones(1), scale, out, transpose)
+        return launch.plan(config, accurate, values, metadata, dense, torch.ones(1), scale, out, transpose)
 
-    monkeypatch.setattr(sparse_gemm, "plan_kernel", compile_only)
-    monkeypatch.setattr(sparse_gemm, "_sm_count", lambda device: 132)
+    monkeypatch.setattr(launch, "plan_kernel", compile_only)
+    monkeypatch.setattr(launch, "_sm_count", lambda device: 132)
     active = triton.runtime.driver._active
     triton.runtime.driver.set_active(HopperDriver())
     yield plan
@@ -299,7 +300,7 @@ def test_empty_problems_launch_nothing(rows, columns, contraction) -> None:
     metadata = torch.empty(metadata_shape(rows, contraction), dtype=torch.int32)
     dense = torch.empty(columns, contraction, dtype=E4M3)
     out = torch.full((rows, columns), float("nan"))
-    sparse_gemm.launch_sparse_gemm(values, metadata, dense, torch.ones(1), None, out, False, True)
+    launch.launch_sparse_gemm(values, metadata, dense, torch.ones(1), None, out, False, True)
     assert torch.equal(out, torch.zeros(rows, columns))
 
 
@@ -339,7 +340,7 @@ def test_launcher_refuses_wrong_arguments(change, message) -> None:
         "use_fast_accum": True,
     }
     with pytest.raises(ValueError, match=message):
-        sparse_gemm.launch_sparse_gemm(**{**arguments, **change})
+        launch.launch_sparse_gemm(**{**arguments, **change})
 
 
 def assert_product(
@@ -390,7 +391,7 @@ def check_budget(
     results = []
     for _ in range(2):
         buffer, out = poisoned((columns, rows) if transpose else (rows, columns), dtype, "cuda")
-        sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, out, transpose, fast)
+        launch.launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, out, transpose, fast)
         assert buffer[:1024].isnan().all()
         assert buffer[-1024:].isnan().all()
         results.append(out)
@@ -414,7 +415,7 @@ def test_small_integers_are_exact(dtype, out_dtype, transpose, config, accurate)
         dense_scale_inv = 2.0 ** torch.randint(-2, 3, (columns,), device="cuda")
         buffer, out = poisoned((columns, rows) if transpose else (rows, columns), out_dtype, "cuda")
         tensors = (values, metadata, dense, scale_inv, dense_scale_inv, out)
-        sparse_gemm.plan(config, accurate, *tensors, transpose)(*(tensor.data_ptr() for tensor in tensors))
+        launch.plan(config, accurate, *tensors, transpose)(*(tensor.data_ptr() for tensor in tensors))
         expected = reference.sparse_mm(*tensors[:-1], out_dtype, transpose, not accurate)
         assert torch.equal(out, expected)
         assert buffer[:1024].isnan().all()
@@ -437,7 +438,7 @@ def test_accurate_accumulation(tokens, mean) -> None:
     errors = {"fp32": (a @ b.float().t() * scale_inv - exact).norm() / exact.norm()}
     for fast in (False, True):
         _, out = poisoned((128, 128), torch.float32, "cuda")
-        sparse_gemm.launch_sparse_gemm(values, metadata, b, scale_inv, None, out, False, fast)
+        launch.launch_sparse_gemm(values, metadata, b, scale_inv, None, out, False, fast)
         errors["fast" if fast else "accurate"] = (out - exact).norm() / exact.norm()
     assert errors["accurate"] <= 2 * errors["fp32"], errors
     if mean > 0:
@@ -452,7 +453,7 @@ def test_bf16_operands(shape) -> None:
     values, metadata = reference.compress24(weight, random_positions(rows, contraction, "cuda"))
     dense = torch.randn(columns, contraction, device="cuda").bfloat16()
     _, out = poisoned((rows, columns), torch.float32, "cuda")
-    sparse_gemm.launch_sparse_gemm(values, metadata, dense, torch.ones(1, device="cuda"), None, out, False, True)
+    launch.launch_sparse_gemm(values, metadata, dense, torch.ones(1, device="cuda"), None, out, False, True)
     a, b = reference.decompress24(values, metadata)[:, :contraction].double(), dense.double()
     # Sums in fp32, a few thousand additions long; an element forgotten would be a larger part of them.
     assert ((out.double() - a @ b.t()).abs() <= 2.0**-16 * (a.abs() @ b.abs().t())).all()
@@ -468,7 +469,7 @@ def test_weight_gradient(tokens, fp8) -> None:
     dense = reference.transpose_tokens(random_dense(tokens, 80, "cuda")[0])
     scale_inv = torch.tensor([1e-3], device="cuda")
     out = poisoned((48, 80), torch.float32, "cuda")[1]
-    sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, None, out, False, False)
+    launch.launch_sparse_gemm(values, metadata, dense, scale_inv, None, out, False, False)
     assert_product(out, values, metadata, dense, scale_inv, None)
 
 
@@ -481,7 +482,7 @@ def test_offsets_beyond_32_bits(dtype, transpose) -> None:
     dense, _ = random_dense(columns, contraction, "cuda")
     shape = (columns, rows) if transpose else (rows, columns)
     out = torch.full(shape, float("nan"), dtype=dtype, device="cuda")
-    sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, None, out, transpose, True)
+    launch.launch_sparse_gemm(values, metadata, dense, scale_inv, None, out, transpose, True)
     product = out.t() if transpose else out
     assert_product(product[-128:], values[-128:], metadata[:, -8:], dense, scale_inv, None)
     assert_product(product[:, -256:], values, metadata, dense[-256:], scale_inv, None)
@@ -492,10 +493,10 @@ def test_captured_in_a_cuda_graph() -> None:
     values, metadata, scale_inv = random_operand(256, 384, "cuda")
     dense, dense_scale_inv = random_dense(96, 384, "cuda")
     eager, replayed = (torch.empty(96, 256, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, eager, True, True)
+    launch.launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, eager, True, True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, replayed, True, True)
+        launch.launch_sparse_gemm(values, metadata, dense, scale_inv, dense_scale_inv, replayed, True, True)
     replayed.fill_(float("nan"))
     graph.replay()
     assert torch.equal(eager, replayed)
@@ -510,6 +511,6 @@ def test_streams_do_not_disturb_each_other() -> None:
     torch.cuda.synchronize()
     for index, out in enumerate(outs):
         with torch.cuda.stream(streams[index % 3]):
-            sparse_gemm.launch_sparse_gemm(values, metadata, dense, scale_inv, None, out, True, True)
+            launch.launch_sparse_gemm(values, metadata, dense, scale_inv, None, out, True, True)
     torch.cuda.synchronize()
     assert all(torch.equal(out, outs[0]) for out in outs)

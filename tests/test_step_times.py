@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import sparse_compile
-from sparse_compile import step_times
-from sparse_compile.report import GraphReport, Report
-from sparse_compile.step_times import StepTimes
+from sparse_compile.measuring import step_times
+from sparse_compile.measuring.step_times import StepTimes
+from sparse_compile.reporting.model import GraphReport, Report
 
 
 class FakeClock:

@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 import sparse_compile
-from sparse_compile.kernels import prune, reference
+from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import E4M3, metadata_shape, values_shape
-from sparse_compile.kernels.reference_transposable import (
+from sparse_compile.kernels.reference.transposable import (
     PAIRS,
     dense_mask,
     prune_transposable,
     transposable_masks,
     ways,
 )
+from sparse_compile.kernels.weight import prune_fp8
 from sparse_compile.testing import assert_same_bits
 from sparse_compile.weights.registry import find_record
 
@@ -114,7 +115,7 @@ def test_kernel_matches_the_reference(size, dtype, layout):
     buffers = poisoned(n, k)
     for search, wanted in ((True, best), (False, other), (False, best)):
         masks = torch.zeros_like(best) if search else wanted.clone()
-        prune.launch_prune_transposable(weight, *buffers, masks, search)
+        prune_fp8.launch_prune_transposable(weight, *buffers, masks, search)
         assert torch.equal(masks, wanted)
         for actual, expected in zip(buffers, prune_transposable(weight, wanted), strict=True):
             assert_same_bits(actual, expected, f"search {search}")
@@ -131,7 +132,7 @@ def test_kernel_matches_the_reference_on_special_values(kind):
     else:
         weight *= {"zero": 0.0, "tiny": 1e-38, "huge": 1e37}[kind]
     buffers, masks = poisoned(80, 144), transposable_masks(torch.zeros_like(weight))
-    prune.launch_prune_transposable(weight, *buffers, masks, True)
+    prune_fp8.launch_prune_transposable(weight, *buffers, masks, True)
     wanted = transposable_masks(weight)
     assert torch.equal(masks, wanted)
     for actual, expected in zip(buffers, prune_transposable(weight, wanted), strict=True):
@@ -144,7 +145,7 @@ def test_offsets_beyond_32_bits():
     weight = torch.zeros(n, k, device="cuda", dtype=torch.bfloat16)
     weight[-128:] = torch.randn(128, k, device="cuda")
     buffers, masks = poisoned(n, k), torch.zeros(n // 4, k // 4, dtype=torch.int16, device="cuda")
-    prune.launch_prune_transposable(weight, *buffers, masks, True)
+    prune_fp8.launch_prune_transposable(weight, *buffers, masks, True)
     last = transposable_masks(weight[-128:])
     assert torch.equal(masks[-32:], last)
     expected = prune_transposable(weight[-128:], last)
@@ -171,7 +172,7 @@ def test_wrong_tensors_are_refused(position, wrong, message):
     ]  # fmt: skip
     arguments[position] = wrong
     with pytest.raises(ValueError, match=message):
-        prune.launch_prune_transposable(*arguments)
+        prune_fp8.launch_prune_transposable(*arguments)
 
 
 class FFN(nn.Module):

@@ -9,9 +9,9 @@ from itertools import combinations, pairwise, product
 import pytest
 import torch
 
-from sparse_compile.decay_html import as_html
-from sparse_compile.decay_table import DecayTable, Run
-from sparse_compile.tune_decay import RunFailed, run_script, search, tune_decay
+from sparse_compile.decay_search.command import RunFailed, run_script, search, tune_decay
+from sparse_compile.decay_search.html import as_html
+from sparse_compile.decay_search.table import DecayTable, Run
 
 # One weight as nn.Linear stores it, one transposed; what it computes with at the end, the last step included, is saved.
 SCRIPT = """

@@ -15,11 +15,13 @@ from torch import nn
 
 from sparse_compile import backend
 from sparse_compile.errors import SparseCompileError
-from sparse_compile.kernels import measured, ops, sparse_gemm, tuning
-from sparse_compile.kernels.configs import Config, configs
+from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, E5M2, padded
-from sparse_compile.kernels.problem import Problem
-from sparse_compile.kernels.tuning import lookup, tune
+from sparse_compile.kernels.sparse_gemm import launch, tuning
+from sparse_compile.kernels.sparse_gemm.configs import Config, configs
+from sparse_compile.kernels.sparse_gemm.problem import Problem
+from sparse_compile.kernels.sparse_gemm.tuning import lookup, tune
+from sparse_compile.kernels.timing import gpu_times
 
 DEVICE = torch.device("cuda", 0)
 PROBLEM = Problem(
@@ -34,9 +36,9 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """The cache of a process that starts with an empty one."""
     monkeypatch.setenv("SPARSE_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    measured.folder.cache_clear()
+    gpu_times.folder.cache_clear()
     yield tmp_path / "cache"
-    measured.folder.cache_clear()
+    gpu_times.folder.cache_clear()
 
 
 @pytest.fixture
@@ -74,16 +76,16 @@ class TestBuckets:
     def test_sizes_of_a_bucket_differ_by_at_most_an_eighth(self) -> None:
         smallest: dict[int, int] = {}
         for size in range(1, 5000):
-            top = measured.round_up(size)
+            top = gpu_times.round_up(size)
             assert top >= size
-            assert measured.round_up(top) == top, "a bucket holds its own top"
+            assert gpu_times.round_up(top) == top, "a bucket holds its own top"
             smallest.setdefault(top, size)
             assert size <= smallest[top] * 1.125
             assert top % (1 << max(0, top.bit_length() - 4)) == 0, "four significant bits"
         assert list(smallest) == sorted(smallest), "buckets are intervals"
 
     def test_three_bits_below_the_leading_one(self) -> None:
-        tops = {measured.round_up(size) for size in range(1025, 2049)}
+        tops = {gpu_times.round_up(size) for size in range(1025, 2049)}
         assert tops == {1024 + 128 * eighth for eighth in range(1, 9)}
 
     def test_each_size_and_kind_counts(self, folder, gpus) -> None:
@@ -190,7 +192,7 @@ def test_times_are_of_one_launch_of_each_configuration(monkeypatch, dtype, dense
         *tensors, transposed = arguments
         assert transposed == transpose
         values, metadata, dense, scale_inv, dense_scale_inv, out = tensors
-        sparse_gemm._check(values, metadata, dense, scale_inv, dense_scale_inv, out, transpose)
+        launch._check(values, metadata, dense, scale_inv, dense_scale_inv, out, transpose)
         assert (values.shape[0], *dense.shape) == (144, 100, 400)
         assert (values.dtype, dense.dtype) == (dtype, dense_dtype)
         assert (dense_scale_inv is not None) == scaled
@@ -210,7 +212,7 @@ def test_times_are_of_one_launch_of_each_configuration(monkeypatch, dtype, dense
 
         return multiply
 
-    monkeypatch.setattr(sparse_gemm, "plan", plan)
+    monkeypatch.setattr(launch, "plan", plan)
     state = torch.get_rng_state()
     assert tuning.measure(problem, [SLOW, FAST], cpu) == {SLOW: pytest.approx(25.0), FAST: pytest.approx(12.5)}
     assert turns == [SLOW, FAST] * tuning._ROUNDS, "they take turns"
@@ -263,8 +265,8 @@ class TestDisk:
 
     def test_folders(self, folder, gpus, monkeypatch, tmp_path) -> None:
         def parent() -> Path:
-            measured.folder.cache_clear()
-            return measured.folder(DEVICE).parent
+            gpu_times.folder.cache_clear()
+            return gpu_times.folder(DEVICE).parent
 
         assert parent() == folder
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -279,17 +281,17 @@ class TestDisk:
 
     def test_a_folder_per_device_version_and_source(self, folder, gpus, monkeypatch) -> None:
         def name(index: int = 0) -> str:
-            measured.folder.cache_clear()
-            return measured.folder(torch.device("cuda", index)).name
+            gpu_times.folder.cache_clear()
+            return gpu_times.folder(torch.device("cuda", index)).name
 
         assert name().startswith(f"NVIDIA_H100___HBM-{torch.__version__}-")
         names = {name(), name(index=1)}
         monkeypatch.setattr(torch, "__version__", "2.99.0")
         names.add(name())
-        monkeypatch.setattr(measured, "version", lambda package: "9.9")
+        monkeypatch.setattr(gpu_times, "version", lambda package: "9.9")
         names.add(name())
         for source in ("configs.py", "sparse_gemm_kernel.py", "mvue.py"):
-            monkeypatch.setattr(measured, "_NO_KERNELS", (*measured._NO_KERNELS, source))
+            monkeypatch.setattr(gpu_times, "_NO_KERNELS", (*gpu_times._NO_KERNELS, source))
             names.add(name())
         assert len(names) == 4 + 3
 

@@ -9,11 +9,11 @@ from torch import nn
 
 import sparse_compile
 from sparse_compile.kernels import ops
-from sparse_compile.owners import ParameterOwners
 from sparse_compile.passes import choose
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
+from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.recipe import SSTE
 
 FASTER = {"sste.executor": "eager"}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_compile
-from sparse_compile.report import DENSE, GraphReport
+from sparse_compile.reporting.model import DENSE, GraphReport
 
 STEPS = 3
 # Between the gradients of a step and those of a dense copy with the same projected weights: of all together, and of

@@ -7,7 +7,7 @@ from math import isfinite
 from torch.nn import Embedding, EmbeddingBag, Module, Parameter
 from torch.optim import Optimizer
 
-from sparse_compile.report_health import Health
+from sparse_compile.reporting.health import Health
 
 # The functions import ``registry`` when they are called: importing it begins to watch optimizers.
 
@@ -112,7 +112,7 @@ def health() -> dict[str, Health]:
     are not among them: the option looks at these before they are given back.  Waits for the GPU.  A graph that several
     blocks share names their weights ``up``, ``up (2)``, ...
     """
-    from sparse_compile.weight_health import sample_now
+    from sparse_compile.measuring.weight_health import sample_now
 
     return sample_now()
 
@@ -122,7 +122,7 @@ def on_health(listener: Callable[[str, float, int], object]) -> None:
 
     Tags are ``sste/flips/<module>`` and alike, for each quantity of ``Health``.
     """
-    from sparse_compile.weight_health import listen
+    from sparse_compile.measuring.weight_health import listen
 
     listen(listener)
 

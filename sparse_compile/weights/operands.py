@@ -18,9 +18,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from sparse_compile.export.pattern_24 import is_24
 from sparse_compile.kernels import ops
 from sparse_compile.passes.rewrite import WeightSlot
-from sparse_compile.pattern import is_24
 from sparse_compile.recipe import Projection
 from sparse_compile.torch_internals import is_held, versions_kept
 from sparse_compile.weights.beta_fit import PRIOR, Fit, fit_beta

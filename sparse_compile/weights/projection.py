@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.reference import hard_threshold24, soft_threshold24
-from sparse_compile.kernels.reference_transposable import dense_mask, transposable_masks
+from sparse_compile.kernels.reference.transposable import dense_mask, transposable_masks
 from sparse_compile.recipe import Projection
 
 # Elements that are projected at once: bounds the memory that it takes.

@@ -1,0 +1,333 @@
+"""grad_output in one reading: its FP8 cast for dgrad, and its MVUE-pruned transpose for wgrad.
+
+    row[t, n] = fp8(grad[t, n] * row_scale[t])
+    operand[n, t] = fp8(MVUE24(grad[t, n] * token_scale[t])), pruned 2:4 along the tokens
+
+``grad [T, N]``, ``row [T, N]``; the operand ``[N, T]`` is stored as ``values [N, padded(T) / 2]`` and ``metadata`` (see
+``formats``).  FP8 is e4m3 or e5m2, as the buffers are.  Both estimators of ``MVUE24``, and the rounding of what they
+keep, are in fp32, every operation in the order of their eager definition.
+
+A program takes PARTS parts of 32 tokens, a word of metadata each.  With a warp for each part and 128 columns, a thread
+holds all tokens of four neighbouring columns: it samples, packs and describes their groups on its own, and only the
+finished values and words change places, for wide stores.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_compile.kernels.formats import PAD_WORD, check_buffer, check_fp8, metadata_shape, values_shape
+from sparse_compile.kernels.launch_plan import NOTHING, Plan, plan_kernel, planned
+
+_PAD_WORD = tl.constexpr(PAD_WORD)
+_APPROX_EPS = tl.constexpr(2.0**-23)
+_TOTAL_FLOOR = tl.constexpr(2.0**-100)
+# Loads of AHEAD tokens are issued before the first store: the compiler does not move them past one.
+_PARTS, _BLOCK_N, _AHEAD = 4, 128, 8
+_REGISTERS = 168  # of a thread, so that three programs fit a multiprocessor
+
+
+@triton.jit
+def _minimum(x, y):
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _columns_of_threads(x0, x1, x2, x3, BLOCK_N: tl.constexpr):
+    """Columns 0, 1, 2 and 3 of every four side by side: ``[PARTS, BLOCK_N / 4]`` each to ``[PARTS, BLOCK_N]``."""
+    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [x0.shape[0], BLOCK_N])
+
+
+@triton.jit
+def _draw_words(seed, index, offs_part, start_n, CALL: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The four words of one of Philox's calls for each part of 32 tokens and column, ``[PARTS, BLOCK_N]`` each.
+
+    Drawn column by column of the threads, in the layout in which they hold grad.
+    """
+    offs_n = (start_n + 4 * tl.arange(0, BLOCK_N // 4))[None, :]
+    x0, y0, z0, w0 = tl.philox(seed, offs_n, offs_part[:, None], index, CALL)
+    x1, y1, z1, w1 = tl.philox(seed, offs_n + 1, offs_part[:, None], index, CALL)
+    x2, y2, z2, w2 = tl.philox(seed, offs_n + 2, offs_part[:, None], index, CALL)
+    x3, y3, z3, w3 = tl.philox(seed, offs_n + 3, offs_part[:, None], index, CALL)
+    return (
+        _columns_of_threads(x0, x1, x2, x3, BLOCK_N),
+        _columns_of_threads(y0, y1, y2, y3, BLOCK_N),
+        _columns_of_threads(z0, z1, z2, z3, BLOCK_N),
+        _columns_of_threads(w0, w1, w2, w3, BLOCK_N),
+    )
+
+
+@triton.jit
+def _drawn(words, Q: tl.constexpr):
+    """The 16 bits of group Q."""
+    return words[Q // 2] >> 16 if Q % 2 else words[Q // 2] & 0xFFFF
+
+
+@triton.jit
+def _uniform(words, Q: tl.constexpr):
+    """(k + 1/2) / 2^16, k the 16 bits of group Q."""
+    # As the low mantissa bits of 2^23, k is a float without a conversion; every operation is exact.
+    return tl.fma((_drawn(words, Q) | 0x4B000000).to(tl.float32, bitcast=True), 2.0**-16, 2.0**-17 - 2.0**7)
+
+
+@triton.jit
+def _rounding_uniforms(words, Q: tl.constexpr):
+    """(k + 1/2) / 2^8 for both kept elements of group Q, k the lower 8 of its 16 bits and the upper."""
+    drawn = _drawn(words, Q)
+    low, high = drawn & 0xFF, drawn >> 8
+    # As in _uniform.
+    return (
+        tl.fma((low | 0x4B000000).to(tl.float32, bitcast=True), 2.0**-8, 2.0**-9 - 2.0**15),
+        tl.fma((high | 0x4B000000).to(tl.float32, bitcast=True), 2.0**-8, 2.0**-9 - 2.0**15),
+    )
+
+
+@triton.jit
+def _systematic(w0, w3, w01, w23, unit, u):
+    """Whether the first kept element is beyond 0 and 1, and the second beyond 1 and 2."""
+    t = u * unit
+    t_right = unit - t
+    beyond0, beyond1 = w0 <= t, w01 <= t
+    return beyond0, beyond1, (w23 >= t_right) | beyond0, (w3 >= t_right) | beyond1
+
+
+@triton.jit
+def _pick(kept, x0, x1, x2, x3):
+    """The two kept of four."""
+    first_beyond0, first_beyond1, second_beyond1, second_beyond2 = kept
+    x_first = tl.where(first_beyond1, x2, tl.where(first_beyond0, x1, x0))
+    return x_first, tl.where(second_beyond2, x3, tl.where(second_beyond1, x2, x1))
+
+
+@triton.jit
+def _nibble(kept):
+    first_beyond0, first_beyond1, second_beyond1, second_beyond2 = kept
+    first = tl.where(first_beyond1, 2, tl.where(first_beyond0, 1, 0))
+    return first | tl.where(second_beyond2, 3 << 2, tl.where(second_beyond1, 2 << 2, 1 << 2))
+
+
+@triton.jit
+def _raise_magnitude(a, unit):
+    """``a``, its magnitude at least ``unit``."""
+    magnitude = tl.maximum(tl.abs(a), unit, propagate_nan=tl.PropagateNan.ALL)
+    sign = a.to(tl.int32, bitcast=True) & -0x80000000
+    return (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _mvue24_exact(a0, a1, a2, a3, u):
+    """The two kept elements of each group, rescaled, and its nibble."""
+    b0, b1, b2, b3 = tl.abs(a0), tl.abs(a1), tl.abs(a2), tl.abs(a3)
+    b01, b23 = b0 + b1, b2 + b3
+    rest = _minimum(b01 + _minimum(b2, b3), b23 + _minimum(b0, b1))
+    unit = _minimum(rest, (b01 + b23) * 0.5)
+    kept = _systematic(b0, b3, b01, b23, unit, u)
+    a_first, a_second = _pick(kept, a0, a1, a2, a3)
+    return _raise_magnitude(a_first, unit), _raise_magnitude(a_second, unit), _nibble(kept)
+
+
+@triton.jit
+def _mvue24_approximate(a0, a1, a2, a3, u):
+    """The two kept elements of each group, rescaled, and its nibble."""
+    b0, b1, b2, b3 = tl.abs(a0), tl.abs(a1), tl.abs(a2), tl.abs(a3)
+    total_inv = tl.div_rn(1.0, ((b0 + b1) + (b2 + b3)) + _TOTAL_FLOOR)
+    x0, x1 = b0 * total_inv + _APPROX_EPS, b1 * total_inv + _APPROX_EPS
+    x2, x3 = b2 * total_inv + _APPROX_EPS, b3 * total_inv + _APPROX_EPS
+    x01, x23 = x0 + x1, x2 + x3
+    d0, d1, d2, d3 = x1 + x23, x0 + x23, x01 + x3, x01 + x2
+    d01, d23 = d0 * d1, d2 * d3
+    d_inv = tl.div_rn(1.0, d01 * d23)
+    d01_inv, d23_inv = d_inv * d23, d_inv * d01
+    odds0, odds1 = x0 * (d1 * d01_inv), x1 * (d0 * d01_inv)
+    odds2, odds3 = x2 * (d3 * d23_inv), x3 * (d2 * d23_inv)
+    odds01, odds23 = odds0 + odds1, odds2 + odds3
+    y0, y1 = x0 * (1.0 + (odds1 + odds23)), x1 * (1.0 + (odds0 + odds23))
+    y2, y3 = x2 * (1.0 + (odds01 + odds3)), x3 * (1.0 + (odds01 + odds2))
+    y01, y23 = y0 + y1, y2 + y3
+    unit = (y01 + y23) * 0.5
+    kept = _systematic(y0, y3, y01, y23, unit, u)
+    a_first, a_second = _pick(kept, a0, a1, a2, a3)
+    y_first, y_second = _pick(kept, y0, y1, y2, y3)
+    gain = unit * tl.div_rn(1.0, y_first * y_second)
+    return a_first * (y_second * gain), a_second * (y_first * gain), _nibble(kept)
+
+
+@triton.constexpr_function
+def _mantissa_bits(dtype):
+    return dtype.fp_mantissa_width
+
+
+@triton.constexpr_function
+def _least_exponent(dtype):
+    """Of the smallest normal number, as fp32 has it."""
+    return 127 + 1 - dtype.exponent_bias
+
+
+@triton.jit
+def _round(a, u, FORMAT: tl.constexpr):
+    """One of the neighbours of ``a`` in FORMAT: the larger magnitude if ``u`` is beyond what ``a`` lacks of it."""
+    MANTISSA: tl.constexpr = _mantissa_bits(FORMAT)
+    LEAST: tl.constexpr = _least_exponent(FORMAT)
+    bits = a.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # The distance of FORMAT's numbers where they are as large: a power of two, so that products with it are exact.
+    ulp = tl.maximum(magnitude & 0x7F800000, LEAST << 23) - (MANTISSA << 23)
+    ulp_inv = (254 << 23) - ulp
+    steps = tl.floor(tl.fma(magnitude.to(tl.float32, bitcast=True), ulp_inv.to(tl.float32, bitcast=True), u))
+    rounded = steps * ulp.to(tl.float32, bitcast=True)
+    return (rounded.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _pack(first, second, FORMAT: tl.constexpr):
+    """Both in FP8, the first in the low byte."""
+    low, high = tl.split(tl.join(first, second).to(FORMAT).to(tl.uint8, bitcast=True))
+    return low.to(tl.uint16) | high.to(tl.uint16) << 8
+
+
+@triton.jit
+def _load(ptrs, inside, EVEN: tl.constexpr):
+    return tl.load(ptrs) if EVEN else tl.load(ptrs, mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=["index"])
+def _cast_mvue_kernel(
+    grad_ptr, row_scale_ptr, token_scale_ptr, seed_ptr, index, row_ptr, values_ptr, metadata_ptr,
+    tokens, values_stride, metadata_stride, columns: tl.constexpr,
+    APPROXIMATE: tl.constexpr, STOCHASTIC: tl.constexpr, EVEN: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """One tile of 32 * PARTS tokens by BLOCK_N columns of the padded operand; EVEN: none of them is padding.
+
+    ``columns`` is a constant, so that the rows of a tile have constant distances: offsets within the instructions.
+    """
+    FORMAT: tl.constexpr = row_ptr.dtype.element_ty
+    column_tiles: tl.constexpr = (columns + BLOCK_N - 1) // BLOCK_N
+    pid_t, pid_n = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
+    offs_part = pid_t * PARTS + tl.arange(0, PARTS)
+    offs_t = offs_part * 32
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < columns
+    offsets = offs_t.to(tl.int64)[:, None] * columns + offs_n[None, :]
+    grad_ptrs, row_ptrs = grad_ptr + offsets, row_ptr + offsets
+    row_scale_ptrs, token_scale_ptrs = row_scale_ptr + offs_t, token_scale_ptr + offs_t
+    words = _draw_words(tl.load(seed_ptr), index, offs_part, pid_n * BLOCK_N, 0, BLOCK_N)
+    if STOCHASTIC:
+        rounding_words = _draw_words(tl.load(seed_ptr), index, offs_part, pid_n * BLOCK_N, 1, BLOCK_N)
+
+    pairs = ()
+    word = tl.zeros([PARTS, BLOCK_N], tl.int32)
+    for start in tl.static_range(0, 32, AHEAD):
+        grads = ()
+        row_scales = ()
+        token_scales = ()
+        for t in tl.static_range(start, start + AHEAD):
+            mask_t = offs_t + t < tokens
+            grads += (_load(grad_ptrs + t * columns, mask_t[:, None] & mask_n[None, :], EVEN),)
+            row_scales += (_load(row_scale_ptrs + t, mask_t, EVEN)[:, None],)
+            token_scales += (_load(token_scale_ptrs + t, mask_t, EVEN)[:, None],)
+        for q in tl.static_range(start // 4, (start + AHEAD) // 4):
+            a = ()
+            for t in tl.static_range(4 * q, 4 * q + 4):
+                grad = grads[t - start].to(tl.float32)
+                # No clamp: the conversion to FP8 saturates in hardware and keeps NaN.
+                row = (grad * row_scales[t - start]).to(FORMAT)
+                if EVEN:
+                    tl.store(row_ptrs + t * columns, row)
+                else:
+                    tl.store(row_ptrs + t * columns, row, mask=(offs_t + t < tokens)[:, None] & mask_n[None, :])
+                a += (grad * token_scales[t - start],)
+            if APPROXIMATE:
+                first, second, nibble = _mvue24_approximate(a[0], a[1], a[2], a[3], _uniform(words, q))
+            else:
+                first, second, nibble = _mvue24_exact(a[0], a[1], a[2], a[3], _uniform(words, q))
+            if STOCHASTIC:
+                u_first, u_second = _rounding_uniforms(rounding_words, q)
+                first, second = _round(first, u_first, FORMAT), _round(second, u_second, FORMAT)
+            pairs += (_pack(first, second, FORMAT),)
+            word |= nibble << 4 * q
+
+    even = tl.join(tl.join(pairs[0], pairs[4]), tl.join(pairs[2], pairs[6]))
+    odd = tl.join(tl.join(pairs[1], pairs[5]), tl.join(pairs[3], pairs[7]))
+    values = tl.reshape(tl.permute(tl.join(even, odd), [1, 0, 2, 3, 4]), [BLOCK_N, PARTS * 8])
+    offs_v = pid_t * (PARTS * 8) + tl.arange(0, PARTS * 8)
+    inside = mask_n[:, None] & (offs_v < values_stride)[None, :]
+    values_ptrs = values_ptr + offs_n.to(tl.int64)[:, None] * values_stride + offs_v[None, :]
+    if EVEN:
+        tl.store(values_ptrs, values)
+    else:
+        tl.store(values_ptrs, values, mask=inside)
+        word = tl.where(mask_n[None, :], word, _PAD_WORD)
+    # Row r, part p of 16 rows and four parts: word p // 2 of lane 4 * (r % 8) + 2 * (p % 2) + r // 8.
+    word = tl.reshape(word, [PARTS // 4, 2, 2, BLOCK_N // 16, 2, 8])
+    word = tl.reshape(tl.permute(word, [0, 3, 5, 2, 4, 1]), [PARTS // 4, BLOCK_N * 4])
+    offs_b = pid_t * (PARTS // 4) + tl.arange(0, PARTS // 4)
+    offs_m = pid_n * (BLOCK_N * 4) + tl.arange(0, BLOCK_N * 4)
+    metadata_ptrs = metadata_ptr + offs_b.to(tl.int64)[:, None] * metadata_stride + offs_m[None, :]
+    if EVEN:
+        tl.store(metadata_ptrs, word)
+    else:
+        tl.store(metadata_ptrs, word, mask=(offs_b * 128 < tokens)[:, None] & (offs_m < metadata_stride)[None, :])
+
+
+@planned
+def launch_cast_mvue(
+    grad: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, index: int, approximate: bool, stochastic: bool,
+    row: Tensor, values: Tensor, metadata: Tensor,
+) -> Plan:  # fmt: skip
+    """Cast and prune ``grad`` into the buffers, all of which are written in full.
+
+    Args:
+        grad: ``[T, N]`` contiguous, bf16, fp16 or fp32.
+        row_scale, token_scale: fp32 ``[T]``.
+        seed: int64 ``[1]``.
+        index: 0 <= index < 2**31, distinguishes the linears that share a seed.
+        approximate: which of the two estimators.
+        stochastic: whether what it keeps is rounded up or down at random, or to nearest.
+        row: e4m3 or e5m2 ``[T, N]``.
+        values: of the same dtype, ``[N, padded(T) / 2]``.
+        metadata: int32 ``[padded(T) / 128, padded(N) / 16, 32, 2]``.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype, layout or device, or index is out of range.
+    """
+    if grad.dim() != 2 or grad.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not grad.is_contiguous():
+        raise ValueError(
+            f"grad is {grad.dtype} {tuple(grad.shape)} with strides {grad.stride()}; "
+            "allowed is bf16, fp16 or fp32 [T, N], contiguous"
+        )
+    _check_index(index)
+    tokens, columns = grad.shape
+    check_buffer("row_scale", row_scale, (tokens,), torch.float32, grad.device)
+    check_buffer("token_scale", token_scale, (tokens,), torch.float32, grad.device)
+    check_buffer("seed", seed, (1,), torch.int64, grad.device)
+    check_fp8("row", row)
+    check_buffer("row", row, (tokens, columns), row.dtype, grad.device)
+    check_buffer("values", values, values_shape(columns, tokens), row.dtype, grad.device)
+    check_buffer("metadata", metadata, metadata_shape(columns, tokens), torch.int32, grad.device)
+    if grad.numel() == 0:
+        return NOTHING
+    block_t = 32 * _PARTS
+    # Without fusion of multiplications and additions, which would round once where the definition rounds twice.
+    cast = plan_kernel(
+        _cast_mvue_kernel,
+        (triton.cdiv(tokens, block_t) * triton.cdiv(columns, _BLOCK_N),),
+        (grad, row_scale, token_scale, seed, index, row, values.view(torch.int16), metadata),
+        (tokens, values.stride(0) // 2, metadata.stride(0)),
+        columns=columns, APPROXIMATE=approximate, STOCHASTIC=stochastic,
+        EVEN=tokens % block_t == 0 and columns % _BLOCK_N == 0,
+        PARTS=_PARTS, BLOCK_N=_BLOCK_N, AHEAD=_AHEAD, num_warps=_PARTS, maxnreg=_REGISTERS, enable_fp_fusion=False,
+    )  # fmt: skip
+
+    def run(grad: int, row_scale: int, token_scale: int, seed: int, index: int, *results: int) -> None:
+        # Unlike all else, it differs between calls of one plan.
+        _check_index(index)
+        cast(grad, row_scale, token_scale, seed, index, *results)
+
+    return run
+
+
+def _check_index(index: int) -> None:
+    if not 0 <= index < 2**31:
+        raise ValueError(f"index is {index}; allowed is 0 <= index < 2**31")

@@ -1,0 +1,152 @@
+"""Activations to FP8, as they lie and token-major.
+
+    cast_transpose:    row[t, c] = fp8(x[t, c] * row_scale[t]),  column[c, t] = fp8(x[t, c] * token_scale[t])
+    transpose_tokens:  out[c, t] = x[t, c]
+
+``x [T, C]``, ``row [T, C]``, ``column`` and ``out [C, padded(T)]``, zero beyond T.  FP8 is e4m3 or e5m2, as the
+buffers are.  Arithmetic is fp32.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from sparse_compile.kernels.formats import E4M3, check_buffer, check_fp8, padded
+from sparse_compile.kernels.launch_plan import NOTHING, Plan, plan_kernel, planned
+from sparse_compile.kernels.tiles import (
+    cast_words,
+    load_tile,
+    row_layout,
+    split_columns,
+    split_rows,
+    store_tile,
+    transpose_words,
+)
+
+# Tokens, columns and warps of a tile.
+_CAST_TILE = (128, 128, 4)
+_TRANSPOSE_TILE = (128, 256, 4)
+# Rows of C bytes must start on 16-byte boundaries.
+_COLUMNS_MULTIPLE = 16
+
+
+@gluon.jit(do_not_specialize=["tokens"])
+def _cast_transpose_kernel(
+    x_ptr, row_scale_ptr, token_scale_ptr, row_ptr, column_ptr, tokens, columns, tokens_padded,
+    EVEN: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_C: gl.constexpr,
+):  # fmt: skip
+    """One tile of BLOCK_T tokens by BLOCK_C columns."""
+    FORMAT: gl.constexpr = row_ptr.dtype.element_ty
+    # 16 neighbouring tokens a thread, so that it transposes to 16 bytes of a row.
+    layout: gl.constexpr = row_layout([BLOCK_T, BLOCK_C], 16, 8, gl.num_warps())
+    column_tiles = gl.cdiv(columns, BLOCK_C)
+    token = gl.program_id(0) // column_tiles * BLOCK_T
+    column = gl.program_id(0) % column_tiles * BLOCK_C
+    x = load_tile(x_ptr, token, column, tokens, columns, columns, 1, BLOCK_T, BLOCK_C, EVEN, layout).to(gl.float32)
+    offs_t = token + gl.arange(0, BLOCK_T, gl.SliceLayout(1, layout))
+    row_scale = gl.load(row_scale_ptr + offs_t, mask=offs_t < tokens, other=0.0)[:, None]
+    token_scale = gl.load(token_scale_ptr + offs_t, mask=offs_t < tokens, other=0.0)[:, None]
+
+    x0, x1, x2, x3 = split_columns(x * row_scale)
+    words = cast_words(x0, x1, x2, x3, FORMAT)  # [BLOCK_T, BLOCK_C / 4]
+    words_layout: gl.constexpr = row_layout([BLOCK_T, BLOCK_C // 4], 16, 2, gl.num_warps())
+    row_word_ptr = row_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    store_tile(row_word_ptr, words, token, column // 4, tokens, columns // 4, EVEN, words_layout)
+
+    # BLOCK_T divides the padded number of tokens, and tokens beyond T were loaded as zeros.
+    x0, x1, x2, x3 = split_rows(x * token_scale)
+    words = gl.permute(cast_words(x0, x1, x2, x3, FORMAT), [1, 0])  # [BLOCK_C, BLOCK_T / 4]
+    column_layout: gl.constexpr = row_layout([BLOCK_C, BLOCK_T // 4], 1, 4, gl.num_warps())
+    column_word_ptr = column_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    store_tile(column_word_ptr, words, column, token // 4, columns, tokens_padded // 4, EVEN, column_layout)
+
+
+@gluon.jit(do_not_specialize=["tokens"])
+def _transpose_tokens_kernel(
+    x_ptr, out_ptr, tokens, columns, tokens_padded,
+    EVEN: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_C: gl.constexpr,
+):  # fmt: skip
+    """One tile of BLOCK_T tokens by BLOCK_C columns."""
+    layout: gl.constexpr = row_layout([BLOCK_T, BLOCK_C // 4], 16, 4, gl.num_warps())
+    column_tiles = gl.cdiv(columns, BLOCK_C)
+    token = gl.program_id(0) // column_tiles * BLOCK_T
+    column = gl.program_id(0) % column_tiles * BLOCK_C
+    word_ptr = x_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    words = load_tile(
+        word_ptr, token, column // 4, tokens, columns // 4, columns // 4, 1, BLOCK_T, BLOCK_C // 4, EVEN, layout
+    )
+    words = transpose_words(words)  # [BLOCK_C, BLOCK_T / 4]
+    words_layout: gl.constexpr = row_layout([BLOCK_C, BLOCK_T // 4], 1, 4, gl.num_warps())
+    out_word_ptr = out_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    store_tile(out_word_ptr, words, column, token // 4, columns, tokens_padded // 4, EVEN, words_layout)
+
+
+@planned
+def launch_cast_transpose(x: Tensor, row_scale: Tensor, token_scale: Tensor, row: Tensor, column: Tensor) -> Plan:
+    """Cast ``x`` into both buffers, which are written in full.
+
+    Args:
+        x: ``[T, C]`` contiguous, bf16, fp16 or fp32; C a multiple of 16.
+        row_scale, token_scale: fp32 ``[T]``.
+        row: e4m3 or e5m2 ``[T, C]``.
+        column: of the same dtype, ``[C, padded(T)]``.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype, layout or device.
+    """
+    _check_input(x, (torch.bfloat16, torch.float16, torch.float32))
+    tokens, columns = x.shape
+    check_buffer("row_scale", row_scale, (tokens,), torch.float32, x.device)
+    check_buffer("token_scale", token_scale, (tokens,), torch.float32, x.device)
+    check_fp8("row", row)
+    check_buffer("row", row, (tokens, columns), row.dtype, x.device)
+    check_buffer("column", column, (columns, padded(tokens)), row.dtype, x.device)
+    if x.numel() == 0:
+        return NOTHING
+    return _plan(_cast_transpose_kernel, (x, row_scale, token_scale, row, column), _CAST_TILE)
+
+
+@planned
+def launch_transpose_tokens(x: Tensor, out: Tensor) -> Plan:
+    """Transpose ``x`` into ``out``, which is written in full.
+
+    Args:
+        x: e4m3 ``[T, C]`` contiguous, on a 16-byte boundary; C a multiple of 16.
+        out: e4m3 ``[C, padded(T)]``.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype, layout or device.
+    """
+    _check_input(x, (E4M3,))
+    tokens, columns = x.shape
+    check_buffer("out", out, (columns, padded(tokens)), E4M3, x.device)
+    if x.numel() == 0:
+        return NOTHING
+    if x.data_ptr() % 16 != 0:
+        raise ValueError(f"x starts {x.data_ptr() % 16} bytes after a 16-byte boundary")
+    return _plan(_transpose_tokens_kernel, (x, out), _TRANSPOSE_TILE)
+
+
+def _plan(kernel: Any, tensors: Sequence[Tensor], tile: tuple[int, int, int]) -> Plan:
+    """Over tiles of the padded tokens of the first tensor; EVEN where all of them lie inside of it."""
+    tokens, columns = tensors[0].shape
+    block_t, block_c, warps = tile
+    token_tiles, column_tiles = triton.cdiv(padded(tokens), block_t), triton.cdiv(columns, block_c)
+    even = (token_tiles * block_t, column_tiles * block_c) == (tokens, columns)
+    return plan_kernel(
+        kernel, (token_tiles * column_tiles,), tensors, (tokens, columns, padded(tokens)),
+        EVEN=even, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=warps,
+    )  # fmt: skip
+
+
+def _check_input(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if x.dim() != 2 or x.dtype not in dtypes or not x.is_contiguous() or x.shape[1] % _COLUMNS_MULTIPLE != 0:
+        raise ValueError(
+            f"x is {x.dtype} {tuple(x.shape)} with strides {x.stride()}; needed is one of "
+            f"{', '.join(map(str, dtypes))}, [T, C], contiguous, C a multiple of {_COLUMNS_MULTIPLE}"
+        )

@@ -1,0 +1,105 @@
+"""The fastest configuration of each 2:4 GEMM, measured when the user asks for it and kept on disk.
+
+Sizes fall into buckets, in which they differ by at most an eighth; each bucket has a file.
+"""
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from sparse_compile.kernels.sparse_gemm.configs import Config, configs
+from sparse_compile.kernels.sparse_gemm.problem import Problem
+from sparse_compile.kernels.sparse_gemm.selfcheck import ELEMENTS, check_variant, random_operands, undisturbed
+from sparse_compile.kernels.timing.gpu_times import keep, kept, median_microseconds, path_of, round_up
+from sparse_compile.progress import tracked
+
+logger = logging.getLogger(__name__)
+
+_ROUNDS = 7
+_LAUNCHES = 20  # of a configuration in a round
+
+
+def lookup(problem: Problem, device: torch.device) -> Config | None:
+    """The configuration that was the fastest for the problem's bucket; None if it was never tuned.
+
+    Raises:
+        ValueError: its file holds something else.
+    """
+    path = _path(problem, device)
+    text = kept(path)
+    if text is None:
+        return None
+    try:
+        return Config(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no configuration of the sparse GEMM ({error}); remove it") from error
+
+
+def tune(problem: Problem, device: torch.device) -> Config:
+    """Time every configuration of the sparse GEMM on random operands, keep the fastest and return it.
+
+    Plans that were made before do not change.
+
+    Args:
+        device: a GPU with kernels.
+
+    Raises:
+        OSError: the choice can't be written.
+        SparseCompileError: a configuration computes a wrong product.
+    """
+    path = _path(problem, device)
+    path.parent.mkdir(parents=True, exist_ok=True)  # before the time is spent
+    start = perf_counter()
+    candidates = list(configs())
+    for config in tracked(candidates, f"compiling the 2:4 GEMM for {problem}"):
+        check_variant(config, problem, device)
+    times = measure(problem, candidates, device)
+    best = min(times, key=times.__getitem__)
+    keep(path, asdict(best))
+    logger.info("tuned %s in %.1f s: %s, %.1f us", problem, perf_counter() - start, best, times[best])
+    return best
+
+
+def measure(problem: Problem, candidates: Iterable[Config], device: torch.device) -> dict[Config, float]:
+    """Median microseconds of the product."""
+    from sparse_compile.kernels.sparse_gemm import launch  # on first use: it imports Triton
+
+    with undisturbed(device), torch.cuda.device(device):
+        generator = torch.Generator(device).manual_seed(0)
+        # Normal, as trained weights and activations nearly are: how fast a GPU may run depends on its data.
+        normal = torch.randn(ELEMENTS, generator=generator, device=device, dtype=torch.float32)
+        elements = (normal * 80).clamp(-448, 448)
+        values, metadata, dense = random_operands(problem, elements, generator)
+        scale_inv = torch.full((1,), 2.0**-12, device=device, dtype=torch.float32)
+        dense_scale_inv = scale_inv.repeat(problem.columns) if problem.scaled else None
+        shape = (problem.rows, problem.columns)
+        out = torch.empty(shape[::-1] if problem.transpose else shape, device=device, dtype=problem.out_dtype)
+        tensors = (values, metadata, dense, scale_inv, dense_scale_inv, out)
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+        calls = {
+            config: partial(launch.plan(config, problem.accurate, *tensors, problem.transpose), *addresses)
+            for config in candidates
+        }
+        return median_microseconds(calls, _LAUNCHES, _ROUNDS)
+
+
+def _path(problem: Problem, device: torch.device) -> Path:
+    """The file of the problem's bucket."""
+    return path_of("sparse_gemm", _bucket(problem), device)
+
+
+def _bucket(problem: Problem) -> Problem:
+    """The largest problem of its bucket."""
+    return replace(
+        problem,
+        rows=round_up(problem.rows),
+        columns=round_up(problem.columns),
+        contraction=round_up(problem.contraction),
+    )

@@ -1,0 +1,95 @@
+"""GPU times: measured in CUDA graphs, so that no host time is in them, and kept on disk.
+
+What is kept lies in a folder for the kind of device, the versions of PyTorch and Triton, and the state of the kernels'
+sources.
+"""
+
+import json
+import os
+import re
+import statistics
+from collections.abc import Callable, Mapping
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+from uuid import uuid4
+
+import torch
+
+K = TypeVar("K")
+
+# What does not change the speed of a kernel.
+_NO_KERNELS = ("ops.py", "selfcheck.py", "tuning.py")
+_NO_KERNEL_FOLDERS = ("reference", "timing")
+
+
+@cache
+def folder(device: torch.device) -> Path:
+    named = os.environ.get("SPARSE_COMPILE_CACHE_DIR")
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    kernels = Path(__file__).parents[1]
+    sources = sorted(path for path in kernels.rglob("*.py") if _changes_kernels(path.relative_to(kernels)))
+    state = sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    parts = (torch.cuda.get_device_name(device), torch.__version__, version("triton"), state[:16])
+    return (Path(named) if named else Path(caches) / "sparse_compile") / _file_name("-".join(parts))
+
+
+def _changes_kernels(source: Path) -> bool:
+    return source.name not in _NO_KERNELS and source.parts[0] not in _NO_KERNEL_FOLDERS
+
+
+def path_of(kind: str, what: object, device: torch.device) -> Path:
+    """The file in which what was measured of ``what`` is kept."""
+    return folder(device) / kind / _file_name(f"{what}.json")
+
+
+def keep(path: Path, value: object) -> None:
+    """Write a file whole: processes may measure at the same time, and who reads it finds what one of them wrote."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(f".{uuid4().hex}")
+    new.write_text(json.dumps(value) + "\n")
+    os.replace(new, path)
+
+
+def kept(path: Path) -> bytes | None:
+    """What a file holds; None where nothing was kept, also because there can be no such folder."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+
+
+def round_up(size: int) -> int:
+    """To three bits below the leading one, so that sizes of one bucket differ by at most an eighth."""
+    step = 1 << max(0, size.bit_length() - 4)
+    return -(-size // step) * step
+
+
+def median_microseconds(calls: Mapping[K, Callable[[], object]], launches: int, rounds: int) -> dict[K, float]:
+    """Median time of each call, on the current device.
+
+    The calls take turns, each as a CUDA graph of so many launches.  What they compile they must have compiled before.
+    """
+    graphs = {}
+    for name, call in calls.items():
+        graphs[name] = torch.cuda.CUDAGraph()
+        # Other threads may go on using the device.
+        with torch.cuda.graph(graphs[name], capture_error_mode="thread_local"):
+            for _ in range(launches):
+                call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times: dict[K, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) * 1000 / launches)
+    return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.+-]", "_", text)

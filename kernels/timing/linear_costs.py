@@ -1,0 +1,383 @@
+"""What a linear costs: the times of its products, and of the ops around them, measured and kept on disk.
+
+A piece is one product or op.  Each is timed on its own, on random operands, the first time that it is asked for.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels import ops
+from sparse_compile.kernels.formats import E4M3, allows_fast_accum, metadata_shape, padded, unscaled_dtype, values_shape
+from sparse_compile.kernels.sparse_gemm.selfcheck import undisturbed
+from sparse_compile.kernels.timing.gpu_times import keep, kept, median_microseconds, path_of, round_up
+from sparse_compile.progress import tracked
+
+logger = logging.getLogger(__name__)
+
+# Beyond this, times grow with the number of tokens, and operands need not be as large.
+_MAX_TOKENS = 16384
+_TARGET_MICROSECONDS = 3000.0  # of a graph: its launch is nothing against that
+_MAX_LAUNCHES = 50
+# Long enough that the median is at the clock that the power limit allows, as in a step, and not at the highest one.
+_ROUNDS = 20
+# Kernels that compile side by side; their operands lie in memory for so long.
+_MAX_WORKERS = 8
+# Of a 2:4 operand: eight legal pairs of positions.
+_METADATA_WORD = 0x4C9E8D44
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearShape:
+    """A linear ``[tokens, in_features] -> out_features``.
+
+    Args:
+        dtype: of its activations.
+        weight_dtype: of its weight and the gradient of that.
+        transposed: whether the weight is stored ``[in_features, out_features]``.
+        grad_dtype: FP8 of the gradient of its output, where that is in FP8.
+    """
+
+    tokens: int
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    transposed: bool
+    grad_dtype: torch.dtype = E4M3
+
+    def __str__(self) -> str:
+        form = " transposed" * self.transposed
+        if self.grad_dtype != E4M3:
+            form += f" {self.grad_dtype} gradients"
+        text = f"{self.tokens}x{self.in_features}x{self.out_features} {self.dtype} {self.weight_dtype}{form}"
+        return text.replace("torch.", "")
+
+
+# A shape and the GPU that it runs on, which has kernels.
+Question = tuple[LinearShape, torch.device]
+
+
+def piece_times(questions: Mapping[Question, Iterable[str]]) -> dict[Question, dict[str, float]]:
+    """Microseconds of each piece of each linear, measured where that was not done before.
+
+    Args:
+        questions: names among ``PIECES``, for each shape.
+
+    Raises:
+        ValueError: what is kept on disk is something else.
+        OSError: what was measured can't be kept.
+        RuntimeError: a CUDA graph is being captured.
+    """
+    measured = {question: _measured(*question) for question in questions}
+    paths = {question: path_of("linear", *measured[question]) for question in questions}
+    times = {path: _read(kept(path), path) for path in paths.values()}
+    missing: dict[Path, list[_Piece]] = {}
+    for question, pieces in questions.items():
+        path = paths[question]
+        asked = missing.setdefault(path, [])
+        asked += [
+            piece
+            for name in dict.fromkeys(pieces)
+            if name not in times[path] and (piece := _Piece(name, *measured[question])) not in asked
+        ]
+    _measure_all(missing, times)
+    return {
+        question: {
+            name: times[paths[question]][name] * _growth(name, question[0], measured[question][0]) for name in pieces
+        }
+        for question, pieces in questions.items()
+    }
+
+
+def _measured(shape: LinearShape, device: torch.device) -> Question:
+    """What is measured in place of a shape."""
+    return replace(shape, tokens=min(round_up(shape.tokens), _MAX_TOKENS)), device
+
+
+def _growth(name: str, shape: LinearShape, measured: LinearShape) -> float:
+    return 1.0 if name in _OF_THE_WEIGHT else shape.tokens / measured.tokens
+
+
+class _Piece(NamedTuple):
+    name: str
+    shape: LinearShape
+    device: torch.device
+
+    def call(self) -> Callable[[], Any]:
+        return PIECES[self.name](self.shape, _Operands(self.device))
+
+    def compile(self) -> None:
+        with undisturbed(self.device), torch.cuda.device(self.device):
+            self.call()()
+
+    def measure(self) -> float:
+        with undisturbed(self.device), torch.cuda.device(self.device):
+            return _measure(self.call())
+
+
+def _measure_all(missing: Mapping[Path, Sequence[_Piece]], times: Mapping[Path, dict[str, float]]) -> None:
+    """Add the times of the missing pieces, one by one, to what each file holds; their kernels compile side by side."""
+    pieces = [piece for asked in missing.values() for piece in asked]
+    if not pieces:
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"a linear {pieces[0].shape} is compiled while a CUDA graph is captured, and its products must be timed "
+            'before that: run one step with the same shapes before the capture, or compile with "sste.when": "always"'
+        )
+    start = perf_counter()
+    ours = [piece for piece in pieces if piece.name in _KERNELS]
+    with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as pool:
+        for compilation in tracked([pool.submit(piece.compile) for piece in ours], "compiling kernels"):
+            compilation.result()
+    compiled = perf_counter()
+    progress = iter(tracked(pieces, "measuring linears"))
+    for path, asked in missing.items():
+        times[path].update({piece.name: next(progress).measure() for piece in asked})
+        keep(path, times[path])
+    logger.info(
+        "compiled %d kernels in %.1f s, measured %d pieces of %d linears in %.1f s",
+        len(ours), compiled - start, len(pieces), len(missing), perf_counter() - compiled,
+    )  # fmt: skip
+
+
+def _read(text: bytes | None, path: object) -> dict[str, float]:
+    if text is None:
+        return {}
+    try:
+        return {str(piece): float(time) for piece, time in json.loads(text).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no times of a linear ({error}); remove it") from error
+
+
+def _measure(call: Callable[[], object]) -> float:
+    """Median microseconds of a call, on the current device."""
+    call()  # loads what a library needs
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    launches = round(_TARGET_MICROSECONDS / max(1.0, start.elapsed_time(end) * 1000))
+    launches = max(1, min(_MAX_LAUNCHES, launches))
+    return median_microseconds({"": call}, launches, _ROUNDS)[""]
+
+
+class _Operands:
+    """Makes random operands: how fast a GPU may run depends on its data."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def normal(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=torch.float32, generator=self._generator).to(dtype)
+
+    def fp8(self, *shape: int, dtype: torch.dtype = E4M3) -> Tensor:
+        drawn = torch.randn(shape, device=self.device, dtype=torch.bfloat16, generator=self._generator)
+        return (drawn * 80).clamp_(-448, 448).to(dtype)
+
+    def ones(self, size: int, value: float = 1.0) -> Tensor:
+        return torch.full((size,), value, device=self.device, dtype=torch.float32)
+
+    def sparse(self, rows: int, columns: int, dtype: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
+        """``values`` and ``metadata`` of a 2:4 operand."""
+        metadata = torch.full(metadata_shape(rows, columns), _METADATA_WORD, device=self.device, dtype=torch.int32)
+        return self.fp8(*values_shape(rows, columns), dtype=dtype), metadata
+
+    def seed(self) -> Tensor:
+        return torch.zeros(1, device=self.device, dtype=torch.int64)
+
+
+def _hp_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    x, w = make.normal(s.tokens, s.in_features, dtype=s.dtype), _weight(s, make)
+    return partial(torch.mm, x, w.t())
+
+
+def _hp_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    g, w = make.normal(s.tokens, s.out_features, dtype=s.dtype), _weight(s, make)
+    return partial(torch.mm, g, w)
+
+
+def _hp_wgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    x, g = (make.normal(s.tokens, size, dtype=s.dtype) for size in (s.in_features, s.out_features))
+    return partial(torch.mm, x.t(), g) if s.transposed else partial(torch.mm, g.t(), x)
+
+
+def _weight(s: LinearShape, make: _Operands) -> Tensor:
+    """``[out_features, in_features]``, as it is stored."""
+    if s.transposed:
+        return make.normal(s.in_features, s.out_features, dtype=s.dtype).t()
+    return make.normal(s.out_features, s.in_features, dtype=s.dtype)
+
+
+def _fp8_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    a, b = make.fp8(s.tokens, s.in_features), make.fp8(s.out_features, s.in_features)
+    return _scaled_mm(a, b, s.dtype, allows_fast_accum(s.in_features), make)
+
+
+def _fp8_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    a, b = make.fp8(s.tokens, s.out_features, dtype=s.grad_dtype), make.fp8(s.in_features, s.out_features)
+    return _scaled_mm(a, b, s.dtype, allows_fast_accum(s.out_features), make)
+
+
+def _fp8_wgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    tokens = padded(s.tokens)
+    grad_t, x_t = make.fp8(s.out_features, tokens, dtype=s.grad_dtype), make.fp8(s.in_features, tokens)
+    a, b = (x_t, grad_t) if s.transposed else (grad_t, x_t)
+    return _scaled_mm(a, b, s.weight_dtype, False, make)
+
+
+def _scaled_mm(a: Tensor, b: Tensor, dtype: torch.dtype, use_fast_accum: bool, make: _Operands) -> Callable[[], object]:
+    return partial(ops.scaled_mm, a, b, make.ones(1, 2.0**-12), unscaled_dtype(dtype), use_fast_accum)
+
+
+def _sparse_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    return _weight_mm(s.out_features, s.in_features, E4M3, s, make)
+
+
+def _sparse_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    return _weight_mm(s.in_features, s.out_features, s.grad_dtype, s, make)
+
+
+def _weight_mm(rows: int, columns: int, dtype: torch.dtype, s: LinearShape, make: _Operands) -> Callable[[], object]:
+    """A weight that is 2:4, times what has a scale for each token, in ``dtype``."""
+    operands = (*make.sparse(rows, columns), make.fp8(s.tokens, columns, dtype=dtype))
+    return partial(ops.sparse_mm, *operands, make.ones(1, 2.0**-12), make.ones(s.tokens), s.dtype, True, True)
+
+
+def _sampled_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    sampled = make.sparse(padded(s.tokens), s.out_features, s.grad_dtype)
+    operands = (*sampled, make.fp8(s.in_features, s.out_features))
+    return partial(ops.sparse_mm, *operands, make.ones(1, 2.0**-12), None, unscaled_dtype(s.dtype), False, True)
+
+
+def _sparse_bf16_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    rows, columns = s.out_features, s.in_features
+    metadata = torch.full(
+        metadata_shape(rows, columns, torch.bfloat16), _METADATA_WORD, device=make.device, dtype=torch.int32
+    )
+    values = make.normal(*values_shape(rows, columns), dtype=torch.bfloat16)
+    x = make.normal(s.tokens, columns, dtype=torch.bfloat16)
+    return partial(ops.sparse_mm, values, metadata, x, make.ones(1), None, s.dtype, True, True)
+
+
+def _bf16_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    return _hp_dgrad(replace(s, dtype=torch.bfloat16, transposed=False), make)
+
+
+def _bf16_wgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    return _hp_wgrad(replace(s, dtype=torch.bfloat16), make)
+
+
+def _sparse_wgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    tokens = padded(s.tokens)
+    operands = (*make.sparse(s.out_features, tokens, s.grad_dtype), make.fp8(s.in_features, tokens))
+    return partial(ops.sparse_mm, *operands, make.ones(1, 2.0**-12), None, s.weight_dtype, s.transposed, False)
+
+
+def _transpose_tokens(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    return partial(ops.transpose_tokens, make.fp8(s.tokens, s.in_features))
+
+
+def _cast_transpose(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    return partial(ops.cast_transpose, *_gradient(s, make), s.grad_dtype)
+
+
+def _cast_mvue(s: LinearShape, make: _Operands, approximate: bool, stochastic: bool) -> Callable[[], object]:
+    return partial(ops.cast_mvue, *_gradient(s, make), make.seed(), 0, approximate, stochastic, s.grad_dtype)
+
+
+def _cast_mvue_for_dgrad(s: LinearShape, make: _Operands, approximate: bool, stochastic: bool) -> Callable[[], object]:
+    """Of the transpose in fp32, without the transposing copy."""
+    transposed = replace(s, tokens=s.out_features, out_features=padded(s.tokens), dtype=torch.float32)
+    return _cast_mvue(transposed, make, approximate, stochastic)
+
+
+def _gradient(s: LinearShape, make: _Operands) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        make.normal(s.tokens, s.out_features, dtype=s.dtype), make.ones(s.tokens, 40.0), make.ones(s.tokens, 20.0)
+    )  # fmt: skip
+
+
+def _prune(s: LinearShape, make: _Operands, hard: bool, bf16: bool = False) -> Callable[[], object]:
+    new, prune = ops.new_pruned_weight, ops.prune_weight_
+    if bf16:
+        new, prune = ops.new_pruned_weight_bf16, ops.prune_weight_bf16_
+    buffers = new(s.out_features, s.in_features, make.device)
+    return partial(prune, _weight(replace(s, dtype=s.weight_dtype), make), make.ones(1), *buffers, hard)
+
+
+def _prune_transposable(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    """By masks that are there: a search is rare."""
+    weight = _weight(replace(s, dtype=s.weight_dtype), make)
+    buffers = ops.new_transposable_weight(s.out_features, s.in_features, make.device)
+    masks = ops.new_masks(s.out_features, s.in_features, make.device)
+    ops.prune_transposable_(weight, *buffers, masks, True)
+    return partial(ops.prune_transposable_, weight, *buffers, masks, False)
+
+
+def _cast_weight(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    buffers = ops.new_cast_weight(s.out_features, s.in_features, make.device)
+    return partial(ops.cast_weight_, _weight(replace(s, dtype=s.weight_dtype), make), *buffers)
+
+
+def _add_masked_decay(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    grad, weight = (_weight(replace(s, dtype=s.weight_dtype), make) for _ in range(2))
+    return partial(ops.add_masked_decay_, grad, weight, make.ones(1, 2e-4))
+
+
+def _copy(s: LinearShape, make: _Operands) -> Callable[[], object]:
+    source = make.normal(s.tokens, s.out_features, dtype=s.dtype)
+    return partial(torch.empty_like(source).copy_, source)
+
+
+_LIBRARY: dict[str, Callable[[LinearShape, _Operands], Callable[[], Any]]] = {
+    "hp fprop": _hp_fprop,
+    "hp dgrad": _hp_dgrad,
+    "hp wgrad": _hp_wgrad,
+    "fp8 fprop": _fp8_fprop,
+    "fp8 dgrad": _fp8_dgrad,
+    "fp8 wgrad": _fp8_wgrad,
+    "copy": _copy,  # of grad_output: reads it and writes as much
+}
+_KERNELS: dict[str, Callable[[LinearShape, _Operands], Callable[[], Any]]] = {
+    "2:4 fp8 fprop": _sparse_fprop,
+    "2:4 bf16 fprop": _sparse_bf16_fprop,
+    "bf16 dgrad": _bf16_dgrad,
+    "bf16 wgrad": _bf16_wgrad,
+    "2:4 fp8 dgrad": _sparse_dgrad,
+    "2:4 fp8 mvue dgrad": _sampled_dgrad,
+    "2:4 fp8 wgrad": _sparse_wgrad,
+    "transpose_tokens": _transpose_tokens,
+    "cast_transpose": _cast_transpose,
+    **{
+        f"{name}, {estimator}{rounding}": partial(make, approximate=approximate, stochastic=stochastic)
+        for name, make in (("cast_mvue", _cast_mvue), ("cast_mvue for dgrad", _cast_mvue_for_dgrad))
+        for approximate, estimator in ((False, "exact mvue"), (True, "approximate mvue"))
+        for stochastic, rounding in ((False, ""), (True, ", stochastic"))
+    },
+    "prune_weight_": partial(_prune, hard=False),
+    "prune_weight_, hard": partial(_prune, hard=True),
+    "prune_weight_bf16_": partial(_prune, hard=False, bf16=True),
+    "prune_weight_bf16_, hard": partial(_prune, hard=True, bf16=True),
+    "prune_transposable_": _prune_transposable,
+    "cast_weight_": _cast_weight,
+    "add_masked_decay_": _add_masked_decay,
+}
+PIECES = _LIBRARY | _KERNELS
+_OF_THE_WEIGHT = (
+    "prune_weight_", "prune_weight_, hard", "prune_weight_bf16_", "prune_weight_bf16_, hard", "cast_weight_",
+    "prune_transposable_", "add_masked_decay_",
+)  # fmt: skip

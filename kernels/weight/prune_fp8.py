@@ -1,0 +1,402 @@
+"""A weight to e4m3 with one scale: 2:4-pruned and compressed, or dense.
+
+    prune:  W~ = beta * S(W),  of each four along K, S keeps two
+            payload = e4m3(S * scale),  scale_inv = beta / scale,  amax = max |S|
+            soft (S-STE):  S(w) = sign(w) * max(|w| - t, 0),  t the second smallest magnitude
+            hard (top-2):  S(w) = w for the two largest magnitudes, of equal ones the first, and 0 for the others
+    transposable:  W~ = mask * W, mask 2:4 along rows and columns; payload = e4m3(W * scale), amax = max |W|
+    cast:   payload = e4m3(W * scale),  scale_inv = 1 / scale,  amax = max |W|
+
+``scale`` is the largest power of two with ``amax * scale <= 448``.  ``weight [N, K]`` may have any strides.  Pruning
+writes ``values [N, padded(K) / 2]`` and ``metadata`` (see ``formats``) for fprop and the payload dense and transposed,
+``[K, N]``, for dgrad; casting writes the payload as it is and transposed.  Arithmetic is fp32.
+
+The weight is read once.  Its scale hardly ever changes from one step to the next, being a power of two.  So a first
+launch casts with the scale that stands behind the old ``scale_inv`` and finds the amax of each tile; a second one finds
+the true scale, casts again if it is another, and writes ``scale_inv``.  What stood in ``scale_inv`` decides how long
+this takes, never what is written.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from sparse_compile.kernels.formats import (
+    AMAX_FLOOR,
+    E4M3,
+    check_buffer,
+    check_weight,
+    metadata_shape,
+    padded,
+    values_shape,
+)
+from sparse_compile.kernels.launch_plan import Once, Plan, allocator, plan_kernel, planned
+from sparse_compile.kernels.tiles import (
+    cast_words,
+    column_layout,
+    load_tile,
+    row_layout,
+    split_columns,
+    split_rows,
+    store_compressed,
+    store_tile,
+    transpose_words,
+    with_layout_of,
+    word_ptr,
+)
+from sparse_compile.kernels.weight.groups_of_four import bits, groups, maximum, project, reduce_amax
+from sparse_compile.kernels.weight.transposable import encode_columns, encode_rows, search
+
+# Rows, columns and warps of a tile, and the most registers of a thread.
+_ROW_MAJOR_TILE = (64, 128, 4, 80)
+_COLUMN_MAJOR_TILE = (128, 128, 8, None)
+# Both copies that it writes are compressed, in blocks of 128.
+_TRANSPOSABLE_TILE = (128, 128, 8)
+# Programs of the second launch: one for each multiprocessor of an H100 or H200.
+_CORRECT_PROGRAMS = 132
+
+# What is made of the weight: those up to _HARD have a beta; transposable masks are found, or read.
+_SOFT, _HARD, _CAST, _SEARCH, _MASKS = map(gl.constexpr, range(5))
+_AMAX_FLOOR_BITS = gl.constexpr(int(torch.tensor(AMAX_FLOOR).view(torch.int32)))
+_ONE_BITS = gl.constexpr(0x3F800000)
+_INFINITY_BITS = gl.constexpr(0x7F800000)
+_NAN_BITS = gl.constexpr(0x7FC00000)
+_PARTIALS_CHUNK = gl.constexpr(4096)
+
+# Negative inputs give 0; then the sign bits of the four bytes of $5.
+_CAST_POSITIVE_ASM = gl.constexpr("""{
+.reg .b16 low, high;
+.reg .b32 word;
+cvt.rn.satfinite.relu.e4m3x2.f32 low, $2, $1;
+cvt.rn.satfinite.relu.e4m3x2.f32 high, $4, $3;
+mov.b32 word, {low, high};
+lop3.b32 $0, word, $5, 0x80808080, 0xf8;
+}""")
+
+
+@gluon.constexpr_function
+def _load_layout(shape, warps, column_major):
+    """8 neighbours, 16 bytes of bf16, along the contiguous dimension of the weight; whole 4 x 4 elements."""
+    return column_layout(shape, 8, 8, warps) if column_major else row_layout(shape, 16, 8, warps)
+
+
+@gluon.constexpr_function
+def _words_layout(shape, words, warps, column_major):
+    """As loaded, ``words`` neighbours of a row a thread, or exchanged."""
+    return row_layout(shape, 1, 4, warps) if column_major else row_layout(shape, 16, words, warps)
+
+
+@gluon.constexpr_function
+def _transposed_layout(shape, warps, column_major):
+    """As loaded, two neighbours of a row a thread, or exchanged."""
+    return row_layout(shape, 8, 2, warps) if column_major else row_layout(shape, 1, 4, warps)
+
+
+@gluon.jit
+def _cast_positive_words(x0, x1, x2, x3, signs):
+    """e4m3 of ``copysign(max(x, 0), sign)``, four fp32 and the bytes of ``signs`` to a word; NaN stays NaN."""
+    return gl.inline_asm_elementwise(_CAST_POSITIVE_ASM, "=r,f,f,f,f,r", [x0, x1, x2, x3, signs], gl.int32, True, 1)
+
+
+@gluon.jit
+def _prune_tile(
+    w, row, column, values_ptr, metadata_ptr, weight_t_ptr, scale, rows, columns,
+    HARD: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """Prune, cast and store a tile; the bits of its amax."""
+    w0, w1, w2, w3, signs = groups(w)  # [BLOCK_N, BLOCK_K / 4]
+    b0, b1, b2, b3 = gl.abs(w0), gl.abs(w1), gl.abs(w2), gl.abs(w3)
+    m0, m1, m2, m3, amax, choice = project(b0, b1, b2, b3, HARD)
+    dense = _cast_positive_words(m0 * scale, m1 * scale, m2 * scale, m3 * scale, signs)
+    # Rows and columns beyond the weight were loaded as zeros, whose groups name positions 0 and 1: the padding word.
+    values_layout: gl.constexpr = _words_layout([dense.shape[0], dense.shape[1] // 2], 1, gl.num_warps(), COLUMN_MAJOR)
+    store_compressed(dense, choice, values_ptr, metadata_ptr, row, column, rows, columns, EVEN, values_layout)
+    transposed = transpose_words(dense)
+    transposed_layout: gl.constexpr = _transposed_layout(transposed.shape, gl.num_warps(), COLUMN_MAJOR)
+    store_tile(word_ptr(weight_t_ptr), transposed, column, row // 4, columns, rows // 4, EVEN, transposed_layout)
+    return reduce_amax(amax)
+
+
+@gluon.jit
+def _prune_transposable_tile(
+    w, row, column, values_ptr, metadata_ptr, values_t_ptr, metadata_t_ptr, masks_ptr, scale, rows, columns, layout,
+    SEARCH: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """Find or read the masks of a tile, cast and store it both ways; the bits of its amax."""
+    BLOCK_N: gl.constexpr = w.shape[0]
+    BLOCK_K: gl.constexpr = w.shape[1]
+    w0, w1, w2, w3, _ = groups(w)  # [BLOCK_N, BLOCK_K / 4]
+    b0, b1, b2, b3 = gl.abs(w0), gl.abs(w1), gl.abs(w2), gl.abs(w3)
+    inside = b0
+    if not EVEN:
+        offs_n = row + gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
+        offs_k = column + gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
+        inside, _, _, _ = split_columns((offs_n < rows)[:, None] & (offs_k < columns)[None, :])
+        inside, _, _, _ = split_rows(inside)
+    masks_layout: gl.constexpr = row_layout([BLOCK_N // 4, BLOCK_K // 4], 1, 4, gl.num_warps())
+    if SEARCH:
+        mask = search(b0, b1, b2, b3)
+        store_tile(
+            masks_ptr, mask.to(gl.int16), row // 4, column // 4, rows // 4, columns // 4, EVEN, masks_layout
+        )  # fmt: skip
+    else:
+        mask = load_tile(
+            masks_ptr, row // 4, column // 4, rows // 4, columns // 4, columns // 4, 1, BLOCK_N // 4, BLOCK_K // 4,
+            EVEN, masks_layout,
+        )  # fmt: skip
+        like, _, _, _ = split_rows(b0)
+        mask = with_layout_of(mask.to(gl.int32), like)
+    words = cast_words(w0 * scale, w1 * scale, w2 * scale, w3 * scale)
+    values_layout: gl.constexpr = _words_layout([BLOCK_N, BLOCK_K // 8], 1, gl.num_warps(), COLUMN_MAJOR)
+    choice = with_layout_of(encode_rows(mask, inside, EVEN), words)
+    store_compressed(words, choice, values_ptr, metadata_ptr, row, column, rows, columns, EVEN, values_layout)
+    words_t = transpose_words(words)
+    choice_t = with_layout_of(encode_columns(mask, inside, EVEN), words_t)
+    values_t_layout: gl.constexpr = _transposed_layout([BLOCK_K, BLOCK_N // 8], gl.num_warps(), COLUMN_MAJOR)
+    store_compressed(
+        words_t, choice_t, values_t_ptr, metadata_t_ptr, column, row, columns, rows, EVEN, values_t_layout
+    )  # fmt: skip
+    return reduce_amax(maximum(maximum(b0, b1), maximum(b2, b3)))
+
+
+@gluon.jit
+def _cast_tile(
+    w, row, column, payload_ptr, payload_t_ptr, scale, rows, columns, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr
+):
+    """Cast and store a tile; the bits of its amax."""
+    w0, w1, w2, w3, _ = groups(w)  # [BLOCK_N, BLOCK_K / 4]
+    amax = maximum(maximum(gl.abs(w0), gl.abs(w1)), maximum(gl.abs(w2), gl.abs(w3)))
+    words = cast_words(w0 * scale, w1 * scale, w2 * scale, w3 * scale)
+    words_layout: gl.constexpr = _words_layout(words.shape, 2, gl.num_warps(), COLUMN_MAJOR)
+    store_tile(word_ptr(payload_ptr), words, row, column // 4, rows, columns // 4, EVEN, words_layout)
+    transposed = transpose_words(words)
+    transposed_layout: gl.constexpr = _transposed_layout(transposed.shape, gl.num_warps(), COLUMN_MAJOR)
+    store_tile(word_ptr(payload_t_ptr), transposed, column, row // 4, columns, rows // 4, EVEN, transposed_layout)
+    return reduce_amax(amax)
+
+
+@gluon.jit
+def _write_tile(
+    tile, weight_ptr, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr, scale,
+    rows, columns, stride_wn, stride_wk, tiles_k,
+    MODE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """Read one tile of the weight and write all that is made of it; the bits of its amax."""
+    row, column = tile // tiles_k * BLOCK_N, tile % tiles_k * BLOCK_K
+    layout: gl.constexpr = _load_layout([BLOCK_N, BLOCK_K], gl.num_warps(), COLUMN_MAJOR)
+    w = load_tile(weight_ptr, row, column, rows, columns, stride_wn, stride_wk, BLOCK_N, BLOCK_K, EVEN, layout)
+    if MODE == _CAST:
+        amax_bits = _cast_tile(w, row, column, payload_ptr, weight_t_ptr, scale, rows, columns, COLUMN_MAJOR, EVEN)
+    elif MODE <= _HARD:
+        amax_bits = _prune_tile(
+            w, row, column, payload_ptr, metadata_ptr, weight_t_ptr, scale, rows, columns,
+            MODE == _HARD, COLUMN_MAJOR, EVEN,
+        )  # fmt: skip
+    else:
+        amax_bits = _prune_transposable_tile(
+            w, row, column, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr, scale, rows, columns,
+            layout, MODE == _SEARCH, COLUMN_MAJOR, EVEN,
+        )  # fmt: skip
+    return amax_bits
+
+
+@gluon.jit(do_not_specialize=["tiles", "tiles_k"])
+def _speculate_kernel(
+    weight_ptr, beta_ptr, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr, scale_inv_ptr,
+    partials_ptr, rows, columns, stride_wn, stride_wk, tiles, tiles_k,
+    MODE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """One tile, with the scale behind the old scale_inv.  Partials: the bits of the tiles' amax, then of that scale."""
+    # As soon as every program has begun, those of the second launch take the places that become free.
+    gdc_launch_dependents()
+    # beta / scale_inv, whose mantissas are equal; any other quotient will not be the true scale.
+    beta_bits = _ONE_BITS
+    if MODE <= _HARD:
+        beta_bits = bits(gl.load(beta_ptr))
+    scale_bits = beta_bits - bits(gl.load(scale_inv_ptr)) + _ONE_BITS & _INFINITY_BITS
+    tile = gl.program_id(0)
+    amax_bits = _write_tile(
+        tile, weight_ptr, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr,
+        scale_bits.to(gl.float32, bitcast=True), rows, columns, stride_wn, stride_wk, tiles_k,
+        MODE, COLUMN_MAJOR, EVEN, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    gl.store(partials_ptr + tile, amax_bits)
+    if tile == 0:
+        gl.store(partials_ptr + tiles, scale_bits)
+
+
+@gluon.jit(do_not_specialize=["tiles", "tiles_k"])
+def _correct_kernel(
+    weight_ptr, beta_ptr, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr, scale_inv_ptr,
+    partials_ptr, rows, columns, stride_wn, stride_wk, tiles, tiles_k,
+    MODE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """Write scale_inv and, where the true scale is not the one that was assumed, all tiles again."""
+    # Until the first launch is complete, and all that it wrote can be read.
+    gdc_wait()
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    offs = gl.arange(0, _PARTIALS_CHUNK, layout)
+    largest = gl.full([_PARTIALS_CHUNK], 0, gl.int32, layout)
+    for start in range(0, tiles, _PARTIALS_CHUNK):
+        largest = gl.maximum(largest, gl.load(partials_ptr + start + offs, mask=start + offs < tiles, other=0))
+    amax_bits = gl.max(largest, 0)
+
+    # Bounded, so that the scale and its inverse are normal numbers.  A mantissa above 1.75, that of 448 = 1.75 * 2^8,
+    # is carried into the exponent.
+    bounded = gl.minimum(gl.maximum(amax_bits, _AMAX_FLOOR_BITS), _INFINITY_BITS - 1)
+    exponent = bounded + 0x1FFFFF >> 23
+    scale_bits = 262 - exponent << 23
+    if gl.program_id(0) == 0:
+        # NaN or infinity in the weight makes every product NaN.
+        scale_inv_bits = gl.where(amax_bits < _INFINITY_BITS, exponent - 8 << 23, _NAN_BITS)
+        scale_inv = scale_inv_bits.to(gl.float32, bitcast=True)
+        if MODE <= _HARD:
+            scale_inv = gl.load(beta_ptr) * scale_inv
+        gl.store(scale_inv_ptr, scale_inv)
+    if scale_bits != gl.load(partials_ptr + tiles):
+        for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+            _write_tile(
+                tile, weight_ptr, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr,
+                scale_bits.to(gl.float32, bitcast=True), rows, columns, stride_wn, stride_wk, tiles_k,
+                MODE, COLUMN_MAJOR, EVEN, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+
+
+@planned
+def launch_prune_weight(
+    weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, weight_t: Tensor, scale_inv: Tensor,
+    hard: bool = False,
+) -> Plan:  # fmt: skip
+    """Prune and cast ``weight`` into the buffers, all of which are written in full.
+
+    Args:
+        weight: ``[N, K]``, any strides, bf16, fp16 or fp32; N and K multiples of 16.
+        beta: fp32 ``[1]``.
+        values: e4m3 ``[N, padded(K) / 2]``.
+        metadata: int32 ``[padded(K) / 128, padded(N) / 16, 32, 2]``.
+        weight_t: e4m3 ``[K, N]``.
+        scale_inv: fp32 ``[1]``; 0 for an empty weight, NaN for one with NaN or infinity.  Faster where it still holds
+            the result of a similar weight.
+        hard: whether the two largest magnitudes are kept as they are, instead of S-STE's soft threshold.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype, layout or device.
+    """
+    check_weight(weight)
+    n, k = weight.shape
+    check_buffer("beta", beta, (1,), torch.float32, weight.device)
+    check_buffer("values", values, values_shape(n, k), E4M3, weight.device)
+    check_buffer("metadata", metadata, metadata_shape(n, k), torch.int32, weight.device)
+    check_buffer("weight_t", weight_t, (k, n), E4M3, weight.device)
+    check_buffer("scale_inv", scale_inv, (1,), torch.float32, weight.device)
+    if weight.numel() == 0:
+        return Once(scale_inv.zero_)
+    # Metadata is written for the padding too.
+    mode = _HARD if hard else _SOFT
+    prune = _plan(mode, weight, beta, values, metadata, weight_t, None, None, scale_inv, (padded(n), padded(k)))
+    return lambda weight, beta, values, metadata, weight_t, scale_inv: prune(
+        weight, beta, values, metadata, weight_t, None, None, scale_inv
+    )
+
+
+@planned
+def launch_prune_transposable(
+    weight: Tensor, values: Tensor, metadata: Tensor, values_t: Tensor, metadata_t: Tensor, scale_inv: Tensor,
+    masks: Tensor, search: bool,
+) -> Plan:  # fmt: skip
+    """Prune ``weight`` by transposable masks, and cast it, into the buffers, which are written in full.
+
+    Args:
+        weight: ``[N, K]``, any strides, bf16, fp16 or fp32; N and K multiples of 16.
+        values, metadata: e4m3 ``[N, padded(K) / 2]`` and int32 ``[padded(K) / 128, padded(N) / 16, 32, 2]``.
+        values_t, metadata_t: e4m3 ``[K, padded(N) / 2]`` and int32 ``[padded(N) / 128, padded(K) / 16, 32, 2]``.
+        scale_inv: fp32 ``[1]``; as for ``launch_prune_weight``.
+        masks: int16 ``[N / 4, K / 4]``, a bit for each element of a tile.
+        search: whether the best masks are found and written to ``masks``, instead of being read from there.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype, layout or device.
+    """
+    check_weight(weight)
+    n, k = weight.shape
+    check_buffer("values", values, values_shape(n, k), E4M3, weight.device)
+    check_buffer("metadata", metadata, metadata_shape(n, k), torch.int32, weight.device)
+    check_buffer("values_t", values_t, values_shape(k, n), E4M3, weight.device)
+    check_buffer("metadata_t", metadata_t, metadata_shape(k, n), torch.int32, weight.device)
+    check_buffer("scale_inv", scale_inv, (1,), torch.float32, weight.device)
+    check_buffer("masks", masks, (n // 4, k // 4), torch.int16, weight.device)
+    if weight.numel() == 0:
+        return Once(scale_inv.zero_)
+    mode, covered = _SEARCH if search else _MASKS, (padded(n), padded(k))
+    prune = _plan(mode, weight, None, values, metadata, values_t, metadata_t, masks, scale_inv, covered)
+    return lambda weight, values, metadata, values_t, metadata_t, scale_inv, masks: prune(
+        weight, None, values, metadata, values_t, metadata_t, masks, scale_inv
+    )
+
+
+@planned
+def launch_cast_weight(weight: Tensor, payload: Tensor, payload_t: Tensor, scale_inv: Tensor) -> Plan:
+    """Cast ``weight`` into the buffers, all of which are written in full.
+
+    Args:
+        weight: ``[N, K]``, any strides, bf16, fp16 or fp32; N and K multiples of 16.
+        payload: e4m3 ``[N, K]``.
+        payload_t: e4m3 ``[K, N]``.
+        scale_inv: fp32 ``[1]``; 0 for an empty weight, NaN for one with NaN or infinity.  Faster where it still holds
+            the result of a similar weight.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype, layout or device.
+    """
+    check_weight(weight)
+    n, k = weight.shape
+    check_buffer("payload", payload, (n, k), E4M3, weight.device)
+    check_buffer("payload_t", payload_t, (k, n), E4M3, weight.device)
+    check_buffer("scale_inv", scale_inv, (1,), torch.float32, weight.device)
+    if weight.numel() == 0:
+        return Once(scale_inv.zero_)
+    cast = _plan(_CAST, weight, None, payload, None, payload_t, None, None, scale_inv, (n, k))
+    return lambda weight, payload, payload_t, scale_inv: cast(
+        weight, None, payload, None, payload_t, None, None, scale_inv
+    )
+
+
+def _plan(
+    mode: gl.constexpr, weight: Tensor, beta: Tensor | None, payload: Tensor, metadata: Tensor | None,
+    weight_t: Tensor, metadata_t: Tensor | None, masks: Tensor | None, scale_inv: Tensor, covered: tuple[int, int],
+) -> Plan:  # fmt: skip
+    """Of both launches, over tiles that cover ``covered`` rows and columns; called with all tensors' addresses."""
+    column_major = weight.stride(0) == 1 and weight.stride(1) != 1
+    block_n, block_k, warps, registers = _COLUMN_MAJOR_TILE if column_major else _ROW_MAJOR_TILE
+    if masks is not None:
+        (block_n, block_k, warps), registers = _TRANSPOSABLE_TILE, None if mode == _SEARCH else 128
+    tiles_n, tiles_k = triton.cdiv(covered[0], block_n), triton.cdiv(covered[1], block_k)
+    tiles = tiles_n * tiles_k
+    new_partials = allocator(torch.empty(tiles + 1, dtype=torch.int32, device=weight.device))
+    tensors = (weight, beta, payload, metadata, weight_t, metadata_t, masks, scale_inv, new_partials())
+    sizes = (*weight.shape, *weight.stride(), tiles, tiles_k)
+    options = {
+        "MODE": mode.value,
+        "COLUMN_MAJOR": column_major,
+        "EVEN": (tiles_n * block_n, tiles_k * block_k) == tuple(weight.shape),
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "num_warps": warps,
+        "maxnreg": registers,
+    }
+    speculate = plan_kernel(_speculate_kernel, (tiles,), tensors, sizes, **options)
+    # It starts while the first launch ends, and waits for that by itself.
+    correct = plan_kernel(_correct_kernel, (min(tiles, _CORRECT_PROGRAMS),), tensors, sizes, launch_pdl=True, **options)
+
+    def run(*addresses: int | None) -> None:
+        partials = new_partials()
+        speculate(*addresses, partials.data_ptr())
+        correct(*addresses, partials.data_ptr())
+
+    return run

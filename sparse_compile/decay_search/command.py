@@ -1,0 +1,172 @@
+"""``python -m sparse_compile tune-decay SCRIPT``: which decay of ``sr-ste`` or ``t-sr-ste`` suits a training script."""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sparse_compile.decay_search.table import HIGHEST, LOWEST, DecayTable, Run, check_decays
+from sparse_compile.launcher.arguments import add_script, check_script
+from sparse_compile.reporting.model import check_file
+
+_DESCRIPTION = f"""\
+Search the decay of a recipe by flip rates (T-SR-STE, arXiv 2404.01847).
+
+The script runs once dense, where the masks that pruning would give are only looked at, and once with each decay; each
+run is stopped after some optimizer steps, and its output is kept back. mu is the share of mask bits that flip in a
+step, over that of the dense run, both means over the last half of the steps. Decays with mu in
+[{LOWEST:.2f}, {HIGHEST:.2f}] are accepted.
+
+The exit status is 0 if a decay is accepted, 1 if none is or a run fails.
+"""
+_DECAYS = "2e-6,6e-6,2e-5,6e-5,2e-4,6e-4,2e-3,6e-3"
+# What each run says itself; a script's own choice of these does not count either.
+_OURS = (
+    "sste.recipe", "sste.decay", "sste.warmup", "sste.tail", "sste.total_steps", "sste.when", "sste.report",
+)  # fmt: skip
+_WITHOUT_END = 2**40  # optimizer steps
+_LAST_LINES = 20
+
+
+class RunFailed(Exception):
+    """The script failed; with its last lines."""
+
+
+def tune_decay(arguments: Sequence[str]) -> None:
+    """Print the table and what follows from it, and exit with the status that the description promises."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sparse_compile tune-decay",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recipe", choices=["sr-ste", "t-sr-ste"], default="sr-ste")
+    parser.add_argument("--decays", type=_decays, default=_DECAYS, metavar="A,B,...", help=f"the grid; {_DECAYS}")
+    parser.add_argument("--steps", type=_steps, default=50, metavar="N", help="optimizer steps of each run; 50")
+    parser.add_argument(
+        "--out", type=Path, action="append", default=[], metavar="FILE",
+        help="write the result there, too: FILE.json has all numbers, FILE.html plots; may be repeated",
+    )  # fmt: skip
+    add_script(parser)
+    args = parser.parse_args(arguments)
+    check_script(parser, args)
+    options: dict[str, Any] = dict(args.options)
+    try:
+        for file in args.out:
+            check_file(file, [".json", ".html"])
+        _check_options(options, args.recipe)
+    except ValueError as error:
+        parser.error(str(error))
+
+    def run(decay: float | None) -> Run:
+        own = {"sste.warmup": _WITHOUT_END} if decay is None else {"sste.warmup": 0, "sste.decay": decay}
+        overrides = {"sste.tail": 0, "sste.total_steps": 0, "sste.when": "always", "sste.report": None}
+        request = {
+            "steps": args.steps, "auto": args.auto, "module": args.module, "options": options,
+            "overrides": overrides | own | {"sste.recipe": args.recipe},
+        }  # fmt: skip
+        return run_script(decay, request, [args.script, *args.arguments])
+
+    try:
+        table = search(args.recipe, args.decays, run)
+    except (ValueError, RunFailed) as error:
+        sys.stderr.write(f"sparse_compile: {error}\n")
+        sys.exit(1)
+    for file in args.out:
+        table.write(file)
+    sys.stdout.write(f"{table}\n")
+    if table.recommended() is None:
+        sys.exit(1)
+
+
+def search(recipe: str, decays: Sequence[float], run: Callable[[float | None], Run]) -> DecayTable:
+    """Run dense, and with each decay.
+
+    Args:
+        run: one run with a decay, or dense for None.
+
+    Raises:
+        ValueError: a wrong grid, or runs that cannot be compared, see ``DecayTable``; after the first of them.
+    """
+    check_decays(decays)
+    runs: list[float | None] = [None, *sorted(decays)]
+    table: DecayTable | None = None
+    for number, decay in enumerate(runs, 1):
+        name = "dense" if decay is None else f"decay {decay:g}"
+        sys.stderr.write(f"sparse_compile: run {number} of {len(runs)}, {name}\n")
+        done = run(decay)
+        table = DecayTable(recipe=recipe, dense=done) if table is None else replace(table, runs=(*table.runs, done))
+    assert table is not None
+    return table
+
+
+def run_script(decay: float | None, request: Mapping[str, Any], command: Sequence[str]) -> Run:
+    """One run, in a process of its own.
+
+    Args:
+        request: as ``flip_run`` reads it, without ``file``.
+        command: the script and its arguments.
+
+    Raises:
+        RunFailed: the script ended before it was measured, or nothing was pruned.
+    """
+    name = "dense run" if decay is None else f"run with decay {decay:g}"
+    with TemporaryDirectory() as folder:
+        result, output = Path(folder, "result.json"), Path(folder, "output.txt")
+        asked = json.dumps({**request, "file": str(result)})
+        with output.open("wb") as log:
+            done = subprocess.run(
+                [sys.executable, "-m", "sparse_compile.decay_search.run", asked, *command],
+                stdout=log,
+                stderr=log,
+                check=False,
+            )
+        last = "\n".join(output.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:])
+        if not result.exists():
+            raise RunFailed(f"the {name} failed, {_status(done.returncode)}; the last that it wrote:\n{last}")
+        # What goes wrong while a script that was stopped ends does not matter.
+        read = json.loads(result.read_text(encoding="utf-8"))
+    if not read["weights"]:
+        raise RunFailed(f"in the {name} no weight is or would be pruned; the last that it wrote:\n{last}")
+    return Run(
+        decay=decay,
+        elements={name: elements for name, (elements, _) in read["weights"].items()},
+        flips={name: flips for name, (_, flips) in read["weights"].items()},
+        stopped=read["stopped"],
+    )
+
+
+def _status(code: int) -> str:
+    return f"ended by signal {-code}" if code < 0 else f"exit status {code}"
+
+
+def _check_options(options: Mapping[str, Any], recipe: str) -> None:
+    from sparse_compile.options import read_options
+
+    for name in options:
+        if name in _OURS:
+            instead = {"sste.recipe": "; say --recipe", "sste.decay": "; say --decays"}.get(name, "")
+            raise ValueError(f"each run has its own {name!r}{instead}")
+    read_options(None, {**options, "sste.recipe": recipe})
+
+
+def _decays(text: str) -> list[float]:
+    try:
+        decays = [float(decay) for decay in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, as 2e-5,6e-5,2e-4") from None
+    try:
+        check_decays(decays)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return decays
+
+
+def _steps(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of optimizer steps; allowed is 2 and more")
+    return int(text)

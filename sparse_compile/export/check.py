@@ -1,0 +1,155 @@
+"""``python -m sparse_compile check PATH``: whether the weights of a checkpoint are 2:4."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from sparse_compile.export.pattern_24 import share_of_groups
+from sparse_compile.export.read_checkpoint import read_checkpoint
+
+_DESCRIPTION = """\
+Whether the matrices of a checkpoint are 2:4: of each four neighbours along in_features, at most two are not zero.
+
+Files do not say how a weight lies, so both ways are looked at: nn.Linear stores [out_features, in_features], the
+Conv1D of GPT-2 the transpose. A weight is "2:4" if every group is, one way or the other; "in part" if more than half
+of the groups are, but not all; "zero" if it holds nothing else; otherwise "dense".
+
+The exit status is 0 if all weights that --weights names are 2:4, and each pattern names one; without --weights, if at
+least one weight is 2:4 and none is so in part. Otherwise it is 1, and 2 where PATH cannot be read.
+"""
+# Random weights hold next to no groups with two zeros, a matrix with half of its elements zero at random 69 %.
+_IN_PART = 0.5
+
+
+class Verdict(Enum):
+    """What a weight is."""
+
+    PRUNED = "2:4"
+    TRANSPOSED = "2:4, stored transposed"
+    IN_PART = "2:4 in part"
+    ZERO = "zero"
+    DENSE = "dense"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """One matrix of a checkpoint."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    zeros: float  # share of its elements
+    groups: float | None  # share of the groups along its rows that are 2:4; None where it has none
+    groups_transposed: float | None  # along its columns
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.zeros == 1.0:
+            return Verdict.ZERO
+        if self.groups == 1.0:
+            return Verdict.PRUNED
+        if self.groups_transposed == 1.0:
+            return Verdict.TRANSPOSED
+        in_part = max(self.groups or 0.0, self.groups_transposed or 0.0) > _IN_PART
+        return Verdict.IN_PART if in_part else Verdict.DENSE
+
+    @property
+    def is_24(self) -> bool:
+        return self.verdict in (Verdict.PRUNED, Verdict.TRANSPOSED, Verdict.ZERO)
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Print the table, and exit with the status that the description promises."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sparse_compile check",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", type=Path, metavar="PATH", help="safetensors, a file of torch.save, or a folder")
+    parser.add_argument(
+        "--weights",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="weights that must be 2:4, as '*.mlp.*.weight'; only these are shown; may be repeated",
+    )
+    args = parser.parse_args(arguments)
+    try:
+        rows = list(check_weights(read_checkpoint(args.path), args.weights))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    wrong = _wrong(rows, args.weights)
+    sys.stdout.write(f"{as_table(rows)}\n\n{_summary(rows)}\n" if rows else "no matrix of floating-point numbers\n")
+    if wrong:
+        sys.stdout.write("\n".join(["not as it should be:", *wrong]) + "\n")
+        sys.exit(1)
+
+
+def check_weights(tensors: Iterable[tuple[str, Tensor]], globs: Sequence[str] = ()) -> Iterable[Checked]:
+    """What each matrix is, of those that the patterns name; of all without patterns.
+
+    Left out are tensors of other than two dimensions, and of integers other than int8.
+    """
+    for name, tensor in tensors:
+        named = not globs or any(fnmatchcase(name, glob) for glob in globs)
+        if named and tensor.ndim == 2 and (tensor.is_floating_point() or tensor.dtype is torch.int8):
+            values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+            yield Checked(
+                name=name,
+                shape=(tensor.shape[0], tensor.shape[1]),
+                dtype=tensor.dtype,
+                zeros=1.0 - int(values.count_nonzero()) / max(tensor.numel(), 1),
+                groups=share_of_groups(values, 1),
+                groups_transposed=share_of_groups(values, 0),
+            )
+
+
+def as_table(rows: Sequence[Checked]) -> str:
+    lines = [
+        (
+            row.name,
+            f"{row.shape[0]} x {row.shape[1]}",
+            str(row.dtype).removeprefix("torch."),
+            _share(row.zeros),
+            _share(row.groups),
+            _share(row.groups_transposed),
+            row.verdict.value,
+        )
+        for row in rows
+    ]
+    headers = ("weight", "shape", "dtype", "zeros", "2:4 along rows", "along columns", "it is")
+    return tabulate(lines, headers=headers, disable_numparse=True, colalign=("left",) * 3 + ("right",) * 3 + ("left",))
+
+
+def _share(share: float | None) -> str:
+    """Percent, never rounded up to all nor down to nothing."""
+    if share is None:
+        return "-"
+    if share in (0.0, 1.0):
+        return f"{share:.0%}"
+    return f"{min(max(share, 0.0001), 0.9999):.2%}"
+
+
+def _summary(rows: Sequence[Checked]) -> str:
+    counts = {verdict: sum(row.verdict is verdict for row in rows) for verdict in Verdict}
+    return f"of {len(rows)} weights: " + ", ".join(f"{count} {what.value}" for what, count in counts.items() if count)
+
+
+def _wrong(rows: Sequence[Checked], globs: Sequence[str]) -> list[str]:
+    """What keeps the exit status from being 0, a line for each."""
+    if globs:
+        unmatched = [glob for glob in globs if not any(fnmatchcase(row.name, glob) for row in rows)]
+        wrong = [f"  {glob!r} names no matrix" for glob in unmatched]
+        return wrong + [f"  {row.name} is {row.verdict.value}" for row in rows if not row.is_24]
+    wrong = [f"  {row.name} is {row.verdict.value}" for row in rows if row.verdict is Verdict.IN_PART]
+    if not any(row.verdict in (Verdict.PRUNED, Verdict.TRANSPOSED) for row in rows):
+        wrong.append("  no weight is 2:4")
+    return wrong

@@ -1,0 +1,88 @@
+"""How long training steps take: from a step of an optimizer to its next, forward, backward and all between them.
+
+Followed is the first optimizer that steps after a compiled graph has run, as long as it lives.  The device is never
+waited for: on a GPU the time between two marks is read when a later step finds that both have passed.
+"""
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from weakref import ref
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparse_compile.measuring.device_timer import Clock, capturing
+from sparse_compile.reporting.model import GraphReport, Report
+from sparse_compile.reporting.process_report import report_so_far
+from sparse_compile.weights.optimizer_watch import Stage, watch
+
+_MAX_TIMES = 512
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """A step: when it was, how often each graph had run, and how many graphs had been compiled, and measured."""
+
+    time: Any
+    calls: tuple[int, ...]
+    interruptions: tuple[int, int]
+
+
+class StepTimes:
+    """Fills ``Report.step_ms`` and ``GraphReport.calls_a_step``."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._optimizer: ref[Optimizer] | None = None
+
+    def on_step(self, optimizer: Optimizer, weights: Sequence[Tensor] = ()) -> None:
+        del weights
+        followed = self._optimizer() if self._optimizer is not None else None
+        if followed is None and any(graph.calls for graph in self._report.graphs):
+            self._follow(optimizer)
+            followed = optimizer
+        if followed is optimizer:
+            self._step()
+
+    def _follow(self, optimizer: Optimizer) -> None:
+        self._optimizer = ref(optimizer)
+        self._clock = Clock(optimizer.param_groups[0]["params"][0].device)
+        self._last: _Mark | None = None
+        self._pending: deque[tuple[Any, Any]] = deque()
+        self._calls: list[Counter[int]] = []
+        self._report.step_ms.clear()
+
+    def _step(self) -> None:
+        if capturing():
+            self._last = None
+            return
+        graphs = self._report.graphs
+        mark = _Mark(self._clock.mark(), tuple(graph.calls for graph in graphs), _interruptions(graphs))
+        last, self._last = self._last, mark
+        # A step in which something was compiled or measured is none like others.
+        if last is not None and last.interruptions == mark.interruptions and last.calls != mark.calls:
+            self._pending.append((last.time, mark.time))
+            self._count(graphs, last.calls, mark.calls)
+        times = self._report.step_ms
+        while self._pending and self._clock.is_past(self._pending[0][1]):
+            times.append(round(self._clock.between(*self._pending.popleft()), 3))
+        del times[:-_MAX_TIMES]
+
+    def _count(self, graphs: Sequence[GraphReport], before: Sequence[int], after: Sequence[int]) -> None:
+        self._calls += [Counter() for _ in graphs[len(self._calls) :]]
+        for graph, counts, first, last in zip(graphs, self._calls, before, after, strict=True):
+            counts[last - first] += 1
+            graph.calls_a_step = counts.most_common(1)[0][0]
+
+
+def _interruptions(graphs: Sequence[GraphReport]) -> tuple[int, int]:
+    return len(graphs), sum(graph.measured is not None or graph.not_measured != "" for graph in graphs)
+
+
+@cache
+def time_steps() -> None:
+    """Time training steps from now on."""
+    watch.subscribe(Stage.STEP_TIMES, after=StepTimes(report_so_far()).on_step)

@@ -1,0 +1,228 @@
+"""Whether pruned weights fare well: how their masks change over training, and what FP8 loses of them.
+
+A sample reads the compressed weight alone: two bits of metadata and half a byte of values an element at most; no dense
+mask is ever stored.  Kept between samples is the metadata of the last one, an eighth of a byte an element.
+
+Gradients are watched in the step before a sample that is due, or after one that was asked for (``grad_noise``).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import cache
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparse_compile.kernels.formats import padded
+from sparse_compile.measuring.device_timer import capturing
+from sparse_compile.measuring.gradient_noise import GradNoise, noise_and_underflow
+from sparse_compile.passes.rewrite import WeightSlot
+from sparse_compile.reporting.health import HEALTH_LIMITS, Health
+from sparse_compile.reporting.process_report import record_health
+from sparse_compile.weights.optimizer_watch import Stage
+from sparse_compile.weights.optimizer_watch import watch as optimizer_watch
+from sparse_compile.weights.record import OperandSet, before_freeing
+from sparse_compile.weights.registry import find_record, record_of
+
+Listener = Callable[[str, float, int], object]
+
+_MAGNITUDE = 0x7F  # bits of e4m3 without the sign
+_LARGEST = 0x7E  # 448
+
+
+class _Watched:
+    """A weight on one device, and the metadata of its last sample there."""
+
+    __slots__ = ("device", "every", "in_features", "last", "name", "out_features", "record", "taken", "weight")
+
+    def __init__(self, name: str, slot: WeightSlot, weight: Tensor, every: int) -> None:
+        self.name = name
+        self.weight = ref(weight)
+        self.record = ref(record_of(weight))
+        self.every = every  # optimizer steps of the weight between two samples; 0 takes none
+        self.device = slot.device
+        self.out_features, self.in_features = slot.out_features, slot.in_features
+        self.last: Tensor | None = None
+        self.taken: tuple[Tensor, Tensor, int] | None = None  # by _take, before the operands were freed
+
+    def is_there(self) -> bool:
+        """Whether the weight lives, and was not moved to another device, where it has another state."""
+        weight = self.weight()
+        return weight is not None and weight.device == self.device
+
+
+_watched: WeakKeyDictionary[OperandSet, _Watched] = WeakKeyDictionary()
+_listeners: list[Listener] = []
+_noise = GradNoise()
+_gradients_left = False
+_noise_until = 0  # the optimizer step up to which it was asked for
+
+
+def watch(slot: WeightSlot, weight: Tensor, operands: OperandSet, every: int) -> None:
+    """Let samples include a weight, if it is pruned.
+
+    Args:
+        every: take one each so many steps of its optimizer; of several graphs' wishes, the most frequent.  0: none.
+    """
+    if not slot.projection.prunes:
+        return
+    watched = _watched.get(operands)
+    if watched is None:
+        # A weight that was moved keeps its name.
+        taken = {other.name for other in _watched.values() if other.is_there() or other.weight() is not weight}
+        names = (slot.name if number == 1 else f"{slot.name} ({number})" for number in range(1, len(taken) + 2))
+        watched = _watched[operands] = _Watched(next(name for name in names if name not in taken), slot, weight, every)
+    elif every:
+        watched.every = min(watched.every or every, every)
+    _watch_gradients()
+
+
+def listen(listener: Listener) -> None:
+    """Hand every sample to ``listener(tag, value, step)``."""
+    if listener not in _listeners:
+        _listeners.append(listener)
+
+
+def leave_gradients() -> None:
+    """Watch none from now on: what CUDA graphs allocate in a backward is theirs, and nobody may keep it."""
+    global _gradients_left
+    _gradients_left = True
+    _watch_gradients()
+
+
+def sample_now() -> dict[str, Health]:
+    """A sample that was asked for; gradients are watched up to the next step of each optimizer, for the next one."""
+    global _noise_until
+    samples = sample(list(_watched))
+    _noise_until = optimizer_watch.count + max(1, optimizer_watch.stepped)
+    _watch_gradients()
+    return samples
+
+
+def sample(sets: Iterable[OperandSet]) -> dict[str, Health]:
+    """One of each weight that has been pruned; also kept for the report, and handed to the listeners."""
+    counts, gradients = {}, _noise.take()
+    with torch.no_grad():
+        for state in sets:
+            watched = _watched[state]
+            counted, watched.taken = watched.taken, None
+            if not state.freed:
+                counted = _take(state, watched)
+            if counted is not None and watched.is_there():
+                count, watched.last, address = counted
+                counts[watched] = count, gradients.get(address)
+    # One wait for the device, when all of the work is queued.
+    samples = {
+        watched: _health(watched, count.tolist(), None if sums is None else sums.tolist())
+        for watched, (count, sums) in counts.items()
+    }
+    for watched, taken in samples.items():
+        record_health(watched.name, taken)
+        for quantity, value in asdict(taken).items():
+            if value is not None and (quantity in HEALTH_LIMITS or quantity == "zeros"):
+                for listener in _listeners:
+                    listener(f"sste/{quantity}/{watched.name}", value, taken.step)
+    return {watched.name: taken for watched, taken in samples.items()}
+
+
+def _take(state: OperandSet, watched: _Watched) -> tuple[Tensor, Tensor, int] | None:
+    """Counts, a copy of the metadata, and the address by which its gradients are kept; None before it was pruned."""
+    if not state.operands:
+        return None
+    values, metadata, for_dgrad, *_ = state.operands
+    return _counts(values, metadata, watched.last), metadata.clone(), for_dgrad.data_ptr()
+
+
+def mask_flips(before: Tensor, after: Tensor) -> Tensor:
+    """How many bits of the mask differ between two int32 metadata of e4m3 operands; int64, a scalar."""
+    masks, ones = _tables(before.device)
+    # Two groups of four to a byte: the positions of both kept elements, two bits each.
+    differing = masks[_bytes(before)] ^ masks[_bytes(after)]
+    return ones[differing.int()].sum()
+
+
+def _bytes(metadata: Tensor) -> Tensor:
+    return metadata.flatten().view(torch.uint8).int()
+
+
+@cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """By a byte of metadata: the masks of its two groups as a byte; by a byte: how many of its bits are set."""
+    nibble = [1 << (code & 3) | 1 << (code >> 2) for code in range(16)]
+    masks = [nibble[code & 15] | nibble[code >> 4] << 4 for code in range(256)]
+    ones = [code.bit_count() for code in range(256)]
+    return torch.tensor(masks, dtype=torch.uint8, device=device), torch.tensor(ones, device=device)
+
+
+def _counts(values: Tensor, metadata: Tensor, last: Tensor | None) -> Tensor:
+    """int64 ``[3]``: flips, or -1 at the first sample; zeros among the values, padding included; the largest."""
+    if values.dtype is torch.bfloat16:
+        zero, largest = values == 0, values.isinf()
+    else:
+        magnitude = values.view(torch.uint8) & _MAGNITUDE
+        zero, largest = magnitude == 0, magnitude == _LARGEST
+    flips = torch.full((), -1, device=values.device) if last is None else mask_flips(last, metadata)
+    return torch.stack([flips, zero.sum(), largest.sum()])
+
+
+def _health(watched: _Watched, counts: list[int], sums: list[float] | None) -> Health:
+    flips, zeros, saturated = counts
+    elements = watched.out_features * watched.in_features
+    kept = elements // 2
+    noise, grad_underflow = (None, None) if sums is None else noise_and_underflow(sums)
+    zeros -= watched.out_features * (padded(watched.in_features) - watched.in_features) // 2
+    record = watched.record()
+    beta = None if record is None else record.current_beta
+    return Health(
+        step=0 if record is None else record.steps,
+        flips=None if flips < 0 else flips / elements,
+        zeros=(elements - kept + zeros) / elements,
+        underflow=zeros / kept,
+        saturated=saturated / kept,
+        noise=noise,
+        grad_underflow=grad_underflow,
+        beta=None if beta is None else beta.value,
+        beta_source="" if beta is None else beta.source.value,
+    )
+
+
+def _after_step(optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
+    del optimizer
+    if any(watched.every for watched in _watched.values()) and not capturing():
+        stepped = {id(find_record(weight)) for weight in weights}
+        due = [state for state, watched in _watched.items() if _is_due(watched, 0, stepped)]
+        if due:
+            sample(due)
+    _watch_gradients()
+
+
+def _is_due(watched: _Watched, later: int, stepped: set[int] | None = None) -> bool:
+    """Whether a weight is sampled after so many further steps of its optimizer.
+
+    Args:
+        stepped: ids of the records that are asked about; all if it is None.
+    """
+    record = watched.record()
+    if record is None or not watched.every or (stepped is not None and id(record) not in stepped):
+        return False
+    return (record.steps + later) % watched.every == 0
+
+
+def _watch_gradients() -> None:
+    """Whether a backward that now comes belongs to a sample."""
+    due = any(_is_due(watched, 1) for watched in _watched.values())
+    _noise.watch((due or optimizer_watch.count < _noise_until) and not _gradients_left)
+
+
+def _before_freeing(operands: OperandSet) -> None:
+    """What FSDP2 frees before the optimizer steps is counted before."""
+    watched = _watched.get(operands)
+    if watched is not None and _is_due(watched, 1) and not capturing():
+        with torch.no_grad():
+            watched.taken = _take(operands, watched)
+
+
+before_freeing.append(_before_freeing)
+optimizer_watch.subscribe(Stage.HEALTH, after=_after_step)

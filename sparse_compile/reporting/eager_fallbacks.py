@@ -1,0 +1,170 @@
+"""Linears that train in no graph: past dynamo's recompile limit, at a graph break, under ``torch.compiler.disable``.
+
+Dynamo tells nobody when it runs eagerly what it has compiled before.  So in some training steps the weights that graphs
+are called with are noted, and at the optimizer's step compared with those of compiled modules that have a gradient.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+from torch.nn import Embedding, EmbeddingBag, Module, Parameter
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from sparse_compile.measuring.device_timer import capturing
+from sparse_compile.reporting.model import Report, fold_names
+from sparse_compile.reporting.process_report import report_so_far
+from sparse_compile.torch_internals import RecompileLimit, compiled_modules, on_recompile_limit
+
+# Steps 2, 8, 32, ... of each optimizer are looked at: the first compiles, and a look may walk over the heap.
+_FIRST, _FACTOR = 2, 4
+_ADVICE = "say dynamic=True or raise it"
+
+_Weights = dict[int, "ref[Tensor]"]  # by their ids
+
+
+@dataclass(slots=True)
+class _Window:
+    """Of an optimizer: its steps so far, which one is looked at next, and the weights noted since the one before."""
+
+    steps: int = 0
+    next: int = _FIRST
+    noted: _Weights = field(default_factory=dict)
+
+    @property
+    def is_open(self) -> bool:
+        return self.steps + 1 == self.next
+
+
+class Fallbacks:
+    """Fills ``Report.fallbacks``.
+
+    Attributes:
+        watching: whether each call of a graph is to be noted; the first one of a graph always is.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self.watching = False
+        self._report = report
+        self._windows: WeakKeyDictionary[Optimizer, _Window] = WeakKeyDictionary()
+        self._noted: _Weights = {}  # ever
+        self._captured = False  # by the user: what a CUDA graph replays calls nothing
+        self._limits: dict[str, RecompileLimit] = {}  # by function
+        self._eager: list[str] = []
+
+    def note(self, arguments: Iterable[Any]) -> None:
+        """A graph is called with these."""
+        self._captured = self._captured or capturing()
+        weights: _Weights = {id(weight): ref(weight) for weight in arguments if isinstance(weight, Parameter)}
+        for noted in (self._noted, *(window.noted for window in self._windows.values() if window.is_open)):
+            noted |= weights
+
+    def on_limit(self, limit: RecompileLimit) -> None:
+        """Dynamo will compile a function no more."""
+        self._limits[limit.function] = limit
+        self._tell()
+
+    def on_step(self, optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
+        del args, kwargs
+        if self._captured or capturing():
+            return
+        window = self._windows.setdefault(optimizer, _Window())
+        window.steps += 1
+        if window.steps == window.next:
+            self._look(optimizer, _alive(window.noted))
+            window.next *= _FACTOR
+            window.noted.clear()
+        self.watching = any(window.is_open for window in self._windows.values())
+
+    def _look(self, optimizer: Optimizer, now: set[int]) -> None:
+        trained = (weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None)
+        self._eager = []
+        if any(weight.ndim == 2 and type(weight) is Parameter and id(weight) not in now for weight in trained):
+            roots = [(root, linears) for root in compiled_modules() if (linears := dict(_linears_of(root)))]
+            # Of what another backend compiles no weight was ever in a graph of this one.
+            noted = _alive(self._noted)
+            ours = {type(root) for root, linears in roots if noted & {id(weight) for weight in linears.values()}}
+            self._eager = list(self._described([pair for pair in roots if type(pair[0]) in ours], now))
+        self._tell()
+
+    def _described(self, roots: list[tuple[Module, dict[str, Parameter]]], now: set[int]) -> Iterator[str]:
+        """What runs eagerly of the modules that were compiled: whole ones, by their class, then parts of others."""
+        alike: defaultdict[type, list[Module]] = defaultdict(list)
+        whole: defaultdict[type, list[Module]] = defaultdict(list)
+        parts: defaultdict[type, set[str]] = defaultdict(set)
+        for root, linears in roots:
+            eager = {name for name, weight in linears.items() if id(weight) not in now and _is_trained(weight)}
+            alike[type(root)].append(root)
+            if eager == linears.keys():
+                whole[type(root)].append(root)
+            else:
+                parts[type(root)] |= eager
+        for kind, fallen in whole.items():
+            limit = self._limit_of(fallen[0])
+            why = f"{limit.name} {limit.value}; {_ADVICE}" if limit else "TORCH_LOGS=graph_breaks says why"
+            count = f"{len(fallen)} of {len(alike[kind])}"
+            yield f"{count} compiled modules of class {kind.__name__} fell back to eager: {why}"
+        for kind, names in parts.items():
+            for pattern in fold_names(names):
+                yield (
+                    f"{pattern} of {kind.__name__} runs eagerly, in no graph: a graph break or torch.compiler.disable "
+                    "around it; TORCH_LOGS=graph_breaks says which"
+                )
+
+    def _limit_of(self, module: Module) -> RecompileLimit | None:
+        code = type(module).forward.__code__
+        own = [
+            limit for limit in self._limits.values() if f"({code.co_filename}:{code.co_firstlineno})" in limit.function
+        ]
+        # Modules of PyTorch's own classes, and those with hooks, are traced from a frame around their forward.
+        around = [limit for limit in self._limits.values() if limit.is_pytorchs]
+        return next(iter(own + around), None)
+
+    def _tell(self) -> None:
+        lines = list(self._eager)
+        for limit in self._limits.values():
+            told = any(f"{limit.name} {limit.value}; {_ADVICE}" in line for line in lines)
+            if not told:
+                lines.append(
+                    f"{limit.function} has reached {limit.name} {limit.value}: calls that fit none of its graphs run "
+                    f"eagerly; {_ADVICE}"
+                )
+        self._report.fallbacks[:] = lines
+
+
+def _is_trained(weight: Tensor) -> bool:
+    """Gradients of what was not called may be there still, as zeros."""
+    return weight.grad is not None and bool(weight.grad.any())
+
+
+def _alive(weights: _Weights) -> set[int]:
+    """Ids of those that live."""
+    return {key for key, reference in weights.items() if reference() is not None}
+
+
+def _linears_of(root: Module) -> Iterator[tuple[str, Parameter]]:
+    """Weights by their names; none that FSDP shards, for which graphs see others."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for prefix, module in root.named_modules():
+        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+            return
+        if not isinstance(module, (Embedding, EmbeddingBag)):
+            for name, weight in module.named_parameters(prefix, recurse=False):
+                if weight.ndim == 2 and type(weight) is Parameter and name.rpartition(".")[2].endswith("weight"):
+                    yield name.removesuffix(".weight"), weight
+
+
+@cache
+def watch_fallbacks() -> Fallbacks:
+    """Watch from now on."""
+    fallbacks = Fallbacks(report_so_far())
+    on_recompile_limit(fallbacks.on_limit)
+    register_optimizer_step_post_hook(torch.compiler.disable(fallbacks.on_step))
+    return fallbacks
