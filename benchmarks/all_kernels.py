@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, FP8_DTYPES, padded
-from sparse_compile.kernels.sparse_gemm import launch
+from sparse_compile.kernels.sparse_gemm import plan as plan_module
 from sparse_compile.kernels.sparse_gemm.configs import configs
 
 DEVICE = torch.device("cuda")
@@ -61,7 +61,7 @@ def sparse_gemms() -> None:
     for config in configs():
         for accurate, dense_scale_inv, shape in ((False, scales, (columns, rows)), (True, None, (rows, columns))):
             tensors = (values, metadata, dense, scale_inv, dense_scale_inv, out.view(shape))
-            multiply = launch.plan(config, accurate, *tensors, shape[0] == columns)
+            multiply = plan_module.plan_gemm(config, accurate, *tensors, shape[0] == columns)
             multiply(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
 
 

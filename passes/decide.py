@@ -1,6 +1,6 @@
 """DECIDE: which linears are rewritten, in which recipe, and why the others are not."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,10 +9,9 @@ import torch
 from torch.nn import Parameter
 
 from sparse_compile.passes.parameter_owners import ParameterOwners
-from sparse_compile.passes.roles import Role
+from sparse_compile.passes.roles import TARGETS, Role
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
-from sparse_compile.recipe import Gemm, Projection, Recipe
-from sparse_compile.reporting.model import Row
+from sparse_compile.recipe import Projection, Recipe
 from sparse_compile.torch_internals import example_value, is_fake, real_parameter
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -20,8 +19,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEATURES_MULTIPLE = 16
 # Below this a GEMM is one tile at most, and its casts cost more than it does.
 MIN_FEATURES = 64
-# What the user may say instead of a glob of module names, and the roles that are meant; of "all" those that can be.
-TARGETS: Mapping[str, Collection[Role]] = {"ffn": (Role.UP, Role.DOWN), "ffn-up": (Role.UP,), "all": ()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,16 +40,6 @@ class Plan:
     price: Price | None = None  # where it was measured
     virtual: Projection = Projection.NONE  # what prunes its weight in another phase than this dense one
     advice: str = ""  # how it could gain more
-
-    def row(self) -> Row:
-        gemms = {"fprop": self.recipe.fprop, "dgrad": self.recipe.dgrad, "wgrad": self.recipe.wgrad}
-        precisions = {
-            name: self.site.dtype_name if gemms[name] is Gemm.HP else gemms[name].value for name in self.site.products
-        }
-        row = self.site.row(self.recipe.short_str(), precisions, advice=self.advice)
-        if self.price is None:
-            return row
-        return replace(row, dense_us=self.price.dense, rewritten_us=self.price.rewritten)
 
 
 def decide(

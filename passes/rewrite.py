@@ -9,50 +9,19 @@ operands hold what is derived from the weight.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from sparse_compile.kernels import ops
 from sparse_compile.linear.fp8 import linear
+from sparse_compile.linear.seed import new_seed
 from sparse_compile.passes.decide import Plan
 from sparse_compile.passes.flow import Region
-from sparse_compile.recipe import Projection
 from sparse_compile.torch_internals import add_input, add_static_input, checkpoint_body, example_value
+from sparse_compile.weights.slot import WeightSlot
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WeightSlot:
-    """A weight whose operands the runtime appends to the graph's inputs."""
-
-    name: str
-    position: int  # of the parameter among the graph's inputs
-    transposed: bool
-    projection: Projection
-    out_features: int
-    in_features: int
-    device: torch.device
-    decay: float = 0.0
-    refresh: int = 0
-    beta_factor: float = 1.0
-    bf16: bool = False  # whether it is kept in bf16 instead of FP8
-    virtual: Projection = Projection.NONE  # what prunes it in another phase than this dense one
-
-    def new_operands(self) -> tuple[Tensor, ...]:
-        """Uninitialised operands; fake ones under a FakeTensorMode."""
-        new: Callable[[int, int, torch.device], tuple[Tensor, ...]]
-        if self.projection is Projection.TRANSPOSABLE:
-            new = ops.new_transposable_weight
-        elif self.projection.prunes:
-            new = ops.new_pruned_weight_bf16 if self.bf16 else ops.new_pruned_weight
-        else:
-            new = ops.new_cast_weight
-        return new(self.out_features, self.in_features, self.device)
 
 
 def rewrite(graph_module: GraphModule, plans: Sequence[Plan]) -> list[WeightSlot]:
@@ -112,11 +81,6 @@ def _slot(plan: Plan, position: int) -> WeightSlot:
 def seed_devices(plans: Sequence[Plan]) -> list[torch.device]:
     """Where a call of the rewritten graph needs a seed: on each device with linears that sample gradients."""
     return list(dict.fromkeys(example_value(plan.site.weight).device for plan in plans if _samples(plan)))
-
-
-def new_seed(device: torch.device) -> Tensor:
-    """A random 62-bit integer, ``[1]``, of the default generator, as dropout's."""
-    return torch.randint(2**62, (1,), device=device)
 
 
 def _samples(plan: Plan) -> bool:

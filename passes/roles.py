@@ -176,3 +176,7 @@ def _is_all_that_leaves(flow: Flow, alone: set[Node]) -> bool:
 def _is_floating(node: Node) -> bool:
     value = example_value(node)
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+# What the user may say instead of a glob of module names, and the roles that are meant; of "all" those that can be.
+TARGETS: Mapping[str, Collection[Role]] = {"ffn": (Role.UP, Role.DOWN), "ffn-up": (Role.UP,), "all": ()}

@@ -1,7 +1,6 @@
 """What find hands on: linears that could be rewritten, and products with a parameter that are not, with the reason."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from math import prod
 
@@ -10,8 +9,7 @@ from torch.fx import Node
 
 from sparse_compile.passes.flow import Region
 from sparse_compile.passes.roles import Role
-from sparse_compile.reporting.model import CONVOLUTION, DENSE, Row
-from sparse_compile.torch_internals import example_value, hint, user_frames
+from sparse_compile.torch_internals import example_value
 
 
 class Reason(Enum):
@@ -51,26 +49,6 @@ class Rejection:
     flops: int | None = None
     # Predicted microseconds of its products in a step, where they were measured.
     dense_us: float | None = None
-
-    def row(self) -> Row:
-        reason = f"{self.reason.value}: {self.detail}"
-        if self.site is not None:
-            precisions = dict.fromkeys(self.site.products, self.site.dtype_name)
-            row = self.site.row(decision=DENSE, precisions=precisions, reason=reason, advice=self.advice)
-            return replace(row, dense_us=self.dense_us, rewritten_us=self.dense_us)
-        source, code = _written_at(self.node)
-        return Row(
-            module=self.name,
-            role=self.role.value,
-            shape=self.shape,
-            decision=DENSE,
-            reason=reason,
-            advice=self.advice,
-            source=source,
-            code=code,
-            fprop=CONVOLUTION if self.reason is Reason.CONVOLUTION else dtype_name(self.node),
-            dense_flops=self.flops,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -119,31 +97,6 @@ class LinearSite:
         """``bf16``: what its products run in where they are dense."""
         return dtype_name(self.node)
 
-    def row(self, decision: str, precisions: Mapping[str, str], *, reason: str = "", advice: str = "") -> Row:
-        """The report's row.
-
-        Args:
-            precisions: how each of ``products`` runs.
-        """
-        source, code = _written_at(self.node)
-        return Row(
-            module=self.name,
-            role=self.role.value,
-            shape=self.shape,
-            tokens=hint(prod(example_value(self.input).shape[:-1])),
-            in_features=self.in_features,
-            out_features=self.out_features,
-            forwards=self.forwards,
-            decision=decision,
-            reason=reason,
-            advice=advice,
-            source=source,
-            code=code,
-            fprop=precisions.get("fprop", ""),
-            dgrad=precisions.get("dgrad", ""),
-            wgrad=precisions.get("wgrad", ""),
-        )
-
     def reject(self, reason: Reason, detail: str, advice: str) -> Rejection:
         return Rejection(
             name=self.name,
@@ -162,12 +115,3 @@ def dtype_name(node: Node) -> str:
     value = example_value(node)
     name = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
     return name.replace("bfloat", "bf").replace("float", "fp")
-
-
-def _written_at(node: Node) -> tuple[str, str]:
-    """``file:line`` of the user's code that calls it, and that line."""
-    frames = user_frames(node)
-    if not frames:
-        return "", ""
-    file, line, _, code = frames[-1]
-    return f"{file}:{line}", code

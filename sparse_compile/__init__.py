@@ -7,26 +7,28 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import TYPE_CHECKING, Any
 
-from sparse_compile.reporting.model import Report
 from sparse_compile.reporting.process_report import report
+from sparse_compile.reporting.report import Report
 
 if TYPE_CHECKING:
     from sparse_compile.export.finalize import finalize
     from sparse_compile.export.to_sparse import to_sparse
-    from sparse_compile.weights import attach, beta, health, invalidate, on_health, set_beta
+    from sparse_compile.measuring.weight_health import health, on_health
+    from sparse_compile.weights import attach, beta, invalidate, set_beta
 
 __all__ = [
     "Report", "attach", "beta", "finalize", "health", "invalidate", "on_health", "report", "set_beta", "to_sparse",
 ]  # fmt: skip
 
 _WEIGHTS = "sparse_compile.weights"
+_HEALTH = "sparse_compile.measuring.weight_health"
 _MODULES = {
     "attach": _WEIGHTS,
     "beta": _WEIGHTS,
     "finalize": "sparse_compile.export.finalize",
-    "health": _WEIGHTS,
+    "health": _HEALTH,
     "invalidate": _WEIGHTS,
-    "on_health": _WEIGHTS,
+    "on_health": _HEALTH,
     "set_beta": _WEIGHTS,
     "to_sparse": "sparse_compile.export.to_sparse",
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_compile.launcher.arguments import add_script, check_script
-from sparse_compile.reporting.model import check_file
+from sparse_compile.reporting.report_file import check_file
 from sparse_compile.reporting.show import view
 
 _DESCRIPTION = 'Run a script whose torch.compile calls, where they name no backend or "inductor", use "sste".'

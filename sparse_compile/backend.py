@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from sparse_compile.kernels import ops
 from sparse_compile.linear.fp8 import linear
+from sparse_compile.linear.seed import new_seed
 from sparse_compile.measuring.baseline import Twin
 from sparse_compile.measuring.step_times import time_steps
 from sparse_compile.measuring.weight_health import leave_gradients
@@ -18,14 +19,15 @@ from sparse_compile.passes.apply_schedule import phase
 from sparse_compile.passes.autotune import tune
 from sparse_compile.passes.checkpoint_policy import recompute
 from sparse_compile.passes.choose import choose, leave_without_kernels
-from sparse_compile.passes.decide import TARGETS, Plan, decide
+from sparse_compile.passes.decide import Plan, decide
 from sparse_compile.passes.expand import expand
 from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.keep_rotary_tables import materialize
 from sparse_compile.passes.module_names import ModuleNames
 from sparse_compile.passes.parameter_owners import ParameterOwners
-from sparse_compile.passes.rewrite import new_seed, rewrite, seed_devices
+from sparse_compile.passes.rewrite import rewrite, seed_devices
+from sparse_compile.passes.roles import TARGETS
 from sparse_compile.passes.sites import LinearSite, Rejection
 from sparse_compile.passes.verify import verify
 from sparse_compile.progress import announced

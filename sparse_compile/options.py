@@ -9,9 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from sparse_compile.passes.decide import TARGETS
+from sparse_compile.passes.roles import TARGETS
 from sparse_compile.recipe import MVUE, RECIPES, SSTE, Gemm, GradFormat, Recipe, Rounding
-from sparse_compile.reporting.model import check_file
+from sparse_compile.reporting.report_file import check_file
 from sparse_compile.torch_internals import inductor_option_names, inductor_patches
 from sparse_compile.weights.schedule import Schedule
 

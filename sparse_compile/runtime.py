@@ -8,17 +8,18 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from sparse_compile.linear.seed import new_seed
 from sparse_compile.measuring.baseline import Twin, measure
 from sparse_compile.measuring.device_timer import capturing
+from sparse_compile.measuring.eager_fallbacks import watch_fallbacks
 from sparse_compile.measuring.weight_health import watch
-from sparse_compile.passes.rewrite import WeightSlot, new_seed
-from sparse_compile.reporting.eager_fallbacks import watch_fallbacks
 from sparse_compile.reporting.model import GraphReport
 from sparse_compile.torch_internals import FakeTensor
 from sparse_compile.weights.operands import are_sparse, current_operands, layout_of, operand_set, restore_operands
 from sparse_compile.weights.record import OperandLayout, OperandSet, WeightRecord
 from sparse_compile.weights.registry import bake, lock, record_of
 from sparse_compile.weights.schedule import Schedule
+from sparse_compile.weights.slot import WeightSlot
 from sparse_compile.weights.standing import Standing
 from sparse_compile.weights.target_pattern import TargetPattern
 

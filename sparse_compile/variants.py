@@ -22,7 +22,7 @@ from sparse_compile.options import Options
 from sparse_compile.passes.decide import Plan, alike
 from sparse_compile.passes.find import Found
 from sparse_compile.passes.flow import Region
-from sparse_compile.passes.rewrite import WeightSlot
+from sparse_compile.passes.report_rows import planned_row, rejected_row
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
 from sparse_compile.reporting.model import GraphReport
 from sparse_compile.reporting.process_report import record
@@ -39,6 +39,7 @@ from sparse_compile.torch_internals import (
 from sparse_compile.weights.operands import are_sparse
 from sparse_compile.weights.record import OperandLayout
 from sparse_compile.weights.registry import record_of
+from sparse_compile.weights.slot import WeightSlot
 from sparse_compile.weights.standing import Standing
 
 logger = logging.getLogger(__name__)
@@ -283,7 +284,7 @@ class Variants:
         refused += self._decisions.found.rejections
         for rejection in refused:
             logger.debug("left %s dense: %s: %s", rejection.name, rejection.reason.value, rejection.detail)
-        rows = (*(plan.row() for plan in plans), *(rejection.row() for rejection in refused))
+        rows = (*map(planned_row, plans), *map(rejected_row, refused))
         logger.info("rewrote %d of %d linears", len(plans), len(rows))
         others = dict(self._decisions.found.others)
         return GraphReport(rows=rows, others=others, execution=_execution(devices), **self._origin)

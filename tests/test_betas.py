@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import sparse_compile
-from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.recipe import Projection
 from sparse_compile.weights.operands import current_operands, layout_of, operand_set
 from sparse_compile.weights.optimizer_state import BETA
 from sparse_compile.weights.registry import record_of
+from sparse_compile.weights.slot import WeightSlot
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {

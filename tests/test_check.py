@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sparse_compile.export.check import Verdict, check, check_weights
-from sparse_compile.export.pattern_24 import is_24, share_of_groups
 from sparse_compile.kernels.reference import soft_threshold24
+from sparse_compile.weights.pattern_24 import is_24, share_of_groups
 
 
 def pruned(rows: int = 16, columns: int = 32) -> Tensor:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sparse_compile.reporting.model import Report
+from sparse_compile.reporting.report import Report
 
 REPOSITORY = Path(__file__).parent.parent
 

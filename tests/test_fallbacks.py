@@ -6,8 +6,8 @@ import torch._dynamo.config
 from torch import nn
 
 import sparse_compile
-from sparse_compile.reporting.eager_fallbacks import watch_fallbacks
-from sparse_compile.reporting.model import Report
+from sparse_compile.measuring.eager_fallbacks import watch_fallbacks
+from sparse_compile.reporting.report import Report
 from sparse_compile.torch_internals import RecompileLimit
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always", "sste.recipe": "fp8"}

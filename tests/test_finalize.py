@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import sparse_compile
-from sparse_compile.export.pattern_24 import is_24, share_of_groups
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import E4M3_MAX
+from sparse_compile.weights.pattern_24 import is_24, share_of_groups
 from sparse_compile.weights.registry import find_record
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always"}

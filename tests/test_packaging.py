@@ -40,7 +40,8 @@ import torch
 from torch import nn
 assert "torch._dynamo" not in sys.modules, "importing torch imported dynamo"
 if {unasked}:
-    assert not {{"sparse_compile.launcher.route_compile", "tabulate"}} & set(sys.modules), "more than the entry point was imported"
+    more = {{"sparse_compile.launcher.route_compile", "tabulate"}} & set(sys.modules)
+    assert not more, f"{{more}} were imported with the entry point"
     assert not hasattr(torch.compile, "__wrapped__"), "torch was touched"
     sys.exit()
 from sparse_compile import backend

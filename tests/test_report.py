@@ -12,7 +12,8 @@ from torch import nn
 
 import sparse_compile
 from sparse_compile.reporting.health import Health
-from sparse_compile.reporting.model import GraphReport, Measurement, Passes, Report, Row, Spread
+from sparse_compile.reporting.model import GraphReport, Measurement, Passes, Row, Spread
+from sparse_compile.reporting.report import Report
 from sparse_compile.reporting.show import view
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}

@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 import pytest
 
 from sparse_compile.reporting.health import Health, over_time
-from sparse_compile.reporting.model import GraphReport, Measurement, Passes, Report, Row, Spread
+from sparse_compile.reporting.model import GraphReport, Measurement, Passes, Row, Spread
+from sparse_compile.reporting.report import Report
 
 HOSTILE = "<script>alert('1')</script> & \"quoted\" </style>"
 

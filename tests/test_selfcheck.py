@@ -13,7 +13,8 @@ from torch import Tensor
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.kernels.formats import E4M3, E5M2
 from sparse_compile.kernels.reference import decompress24, sparse_mm
-from sparse_compile.kernels.sparse_gemm import launch, selfcheck
+from sparse_compile.kernels.sparse_gemm import plan as plan_module
+from sparse_compile.kernels.sparse_gemm import selfcheck
 from sparse_compile.kernels.sparse_gemm.configs import BLOCK_R, CARRY_STAGES, STAGE_BYTES, Config, configs
 from sparse_compile.kernels.sparse_gemm.problem import Problem
 from sparse_compile.kernels.sparse_gemm.selfcheck import check_variant
@@ -93,7 +94,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Kernel], Kernel]]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def install(kernel: Kernel) -> Kernel:
-        monkeypatch.setattr(launch, "plan", kernel.plan)
+        monkeypatch.setattr(plan_module, "plan_gemm", kernel.plan)
         return kernel
 
     return install
@@ -345,7 +346,7 @@ def test_every_config_on_the_gpu(monkeypatch, config, problem, form) -> None:
 @pytest.mark.gpu
 def test_a_wrong_kernel_is_caught_on_the_gpu(monkeypatch) -> None:
     monkeypatch.setattr(selfcheck, "_checked", set())
-    plan = launch.plan
+    plan = plan_module.plan_gemm
 
     def one_stage_fewer(
         config: Config, accurate: bool, values: Tensor, metadata: Tensor, dense: Tensor, *others: Any
@@ -354,7 +355,7 @@ def test_a_wrong_kernel_is_caught_on_the_gpu(monkeypatch) -> None:
         run = plan(config, accurate, values, metadata, shorter, *others)
         return lambda values, metadata, dense, *others: run(values, metadata, shorter.data_ptr(), *others)
 
-    monkeypatch.setattr(launch, "plan", one_stage_fewer)
+    monkeypatch.setattr(plan_module, "plan_gemm", one_stage_fewer)
     with pytest.raises(SparseCompileError, match="elements are wrong"):
         check_variant(CONFIG, PROBLEM, GPU)
 

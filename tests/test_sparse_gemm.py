@@ -16,6 +16,7 @@ from triton.tools.disasm import get_sass
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import E4M3, E5M2, PAD_WORD, metadata_shape, padded, values_shape
 from sparse_compile.kernels.sparse_gemm import configs, launch, shared_memory
+from sparse_compile.kernels.sparse_gemm import plan as plan_module
 from sparse_compile.testing import SPARSE_INSTRUCTION, assert_within_budget
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -162,10 +163,10 @@ def compile_plan(monkeypatch) -> Iterator[Callable[..., Any]]:
         out = torch.empty((columns, rows) if transpose else (rows, columns), dtype=out_dtype)
         dense = torch.randn(columns, 256).to(dense_dtype)
         scale = torch.ones(columns) if scaled else None
-        return launch.plan(config, accurate, values, metadata, dense, torch.ones(1), scale, out, transpose)
+        return plan_module.plan_gemm(config, accurate, values, metadata, dense, torch.ones(1), scale, out, transpose)
 
-    monkeypatch.setattr(launch, "plan_kernel", compile_only)
-    monkeypatch.setattr(launch, "_sm_count", lambda device: 132)
+    monkeypatch.setattr(plan_module, "plan_kernel", compile_only)
+    monkeypatch.setattr(plan_module, "sm_count", lambda device: 132)
     active = triton.runtime.driver._active
     triton.runtime.driver.set_active(HopperDriver())
     yield plan
@@ -415,7 +416,7 @@ def test_small_integers_are_exact(dtype, out_dtype, transpose, config, accurate)
         dense_scale_inv = 2.0 ** torch.randint(-2, 3, (columns,), device="cuda")
         buffer, out = poisoned((columns, rows) if transpose else (rows, columns), out_dtype, "cuda")
         tensors = (values, metadata, dense, scale_inv, dense_scale_inv, out)
-        launch.plan(config, accurate, *tensors, transpose)(*(tensor.data_ptr() for tensor in tensors))
+        plan_module.plan_gemm(config, accurate, *tensors, transpose)(*(tensor.data_ptr() for tensor in tensors))
         expected = reference.sparse_mm(*tensors[:-1], out_dtype, transpose, not accurate)
         assert torch.equal(out, expected)
         assert buffer[:1024].isnan().all()

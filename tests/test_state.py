@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from sparse_compile.kernels import reference
-from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.recipe import Projection
 from sparse_compile.testing import assert_same_bits
 from sparse_compile.weights import operands as operands_module
@@ -19,6 +18,7 @@ from sparse_compile.weights.beta_fit import PRIOR
 from sparse_compile.weights.operands import current_operands, operand_set
 from sparse_compile.weights.optimizer_watch import watch
 from sparse_compile.weights.registry import record_of
+from sparse_compile.weights.slot import WeightSlot
 
 SLOT = WeightSlot(
     name="w",

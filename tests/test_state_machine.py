@@ -21,8 +21,8 @@ from hypothesis.strategies import integers, sampled_from
 from torch import nn
 
 import sparse_compile
-from sparse_compile.export.pattern_24 import is_24
 from sparse_compile.kernels.reference import soft_threshold24
+from sparse_compile.weights.pattern_24 import is_24
 from sparse_compile.weights.record import Phase
 from sparse_compile.weights.registry import find_record
 from sparse_compile.weights.schedule import Schedule

@@ -7,7 +7,8 @@ from torch import nn
 import sparse_compile
 from sparse_compile.measuring import step_times
 from sparse_compile.measuring.step_times import StepTimes
-from sparse_compile.reporting.model import GraphReport, Report
+from sparse_compile.reporting.model import GraphReport
+from sparse_compile.reporting.report import Report
 
 
 class FakeClock:

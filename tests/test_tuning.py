@@ -18,6 +18,7 @@ from sparse_compile.errors import SparseCompileError
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, E5M2, padded
 from sparse_compile.kernels.sparse_gemm import launch, tuning
+from sparse_compile.kernels.sparse_gemm import plan as plan_module
 from sparse_compile.kernels.sparse_gemm.configs import Config, configs
 from sparse_compile.kernels.sparse_gemm.problem import Problem
 from sparse_compile.kernels.sparse_gemm.tuning import lookup, tune
@@ -212,7 +213,7 @@ def test_times_are_of_one_launch_of_each_configuration(monkeypatch, dtype, dense
 
         return multiply
 
-    monkeypatch.setattr(launch, "plan", plan)
+    monkeypatch.setattr(plan_module, "plan_gemm", plan)
     state = torch.get_rng_state()
     assert tuning.measure(problem, [SLOW, FAST], cpu) == {SLOW: pytest.approx(25.0), FAST: pytest.approx(12.5)}
     assert turns == [SLOW, FAST] * tuning._ROUNDS, "they take turns"

@@ -5,8 +5,6 @@ of FP8 tensor cores.  So the result must be right to the last bit, and one wrong
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from math import gcd, prod
 from threading import Lock
@@ -19,6 +17,7 @@ from sparse_compile.kernels.formats import metadata_shape, values_shape
 from sparse_compile.kernels.reference import sparse_mm
 from sparse_compile.kernels.sparse_gemm.configs import BLOCK_R, CARRY_STAGES, STAGE_BYTES, Config
 from sparse_compile.kernels.sparse_gemm.problem import Problem
+from sparse_compile.kernels.timing.gpu_times import undisturbed
 
 _LARGEST = 3  # magnitude of the elements
 _SCALE_BITS = 10  # of the product of both scales
@@ -79,7 +78,7 @@ def _example(config: Config, problem: Problem, num_k: int, device: torch.device)
 
 def _check(config: Config, problem: Problem, device: torch.device) -> None:
     """Raise unless the product is right, twice in a row."""
-    from sparse_compile.kernels.sparse_gemm import launch  # on first use: it imports Triton
+    from sparse_compile.kernels.sparse_gemm.plan import plan_gemm  # on first use: it imports Triton
 
     with undisturbed(device):
         generator = torch.Generator(device).manual_seed(0)
@@ -97,7 +96,7 @@ def _check(config: Config, problem: Problem, device: torch.device) -> None:
         before, flat, after = buffer.split([_GUARD, expected.numel(), _GUARD])
         out = flat.view(expected.shape)
         tensors = (*operands, out)
-        multiply = launch.plan(config, problem.accurate, *tensors, problem.transpose)
+        multiply = plan_gemm(config, problem.accurate, *tensors, problem.transpose)
         for launch in ("first", "second"):
             buffer.fill_(float("nan"))
             multiply(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
@@ -126,13 +125,6 @@ def _fault(out: Tensor, expected: Tensor) -> str | None:
 def _spill(before: Tensor, after: Tensor) -> str | None:
     written = int((~before.isnan()).sum() + (~after.isnan()).sum())
     return f"{written} elements next to the result were written" if written else None
-
-
-@contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """Plain arithmetic, in whatever mode of autograd, inference or autocast the caller is."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
 
 
 def random_operands(problem: Problem, elements: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

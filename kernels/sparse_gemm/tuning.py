@@ -15,8 +15,8 @@ import torch
 
 from sparse_compile.kernels.sparse_gemm.configs import Config, configs
 from sparse_compile.kernels.sparse_gemm.problem import Problem
-from sparse_compile.kernels.sparse_gemm.selfcheck import ELEMENTS, check_variant, random_operands, undisturbed
-from sparse_compile.kernels.timing.gpu_times import keep, kept, median_microseconds, path_of, round_up
+from sparse_compile.kernels.sparse_gemm.selfcheck import ELEMENTS, check_variant, random_operands
+from sparse_compile.kernels.timing.gpu_times import keep, kept, median_microseconds, path_of, round_up, undisturbed
 from sparse_compile.progress import tracked
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def tune(problem: Problem, device: torch.device) -> Config:
 
 def measure(problem: Problem, candidates: Iterable[Config], device: torch.device) -> dict[Config, float]:
     """Median microseconds of the product."""
-    from sparse_compile.kernels.sparse_gemm import launch  # on first use: it imports Triton
+    from sparse_compile.kernels.sparse_gemm.plan import plan_gemm  # on first use: it imports Triton
 
     with undisturbed(device), torch.cuda.device(device):
         generator = torch.Generator(device).manual_seed(0)
@@ -84,7 +84,7 @@ def measure(problem: Problem, candidates: Iterable[Config], device: torch.device
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
         calls = {
-            config: partial(launch.plan(config, problem.accurate, *tensors, problem.transpose), *addresses)
+            config: partial(plan_gemm(config, problem.accurate, *tensors, problem.transpose), *addresses)
             for config in candidates
         }
         return median_microseconds(calls, _LAUNCHES, _ROUNDS)

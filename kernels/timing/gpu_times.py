@@ -8,7 +8,8 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
@@ -93,3 +94,10 @@ def median_microseconds(calls: Mapping[K, Callable[[], object]], launches: int, 
 
 def _file_name(text: str) -> str:
     return re.sub(r"[^\w.+-]", "_", text)
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Plain arithmetic, in whatever mode of autograd, inference or autocast the caller is."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, allows_fast_accum, metadata_shape, padded, unscaled_dtype, values_shape
-from sparse_compile.kernels.sparse_gemm.selfcheck import undisturbed
-from sparse_compile.kernels.timing.gpu_times import keep, kept, median_microseconds, path_of, round_up
+from sparse_compile.kernels.timing.gpu_times import keep, kept, median_microseconds, path_of, round_up, undisturbed
 from sparse_compile.progress import tracked
 
 logger = logging.getLogger(__name__)

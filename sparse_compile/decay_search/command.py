@@ -10,9 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from sparse_compile.decay_search.html import as_html
 from sparse_compile.decay_search.table import HIGHEST, LOWEST, DecayTable, Run, check_decays
 from sparse_compile.launcher.arguments import add_script, check_script
-from sparse_compile.reporting.model import check_file
+from sparse_compile.reporting.report_file import check_file
 
 _DESCRIPTION = f"""\
 Search the decay of a recipe by flip rates (T-SR-STE, arXiv 2404.01847).
@@ -77,7 +78,7 @@ def tune_decay(arguments: Sequence[str]) -> None:
         sys.stderr.write(f"sparse_compile: {error}\n")
         sys.exit(1)
     for file in args.out:
-        table.write(file)
+        _write(table, file)
     sys.stdout.write(f"{table}\n")
     if table.recommended() is None:
         sys.exit(1)
@@ -170,3 +171,9 @@ def _steps(text: str) -> int:
     if not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of optimizer steps; allowed is 2 and more")
     return int(text)
+
+
+def _write(table: DecayTable, file: Path) -> None:
+    """As JSON or as one HTML file, by what its name ends in."""
+    text = json.dumps(table.to_dict(), indent=1) if file.suffix == ".json" else as_html(table)
+    file.write_text(text, encoding="utf-8")

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_compile.measuring.weight_health import mask_flips
-from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.recipe import Projection
 from sparse_compile.runtime import on_weight
 from sparse_compile.weights.operands import fill_operands
 from sparse_compile.weights.optimizer_watch import Stage, watch
 from sparse_compile.weights.record import OperandSet
+from sparse_compile.weights.slot import WeightSlot
 
 
 class Enough(SystemExit):

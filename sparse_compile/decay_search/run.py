@@ -1,4 +1,6 @@
-"""One run of ``tune-decay``, in a process of its own: ``python -m sparse_compile.decay_search.run REQUEST SCRIPT ARGUMENTS``.
+"""One run of ``tune-decay``, in a process of its own.
+
+    python -m sparse_compile.decay_search.run REQUEST SCRIPT ARGUMENTS
 
 REQUEST is JSON, see ``main``; the result is written to its ``file``: ``weights`` as ``FlipCounts.by_weight`` returns
 them, and whether the script was ``stopped``.  Where the script fails, nothing is written.

@@ -7,11 +7,9 @@ and decays what the mask drops, r that of the same script trained dense, whose m
 the last half of the steps.  A decay is accepted if mu lies in [0.60, 0.95].
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
@@ -158,16 +156,6 @@ class DecayTable:
             "version": _VERSION, "recipe": self.recipe, "steps": self.steps, "runs": runs, "accepted": accepted,
             "recommended": self.recommended(),
         }  # fmt: skip
-
-    def write(self, path: Path) -> None:
-        """As JSON or as one HTML file, by what its name ends in."""
-        if path.suffix == ".json":
-            text = json.dumps(self.to_dict(), indent=1)
-        else:
-            from sparse_compile.decay_search.html import as_html
-
-            text = as_html(self)
-        path.write_text(text, encoding="utf-8")
 
 
 def check_decays(decays: Sequence[float]) -> None:

@@ -12,8 +12,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from sparse_compile.export.pattern_24 import share_of_groups
 from sparse_compile.export.read_checkpoint import read_checkpoint
+from sparse_compile.weights.pattern_24 import share_of_groups
 
 _DESCRIPTION = """\
 Whether the matrices of a checkpoint are 2:4: of each four neighbours along in_features, at most two are not zero.

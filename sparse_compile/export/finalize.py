@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from sparse_compile.errors import SparseCompileError
-from sparse_compile.export.pattern_24 import in_features_dim, is_24
 from sparse_compile.recipe import Projection
 from sparse_compile.weights import original, plain_name
+from sparse_compile.weights.pattern_24 import in_features_dim, is_24
 from sparse_compile.weights.projection import ProjectionState
 from sparse_compile.weights.record import Phase, WeightRecord
 

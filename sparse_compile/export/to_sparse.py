@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.sparse import to_sparse_semi_structured
 
-from sparse_compile.export.pattern_24 import in_features_dim, is_24
 from sparse_compile.weights import beta, original, plain_name
+from sparse_compile.weights.pattern_24 import in_features_dim, is_24
 
 # What cuSPARSELt takes on Hopper, and torch.sparse hands to it.
 _DTYPES = (torch.bfloat16, torch.float16)

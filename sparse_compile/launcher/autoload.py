@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from sparse_compile.reporting.model import check_file
+from sparse_compile.reporting.report_file import check_file
 
 VARIABLE = "SPARSE_COMPILE"
 REPORT_VARIABLE = "SPARSE_COMPILE_REPORT"

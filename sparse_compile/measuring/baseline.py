@@ -22,11 +22,11 @@ from torch.nn import Parameter
 
 from sparse_compile.kernels import ops
 from sparse_compile.measuring.device_timer import Clock
-from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.progress import announced, tracked
 from sparse_compile.reporting.model import Measurement, Passes, Spread
 from sparse_compile.torch_internals import clone_graph_module, forget_examples, mutated, several_processes
 from sparse_compile.weights.operands import fill_operands
+from sparse_compile.weights.slot import WeightSlot
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_compile.measuring.device_timer import Clock, capturing
-from sparse_compile.reporting.model import GraphReport, Report
+from sparse_compile.reporting.model import GraphReport
 from sparse_compile.reporting.process_report import report_so_far
+from sparse_compile.reporting.report import Report
 from sparse_compile.weights.optimizer_watch import Stage, watch
 
 _MAX_TIMES = 512

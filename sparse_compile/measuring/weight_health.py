@@ -18,13 +18,13 @@ from torch.optim import Optimizer
 from sparse_compile.kernels.formats import padded
 from sparse_compile.measuring.device_timer import capturing
 from sparse_compile.measuring.gradient_noise import GradNoise, noise_and_underflow
-from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.reporting.health import HEALTH_LIMITS, Health
 from sparse_compile.reporting.process_report import record_health
 from sparse_compile.weights.optimizer_watch import Stage
 from sparse_compile.weights.optimizer_watch import watch as optimizer_watch
 from sparse_compile.weights.record import OperandSet, before_freeing
 from sparse_compile.weights.registry import find_record, record_of
+from sparse_compile.weights.slot import WeightSlot
 
 Listener = Callable[[str, float, int], object]
 
@@ -79,8 +79,11 @@ def watch(slot: WeightSlot, weight: Tensor, operands: OperandSet, every: int) ->
     _watch_gradients()
 
 
-def listen(listener: Listener) -> None:
-    """Hand every sample to ``listener(tag, value, step)``."""
+def on_health(listener: Listener) -> None:
+    """Hand every sample on: ``listener(tag, value, step)``, as TensorBoard's ``SummaryWriter.add_scalar`` takes it.
+
+    Tags are ``sste/flips/<module>`` and alike, for each quantity of ``Health``.
+    """
     if listener not in _listeners:
         _listeners.append(listener)
 
@@ -92,8 +95,14 @@ def leave_gradients() -> None:
     _watch_gradients()
 
 
-def sample_now() -> dict[str, Health]:
-    """A sample that was asked for; gradients are watched up to the next step of each optimizer, for the next one."""
+def health() -> dict[str, Health]:
+    """A sample of every pruned weight that is alive, by the name of its module: see ``Health``.
+
+    The first call, or the first sample of option ``sste.health``, begins: flips are counted from one to the next, and
+    the gradients of the optimizer step after a call are compared for the next one.  Weights that FSDP2 holds in shards
+    are not among them: the option looks at these before they are given back.  Waits for the GPU.  A graph that several
+    blocks share names their weights ``up``, ``up (2)``, ...
+    """
     global _noise_until
     samples = sample(list(_watched))
     _noise_until = optimizer_watch.count + max(1, optimizer_watch.stepped)

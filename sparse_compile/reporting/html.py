@@ -10,7 +10,7 @@ from sparse_compile.reporting.model import (
     GraphReport,
     Measurement,
     Passes,
-    Report,
+    ReportData,
     Row,
     Spread,
     fold,
@@ -22,7 +22,7 @@ from sparse_compile.reporting.model import (
 from sparse_compile.reporting.text import about, called_at, short, steps
 
 
-def as_html(report: Report) -> str:
+def as_html(report: ReportData) -> str:
     body = [tag("h1", "sparse_compile: what was done to this model"), _environment(report)]
     if not report.graphs:
         body.append(tag("p", "No graph was compiled with backend 'sste'."))
@@ -32,11 +32,11 @@ def as_html(report: Report) -> str:
     return page("sparse_compile report", *body)
 
 
-def _environment(report: Report) -> Markup:
+def _environment(report: ReportData) -> Markup:
     return tag("p", " · ".join(filter(None, (report.device, f"PyTorch {report.torch}"))), class_="faint")
 
 
-def _overview(report: Report) -> Iterable[Markup]:
+def _overview(report: ReportData) -> Iterable[Markup]:
     rewritten, total = sum(graph.rewritten for graph in report.graphs), len(report.rows)
     graphs = "1 graph" if len(report.graphs) == 1 else f"{len(report.graphs)} graphs"
     yield tag("p", f"{rewritten} of {total} linears rewritten, in {graphs}.")
@@ -59,7 +59,7 @@ def _overview(report: Report) -> Iterable[Markup]:
         yield from (tag("p", line) for line in report.fallbacks)
 
 
-def _graphs_side_by_side(report: Report) -> Iterable[Markup]:
+def _graphs_side_by_side(report: ReportData) -> Iterable[Markup]:
     """Where there are several, on one scale."""
     bars: list[_Bar] = []
     for number, graph in enumerate(report.graphs):
@@ -103,7 +103,7 @@ def _piece(share: float, colour: str) -> Markup:
     return tag("span", class_=colour, style=f"width:{share:.2%}")
 
 
-def _gains(report: Report) -> Iterable[Markup]:
+def _gains(report: ReportData) -> Iterable[Markup]:
     gains = report.gains()
     if not gains:
         return
@@ -224,7 +224,7 @@ def _names(name: str, members: Sequence[Row]) -> Markup:
     return tag("details", tag("summary", name, " ", tag("small", called_at(members))), tag("ul", *items))
 
 
-def _health(report: Report) -> Iterable[Markup]:
+def _health(report: ReportData) -> Iterable[Markup]:
     if not report.health:
         return
     yield tag("h2", f"Health of {len(report.health)} pruned weights")
@@ -244,7 +244,7 @@ def _health(report: Report) -> Iterable[Markup]:
     yield tag("details", tag("summary", "Each weight at its last sample"), _health_table(report))
 
 
-def _health_table(report: Report) -> Markup:
+def _health_table(report: ReportData) -> Markup:
     lines = []
     for name, samples in report.health.items():
         step, *quantities, beta, source = asdict(samples[-1]).values()

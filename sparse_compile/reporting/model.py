@@ -1,20 +1,17 @@
 """What a report says: what was done to each linear of every graph, what it gained, what stands in the way of more."""
 
 import json
-import os
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from sparse_compile.reporting.health import Health
 
 # Of the JSON; a file of another version is not read.
 VERSION = 3
-FORMATS = (".txt", ".json", ".html")
 DENSE = "dense"
 # How products that are no linears appear in the coverage.
 ATTENTION = "attention"
@@ -155,7 +152,7 @@ class GraphReport:
         ends, ends_at, hint: why the graph ends, where, and dynamo's advice, if that is a graph break.
         dynamic: ``ids.size(0) = s77 (2 when traced)`` for each dimension that may change.
         calls: how often the graph ran.
-        calls_a_step: how often in most training steps, see ``Report.step_ms``.
+        calls_a_step: how often in most training steps, see ``ReportData.step_ms``.
         measured: see ``sste.report_measure``.
         not_measured: why it was asked for and not done.
     """
@@ -191,7 +188,7 @@ class GraphReport:
 
 
 @dataclass(slots=True)
-class Report:
+class ReportData:
     """All graphs that a process compiled so far.
 
     Attributes:
@@ -284,68 +281,6 @@ class Report:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
 
-    @classmethod
-    def from_json(cls, text: str) -> "Report":
-        """The report that ``to_json`` wrote.
-
-        Raises:
-            ValueError: it is none, or of another version.
-        """
-        try:
-            read = json.loads(text)
-            version = read["version"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"this is no report of sparse_compile: {error!r}") from error
-        if version != VERSION:
-            raise ValueError(f"the report is of version {version}; this sparse_compile reads version {VERSION}")
-        try:
-            health = {name: [Health(**sample) for sample in samples] for name, samples in read["health"].items()}
-            graphs = [_graph(graph) for graph in read["graphs"]]
-            fallbacks = read.get("fallbacks", [])
-            return cls(graphs, health, read["step_ms"], fallbacks, torch=read["torch"], device=read["device"])
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"the report is damaged: {error!r}") from error
-
-    def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write one self-contained HTML file."""
-        from sparse_compile.reporting.html import as_html
-
-        Path(path).write_text(as_html(self), encoding="utf-8")
-
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the report in the format that the file's name ends in.
-
-        Raises:
-            ValueError: see ``check_file``.
-        """
-        path = Path(path)
-        check_file(path)
-        if path.suffix == ".html":
-            self.to_html(path)
-        else:
-            path.write_text(self.to_json() if path.suffix == ".json" else f"{self}\n", encoding="utf-8")
-
-    def __str__(self) -> str:
-        from sparse_compile.reporting.text import as_text
-
-        return as_text(self)
-
-
-def check_file(path: Path, formats: Sequence[str] = FORMATS) -> None:
-    """What everyone asks who is given a file to write a report to, before there is a report.
-
-    Raises:
-        ValueError: its name ends in none of the formats, its folder is not there, or it cannot be written.
-    """
-    # os.path and os.access answer, where pathlib may raise: of names that are too long, or folders that hide.
-    folder = path.parent
-    if path.suffix not in formats:
-        raise ValueError(f"the report's file {str(path)!r} must end in {' or '.join(formats)}")
-    if not os.path.isdir(folder):
-        raise ValueError(f"there is no folder {str(folder)!r} for the report's file {str(path)!r}; make it first")
-    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise ValueError(f"the report's file {str(path)!r} cannot be written; name another, or change its permissions")
-
 
 def shares(flops: Counter[str]) -> dict[str, float]:
     """Of the total, the largest first."""
@@ -381,24 +316,6 @@ def _folded_name(pattern: str, modules: set[str]) -> str:
 
 def _times(flops: Counter[str], count: int) -> Counter[str]:
     return Counter({precision: value * count for precision, value in flops.items()})
-
-
-def _graph(read: dict[str, Any]) -> GraphReport:
-    rows = tuple(Row(**row) for row in read["rows"])
-    measured = read["measured"]
-    if measured is not None:
-        passes = {name: _passes(measured[name]) for name in ("dense", "rewritten")}
-        measured = Measurement(**(measured | passes))
-    return GraphReport(**(read | {"rows": rows, "measured": measured, "dynamic": tuple(read["dynamic"])}))
-
-
-def _passes(read: dict[str, Any]) -> Passes:
-    backward = read["backward"]
-    return Passes(
-        forward=Spread(**read["forward"]),
-        backward=Spread(**backward) if backward else None,
-        peak_bytes=read["peak_bytes"],
-    )
 
 
 def per_cent(share: float) -> str:

@@ -12,7 +12,8 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 
 from sparse_compile.reporting.health import Health
-from sparse_compile.reporting.model import GraphReport, Report
+from sparse_compile.reporting.model import GraphReport
+from sparse_compile.reporting.report import Report
 
 _MAX_SAMPLES = 512  # of a weight
 

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparse_compile.reporting.model import Report, check_file
+from sparse_compile.reporting.report import Report
+from sparse_compile.reporting.report_file import check_file
 
 
 def view(arguments: Sequence[str]) -> None:

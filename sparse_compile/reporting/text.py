@@ -10,7 +10,7 @@ from sparse_compile.reporting.model import (
     GraphReport,
     Measurement,
     Passes,
-    Report,
+    ReportData,
     Row,
     Spread,
     fold,
@@ -20,7 +20,7 @@ from sparse_compile.reporting.model import (
 )
 
 
-def as_text(report: Report) -> str:
+def as_text(report: ReportData) -> str:
     if not report.graphs:
         return "sparse_compile: no graph was compiled with backend 'sste'"
     parts = [_graph(number, graph) for number, graph in enumerate(report.graphs)]
@@ -69,7 +69,7 @@ def measured(measurement: Measurement) -> list[str]:
     return [*lines, f"of now: {', '.join(parts)}; the weights once per optimizer step"]
 
 
-def steps(report: Report) -> str:
+def steps(report: ReportData) -> str:
     """How long a training step takes, and what its graphs gain of it."""
     step, dense = report.step(), report.dense_step_ms()
     if step is None:
@@ -125,7 +125,7 @@ def called_at(rows: Iterable[Row]) -> str:
     return short(places[0]) + more if places else ""
 
 
-def _summary(report: Report) -> list[str]:
+def _summary(report: ReportData) -> list[str]:
     """Of all graphs: the coverage, then what could gain more."""
     parts = []
     if coverage := report.coverage():
@@ -147,7 +147,7 @@ def _summary(report: Report) -> list[str]:
     return parts
 
 
-def _health(report: Report) -> Iterable[str]:
+def _health(report: ReportData) -> Iterable[str]:
     yield f"health of {len(report.health)} pruned weights at the last sample, median and largest:"
     for quantity, limit in {"zeros": 1.0, **{name: limit for name, (limit, _) in HEALTH_LIMITS.items()}}.items():
         if points := over_time(report.health, quantity):

@@ -1,13 +1,11 @@
 """What is derived from the weights of a model: to look at, and to make anew."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from math import isfinite
 
 from torch.nn import Embedding, EmbeddingBag, Module, Parameter
 from torch.optim import Optimizer
-
-from sparse_compile.reporting.health import Health
 
 # The functions import ``registry`` when they are called: importing it begins to watch optimizers.
 
@@ -102,29 +100,6 @@ def invalidate(model: Module) -> None:
         record = find_record(parameter)
         if record is not None:
             record.mark_stale()
-
-
-def health() -> dict[str, Health]:
-    """A sample of every pruned weight that is alive, by the name of its module: see ``Health``.
-
-    The first call, or the first sample of option ``sste.health``, begins: flips are counted from one to the next, and
-    the gradients of the optimizer step after a call are compared for the next one.  Weights that FSDP2 holds in shards
-    are not among them: the option looks at these before they are given back.  Waits for the GPU.  A graph that several
-    blocks share names their weights ``up``, ``up (2)``, ...
-    """
-    from sparse_compile.measuring.weight_health import sample_now
-
-    return sample_now()
-
-
-def on_health(listener: Callable[[str, float, int], object]) -> None:
-    """Hand every sample on: ``listener(tag, value, step)``, as TensorBoard's ``SummaryWriter.add_scalar`` takes it.
-
-    Tags are ``sste/flips/<module>`` and alike, for each quantity of ``Health``.
-    """
-    from sparse_compile.measuring.weight_health import listen
-
-    listen(listener)
 
 
 def original(model: Module) -> Module:

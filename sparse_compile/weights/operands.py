@@ -18,14 +18,13 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from sparse_compile.export.pattern_24 import is_24
 from sparse_compile.kernels import ops
-from sparse_compile.passes.rewrite import WeightSlot
 from sparse_compile.recipe import Projection
 from sparse_compile.torch_internals import is_held, versions_kept
 from sparse_compile.weights.beta_fit import PRIOR, Fit, fit_beta
 from sparse_compile.weights.edit_detection import find_edited, take_samples
 from sparse_compile.weights.optimizer_watch import watch
+from sparse_compile.weights.pattern_24 import is_24
 from sparse_compile.weights.record import (
     STALE,
     Beta,
@@ -37,6 +36,7 @@ from sparse_compile.weights.record import (
     WeightVersion,
 )
 from sparse_compile.weights.registry import lock, plain_tensors, record_of, take_blind
+from sparse_compile.weights.slot import WeightSlot
 
 logger = logging.getLogger(__name__)
 

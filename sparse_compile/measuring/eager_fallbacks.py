@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparse_compile.measuring.device_timer import capturing
-from sparse_compile.reporting.model import Report, fold_names
+from sparse_compile.reporting.model import fold_names
 from sparse_compile.reporting.process_report import report_so_far
+from sparse_compile.reporting.report import Report
 from sparse_compile.torch_internals import RecompileLimit, compiled_modules, on_recompile_limit
 
 # Steps 2, 8, 32, ... of each optimizer are looked at: the first compiles, and a look may walk over the heap.

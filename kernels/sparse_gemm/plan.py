@@ -1,0 +1,100 @@
+"""How the kernel is launched for a configuration: descriptors, grid, and the places of its buffers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sparse_compile.kernels.formats import E4M3, E5M2
+from sparse_compile.kernels.launch_plan import Plan, plan_kernel
+from sparse_compile.kernels.sparse_gemm.configs import Config, contraction_stages
+from sparse_compile.kernels.sparse_gemm.kernel import sparse_gemm_kernel
+from sparse_compile.kernels.sparse_gemm.ptx import BLOCKS, Ring
+from sparse_compile.kernels.sparse_gemm.shared_memory import resolve_places
+
+# As PTX names them.
+PTX_DTYPES = {E4M3: "e4m3", E5M2: "e5m2", torch.bfloat16: "bf16"}
+
+
+def plan_gemm(
+    config: Config,
+    accurate: bool,
+    values: Tensor,
+    metadata: Tensor,
+    dense: Tensor,
+    scale_inv: Tensor,
+    dense_scale_inv: Tensor | None,
+    out: Tensor,
+    transpose: bool,
+) -> Plan:
+    """The plan of ``launch_sparse_gemm`` for a config; arguments as there, checked already."""
+    rows, (columns, contraction) = values.shape[0], dense.shape
+    # fp32 tiles leave from registers: in shared memory they would take the place of stages.
+    tma_store = out.dtype != torch.float32 and out.shape[1] * out.element_size() % 16 == 0
+    size = values.element_size()
+    words = 2 // size
+    dtypes = f"{PTX_DTYPES[values.dtype]}.{PTX_DTYPES[dense.dtype]}"
+    ring = Ring(block_d=config.block_d, stages=config.stages, cluster=config.cluster, words=words, dtypes=dtypes)
+    varying = (
+        _descriptor(values, [64, 64 // size], gl.NVMMASharedLayout(64, 8 * size, 2)),
+        _descriptor(metadata.flatten(1), [1, 128 * words], gl.NVMMASharedLayout(0, 32, 2)),
+        _descriptor(dense, [ring.box, 128 // size], gl.NVMMASharedLayout(128, 8 * size, 2)),
+        scale_inv,
+        dense_scale_inv,
+        _descriptor(out, [64, 64], gl.NVMMASharedLayout(128, 16, 2)) if tma_store else out,
+    )
+    last_metadata = metadata.shape[1] * 32 * words - 128 * words
+    sizes = (rows, columns, contraction_stages(contraction, size), config.group, last_metadata)
+    constants = {
+        "ACCURATE": accurate,
+        "TRANSPOSE": transpose,
+        "OUT_BUFFERS": config.out_buffers if tma_store else 0,
+        "COLUMNS_DIVISOR": 4 if columns % 4 == 0 else 1,
+    }
+    clusters = min(config.tiles(rows, columns), sm_count(out.device) // config.cluster)
+    return plan_kernel(
+        sparse_gemm_kernel, (clusters * config.cluster,), varying, sizes,
+        RING=_resolve(ring, varying, sizes, constants), **constants, num_warps=4, cluster=config.cluster,
+    )  # fmt: skip
+
+
+_rings: dict[tuple[object, ...], Ring] = {}
+
+
+def _resolve(ring: Ring, varying: Sequence[Any], sizes: Sequence[int], constants: Mapping[str, Any]) -> Ring:
+    """The ring with its place in shared memory and its descriptors, which a compilation tells."""
+    # Triton also specialises on the alignment of the pointers, which changes neither.
+    scaled, out = varying[4] is not None, varying[5]
+    key = (ring, *constants.values(), scaled, out.base.dtype if isinstance(out, TensorDescriptor) else out.dtype)
+    if key not in _rings:
+        buffers = {
+            "values": (ring.stages * BLOCKS, *varying[0].block_shape),
+            "metadata": (ring.stages * BLOCKS, *varying[1].block_shape),
+            "dense": (ring.stages * ring.block_d // ring.box, *varying[2].block_shape),
+            "barriers": (2 * ring.stages, 1),
+        }
+        found = resolve_places(
+            lambda places: sparse_gemm_kernel.warmup(
+                *varying, *sizes, RING=replace(ring, **places), **constants, grid=(1,), num_warps=4
+            ),
+            buffers,
+        )
+        # The descriptors' swizzles start anew every 1024 bytes.
+        assert found["values"] % 1024 == found["dense"] % 1024 == 0, found
+        _rings[key] = replace(ring, **found)
+    return _rings[key]
+
+
+def _descriptor(tensor: Tensor, block: list[int], layout: gl.NVMMASharedLayout) -> TensorDescriptor:
+    # Not the tensor's own strides, which mean nothing along a dimension of size 1.
+    return TensorDescriptor(tensor, list(tensor.shape), [tensor.shape[1], 1], block, layout)
+
+
+@cache
+def sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
