@@ -291,7 +291,7 @@ class TestDisk:
         names.add(name())
         monkeypatch.setattr(gpu_times, "version", lambda package: "9.9")
         names.add(name())
-        for source in ("configs.py", "sparse_gemm_kernel.py", "mvue.py"):
+        for source in ("configs.py", "ptx.py", "cast_mvue.py"):
             monkeypatch.setattr(gpu_times, "_NO_KERNELS", (*gpu_times._NO_KERNELS, source))
             names.add(name())
         assert len(names) == 4 + 3

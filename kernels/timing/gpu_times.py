@@ -22,8 +22,7 @@ import torch
 K = TypeVar("K")
 
 # What does not change the speed of a kernel.
-_NO_KERNELS = ("ops.py", "selfcheck.py", "tuning.py")
-_NO_KERNEL_FOLDERS = ("reference", "timing")
+_NO_KERNELS = ("ops.py", "reference", "selfcheck.py", "timing", "tuning.py")
 
 
 @cache
@@ -31,14 +30,12 @@ def folder(device: torch.device) -> Path:
     named = os.environ.get("SPARSE_COMPILE_CACHE_DIR")
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     kernels = Path(__file__).parents[1]
-    sources = sorted(path for path in kernels.rglob("*.py") if _changes_kernels(path.relative_to(kernels)))
+    sources = sorted(
+        path for path in kernels.rglob("*.py") if not set(path.relative_to(kernels).parts) & set(_NO_KERNELS)
+    )
     state = sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
     parts = (torch.cuda.get_device_name(device), torch.__version__, version("triton"), state[:16])
     return (Path(named) if named else Path(caches) / "sparse_compile") / _file_name("-".join(parts))
-
-
-def _changes_kernels(source: Path) -> bool:
-    return source.name not in _NO_KERNELS and source.parts[0] not in _NO_KERNEL_FOLDERS
 
 
 def path_of(kind: str, what: object, device: torch.device) -> Path:
