@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-LINKS = ("sparse_compile/kernels", "sparse_compile/passes")
+LINKS = ("sparse_compile/kernels", "sparse_compile/passes")  # to the folders at the top level
+# What is not Python, such as templates, is in the package too; what a run leaves there is not.
 SOURCES = {
-    f"{package}/{path.name}"
-    for package in ("sparse_compile", "sparse_compile/weights", *LINKS)
-    for path in (REPOSITORY / package).iterdir()
-    if path.suffix == ".py" or path.name == "py.typed"
+    f"{package}/{path.relative_to(REPOSITORY / package).as_posix()}"
+    for package in ("sparse_compile", *LINKS)
+    for path in (REPOSITORY / package).rglob("*")  # which does not follow links
+    if path.is_file() and "__pycache__" not in path.parts
 }
 
 IMPORT_ALL = """
