@@ -16,6 +16,10 @@ from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, FP8_DTYPES, padded
 from sparse_compile.kernels.sparse_gemm import plan as plan_module
 from sparse_compile.kernels.sparse_gemm.configs import configs
+from sparse_compile.projections.groups_of_four import SOFT, prune_weight_
+from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16, prune_weight_bf16_
+from sparse_compile.projections.identity import IDENTITY, cast_weight_
+from sparse_compile.projections.transposable import TRANSPOSABLE, prune_transposable_
 
 DEVICE = torch.device("cuda")
 TOKENS, OUT_FEATURES, IN_FEATURES = 333, 208, 144
@@ -40,12 +44,12 @@ def memory_kernels() -> None:
 def weight_kernels(matrix: torch.Tensor) -> None:
     one, shape = torch.ones(1, device=DEVICE), matrix.shape
     for hard in (False, True):
-        ops.prune_weight_(matrix, one, *ops.new_pruned_weight(*shape, DEVICE), hard)
-        ops.prune_weight_bf16_(matrix, one, *ops.new_pruned_weight_bf16(*shape, DEVICE), hard)
-    ops.cast_weight_(matrix, *ops.new_cast_weight(*shape, DEVICE))
-    masks, operands = ops.new_masks(*shape, DEVICE), ops.new_transposable_weight(*shape, DEVICE)
+        prune_weight_(matrix, one, *SOFT.new_operands(*shape, DEVICE), hard)
+        prune_weight_bf16_(matrix, one, *SOFT_BF16.new_operands(*shape, DEVICE), hard)
+    cast_weight_(matrix, *IDENTITY.new_operands(*shape, DEVICE))
+    masks, operands = TRANSPOSABLE.new_masks(*shape, DEVICE), TRANSPOSABLE.new_operands(*shape, DEVICE)
     for search in (True, False):
-        ops.prune_transposable_(matrix, *operands, masks, search)
+        prune_transposable_(matrix, *operands, masks, search)
     for known in (None, masks):
         ops.add_masked_decay_(torch.randn_like(matrix), matrix, one, known)
 

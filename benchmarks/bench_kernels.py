@@ -30,6 +30,10 @@ from harness import Candidate, Report, Timing, brief, measure, run_parts, set_co
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, E4M3_MAX, E5M2, MVUE_GAIN
 from sparse_compile.kernels.reference import saturating_cast
+from sparse_compile.projections.groups_of_four import SOFT, prune_weight_
+from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16, prune_weight_bf16_
+from sparse_compile.projections.identity import IDENTITY, cast_weight_
+from sparse_compile.projections.transposable import TRANSPOSABLE, prune_transposable_
 from sparse_compile.testing import assert_same_bits
 
 DEVICE = torch.device("cuda")
@@ -54,41 +58,41 @@ class Op:
 
 
 def _prune_inputs(n: int, k: int, device: torch.device) -> Tensors:
-    return _normal(n, k, device), torch.ones(1, device=device), *ops.new_pruned_weight(n, k, device)
+    return _normal(n, k, device), torch.ones(1, device=device), *SOFT.new_operands(n, k, device)
 
 
 def _prune(weight: Tensor, beta: Tensor, *buffers: Tensor, hard: bool = False) -> Tensors:
-    ops.prune_weight_(weight, beta, *buffers, hard)
+    prune_weight_(weight, beta, *buffers, hard)
     return buffers
 
 
 def _prune_bf16_inputs(n: int, k: int, device: torch.device) -> Tensors:
-    return _normal(n, k, device), torch.ones(1, device=device), *ops.new_pruned_weight_bf16(n, k, device)
+    return _normal(n, k, device), torch.ones(1, device=device), *SOFT_BF16.new_operands(n, k, device)
 
 
 def _prune_bf16(weight: Tensor, beta: Tensor, *buffers: Tensor) -> Tensors:
-    ops.prune_weight_bf16_(weight, beta, *buffers)
+    prune_weight_bf16_(weight, beta, *buffers)
     return buffers
 
 
 def _cast_weight_inputs(n: int, k: int, device: torch.device) -> Tensors:
-    return _normal(n, k, device), *ops.new_cast_weight(n, k, device)
+    return _normal(n, k, device), *IDENTITY.new_operands(n, k, device)
 
 
 def _cast_weight(weight: Tensor, *buffers: Tensor) -> Tensors:
-    ops.cast_weight_(weight, *buffers)
+    cast_weight_(weight, *buffers)
     return buffers
 
 
 def _transposable_inputs(n: int, k: int, device: torch.device) -> Tensors:
-    masks = ops.new_masks(n, k, device)
+    masks = TRANSPOSABLE.new_masks(n, k, device)
     if device.type != "meta":
-        ops.prune_transposable_(_normal(n, k, device), *ops.new_transposable_weight(n, k, device), masks, True)
-    return _normal(n, k, device), *ops.new_transposable_weight(n, k, device), masks
+        prune_transposable_(_normal(n, k, device), *TRANSPOSABLE.new_operands(n, k, device), masks, True)
+    return _normal(n, k, device), *TRANSPOSABLE.new_operands(n, k, device), masks
 
 
 def _prune_transposable(search: bool, weight: Tensor, *buffers: Tensor) -> Tensors:
-    ops.prune_transposable_(weight, *buffers, search)
+    prune_transposable_(weight, *buffers, search)
     return buffers
 
 

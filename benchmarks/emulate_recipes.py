@@ -31,7 +31,9 @@ from recipe_search import compared, merged
 
 import sparse_compile  # noqa: F401 - registers the backend where it is not installed
 from sparse_compile.kernels.reference import sste_beta
-from sparse_compile.recipe import Projection
+from sparse_compile.projections.base import Projection
+from sparse_compile.projections.groups_of_four import SOFT, TOP2
+from sparse_compile.projections.identity import IDENTITY
 from sparse_compile.weights.projection import project
 from sparse_compile.weights.schedule import Schedule
 
@@ -57,7 +59,7 @@ class Trial:
         gain: what weights without beta are multiplied with, as beta multiplies those that have one.
     """
 
-    projection: Projection = Projection.NONE
+    projection: Projection = IDENTITY
     warmup: float = 0.0
     tail: float = 0.0
     beta: float | None = None
@@ -73,7 +75,7 @@ class Trial:
 def _trials() -> Iterator[tuple[str, Trial]]:
     yield DENSE, Trial()
     yield "dense, no weight decay", Trial(weight_decay=0.0)
-    for name, projection in (("ste", Projection.TOP2), ("s-ste", Projection.SSTE)):
+    for name, projection in (("ste", TOP2), ("s-ste", SOFT)):
         yield name, Trial(projection=projection)
         for share, tail in (("1/6", 1 / 6), ("1/3", 1 / 3), ("1/2", 1 / 2)):
             yield f"{name}, tail {share}", Trial(projection=projection, tail=tail)
@@ -82,21 +84,21 @@ def _trials() -> Iterator[tuple[str, Trial]]:
         yield f"{name}, ffn.down alone", Trial(projection=projection, layers=("down",))
         yield f"{name}, no weight decay", Trial(projection=projection, weight_decay=0.0)
     for beta in (1.0, 1.25, 2.0, 2.5, 3.0, 4.0):
-        yield f"s-ste, beta {beta:g}", Trial(projection=Projection.SSTE, beta=beta)
-    yield "s-ste, beta 2.5, tail 1/6", Trial(projection=Projection.SSTE, beta=2.5, tail=1 / 6)
-    yield "s-ste, beta 2.5, tail 1/2", Trial(projection=Projection.SSTE, beta=2.5, tail=1 / 2)
-    yield "s-ste, beta 2.5, warm-up 1/6", Trial(projection=Projection.SSTE, beta=2.5, warmup=1 / 6)
-    yield "s-ste, beta 2.5, ffn.up alone", Trial(projection=Projection.SSTE, beta=2.5, layers=("up",))
-    yield "s-ste, beta 2.5, ffn.down alone", Trial(projection=Projection.SSTE, beta=2.5, layers=("down",))
+        yield f"s-ste, beta {beta:g}", Trial(projection=SOFT, beta=beta)
+    yield "s-ste, beta 2.5, tail 1/6", Trial(projection=SOFT, beta=2.5, tail=1 / 6)
+    yield "s-ste, beta 2.5, tail 1/2", Trial(projection=SOFT, beta=2.5, tail=1 / 2)
+    yield "s-ste, beta 2.5, warm-up 1/6", Trial(projection=SOFT, beta=2.5, warmup=1 / 6)
+    yield "s-ste, beta 2.5, ffn.up alone", Trial(projection=SOFT, beta=2.5, layers=("up",))
+    yield "s-ste, beta 2.5, ffn.down alone", Trial(projection=SOFT, beta=2.5, layers=("down",))
     for name, layers in (("", ("up", "down")), (", ffn.up alone", ("up",)), (", ffn.down alone", ("down",))):
-        across = Trial(projection=Projection.SSTE, beta=2.5, layers=layers, across=True)
+        across = Trial(projection=SOFT, beta=2.5, layers=layers, across=True)
         yield f"s-ste, beta 2.5{name}, along out_features", across
-    yield "s-ste, beta 2.5 of ffn.up", Trial(projection=Projection.SSTE, beta=2.5, beta_of=("up",))
-    yield "ste, kept x 1.5", Trial(projection=Projection.TOP2, gain=1.5)
+    yield "s-ste, beta 2.5 of ffn.up", Trial(projection=SOFT, beta=2.5, beta_of=("up",))
+    yield "ste, kept x 1.5", Trial(projection=TOP2, gain=1.5)
     # Is it the scale alone?
     for gain in (1.5, 2.0):
         yield f"dense, FFN's weights x {gain:g}", Trial(gain=gain)
-    yield "s-ste, gradient x 1.484", Trial(projection=Projection.SSTE, grad=1.484)
+    yield "s-ste, gradient x 1.484", Trial(projection=SOFT, grad=1.484)
     # All of the arithmetic.
     for name, options in (
         ("fp8", {"sste.recipe": "fp8"}),

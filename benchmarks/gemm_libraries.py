@@ -15,6 +15,7 @@ from torch import Tensor
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, E4M3_MAX, MVUE_GAIN
 from sparse_compile.kernels.reference import compress24, decompress24, saturating_cast
+from sparse_compile.projections.groups_of_four import SOFT, prune_weight_
 
 BF16 = torch.bfloat16
 TOKENS = 16384
@@ -109,9 +110,9 @@ def _normal(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
 
 def _pruned_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Values and metadata of a projected weight ``[n, k]``."""
-    values, metadata, weight_t, scale_inv = ops.new_pruned_weight(n, k, device)
+    values, metadata, weight_t, scale_inv = SOFT.new_operands(n, k, device)
     weight = torch.randn(n, k, device=device, dtype=BF16)
-    ops.prune_weight_(weight, torch.ones(1, device=device), values, metadata, weight_t, scale_inv)
+    prune_weight_(weight, torch.ones(1, device=device), values, metadata, weight_t, scale_inv)
     return values, metadata
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels import reference
-from sparse_compile.kernels.formats import E4M3, metadata_shape, padded, values_shape
+from sparse_compile.kernels.formats import metadata_shape, padded, values_shape
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -85,7 +85,7 @@ def observed(observer: Observer | None) -> Iterator[None]:
         observe(before)
 
 
-def _op(
+def define(
     schema: str,
     eager: Callable[..., R],
     load: Callable[[], Callable[..., R]],
@@ -134,21 +134,21 @@ def _check_contiguous(name: str, arguments: Sequence[object], start: int = 0) ->
             )
 
 
-def _launch(
-    launcher: str, fake: Callable[..., Any], order: Callable[..., tuple[object, ...]] = lambda *arguments: arguments
+def launcher(
+    function: str, fake: Callable[..., Any], order: Callable[..., tuple[object, ...]] = lambda *arguments: arguments
 ) -> Callable[[], Callable[..., Any]]:
-    """Loads what an op runs on Hopper GPUs: the launcher ``"module.name"``, imported on first use.
+    """Loads what an op runs on Hopper GPUs: the function ``"module.name"`` of ``kernels``, imported on first use.
 
     It is called with the op's arguments and its results, in ``order``; results are allocated like those of ``fake``.
     """
-    module, name = launcher.rsplit(".", 1)
+    module, name = function.rsplit(".", 1)
 
     @cache
     def load() -> Callable[..., Any]:
         from sparse_compile.kernels import launch_plan
 
-        function = getattr(import_module(f"sparse_compile.kernels.{module}"), name)
-        return launch_plan.planned(lambda *arguments: launch_plan.plan_with_results(function, fake, arguments, order))
+        launch = getattr(import_module(f"sparse_compile.kernels.{module}"), name)
+        return launch_plan.planned(lambda *arguments: launch_plan.plan_with_results(launch, fake, arguments, order))
 
     return load
 
@@ -157,125 +157,14 @@ def _empty(like: Tensor, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
-def new_pruned_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised ``values, metadata, weight_t, scale_inv`` for ``prune_weight_`` of a weight ``[n, k]``."""
-    return (
-        torch.empty(values_shape(n, k), dtype=E4M3, device=device),
-        torch.empty(metadata_shape(n, k), dtype=torch.int32, device=device),
-        torch.empty(k, n, dtype=E4M3, device=device),
-        torch.empty(1, device=device),
-    )
+def no_results(*arguments: Tensor | bool | None) -> None:
+    """The fake of an op that writes into its arguments alone."""
 
 
-def new_transposable_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised ``values, metadata, values_t, metadata_t, scale_inv`` for ``prune_transposable_``."""
-    return (
-        torch.empty(values_shape(n, k), dtype=E4M3, device=device),
-        torch.empty(metadata_shape(n, k), dtype=torch.int32, device=device),
-        torch.empty(values_shape(k, n), dtype=E4M3, device=device),
-        torch.empty(metadata_shape(k, n), dtype=torch.int32, device=device),
-        torch.empty(1, device=device),
-    )
-
-
-def new_masks(n: int, k: int, device: torch.device) -> Tensor:
-    """Uninitialised transposable masks of a weight ``[n, k]``."""
-    return torch.empty(n // 4, k // 4, dtype=torch.int16, device=device)
-
-
-def new_pruned_weight_bf16(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised ``values, metadata, dense, scale_inv`` for ``prune_weight_bf16_`` of a weight ``[n, k]``."""
-    return (
-        torch.empty(values_shape(n, k), dtype=torch.bfloat16, device=device),
-        torch.empty(metadata_shape(n, k, torch.bfloat16), dtype=torch.int32, device=device),
-        torch.empty(n, k, dtype=torch.bfloat16, device=device),
-        torch.empty(1, device=device),
-    )
-
-
-def new_cast_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised ``payload, payload_t, scale_inv`` for ``cast_weight_`` of a weight ``[n, k]``."""
-    return (
-        torch.empty(n, k, dtype=E4M3, device=device),
-        torch.empty(k, n, dtype=E4M3, device=device),
-        torch.empty(1, device=device),
-    )
-
-
-def _no_results(*arguments: Tensor | bool | None) -> None:
-    pass
-
-
-def _prune_weight_eager(
-    weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, weight_t: Tensor, scale_inv: Tensor,
-    hard: bool = False,
-) -> None:  # fmt: skip
-    _fill((values, metadata, weight_t, scale_inv), reference.prune_weight(weight, beta, hard))
-
-
-def _prune_weight_bf16_eager(
-    weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, dense: Tensor, scale_inv: Tensor,
-    hard: bool = False,
-) -> None:  # fmt: skip
-    _fill((values, metadata, dense, scale_inv), reference.prune_weight_bf16(weight, beta, hard))
-
-
-def _fill(buffers: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+def fill(buffers: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """Copy results into buffers."""
     for buffer, result in zip(buffers, results, strict=True):
         buffer.copy_(result)
-
-
-prune_weight_ = _op(
-    "prune_weight_(Tensor weight, Tensor beta, Tensor(a!) values, Tensor(b!) metadata, Tensor(c!) weight_t, "
-    "Tensor(d!) scale_inv, bool hard=False) -> ()",
-    _prune_weight_eager,
-    _launch("weight.prune_fp8.launch_prune_weight", _no_results),
-    _no_results,
-    any_strides=1,
-)
-
-
-prune_weight_bf16_ = _op(
-    "prune_weight_bf16_(Tensor weight, Tensor beta, Tensor(a!) values, Tensor(b!) metadata, Tensor(c!) dense, "
-    "Tensor(d!) scale_inv, bool hard=False) -> ()",
-    _prune_weight_bf16_eager,
-    _launch("weight.prune_bf16.launch_prune_weight_bf16", _no_results),
-    _no_results,
-    any_strides=1,
-)
-
-
-def _prune_transposable_eager(
-    weight: Tensor, values: Tensor, metadata: Tensor, values_t: Tensor, metadata_t: Tensor, scale_inv: Tensor,
-    masks: Tensor, search: bool,
-) -> None:  # fmt: skip
-    if search:
-        masks.copy_(reference.transposable_masks(weight))
-    results = reference.prune_transposable(weight, masks)
-    _fill((values, metadata, values_t, metadata_t, scale_inv), results)
-
-
-prune_transposable_ = _op(
-    "prune_transposable_(Tensor weight, Tensor(a!) values, Tensor(b!) metadata, Tensor(c!) values_t, "
-    "Tensor(d!) metadata_t, Tensor(e!) scale_inv, Tensor(f!) masks, bool search) -> ()",
-    _prune_transposable_eager,
-    _launch("weight.prune_fp8.launch_prune_transposable", _no_results),
-    _no_results,
-    any_strides=1,
-)
-
-
-def _cast_weight_eager(weight: Tensor, *buffers: Tensor) -> None:
-    _fill(buffers, reference.cast_weight(weight))
-
-
-cast_weight_ = _op(
-    "cast_weight_(Tensor weight, Tensor(a!) payload, Tensor(b!) payload_t, Tensor(c!) scale_inv) -> ()",
-    _cast_weight_eager,
-    _launch("weight.prune_fp8.launch_cast_weight", _no_results),
-    _no_results,
-    any_strides=1,
-)
 
 
 def _add_masked_decay_eager(grad: Tensor, weight: Tensor, factor: Tensor, masks: Tensor | None = None) -> None:
@@ -283,11 +172,11 @@ def _add_masked_decay_eager(grad: Tensor, weight: Tensor, factor: Tensor, masks:
     grad.copy_(reference.add_masked_decay(grad, weight, factor, mask))
 
 
-add_masked_decay_ = _op(
+add_masked_decay_ = define(
     "add_masked_decay_(Tensor(a!) grad, Tensor weight, Tensor factor, Tensor? masks=None) -> ()",
     _add_masked_decay_eager,
-    _launch("weight.masked_decay.launch_add_masked_decay", _no_results),
-    _no_results,
+    launcher("weight.masked_decay.launch_add_masked_decay", no_results),
+    no_results,
     any_strides=2,
 )
 
@@ -299,10 +188,10 @@ def _cast_transpose_fake(
     return _empty(x, (tokens, columns), dtype), _empty(x, (columns, padded(tokens)), dtype)
 
 
-cast_transpose = _op(
+cast_transpose = define(
     "cast_transpose(Tensor x, Tensor row_scale, Tensor token_scale, ScalarType dtype) -> (Tensor, Tensor)",
     reference.cast_transpose,
-    _launch(
+    launcher(
         "activation.cast_transpose.launch_cast_transpose",
         _cast_transpose_fake,
         lambda x, row_scale, token_scale, dtype, *results: (x, row_scale, token_scale, *results),
@@ -315,10 +204,10 @@ def _transpose_tokens_fake(x: Tensor) -> Tensor:
     return _empty(x, (x.shape[1], padded(x.shape[0])), x.dtype)
 
 
-transpose_tokens = _op(
+transpose_tokens = define(
     "transpose_tokens(Tensor x) -> Tensor",
     reference.transpose_tokens,
-    _launch("activation.cast_transpose.launch_transpose_tokens", _transpose_tokens_fake),
+    launcher("activation.cast_transpose.launch_transpose_tokens", _transpose_tokens_fake),
     _transpose_tokens_fake,
 )
 
@@ -341,11 +230,11 @@ def _cast_mvue_fake(
     )
 
 
-cast_mvue = _op(
+cast_mvue = define(
     "cast_mvue(Tensor grad, Tensor row_scale, Tensor token_scale, Tensor seed, int index, bool approximate, "
     "bool stochastic, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     reference.cast_mvue,
-    _launch(
+    launcher(
         "activation.cast_mvue.launch_cast_mvue",
         _cast_mvue_fake,
         lambda grad, row_scale, token_scale, seed, index, approximate, stochastic, dtype, *results: (
@@ -361,7 +250,7 @@ def _materialize(x: Tensor) -> Tensor:
 
 
 # The same tensor in memory of its own: being opaque, it keeps the compiler from computing x again where it is read.
-materialize = _op(
+materialize = define(
     "materialize(Tensor x) -> Tensor",
     _materialize,
     lambda: _materialize,
@@ -384,11 +273,11 @@ def _sparse_mm_fake(
     return _empty(dense, (columns, rows) if transpose else (rows, columns), out_dtype)
 
 
-sparse_mm = _op(
+sparse_mm = define(
     "sparse_mm(Tensor values, Tensor metadata, Tensor dense, Tensor scale_inv, Tensor? dense_scale_inv, "
     "ScalarType out_dtype, bool transpose, bool use_fast_accum) -> Tensor",
     reference.sparse_mm,
-    _launch(
+    launcher(
         "sparse_gemm.launch.launch_sparse_gemm",
         _sparse_mm_fake,
         lambda values, metadata, dense, scale_inv, dense_scale_inv, out_dtype, transpose, use_fast_accum, out: (
@@ -423,7 +312,7 @@ def _scaled_mm_fake(a: Tensor, b: Tensor, scale_inv: Tensor, out_dtype: torch.dt
     return _empty(a, (a.shape[0], b.shape[0]), out_dtype)
 
 
-scaled_mm = _op(
+scaled_mm = define(
     "scaled_mm(Tensor a, Tensor b, Tensor scale_inv, ScalarType out_dtype, bool use_fast_accum) -> Tensor",
     reference.scaled_mm,
     lambda: _scaled_mm_kernel,

@@ -3,8 +3,6 @@
 from collections.abc import Iterator, Sequence
 from math import prod
 
-import torch
-
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, padded, unscaled_dtype
 from sparse_compile.kernels.sparse_gemm import tuning
@@ -31,7 +29,7 @@ def _problems(plan: Plan) -> Iterator[Problem]:
     tokens = hint(prod(example_value(site.input).shape[:-1]))
     if not tokens:
         return
-    payload, grad = torch.bfloat16 if plan.recipe.is_bf16 else E4M3, plan.recipe.grad_format.dtype
+    payload, grad = plan.recipe.projection.dtype, plan.recipe.grad_format.dtype
     if plan.recipe.projection.prunes:
         yield Problem(
             rows=site.out_features,

@@ -21,7 +21,7 @@ from sparse_compile.kernels.timing.linear_costs import LinearShape, Question, pi
 from sparse_compile.passes.agreement import agreed
 from sparse_compile.passes.decide import Plan, Price
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
-from sparse_compile.recipe import Gemm, Projection, Recipe, Rounding
+from sparse_compile.recipe import Gemm, Recipe
 from sparse_compile.torch_internals import example_value, hint
 
 # Microseconds of pieces by name, for each linear that it is asked about.
@@ -30,21 +30,7 @@ Clock = Callable[[Mapping[Question, Collection[str]]], Mapping[Question, Mapping
 Agreement = Callable[[str, Callable[[], str]], str]
 
 _DENSE_PIECES = ("hp fprop", "hp dgrad", "hp wgrad")
-# Ops whose times count once, whatever linears share.
-_OPS = (
-    "prune_weight_", "prune_weight_, hard", "prune_weight_bf16_", "prune_weight_bf16_, hard", "cast_weight_",
-    "prune_transposable_", "add_masked_decay_", "cast_transpose", "cast_mvue, exact mvue",
-    "cast_mvue, approximate mvue", "cast_mvue, exact mvue, stochastic", "cast_mvue, approximate mvue, stochastic",
-)  # fmt: skip
 _DENSE = (Gemm.HP, Gemm.BF16)
-_WEIGHT_OPS = {
-    (Projection.NONE, False): "cast_weight_",
-    (Projection.SSTE, False): "prune_weight_",
-    (Projection.TOP2, False): "prune_weight_, hard",
-    (Projection.TRANSPOSABLE, False): "prune_transposable_",
-    (Projection.SSTE, True): "prune_weight_bf16_",
-    (Projection.TOP2, True): "prune_weight_bf16_, hard",
-}
 # A linear is rewritten if it is faster by this share of its dense time: what measurements and prices may be off by.
 _MARGIN = 0.05
 # Bytes an element, of what Inductor generates: fitted to the profiles of a Llama and of a GPT-2 step.
@@ -202,24 +188,30 @@ def _needed(recipe: Recipe, training: bool) -> list[str]:
 def _pieces(recipe: Recipe) -> list[str]:
     """What runs for a recipe, besides what Inductor fuses, and a copy to know the speed of memory."""
     pieces = [f"{recipe.fprop.value} fprop", f"{recipe.dgrad.value} dgrad", f"{recipe.wgrad.value} wgrad", "copy"]
-    pieces.append(_WEIGHT_OPS[recipe.projection, recipe.is_bf16])
-    if recipe.decay:
-        pieces.append("add_masked_decay_")
+    pieces += _ops_around(recipe)
     if recipe.wgrad not in _DENSE:
         pieces.append("transpose_tokens")
-    if recipe.wgrad is Gemm.FP8:
-        pieces.append("cast_transpose")
-    if recipe.estimator is not None:
-        pieces.append(f"cast_mvue, {_sampling(recipe)}")
     if recipe.dgrad is Gemm.MVUE24:
-        pieces.append(f"cast_mvue for dgrad, {_sampling(recipe)}")
+        pieces.append(_sampled(recipe, "cast_mvue for dgrad"))
     return pieces
 
 
-def _sampling(recipe: Recipe) -> str:
-    """Of a recipe with an estimator."""
+def _ops_around(recipe: Recipe) -> list[str]:
+    """Whose times count once, whatever linears share."""
+    around = [recipe.projection.cost_key]
+    if recipe.decay:
+        around.append("add_masked_decay")
+    if recipe.wgrad is Gemm.FP8:
+        around.append("cast_transpose")
+    if recipe.estimator is not None:
+        around.append(_sampled(recipe, "cast_mvue"))
+    return around
+
+
+def _sampled(recipe: Recipe, op: str) -> str:
+    """The piece of an op of a recipe with an estimator."""
     assert recipe.estimator is not None
-    return recipe.estimator.value + ", stochastic" * (recipe.rounding is Rounding.STOCHASTIC)
+    return f"{op} {recipe.estimator.value} {recipe.rounding.value}"
 
 
 def _dense_microseconds(site: LinearSite, times: Mapping[str, float]) -> float:
@@ -235,14 +227,14 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
     inputs, outputs = shape.tokens * shape.in_features, shape.tokens * shape.out_features
     byte = _byte(shape, times)
     total = _forward(shape, recipe, times, sharing) * site.forwards
-    total += sum(time for piece, time in times.items() if piece in _OPS)
+    total += sum(times[piece] for piece in _ops_around(recipe))
     total += times[f"{recipe.wgrad.value} wgrad"] + times.get("transpose_tokens", 0.0) / sharing
     if _needs_dgrad(site):
         total += times[f"{recipe.dgrad.value} dgrad"]
         if recipe.dgrad in (Gemm.FP8, Gemm.MVUE24):
             total += inputs * _PRODUCT_BYTES * byte
         if recipe.dgrad is Gemm.MVUE24:
-            total += times[f"cast_mvue for dgrad, {_sampling(recipe)}"]
+            total += times[_sampled(recipe, "cast_mvue for dgrad")]
             total += outputs * (shape.dtype.itemsize + _TRANSPOSE_BYTES) * byte
     casts_gradient = recipe.dgrad in (Gemm.FP8, Gemm.SPARSE24)
     if casts_gradient or recipe.wgrad not in _DENSE:

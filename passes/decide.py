@@ -11,7 +11,9 @@ from torch.nn import Parameter
 from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.passes.roles import TARGETS, Role
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
-from sparse_compile.recipe import Projection, Recipe
+from sparse_compile.projections.base import Projection
+from sparse_compile.projections.identity import IDENTITY
+from sparse_compile.recipe import Recipe
 from sparse_compile.torch_internals import example_value, is_fake, real_parameter
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -38,7 +40,7 @@ class Plan:
     named: bool = False  # by the user
     pruned: bool = False  # whether its weight was trained pruned: dense products would compute another function
     price: Price | None = None  # where it was measured
-    virtual: Projection = Projection.NONE  # what prunes its weight in another phase than this dense one
+    virtual: Projection = IDENTITY  # what prunes its weight in another phase than this dense one
     advice: str = ""  # how it could gain more
 
 

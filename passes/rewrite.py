@@ -1,9 +1,9 @@
 """REWRITE: the planned edits.
 
 Before: ``%y = linear(%x, %weight, %bias)``
-After:  ``%y = sparse_compile.linear.fp8.linear(%x, %weight, %bias, %seed, 3, "s-ste", False, bf16, *%operands)``
+After:  ``%y = linear(%x, %weight, %bias, %seed, LinearSpec("s-ste", 3, False, bf16), PrunedWeight(%values, ...))``
 
-``%seed`` and ``%operands`` are new inputs of the graph.  The seed is drawn for each call: as an input it is saved for
+``%seed`` and the operands are new inputs of the graph.  The seed is drawn for each call: as an input it is saved for
 backward, whatever the compiler moves there, and a checkpointed region sees the same when it is recomputed.  The
 operands hold what is derived from the weight.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from sparse_compile.linear.fp8 import linear
+from sparse_compile.linear.function import LinearSpec, linear
 from sparse_compile.linear.seed import new_seed
 from sparse_compile.passes.decide import Plan
 from sparse_compile.passes.flow import Region
@@ -48,11 +48,8 @@ def rewrite(graph_module: GraphModule, plans: Sequence[Plan]) -> list[WeightSlot
             *_hand_in([site.weight], site.region),
             site.bias,
             seed,
-            index,
-            plan.recipe.full_name,
-            site.transposed,
-            example_value(site.node).dtype,
-            *_hand_in(operands, site.region),
+            LinearSpec(plan.recipe.full_name, index, site.transposed, example_value(site.node).dtype),
+            slot.projection.Operands(*_hand_in(operands, site.region)),
         )
         replaced[site.node] = _replace(site.node, arguments)
         logger.debug("rewrote %s to %s", site.name, plan.recipe.full_name)
@@ -73,7 +70,6 @@ def _slot(plan: Plan, position: int) -> WeightSlot:
         decay=plan.recipe.decay,
         refresh=plan.recipe.refresh,
         beta_factor=plan.recipe.beta_factor,
-        bf16=plan.recipe.is_bf16,
         virtual=plan.virtual,
     )
 

@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 from torch.nn import Parameter
 
 from sparse_compile.kernels import ops
-from sparse_compile.linear.fp8 import linear
+from sparse_compile.linear.function import linear
 from sparse_compile.linear.seed import new_seed
 from sparse_compile.measuring.baseline import Twin
 from sparse_compile.measuring.step_times import time_steps

@@ -105,7 +105,8 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
 
 
 def _recipe(options: Mapping[str, Any]) -> Recipe:
-    recipe = RECIPES[_choice(options, "sste.recipe", SSTE.name, list(RECIPES))]
+    given = options.get("sste.recipe", SSTE.name)
+    recipe = given if isinstance(given, Recipe) else RECIPES[_choice(options, "sste.recipe", SSTE.name, list(RECIPES))]
     if "sste.mvue" in options:
         estimator = MVUE[_choice(options, "sste.mvue", "exact", list(MVUE))]
         if recipe.estimator is None:

@@ -1,5 +1,6 @@
 """What is computed: a recipe names the arithmetic of a linear's three GEMMs and of its weight."""
 
+import re
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -7,25 +8,11 @@ from typing import Any
 import torch
 
 from sparse_compile.kernels.formats import E4M3, E5M2
-
-
-class Projection(Enum):
-    """What the weight becomes before its e4m3 cast."""
-
-    NONE = "none"
-    SSTE = "s-ste"  # beta * S(W), 2:4 along in_features
-    TOP2 = "top-2"  # the two largest magnitudes of each four along in_features, as they are
-    TRANSPOSABLE = "transposable"  # by masks that are 2:4 along both dimensions, as it is
-
-    @property
-    def prunes(self) -> bool:
-        """Whether the weight becomes 2:4."""
-        return self is not Projection.NONE
-
-    @property
-    def has_beta(self) -> bool:
-        """Whether a scale of each weight is found once and kept."""
-        return self is Projection.SSTE
+from sparse_compile.projections.base import Projection, projection_of
+from sparse_compile.projections.groups_of_four import SOFT, TOP2
+from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16, TOP2_BF16
+from sparse_compile.projections.identity import IDENTITY
+from sparse_compile.projections.transposable import TRANSPOSABLE
 
 
 class Gemm(Enum):
@@ -33,17 +20,24 @@ class Gemm(Enum):
 
     HP = "hp"  # in the dtype of the activations, as without us
     FP8 = "fp8"
-    SPARSE24 = "2:4 fp8"
-    MVUE24 = "2:4 fp8 mvue"  # of dgrad: grad_output is sampled along out_features
+    SPARSE24 = "sparse24"
+    MVUE24 = "mvue24"  # of dgrad: grad_output is sampled along out_features
     BF16 = "bf16"
-    SPARSE24_BF16 = "2:4 bf16"
+    SPARSE24_BF16 = "sparse24_bf16"
+
+    def __str__(self) -> str:
+        """For people; ``value`` is for keys."""
+        return _SHOWN.get(self, self.value)
+
+
+_SHOWN = {Gemm.SPARSE24: "2:4 fp8", Gemm.MVUE24: "2:4 fp8 mvue", Gemm.SPARSE24_BF16: "2:4 bf16"}
 
 
 class Estimator(Enum):
     """How grad_output is made 2:4: along tokens for wgrad, along out_features for a dgrad that is so by sampling."""
 
-    EXACT_MVUE = "exact mvue"
-    APPROXIMATE_MVUE = "approximate mvue"
+    EXACT_MVUE = "exact"
+    APPROXIMATE_MVUE = "approximate"
 
 
 class GradFormat(Enum):
@@ -74,7 +68,13 @@ class Recipe:
     which exists in FP8 or, for all three products, in bf16.
 
     Attributes:
-        name: that of the recipe that it is, or is made of: a key of ``RECIPES``.
+        name: a word; that of the recipe that it is, or is made of, where that is among ``RECIPES``.
+        projection: what the weight becomes before its cast.
+        fprop, dgrad, wgrad: how the products run.
+        estimator: what prunes grad_output for wgrad.
+
+    Raises:
+        ValueError: the parts do not go together.
     """
 
     name: str
@@ -91,15 +91,21 @@ class Recipe:
     tail: float = 0.0  # share of the optimizer steps, the last ones, in which it is dense
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise ValueError(f"a recipe is named {self.name!r}; allowed are letters, digits, '-', '_' and '.'")
         if (self.fprop in (Gemm.SPARSE24, Gemm.SPARSE24_BF16)) != self.projection.prunes:
             raise ValueError(f"recipe {self.name!r}: fprop is 2:4 if and only if the weight is projected")
         if (self.wgrad is Gemm.SPARSE24) != (self.estimator is not None):
             raise ValueError(f"recipe {self.name!r}: wgrad is 2:4 if and only if an estimator is named")
         if len({self.is_bf16, self.dgrad is Gemm.BF16, self.wgrad is Gemm.BF16}) > 1:
             raise ValueError(f"recipe {self.name!r}: all three products are in bf16, or none")
+        if self.projection.prunes and self.is_bf16 != self.projection.is_bf16:
+            raise ValueError(
+                f"recipe {self.name!r}: its products and projection {self.projection} have different dtypes"
+            )
         if self.fprop is Gemm.HP:
             raise ValueError(f"recipe {self.name!r}: fprop must be 2:4 or dense fp8")
-        if (self.dgrad is Gemm.SPARSE24) != (self.projection is Projection.TRANSPOSABLE):
+        if (self.dgrad is Gemm.SPARSE24) != self.projection.prunes_both_ways:
             raise ValueError(f"recipe {self.name!r}: dgrad is 2:4 if and only if the masks are transposable")
         if self.dgrad is Gemm.MVUE24 and not (self.projection.prunes and self.estimator):
             raise ValueError(f"recipe {self.name!r}: dgrad is sampled only beside a pruned weight and a sampled wgrad")
@@ -109,11 +115,11 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: a format of gradients needs a product that reads them in FP8")
         if self.rounding is not Rounding.NEAREST and self.estimator is None:
             raise ValueError(f"recipe {self.name!r}: rounding is of what an estimator keeps")
-        if self.decay and self.projection not in (Projection.TOP2, Projection.TRANSPOSABLE):
+        if self.decay and not self.projection.is_hard:
             raise ValueError(f"recipe {self.name!r}: a decay needs a mask, and so hard pruning")
         if self.beta_factor != 1.0 and not self.projection.has_beta:
             raise ValueError(f"recipe {self.name!r}: a factor of beta is for a projection that has one")
-        if (self.projection is Projection.TRANSPOSABLE) != (self.refresh > 0):
+        if self.projection.keeps_masks != (self.refresh > 0):
             raise ValueError(f"recipe {self.name!r}: masks are refreshed if and only if they are transposable")
 
     @property
@@ -130,13 +136,14 @@ class Recipe:
     def full_name(self) -> str:
         """What a graph calls its arithmetic: the name, and what was chosen otherwise, ``s-ste/grad_format=E5M2``.
 
-        Without what graphs do not compute: decay, refresh, the factor of beta, the tail.
+        Without what graphs do not compute: decay, refresh, the factor of beta, the tail.  The name of a recipe of the
+        user's own says nothing, so all that it computes follows.
         """
-        original, chosen = RECIPES[self.name], {field: getattr(self, field) for field in _CHOICES}
+        original = RECIPES.get(self.name)
         changes = (
-            f"{field}={value.name if value else ''}"
-            for field, value in chosen.items()
-            if value is not getattr(original, field)
+            f"{field}={_written(getattr(self, field))}"
+            for field in ("projection", *_CHOICES)
+            if original is None or getattr(self, field) is not getattr(original, field)
         )
         return "/".join((self.name, *changes))
 
@@ -156,7 +163,7 @@ class Recipe:
 
     def short_str(self) -> str:
         """Its products, and what else differs from the default, in a few characters, for the report."""
-        parts = [f"{self.fprop.value}, {self.dgrad.value}, {self.wgrad.value}"]
+        parts = [f"{self.fprop}, {self.dgrad}, {self.wgrad}"]
         if self.grad_format is not GradFormat.E4M3:
             parts.append(f"{self.grad_format.value} gradients")
         if self.rounding is not Rounding.NEAREST:
@@ -191,7 +198,7 @@ class Recipe:
 
 SSTE = Recipe(
     name="s-ste",
-    projection=Projection.SSTE,
+    projection=SOFT,
     fprop=Gemm.SPARSE24,
     dgrad=Gemm.FP8,
     wgrad=Gemm.SPARSE24,
@@ -199,18 +206,19 @@ SSTE = Recipe(
 )
 SSTE_APPROXIMATE = replace(SSTE, name="s-ste-approximate", estimator=Estimator.APPROXIMATE_MVUE)
 SSTE_BOOSTED = replace(SSTE, name="s-ste-boosted", beta_factor=1.7)
-STE = replace(SSTE, name="ste", projection=Projection.TOP2)
+STE = replace(SSTE, name="ste", projection=TOP2)
 SR_STE = replace(STE, name="sr-ste", decay=2e-4)
 T_SR_STE = replace(
-    SR_STE, name="t-sr-ste", projection=Projection.TRANSPOSABLE, dgrad=Gemm.SPARSE24, refresh=40
+    SR_STE, name="t-sr-ste", projection=TRANSPOSABLE, dgrad=Gemm.SPARSE24, refresh=40
 )  # fmt: skip
 STE_DENSE_TAIL = replace(STE, name="ste-dense-tail", tail=1 / 6)
-FP8 = Recipe(name="fp8", projection=Projection.NONE, fprop=Gemm.FP8, dgrad=Gemm.FP8, wgrad=Gemm.FP8, estimator=None)
+FP8 = Recipe(name="fp8", projection=IDENTITY, fprop=Gemm.FP8, dgrad=Gemm.FP8, wgrad=Gemm.FP8, estimator=None)
 
 SSTE_BF16 = replace(
-    SSTE, name="s-ste-bf16", fprop=Gemm.SPARSE24_BF16, dgrad=Gemm.BF16, wgrad=Gemm.BF16, estimator=None
+    SSTE, name="s-ste-bf16", projection=SOFT_BF16, fprop=Gemm.SPARSE24_BF16, dgrad=Gemm.BF16, wgrad=Gemm.BF16,
+    estimator=None,
 )  # fmt: skip
-STE_BF16 = replace(SSTE_BF16, name="ste-bf16", projection=Projection.TOP2)
+STE_BF16 = replace(SSTE_BF16, name="ste-bf16", projection=TOP2_BF16)
 
 # By the names that the user may say.
 RECIPES = {
@@ -222,17 +230,31 @@ RECIPES = {
 # What the user may say of the estimator.
 MVUE = {"exact": Estimator.EXACT_MVUE, "approximate": Estimator.APPROXIMATE_MVUE, "off": None}
 
-# What may differ from the recipe of the same name, in what a graph computes.
+# What a graph computes, besides the projection.
 _CHOICES: dict[str, type[Enum]] = {
-    "dgrad": Gemm, "wgrad": Gemm, "estimator": Estimator, "grad_format": GradFormat, "rounding": Rounding
+    "fprop": Gemm, "dgrad": Gemm, "wgrad": Gemm, "estimator": Estimator, "grad_format": GradFormat, "rounding": Rounding
 }  # fmt: skip
 
 
+def _written(value: Projection | Enum | None) -> str:
+    if value is None:
+        return ""
+    return value.key if isinstance(value, Projection) else value.name
+
+
 def recipe_named(full_name: str) -> Recipe:
-    """The recipe that a graph calls so; in any process, since graphs are kept on disk."""
+    """The arithmetic that a graph calls so; in any process, since graphs are kept on disk.
+
+    What graphs do not compute is that of the recipe of this name, or left out.
+    """
     name, *changes = full_name.split("/")
     chosen: dict[str, Any] = {}
     for change in changes:
         field, choice = change.split("=")
-        chosen[field] = _CHOICES[field][choice] if choice else None
-    return replace(RECIPES[name], **chosen)
+        if field == "projection":
+            chosen[field] = projection_of(choice)
+        else:
+            chosen[field] = _CHOICES[field][choice] if choice else None
+    if name in RECIPES:
+        return replace(RECIPES[name], **chosen)
+    return Recipe(name=name, refresh=int(chosen["projection"].keeps_masks), **chosen)

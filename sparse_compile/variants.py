@@ -130,7 +130,7 @@ class Decisions:
         target = None
         if isinstance(pruned, Plan) and _prunes(pruned):
             device = example_value(site.weight).device
-            target = OperandLayout(pruned.recipe.projection, pruned.recipe.is_bf16, site.transposed, device)
+            target = OperandLayout(pruned.recipe.projection, site.transposed, device)
         asks_24 = self._options.frozen and not example_value(site.weight).requires_grad
         dim = (0 if site.transposed else 1) if asks_24 else None
         return Question(position=position, target=target, in_features_dim=dim)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse_compile
-from sparse_compile.recipe import Projection
+from sparse_compile.projections.groups_of_four import SOFT
 from sparse_compile.weights.operands import current_operands, layout_of, operand_set
 from sparse_compile.weights.optimizer_state import BETA
 from sparse_compile.weights.registry import record_of
@@ -229,7 +229,7 @@ def test_a_weight_without_gradient_so_far_can_get_one_later() -> None:
     """AdamW initialises a weight's state when it finds none: a beta alone would look like one."""
     weights = [nn.Parameter(torch.randn(32, 64)) for _ in range(2)]
     slot = WeightSlot(
-        name="w", position=0, transposed=False, projection=Projection.SSTE, out_features=32, in_features=64,
+        name="w", position=0, transposed=False, projection=SOFT, out_features=32, in_features=64,
         device=torch.device("cpu"),
     )  # fmt: skip
     for weight in weights:

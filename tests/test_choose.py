@@ -19,19 +19,20 @@ from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.passes.sites import Reason
-from sparse_compile.recipe import FP8, SSTE, SSTE_BF16, STE_BF16, T_SR_STE, Gemm, GradFormat, Projection, Rounding
+from sparse_compile.projections.groups_of_four import SOFT
+from sparse_compile.recipe import FP8, SSTE, SSTE_BF16, STE_BF16, T_SR_STE, Gemm, GradFormat, Rounding
 from variants import VARIANTS
 
 DENSE = {"hp fprop": 100.0, "hp dgrad": 100.0, "hp wgrad": 100.0}
 PIECES = {
-    "fp8 fprop": 60.0, "fp8 dgrad": 60.0, "fp8 wgrad": 60.0, "2:4 fp8 fprop": 40.0, "2:4 fp8 wgrad": 40.0,
-    "2:4 bf16 fprop": 60.0, "bf16 dgrad": 100.0, "bf16 wgrad": 100.0,
-    "cast_mvue, exact mvue": 10.0, "cast_mvue, approximate mvue": 10.0, "cast_transpose": 10.0,
-    "transpose_tokens": 8.0, "prune_weight_": 2.0, "prune_weight_, hard": 2.0, "add_masked_decay_": 3.0,
-    "prune_transposable_": 2.0, "2:4 fp8 dgrad": 40.0, "prune_weight_bf16_": 2.0, "prune_weight_bf16_, hard": 2.0,
-    "cast_weight_": 2.0, "copy": 0.0, "2:4 fp8 mvue dgrad": 40.0,
-    "cast_mvue for dgrad, exact mvue": 10.0, "cast_mvue for dgrad, approximate mvue": 10.0,
-    "cast_mvue, exact mvue, stochastic": 10.0,
+    "fp8 fprop": 60.0, "fp8 dgrad": 60.0, "fp8 wgrad": 60.0, "sparse24 fprop": 40.0, "sparse24 wgrad": 40.0,
+    "sparse24_bf16 fprop": 60.0, "bf16 dgrad": 100.0, "bf16 wgrad": 100.0,
+    "cast_mvue exact nearest": 10.0, "cast_mvue approximate nearest": 10.0, "cast_transpose": 10.0,
+    "transpose_tokens": 8.0, "weight soft24": 2.0, "weight top24": 2.0, "add_masked_decay": 3.0,
+    "weight transposable24": 2.0, "sparse24 dgrad": 40.0, "weight soft24-bf16": 2.0, "weight top24-bf16": 2.0,
+    "weight identity": 2.0, "copy": 0.0, "mvue24 dgrad": 40.0,
+    "cast_mvue for dgrad exact nearest": 10.0, "cast_mvue for dgrad approximate nearest": 10.0,
+    "cast_mvue exact stochastic": 10.0,
 }  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def test_transposable_masks_make_dgrad_sparse(kernels, trace, small_gpt, batch):
     kept = {plan.site.name: plan for plan in choose(plans, clock())[0]}
     assert kept["blocks.0.up"].recipe is T_SR_STE
     assert kept["blocks.0.up"].price.rewritten == 3 * 40.0 + 10.0 + 8.0 + 2.0 + 3.0
-    slow = {plan.site.name: plan for plan in choose(plans, clock(**{"cast_mvue, exact mvue": 100.0}))[0]}
+    slow = {plan.site.name: plan for plan in choose(plans, clock(**{"cast_mvue exact nearest": 100.0}))[0]}
     assert (slow["blocks.0.up"].recipe.dgrad, slow["blocks.0.up"].recipe.wgrad) == (Gemm.SPARSE24, Gemm.FP8)
 
 
@@ -107,7 +108,7 @@ def test_a_sampled_dgrad_pays_for_its_cast(kernels, trace, small_gpt, batch):
     byte = 1.0 / (2 * 4 * tokens * up.out_features)
     fused = tokens * (up.in_features + up.out_features + 2 * up.in_features + 8 * up.out_features) * byte
     assert slower["blocks.0.up"].price.rewritten == pytest.approx(150.0 + fused)
-    dense = {p.site.name: p for p in choose(plans, clock(**{"cast_mvue for dgrad, exact mvue": 31.0}))[0]}
+    dense = {p.site.name: p for p in choose(plans, clock(**{"cast_mvue for dgrad exact nearest": 31.0}))[0]}
     recipe = dense["blocks.0.up"].recipe
     assert (recipe.dgrad, recipe.wgrad, recipe.estimator) == (Gemm.FP8, Gemm.SPARSE24, SSTE.estimator)
 
@@ -121,13 +122,13 @@ def test_gradients_are_priced_in_their_format_and_rounding(kernels, plans):
     def read(questions):
         assert {shape.grad_dtype for shape, _ in questions} == {recipe.grad_format.dtype}
         asked.update(piece for pieces in questions.values() for piece in pieces)
-        times = clock(**{"cast_mvue, exact mvue, stochastic": 13.0})
+        times = clock(**{"cast_mvue exact stochastic": 13.0})
         return times(questions)
 
     kept = choose(planned, read)[0]
     assert {plan.recipe for plan in kept} == {recipe}
-    assert "cast_mvue, exact mvue, stochastic" in asked
-    assert "cast_mvue, exact mvue" not in asked
+    assert "cast_mvue exact stochastic" in asked
+    assert "cast_mvue exact nearest" not in asked
     by_default = choose([plan for plan in plans() if plan.recipe is SSTE], clock())[0]
     for plan, other in zip(kept, by_default, strict=True):
         assert plan.price.rewritten == other.price.rewritten + 3.0
@@ -151,10 +152,10 @@ def test_a_gain_within_the_margin_is_none(kernels, plans):
 
 def test_wgrad_in_the_precision_that_is_fastest(kernels, plans):
     recipe = chosen(plans(), clock(hp_wgrad=30.0))["up"]
-    assert (recipe.projection, recipe.fprop, recipe.dgrad) == (Projection.SSTE, Gemm.SPARSE24, Gemm.FP8)
+    assert (recipe.projection, recipe.fprop, recipe.dgrad) == (SOFT, Gemm.SPARSE24, Gemm.FP8)
     assert (recipe.wgrad, recipe.estimator) == (Gemm.HP, None)
     read = clock()
-    slow_sparse = clock(**{"cast_mvue, exact mvue": 100.0})
+    slow_sparse = clock(**{"cast_mvue exact nearest": 100.0})
     assert chosen(plans(), slow_sparse)["up"].wgrad is Gemm.FP8
     assert chosen(plans(), read)["up"] is SSTE
 
@@ -207,12 +208,12 @@ def test_inference_is_forward_alone(kernels, plans):
 
     def read(questions):
         asked.update(*questions.values())
-        return clock(prune_weight_=1000.0, copy=1.0)(questions)
+        return clock(**{"weight soft24": 1000.0}, copy=1.0)(questions)
 
     planned = plans()
     kept, _ = choose(planned, read, training=False)
     assert [plan.recipe for plan in kept] == [plan.recipe for plan in planned] == [FP8, FP8, SSTE, SSTE]
-    assert asked == {"hp fprop", "fp8 fprop", "2:4 fp8 fprop", "copy"}
+    assert asked == {"hp fprop", "fp8 fprop", "sparse24 fprop", "copy"}
     for plan in kept:
         assert plan.price.dense == 100.0
     up, byte = kept[2].site, 1.0 / (2 * 4 * 64 * 256)

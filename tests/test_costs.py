@@ -47,8 +47,10 @@ def timed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
         names.append(call())
         return float(len(names[-1].rsplit(" ", 1)[0]))
 
-    monkeypatch.setattr(linear_costs, "_Operands", lambda device: None)
-    monkeypatch.setattr(linear_costs, "PIECES", {name: fake(name) for name in PIECES})
+    monkeypatch.setattr(linear_costs, "RandomOperands", lambda device: None)
+    monkeypatch.setattr(
+        linear_costs, "PIECES", {name: piece._replace(make=fake(name)) for name, piece in PIECES.items()}
+    )
     monkeypatch.setattr(linear_costs, "_measure", measure)
     return names
 
@@ -64,17 +66,17 @@ class TestPieces:
     @pytest.mark.parametrize("grad_dtype", FP8_DTYPES, ids=str)
     @pytest.mark.parametrize("name", PIECES)
     def test_runs_with_the_sizes_of_the_linear(self, name: str, grad_dtype: torch.dtype, transposed: bool) -> None:
-        make = linear_costs._Operands(torch.device("cpu"))
-        call = PIECES[name](replace(SHAPE, grad_dtype=grad_dtype, transposed=transposed), make)
+        make = linear_costs.RandomOperands(torch.device("cpu"))
+        call = PIECES[name].make(replace(SHAPE, grad_dtype=grad_dtype, transposed=transposed), make)
         result: Any = call()
         shapes = [tuple(r.shape) for r in (result if isinstance(result, tuple) else (result,)) if r is not None]
         gradient = (64, 48) if transposed else (48, 64)
         expected = {
-            "hp fprop": [(100, 48)], "fp8 fprop": [(100, 48)], "2:4 fp8 fprop": [(100, 48)],
-            "2:4 bf16 fprop": [(100, 48)], "bf16 dgrad": [(100, 64)], "bf16 wgrad": [gradient],
-            "2:4 fp8 mvue dgrad": [(padded(100), 64)],
-            "2:4 fp8 dgrad": [(100, 64)], "hp dgrad": [(100, 64)], "fp8 dgrad": [(100, 64)],
-            "hp wgrad": [gradient], "fp8 wgrad": [gradient], "2:4 fp8 wgrad": [gradient],
+            "hp fprop": [(100, 48)], "fp8 fprop": [(100, 48)], "sparse24 fprop": [(100, 48)],
+            "sparse24_bf16 fprop": [(100, 48)], "bf16 dgrad": [(100, 64)], "bf16 wgrad": [gradient],
+            "mvue24 dgrad": [(padded(100), 64)],
+            "sparse24 dgrad": [(100, 64)], "hp dgrad": [(100, 64)], "fp8 dgrad": [(100, 64)],
+            "hp wgrad": [gradient], "fp8 wgrad": [gradient], "sparse24 wgrad": [gradient],
             "transpose_tokens": [(64, padded(100))], "cast_transpose": [(100, 48), (48, padded(100))],
             "copy": [(100, 48)],
         }  # fmt: skip
@@ -88,16 +90,16 @@ class TestPieces:
             assert result is None  # written into buffers
 
     def test_products_are_of_random_operands(self) -> None:
-        make = linear_costs._Operands(torch.device("cpu"))
+        make = linear_costs.RandomOperands(torch.device("cpu"))
         for name in PIECES:
-            result: Any = PIECES[name](SHAPE, make)()
+            result: Any = PIECES[name].make(SHAPE, make)()
             if isinstance(result, torch.Tensor):
                 values = result.float()
                 assert values.std() > 0, name
                 assert values.isfinite().all(), name
 
     def test_the_weight_lies_as_it_is_stored(self) -> None:
-        make = linear_costs._Operands(torch.device("cpu"))
+        make = linear_costs.RandomOperands(torch.device("cpu"))
         assert linear_costs._weight(SHAPE, make).is_contiguous()
         transposed = linear_costs._weight(replace(SHAPE, transposed=True), make)
         assert transposed.shape == (48, 64)
@@ -113,11 +115,11 @@ class TestDisk:
         assert timed == ["hp fprop 104", "copy 104", "fp8 dgrad 104"]
 
     def test_tokens_of_a_bucket_share_a_measurement(self, timed: list[str]) -> None:
-        first = times_of(SHAPE, DEVICE, ["copy", "prune_weight_"])
-        second = times_of(replace(SHAPE, tokens=104), DEVICE, ["copy", "prune_weight_"])
+        first = times_of(SHAPE, DEVICE, ["copy", "weight soft24"])
+        second = times_of(replace(SHAPE, tokens=104), DEVICE, ["copy", "weight soft24"])
         assert len(timed) == 2
         assert second["copy"] == pytest.approx(first["copy"] * 1.04)
-        assert second["prune_weight_"] == first["prune_weight_"], "it does not depend on tokens"
+        assert second["weight soft24"] == first["weight soft24"], "it does not depend on tokens"
 
     def test_many_tokens_cost_in_proportion(self, timed: list[str]) -> None:
         assert times_of(replace(SHAPE, tokens=2**20), DEVICE, ["copy"]) == {"copy": 4 * 64.0}
@@ -169,11 +171,16 @@ class TestDisk:
 
         monkeypatch.setattr(linear_costs.os, "cpu_count", lambda: 2)
         monkeypatch.setattr(
-            linear_costs, "PIECES", linear_costs.PIECES | {name: kernel(name) for name in linear_costs._KERNELS}
+            linear_costs,
+            "PIECES",
+            {
+                name: piece if piece.of_library else piece._replace(make=kernel(name))
+                for name, piece in linear_costs.PIECES.items()
+            },
         )
-        times_of(SHAPE, DEVICE, ["copy", "cast_transpose", "prune_weight_"])
-        assert sorted(compiled) == ["cast_transpose", "prune_weight_"]
-        assert [name.split()[0] for name in timed] == ["copy", "cast_transpose", "prune_weight_"]
+        times_of(SHAPE, DEVICE, ["copy", "cast_transpose", "weight soft24"])
+        assert sorted(compiled) == ["cast_transpose", "weight soft24"]
+        assert [name.rsplit(" ", 1)[0] for name in timed] == ["copy", "cast_transpose", "weight soft24"]
 
     def test_what_does_not_compile_is_raised_and_nothing_is_kept(
         self, timed: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -181,9 +188,11 @@ class TestDisk:
         def broken(shape: LinearShape, make: object) -> Callable[[], str]:
             raise SparseCompileError("the check of the sparse GEMM", "this variant", "a wrong product")
 
-        monkeypatch.setattr(linear_costs, "PIECES", linear_costs.PIECES | {"2:4 fp8 fprop": broken})
+        monkeypatch.setattr(
+            linear_costs, "PIECES", linear_costs.PIECES | {"sparse24 fprop": linear_costs.Piece(broken)}
+        )
         with pytest.raises(SparseCompileError, match="a wrong product"):
-            times_of(SHAPE, DEVICE, ["copy", "2:4 fp8 fprop"])
+            times_of(SHAPE, DEVICE, ["copy", "sparse24 fprop"])
         assert list(folder.glob("*/linear/*")) == []
 
     @pytest.mark.parametrize("text", ["", "[]", '{"copy": "fast"}', "{"])
@@ -209,6 +218,6 @@ def test_times_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     for piece, time in times.items():
         assert 1.0 < time < 1000.0, (piece, time)
     assert times["fp8 fprop"] < times["hp fprop"]
-    assert times["2:4 fp8 fprop"] < times["hp fprop"]
+    assert times["sparse24 fprop"] < times["hp fprop"]
     assert times == times_of(shape, device, PIECES), "read from disk"
     gpu_times.folder.cache_clear()

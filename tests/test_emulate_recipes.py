@@ -17,7 +17,7 @@ from emulate_recipes import PrunedLinear, Trial
 import sparse_compile
 from sparse_compile.kernels.reference import hard_threshold24, soft_threshold24, sste_beta
 from sparse_compile.options import read_options
-from sparse_compile.recipe import Projection
+from sparse_compile.projections.groups_of_four import SOFT, TOP2
 
 TINY = train_gpt.GPTConfig(layers=1, heads=1, width=16, context=8)
 
@@ -36,7 +36,7 @@ def test_gradients_go_straight_through_the_projection(beta: float | None) -> Non
     linear = nn.Linear(16, 8)
     linear.__class__ = PrunedLinear
     assert isinstance(linear, PrunedLinear)
-    linear.become(Trial(projection=Projection.SSTE, beta=beta), "ffn.up")
+    linear.become(Trial(projection=SOFT, beta=beta), "ffn.up")
     linear.prunes = True
     x = torch.randn(4, 16)
     out = linear(x)
@@ -64,7 +64,7 @@ def test_weights_that_are_not_pruned_may_be_multiplied() -> None:
 
 def test_phases_and_what_a_tail_begins_with() -> None:
     gpt = model()
-    call = emulate_recipes.scheduled(gpt, Trial(projection=Projection.TOP2, warmup=0.25, tail=0.5), 4)
+    call = emulate_recipes.scheduled(gpt, Trial(projection=TOP2, warmup=0.25, tail=0.5), 4)
     up = gpt.blocks[0].ffn.up
     assert isinstance(up, PrunedLinear)
     phases = []
@@ -81,7 +81,7 @@ def test_phases_and_what_a_tail_begins_with() -> None:
 
 def test_groups_along_out_features() -> None:
     gpt = model()
-    call = emulate_recipes.scheduled(gpt, Trial(projection=Projection.SSTE, across=True), 1)
+    call = emulate_recipes.scheduled(gpt, Trial(projection=SOFT, across=True), 1)
     call(tokens(), tokens())
     up = gpt.blocks[0].ffn.up
     assert isinstance(up, PrunedLinear)
@@ -92,7 +92,7 @@ def test_groups_along_out_features() -> None:
 
 def test_without_a_tail_evaluation_is_pruned() -> None:
     gpt = model()
-    call = emulate_recipes.scheduled(gpt, Trial(projection=Projection.TOP2, layers=("down",)), 1)
+    call = emulate_recipes.scheduled(gpt, Trial(projection=TOP2, layers=("down",)), 1)
     call(tokens(), tokens())
     with torch.no_grad():
         loss = call(tokens(), tokens())

@@ -11,7 +11,7 @@ import torch
 import sparse_compile
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3
-from sparse_compile.linear.fp8 import linear
+from sparse_compile.linear.function import LinearSpec, linear
 from sparse_compile.options import read_options
 from sparse_compile.recipe import FP8, RECIPES, SSTE, T_SR_STE, GradFormat, Rounding, recipe_named
 from test_linear import operands_of
@@ -130,7 +130,11 @@ def test_every_product_reads_it(monkeypatch, recipe, transposed):
         chosen = replace(recipe, grad_format=grad_format)
         weight, x = torch.randn(32, 64), torch.randn(20, 64, requires_grad=True)
         stored = (weight.t().contiguous() if transposed else weight.clone()).requires_grad_()
-        arguments = (torch.tensor([1]), 0, chosen.full_name, transposed, torch.float32, *operands_of(weight, chosen))
+        arguments = (
+            torch.tensor([1]),
+            LinearSpec(chosen.full_name, 0, transposed, torch.float32),
+            operands_of(weight, chosen),
+        )
         linear(x, stored, None, *arguments).square().sum().backward()
         assert products == [{E4M3}, {E4M3, grad_format.dtype}, {E4M3, grad_format.dtype}]
 
@@ -158,7 +162,7 @@ def test_kernels_equal_their_definition(size, recipe, transposed, dtype):
     results = []
     for context in (nullcontext(), ops.force_reference()):
         leaf, parameter = x.clone().requires_grad_(), stored.clone().requires_grad_()
-        arguments = (torch.tensor([5], device="cuda"), 3, recipe.full_name, transposed, dtype, *operands)
+        arguments = (torch.tensor([5], device="cuda"), LinearSpec(recipe.full_name, 3, transposed, dtype), operands)
         with context:
             output = linear(leaf, parameter, None, *arguments)
             output.backward(grad_output)

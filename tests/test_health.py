@@ -9,6 +9,9 @@ from sparse_compile.kernels import ops, reference
 from sparse_compile.measuring import weight_health as health
 from sparse_compile.measuring.gradient_noise import GradNoise, noise_and_underflow
 from sparse_compile.options import read_options
+from sparse_compile.projections.groups_of_four import SOFT
+from sparse_compile.projections.groups_of_four_bf16 import TOP2_BF16
+from sparse_compile.projections.transposable import TRANSPOSABLE
 from sparse_compile.reporting.health import Health
 from sparse_compile.reporting.process_report import record_health
 
@@ -27,8 +30,8 @@ def nothing_watched(monkeypatch):
 
 
 def pruned(weight):
-    operands = ops.new_pruned_weight(*weight.shape, weight.device)
-    ops.prune_weight_(weight, torch.ones(1, device=weight.device), *operands)
+    operands = SOFT.new_operands(*weight.shape, weight.device)
+    SOFT.fill(weight, operands, None, None, False)
     return operands
 
 
@@ -56,8 +59,8 @@ def test_bf16_operands_are_sampled_alike(device):
     after = before + 0.3 * noise
     samples = []
     for weight in (before, after):
-        operands = ops.new_pruned_weight_bf16(*weight.shape, weight.device)
-        ops.prune_weight_bf16_(weight, torch.ones(1, device=device), *operands, True)
+        operands = TOP2_BF16.new_operands(*weight.shape, weight.device)
+        TOP2_BF16.fill(weight, operands, None, None, False)
         samples.append(operands[:2])
     # Two of four zeros are kept in each row, and the padding.
     assert health._counts(*samples[0], None).tolist() == [-1, 80 * (2 + (256 - 208) // 2), 0]
@@ -123,10 +126,9 @@ def test_noise_where_dgrad_is_24():
     """It tells the weight as one in FP8 does, and is not taken for a product that makes a weight's gradient."""
     tokens, out_features, in_features = 32, 48, 80
     weight, grad = torch.randn(out_features, in_features), torch.randn(tokens, out_features)
-    operands = ops.new_transposable_weight(out_features, in_features, weight.device)
-    masks = ops.new_masks(out_features, in_features, weight.device)
-    ops.prune_transposable_(weight, *operands, masks, True)
-    _, _, values_t, metadata_t, weight_scale_inv = operands
+    operands = TRANSPOSABLE.new_operands(out_features, in_features, weight.device)
+    TRANSPOSABLE.fill(weight, operands, None, TRANSPOSABLE.new_masks(out_features, in_features, weight.device), True)
+    values_t, metadata_t, weight_scale_inv = TRANSPOSABLE.dgrad_operand(operands)
     scale, seed, x_t = torch.ones(tokens), torch.zeros(1, dtype=torch.int64), torch.randn(in_features, 128)
     noise = GradNoise()
     noise.watch(True)

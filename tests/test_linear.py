@@ -8,7 +8,11 @@ import torch
 from sparse_compile.kernels import ops, reference
 from sparse_compile.kernels.formats import FAST_ACCUM_MAX
 from sparse_compile.kernels.reference.transposable import dense_mask, transposable_masks
-from sparse_compile.linear.fp8 import linear
+from sparse_compile.linear.function import LinearSpec, linear
+from sparse_compile.projections.groups_of_four import SOFT, TOP2
+from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16, TOP2_BF16
+from sparse_compile.projections.identity import IDENTITY
+from sparse_compile.projections.transposable import TRANSPOSABLE
 from sparse_compile.recipe import (
     FP8,
     SSTE,
@@ -19,7 +23,6 @@ from sparse_compile.recipe import (
     T_SR_STE,
     Gemm,
     GradFormat,
-    Projection,
     Rounding,
 )
 from variants import VARIANTS
@@ -31,27 +34,20 @@ SEED = torch.tensor([42])
 
 def operands_of(weight, recipe):
     """What the state keeps of ``weight [N, K]``."""
-    if recipe.projection is Projection.TRANSPOSABLE:
-        operands = ops.new_transposable_weight(*weight.shape, weight.device)
-        masks = ops.new_masks(*weight.shape, weight.device)
-        ops.prune_transposable_(weight.detach(), *operands, masks, True)
-    elif recipe.projection.prunes:
-        new, prune = ops.new_pruned_weight, ops.prune_weight_
-        if recipe.is_bf16:
-            new, prune = ops.new_pruned_weight_bf16, ops.prune_weight_bf16_
-        operands = new(*weight.shape, weight.device)
-        prune(weight.detach(), torch.ones(1), *operands, recipe.projection is Projection.TOP2)
-    else:
-        operands = ops.new_cast_weight(*weight.shape, weight.device)
-        ops.cast_weight_(weight.detach(), *operands)
+    projection = recipe.projection
+    operands = projection.new_operands(*weight.shape, weight.device)
+    masks = projection.new_masks(*weight.shape, weight.device)
+    projection.fill(weight.detach(), operands, None, masks, True)
     return operands
 
 
 PROJECTIONS = {
-    Projection.NONE: lambda weight: weight,
-    Projection.SSTE: reference.soft_threshold24,
-    Projection.TOP2: reference.hard_threshold24,
-    Projection.TRANSPOSABLE: lambda weight: weight * dense_mask(transposable_masks(weight)),
+    IDENTITY: lambda weight: weight,
+    SOFT: reference.soft_threshold24,
+    TOP2: reference.hard_threshold24,
+    SOFT_BF16: reference.soft_threshold24,
+    TOP2_BF16: reference.hard_threshold24,
+    TRANSPOSABLE: lambda weight: weight * dense_mask(transposable_masks(weight)),
 }
 
 
@@ -72,7 +68,7 @@ def test_dense_fp8_is_exact_on_small_integers(recipe, transposed):
     bias = torch.arange(32.0).requires_grad_()
     grad_output = small_integers(40, 32)
     name = recipe.full_name
-    y = linear(x, stored, bias, None, 0, name, transposed, torch.float32, *operands_of(weight, recipe))
+    y = linear(x, stored, bias, None, LinearSpec(name, 0, transposed, torch.float32), operands_of(weight, recipe))
     y.backward(grad_output)
     assert torch.equal(y, x @ weight.t() + bias)
     assert torch.equal(x.grad, grad_output @ weight)
@@ -95,7 +91,12 @@ def test_long_sums_are_not_left_to_few_bits(monkeypatch, in_features, out_featur
     monkeypatch.setattr(ops, "scaled_mm", scaled_mm)
     weight, x = torch.randn(out_features, in_features, requires_grad=True), torch.randn(16, in_features)
     linear(
-        x.requires_grad_(), weight, None, None, 0, FP8.full_name, False, torch.float32, *operands_of(weight, FP8)
+        x.requires_grad_(),
+        weight,
+        None,
+        None,
+        LinearSpec(FP8.full_name, 0, False, torch.float32),
+        operands_of(weight, FP8),
     ).sum().backward()
     fprop, dgrad, wgrad = in_features == 64, out_features != FAST_ACCUM_MAX + 16, False
     assert flags == [fprop, dgrad, wgrad]
@@ -118,7 +119,9 @@ def test_pruned_is_exact_on_small_integers_but_for_the_sampling(recipe):
     assert pruned.abs().max() == 14
     parameter = weight.clone().requires_grad_()
     grad_output = small_integers(40, 32)
-    y = linear(x, parameter, None, SEED, 5, recipe.full_name, False, torch.float32, *operands_of(weight, recipe))
+    y = linear(
+        x, parameter, None, SEED, LinearSpec(recipe.full_name, 5, False, torch.float32), operands_of(weight, recipe)
+    )
     y.backward(grad_output)
     assert torch.equal(y, x @ pruned.t())
     assert torch.equal(x.grad, grad_output @ pruned)
@@ -137,7 +140,9 @@ def test_weight_gradient_is_unbiased(recipe):
     grads = []
     for sample in range(samples):
         parameter = weight.clone().requires_grad_()
-        y = linear(x, parameter, None, torch.tensor([sample]), 0, recipe.full_name, False, torch.float32, *operands)
+        y = linear(
+            x, parameter, None, torch.tensor([sample]), LinearSpec(recipe.full_name, 0, False, torch.float32), operands
+        )
         y.backward(grad_output)
         grads.append(parameter.grad)
     stacked = torch.stack(grads)
@@ -159,7 +164,7 @@ def test_stochastic_rounding_leaves_the_weight_gradient_no_bias():
         operands, grads = operands_of(weight, recipe), []
         for sample in range(samples):
             parameter = weight.clone().requires_grad_()
-            arguments = (torch.tensor([sample]), 0, recipe.full_name, False, torch.float32, *operands)
+            arguments = (torch.tensor([sample]), LinearSpec(recipe.full_name, 0, False, torch.float32), operands)
             linear(x, parameter, None, *arguments).backward(grad_output)
             grads.append(parameter.grad)
         stacked = torch.stack(grads)
@@ -175,7 +180,9 @@ def test_large_inputs_and_gradients_of_zero(grad_format):
     recipe = replace(SSTE, grad_format=grad_format)
     x, weight = torch.full((20, 64), 1e8), torch.randn(32, 64)
     parameter = weight.clone().requires_grad_()
-    y = linear(x, parameter, None, SEED, 0, recipe.full_name, False, torch.float32, *operands_of(weight, recipe))
+    y = linear(
+        x, parameter, None, SEED, LinearSpec(recipe.full_name, 0, False, torch.float32), operands_of(weight, recipe)
+    )
     y.backward(torch.zeros_like(y))
     assert torch.equal(parameter.grad, torch.zeros_like(weight))
 
@@ -191,7 +198,7 @@ def test_close_to_the_dense_product_of_the_projected_weight(recipe, dtype):
     weight = (torch.randn(48, 64) / 8).to(dtype)
     parameter = weight.clone().requires_grad_()
     projected = PROJECTIONS[recipe.projection](weight.double())
-    y = linear(x, parameter, None, SEED, 0, recipe.full_name, False, dtype, *operands_of(weight, recipe))
+    y = linear(x, parameter, None, SEED, LinearSpec(recipe.full_name, 0, False, dtype), operands_of(weight, recipe))
     grad_output = torch.randn_like(y)
     y.backward(grad_output)
     assert y.dtype is x.grad.dtype is parameter.grad.dtype is dtype
@@ -207,7 +214,9 @@ def test_close_to_the_dense_product_of_the_projected_weight(recipe, dtype):
 def test_products_in_hp_are_those_of_a_dense_linear(recipe, transposed):
     x, weight = torch.randn(3, 8, 64, requires_grad=True), torch.randn(32, 64)
     stored = (weight.t().contiguous() if transposed else weight.clone()).requires_grad_()
-    y = linear(x, stored, None, None, 0, recipe.full_name, transposed, torch.float32, *operands_of(weight, recipe))
+    y = linear(
+        x, stored, None, None, LinearSpec(recipe.full_name, 0, transposed, torch.float32), operands_of(weight, recipe)
+    )
     grad_output = torch.randn_like(y)
     y.backward(grad_output)
     expected = grad_output.flatten(0, 1).t() @ x.detach().flatten(0, 1)
@@ -226,7 +235,7 @@ def test_bf16_is_exact_on_small_integers(recipe, transposed):
     operands = operands_of(weight, recipe)
     operands[-1].fill_(1.5)
     grad_output = small_integers(40, 32)
-    y = linear(x, stored, bias, None, 0, recipe.full_name, transposed, torch.float32, *operands)
+    y = linear(x, stored, bias, None, LinearSpec(recipe.full_name, 0, transposed, torch.float32), operands)
     y.backward(grad_output)
     pruned = 1.5 * PROJECTIONS[recipe.projection](weight)
     assert torch.equal(y, x @ pruned.t() + bias)
@@ -241,7 +250,7 @@ def test_scales_follow_each_token():
     """Tokens that differ by orders of magnitude keep their relative precision."""
     x = torch.randn(40, 64) * torch.logspace(-12, 4, 40)[:, None]
     weight = torch.randn(32, 64)
-    y = linear(x, weight, None, None, 0, "fp8", False, torch.float32, *operands_of(weight, FP8))
+    y = linear(x, weight, None, None, LinearSpec("fp8", 0, False, torch.float32), operands_of(weight, FP8))
     expected = x @ weight.t()
     assert bool(((y - expected).norm(dim=1) < 0.06 * expected.norm(dim=1)).all())
 
@@ -251,7 +260,9 @@ def test_zero_gradients_and_zero_inputs_stay_zero(recipe):
     x, weight = torch.zeros(20, 64, requires_grad=True), torch.randn(32, 64)
     x.data[3] = 1e6
     parameter = weight.clone().requires_grad_()
-    y = linear(x, parameter, None, SEED, 0, recipe.full_name, False, torch.float32, *operands_of(weight, recipe))
+    y = linear(
+        x, parameter, None, SEED, LinearSpec(recipe.full_name, 0, False, torch.float32), operands_of(weight, recipe)
+    )
     assert torch.equal(y[4:], torch.zeros(16, 32))
     y.backward(torch.zeros_like(y))
     assert torch.equal(x.grad, torch.zeros_like(x))
@@ -264,7 +275,9 @@ def test_a_bad_gradient_stays_visible(recipe, value):
     """Gradient scalers skip a step when a gradient is not finite: a cast must not hide that."""
     x, weight = torch.randn(20, 64, requires_grad=True), torch.randn(32, 64)
     parameter = weight.clone().requires_grad_()
-    y = linear(x, parameter, None, SEED, 0, recipe.full_name, False, torch.float32, *operands_of(weight, recipe))
+    y = linear(
+        x, parameter, None, SEED, LinearSpec(recipe.full_name, 0, False, torch.float32), operands_of(weight, recipe)
+    )
     grad_output = torch.randn_like(y)
     grad_output[7, 5] = value
     y.backward(grad_output)
@@ -281,11 +294,13 @@ def test_a_bad_input_or_weight_stays_visible(recipe, value):
     x, weight = torch.randn(20, 64), torch.randn(32, 64)
     operands = operands_of(weight, recipe)
     x[7, 5] = value
-    y = linear(x, weight, None, SEED, 0, recipe.full_name, False, torch.float32, *operands)
+    y = linear(x, weight, None, SEED, LinearSpec(recipe.full_name, 0, False, torch.float32), operands)
     assert not y[7].isfinite().any()
     assert y[8:].isfinite().all()
     weight[3, 2] = value
-    y = linear(x, weight, None, SEED, 0, recipe.full_name, False, torch.float32, *operands_of(weight, recipe))
+    y = linear(
+        x, weight, None, SEED, LinearSpec(recipe.full_name, 0, False, torch.float32), operands_of(weight, recipe)
+    )
     # One scale spreads it over FP8; in bf16 it stays where it is.
     assert not (y[:, 3] if recipe.is_bf16 else y).isfinite().any()
 
@@ -296,7 +311,12 @@ def test_any_leading_dimensions(recipe, shape):
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(32, 64)
     parameter = weight.clone().requires_grad_()
     y = linear(
-        x, parameter, torch.zeros(32), SEED, 0, recipe.full_name, False, torch.float32, *operands_of(weight, recipe)
+        x,
+        parameter,
+        torch.zeros(32),
+        SEED,
+        LinearSpec(recipe.full_name, 0, False, torch.float32),
+        operands_of(weight, recipe),
     )
     assert y.shape == (*shape[:-1], 32)
     y.sum().backward()
@@ -319,7 +339,9 @@ def test_any_strides(recipe):
     results = []
     for x in (contiguous, contiguous.t().contiguous().t()):
         parameter, x = weight.clone().requires_grad_(), x.requires_grad_()
-        y = linear(x, parameter, None, SEED, 0, recipe.full_name, False, torch.float32, *operands_of(weight, recipe))
+        y = linear(
+            x, parameter, None, SEED, LinearSpec(recipe.full_name, 0, False, torch.float32), operands_of(weight, recipe)
+        )
         y.sum().backward()
         results.append((y.detach(), x.grad, parameter.grad))
     for first, second in zip(*results, strict=True):

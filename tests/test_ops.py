@@ -9,14 +9,18 @@ from torch.library import opcheck
 
 from sparse_compile.kernels import ops, reference
 from sparse_compile.kernels.formats import E4M3, E5M2, FP8_DTYPES
+from sparse_compile.projections.groups_of_four import SOFT, prune_weight_
+from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16
+from sparse_compile.projections.identity import IDENTITY
+from sparse_compile.projections.transposable import TRANSPOSABLE
 from sparse_compile.testing import DENSE_INSTRUCTION, assert_within_budget
 
 SEED = torch.tensor([1234567])
 
 
 def pruned(n, k):
-    buffers = ops.new_pruned_weight(n, k, torch.device("cpu"))
-    ops.prune_weight_(torch.randn(n, k), torch.ones(1), *buffers)
+    buffers = SOFT.new_operands(n, k, torch.device("cpu"))
+    SOFT.fill(torch.randn(n, k), buffers, None, None, False)
     return buffers
 
 
@@ -30,13 +34,13 @@ def cases():
     yield "prune_weight_", (torch.randn(48, 80), torch.ones(1), *pruned(48, 80))
     yield "prune_weight_", (torch.randn(80, 48).t(), torch.ones(1), *pruned(48, 80))
     yield "prune_weight_", (torch.randn(48, 80), torch.ones(1), *pruned(48, 80), True)
-    bf16 = ops.new_pruned_weight_bf16(48, 80, torch.device("cpu"))
+    bf16 = SOFT_BF16.new_operands(48, 80, torch.device("cpu"))
     yield "prune_weight_bf16_", (torch.randn(48, 80), torch.ones(1), *bf16)
     yield "prune_weight_bf16_", (torch.randn(80, 48).t(), torch.ones(1), *(b.clone() for b in bf16), True)
-    yield "cast_weight_", (torch.randn(48, 80), *ops.new_cast_weight(48, 80, torch.device("cpu")))
+    yield "cast_weight_", (torch.randn(48, 80), *IDENTITY.new_operands(48, 80, torch.device("cpu")))
     masks, cpu = torch.full((12, 20), 0x5A5A, dtype=torch.int16), torch.device("cpu")
     for search in (False, True):
-        buffers = ops.new_transposable_weight(48, 80, cpu)
+        buffers = TRANSPOSABLE.new_operands(48, 80, cpu)
         yield "prune_transposable_", (torch.randn(80, 48).t(), *buffers, masks.clone(), search)
     yield "add_masked_decay_", (torch.randn(48, 80), torch.randn(48, 80), torch.ones(1), masks)
     yield "add_masked_decay_", (torch.randn(80, 48).t(), torch.randn(48, 80), torch.ones(1))
@@ -183,9 +187,9 @@ def test_weights_at_any_address(elements):
     weight = torch.randn(64 * 128 + elements, device="cuda")[elements:].view(64, 128).bfloat16()
     storage = torch.empty(64 * 128 + elements, dtype=torch.bfloat16, device="cuda")
     shifted = storage[elements:].view(64, 128).copy_(weight)
-    aligned, moved = (ops.new_pruned_weight(64, 128, weight.device) for _ in range(2))
-    ops.prune_weight_(weight, torch.ones(1, device="cuda"), *aligned)
-    ops.prune_weight_(shifted, torch.ones(1, device="cuda"), *moved)
+    aligned, moved = (SOFT.new_operands(64, 128, weight.device) for _ in range(2))
+    prune_weight_(weight, torch.ones(1, device="cuda"), *aligned)
+    prune_weight_(shifted, torch.ones(1, device="cuda"), *moved)
     for one, other in zip(aligned, moved, strict=True):
         assert torch.equal(bits(one), bits(other))
 

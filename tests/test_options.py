@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 from sparse_compile.options import Executor, read_options
+from sparse_compile.projections.groups_of_four import SOFT, TOP2
+from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16
+from sparse_compile.projections.identity import IDENTITY
 from sparse_compile.recipe import (
     FP8,
     RECIPES,
@@ -14,7 +17,6 @@ from sparse_compile.recipe import (
     Estimator,
     Gemm,
     GradFormat,
-    Projection,
     Recipe,
     Rounding,
     recipe_named,
@@ -115,6 +117,9 @@ def test_the_user_of_torch_compile_sees_the_error():
         model(torch.randn(8, 64))
 
 
+BF16 = {"fprop": Gemm.SPARSE24_BF16, "dgrad": Gemm.BF16, "wgrad": Gemm.BF16, "estimator": None}
+
+
 @pytest.mark.parametrize(
     ("field", "message"),
     [
@@ -123,12 +128,12 @@ def test_the_user_of_torch_compile_sees_the_error():
         ({"dgrad": Gemm.SPARSE24}, "dgrad is 2:4 if and only if the masks are transposable"),
         ({"dgrad": Gemm.MVUE24, "wgrad": Gemm.FP8, "estimator": None}, "dgrad is sampled only beside"),
         (
-            {"dgrad": Gemm.MVUE24, "projection": Projection.NONE, "fprop": Gemm.FP8},
+            {"dgrad": Gemm.MVUE24, "projection": IDENTITY, "fprop": Gemm.FP8},
             "dgrad is sampled only beside a pruned weight",
         ),
         ({"dgrad": Gemm.HP}, "dgrad must be dense fp8"),
         ({"decay": 1.0}, "a decay needs a mask"),
-        ({"beta_factor": 2.0, "projection": Projection.TOP2}, "a factor of beta is for a projection that has one"),
+        ({"beta_factor": 2.0, "projection": TOP2}, "a factor of beta is for a projection that has one"),
         ({"refresh": 1}, "masks are refreshed if and only if they are transposable"),
         ({"fprop": Gemm.SPARSE24_BF16}, "all three products are in bf16, or none"),
         (
@@ -136,21 +141,17 @@ def test_the_user_of_torch_compile_sees_the_error():
             "rounding is of what an estimator keeps",
         ),
         (
-            {
-                "fprop": Gemm.SPARSE24_BF16,
-                "dgrad": Gemm.BF16,
-                "wgrad": Gemm.BF16,
-                "estimator": None,
-                "grad_format": GradFormat.E5M2,
-            },
+            BF16 | {"projection": SOFT_BF16, "grad_format": GradFormat.E5M2},
             "a format of gradients needs a product that reads them in FP8",
         ),
+        (BF16, "its products and projection soft24 have different dtypes"),
+        ({"name": "my recipe"}, "a recipe is named 'my recipe'; allowed are letters"),
     ],
 )
 def test_recipes_are_consistent(field, message):
     fields = {
         "name": "x",
-        "projection": Projection.SSTE,
+        "projection": SOFT,
         "fprop": Gemm.SPARSE24,
         "dgrad": Gemm.FP8,
         "wgrad": Gemm.SPARSE24,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_compile.linear.fp8 import linear
+from sparse_compile.linear.function import LinearSpec, linear
 from sparse_compile.recipe import FP8, SSTE_BF16, Gemm
 from test_linear import operands_of
 
@@ -341,7 +341,7 @@ def test_an_input_that_is_saved_itself_must_not_be_written_afterwards(recipe):
     """As with a dense linear: an error, no wrong gradient."""
     weight = torch.randn(32, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     x = torch.randn(2, 8, WIDTH, dtype=torch.bfloat16)
-    arguments = (None, None, 0, recipe.full_name, False, torch.bfloat16, *operands_of(weight, recipe))
+    arguments = (None, None, LinearSpec(recipe.full_name, 0, False, torch.bfloat16), operands_of(weight, recipe))
     y = linear(x, weight, *arguments)
     x.mul_(3)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

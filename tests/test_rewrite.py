@@ -4,14 +4,16 @@ import pytest
 import torch
 
 from sparse_compile.errors import SparseCompileError
-from sparse_compile.linear.fp8 import linear
+from sparse_compile.linear.function import linear
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.passes.rewrite import rewrite, seed_devices
 from sparse_compile.passes.verify import verify
-from sparse_compile.recipe import FP8, SSTE, Projection
+from sparse_compile.projections.groups_of_four import SOFT
+from sparse_compile.projections.identity import IDENTITY
+from sparse_compile.recipe import FP8, SSTE
 from sparse_compile.torch_internals import clone_graph_module, is_checkpoint
 
 
@@ -43,7 +45,7 @@ def test_counts_before_and_after(trace, small_gpt, batch, checkpoint):
     assert count(graph, torch._C._nn.linear) == 9
     assert count(graph, linear) == 0
     added = [n.name for n in clone.graph.nodes if n.op == "placeholder" and n.name.startswith("sste_")]
-    assert len(added) == sum({Projection.SSTE: 4, Projection.NONE: 3}[slot.projection] for slot in slots)
+    assert len(added) == sum({SOFT: 4, IDENTITY: 3}[slot.projection] for slot in slots)
 
 
 def test_slots_name_the_weights_in_the_order_of_the_inputs(trace, small_gpt, conv1d, batch):
@@ -54,7 +56,7 @@ def test_slots_name_the_weights_in_the_order_of_the_inputs(trace, small_gpt, con
         weight = placeholders[slot.position].meta["example_value"]
         assert weight.shape == (slot.in_features, slot.out_features)
         assert slot.transposed
-        assert slot.projection is (Projection.SSTE if "up" in slot.name or "down" in slot.name else Projection.NONE)
+        assert slot.projection is (SOFT if "up" in slot.name or "down" in slot.name else IDENTITY)
 
 
 def test_a_linear_may_read_another(trace):
@@ -102,7 +104,8 @@ def test_verify_catches_another_output(trace, small_gpt, batch):
     clone, plans = planned(trace(small_gpt(), *batch))
     rewrite(clone, plans)
     node = next(n for n in clone.graph.nodes if n.target is linear)
-    node.args = (*node.args[:7], torch.bfloat16, *node.args[8:])
+    *before, spec, operands = node.args
+    node.args = (*before, spec._replace(out_dtype=torch.bfloat16), operands)
     with pytest.raises(SparseCompileError, match=r"output dtype was torch.float32, is torch.bfloat16"):
         verify(clone, plans)
 

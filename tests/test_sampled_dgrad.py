@@ -5,9 +5,10 @@ import torch
 
 import sparse_compile
 from sparse_compile.kernels import ops, reference
-from sparse_compile.linear.fp8 import DGRAD_DRAWS, linear
+from sparse_compile.linear.fp8 import DGRAD_DRAWS
+from sparse_compile.linear.function import LinearSpec, linear
 from sparse_compile.options import read_options
-from sparse_compile.recipe import RECIPES, SSTE, SSTE_APPROXIMATE, STE, Estimator, Gemm, Projection
+from sparse_compile.recipe import RECIPES, SSTE, SSTE_APPROXIMATE, STE, Estimator, Gemm
 from test_backend import sampled
 
 SAMPLED = [recipe.with_sampled_dgrad() for recipe in (SSTE, SSTE_APPROXIMATE, STE)]
@@ -15,11 +16,9 @@ SAMPLED = [recipe.with_sampled_dgrad() for recipe in (SSTE, SSTE_APPROXIMATE, ST
 
 def pruned(weight, recipe):
     """Its operands, and the projection in full precision of what they hold."""
-    operands = ops.new_pruned_weight(*weight.shape, weight.device)
-    beta = torch.ones(1, device=weight.device)
-    ops.prune_weight_(weight, beta, *operands, recipe.projection is Projection.TOP2)
-    _, _, weight_t, scale_inv = operands
-    return operands, weight_t.float().t() * scale_inv
+    operands = recipe.projection.new_operands(*weight.shape, weight.device)
+    recipe.projection.fill(weight, operands, None, None, False)
+    return operands, operands.weight_t.float().t() * operands.scale_inv
 
 
 def input_gradient(grad_output, weight, recipe, seed=0, index=0, dtype=torch.float32):
@@ -27,7 +26,7 @@ def input_gradient(grad_output, weight, recipe, seed=0, index=0, dtype=torch.flo
     x = torch.ones(len(grad_output), weight.shape[1], dtype=dtype, device=weight.device, requires_grad=True)
     parameter = weight.clone().requires_grad_()
     seed = torch.tensor([seed], device=weight.device)
-    linear(x, parameter, None, seed, index, recipe.full_name, False, dtype, *operands).backward(grad_output)
+    linear(x, parameter, None, seed, LinearSpec(recipe.full_name, index, False, dtype), operands).backward(grad_output)
     return x.grad
 
 
@@ -109,7 +108,7 @@ def test_draws_are_its_own(monkeypatch):
     for recipe in (SSTE, SAMPLED[0]):
         weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
         x, operands = torch.ones(8, 64, requires_grad=True), pruned(weight.detach(), recipe)[0]
-        y = linear(x, weight, None, torch.tensor([3]), 1, recipe.full_name, False, torch.float32, *operands)
+        y = linear(x, weight, None, torch.tensor([3]), LinearSpec(recipe.full_name, 1, False, torch.float32), operands)
         (y * torch.arange(64.0)).sum().backward()
         gradients.append(weight.grad)
     assert torch.equal(*gradients)
@@ -120,7 +119,7 @@ def test_nothing_is_sampled_for_an_input_without_gradient(monkeypatch):
     cast_mvue = ops.cast_mvue
     monkeypatch.setattr(ops, "cast_mvue", lambda *arguments: calls.append(arguments[4]) or cast_mvue(*arguments))
     parameter, operands = weight.clone().requires_grad_(), pruned(weight, SSTE)[0]
-    arguments = (torch.tensor([0]), 2, SAMPLED[0].full_name, False, torch.float32, *operands)
+    arguments = (torch.tensor([0]), LinearSpec(SAMPLED[0].full_name, 2, False, torch.float32), operands)
     linear(torch.randn(8, 64), parameter, None, *arguments).sum().backward()
     assert calls == [2]
 

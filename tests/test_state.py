@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparse_compile.kernels import reference
-from sparse_compile.recipe import Projection
+from sparse_compile.projections.groups_of_four import SOFT
 from sparse_compile.testing import assert_same_bits
 from sparse_compile.weights import operands as operands_module
 from sparse_compile.weights import registry
@@ -24,7 +24,7 @@ SLOT = WeightSlot(
     name="w",
     position=0,
     transposed=False,
-    projection=Projection.SSTE,
+    projection=SOFT,
     out_features=32,
     in_features=64,
     device=torch.device("cpu"),

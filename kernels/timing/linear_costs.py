@@ -81,14 +81,14 @@ def piece_times(questions: Mapping[Question, Iterable[str]]) -> dict[Question, d
     measured = {question: _measured(*question) for question in questions}
     paths = {question: path_of("linear", *measured[question]) for question in questions}
     times = {path: _read(kept(path), path) for path in paths.values()}
-    missing: dict[Path, list[_Piece]] = {}
+    missing: dict[Path, list[_Timed]] = {}
     for question, pieces in questions.items():
         path = paths[question]
         asked = missing.setdefault(path, [])
         asked += [
             piece
             for name in dict.fromkeys(pieces)
-            if name not in times[path] and (piece := _Piece(name, *measured[question])) not in asked
+            if name not in times[path] and (piece := _Timed(name, *measured[question])) not in asked
         ]
     _measure_all(missing, times)
     return {
@@ -105,16 +105,18 @@ def _measured(shape: LinearShape, device: torch.device) -> Question:
 
 
 def _growth(name: str, shape: LinearShape, measured: LinearShape) -> float:
-    return 1.0 if name in _OF_THE_WEIGHT else shape.tokens / measured.tokens
+    return 1.0 if PIECES[name].of_weight else shape.tokens / measured.tokens
 
 
-class _Piece(NamedTuple):
+class _Timed(NamedTuple):
+    """A piece of a linear that is to be measured."""
+
     name: str
     shape: LinearShape
     device: torch.device
 
     def call(self) -> Callable[[], Any]:
-        return PIECES[self.name](self.shape, _Operands(self.device))
+        return PIECES[self.name].make(self.shape, RandomOperands(self.device))
 
     def compile(self) -> None:
         with undisturbed(self.device), torch.cuda.device(self.device):
@@ -125,7 +127,7 @@ class _Piece(NamedTuple):
             return _measure(self.call())
 
 
-def _measure_all(missing: Mapping[Path, Sequence[_Piece]], times: Mapping[Path, dict[str, float]]) -> None:
+def _measure_all(missing: Mapping[Path, Sequence[_Timed]], times: Mapping[Path, dict[str, float]]) -> None:
     """Add the times of the missing pieces, one by one, to what each file holds; their kernels compile side by side."""
     pieces = [piece for asked in missing.values() for piece in asked]
     if not pieces:
@@ -136,7 +138,7 @@ def _measure_all(missing: Mapping[Path, Sequence[_Piece]], times: Mapping[Path, 
             'before that: run one step with the same shapes before the capture, or compile with "sste.when": "always"'
         )
     start = perf_counter()
-    ours = [piece for piece in pieces if piece.name in _KERNELS]
+    ours = [piece for piece in pieces if not PIECES[piece.name].of_library]
     with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as pool:
         for compilation in tracked([pool.submit(piece.compile) for piece in ours], "compiling kernels"):
             compilation.result()
@@ -173,7 +175,7 @@ def _measure(call: Callable[[], object]) -> float:
     return median_microseconds({"": call}, launches, _ROUNDS)[""]
 
 
-class _Operands:
+class RandomOperands:
     """Makes random operands: how fast a GPU may run depends on its data."""
 
     def __init__(self, device: torch.device) -> None:
@@ -198,71 +200,79 @@ class _Operands:
     def seed(self) -> Tensor:
         return torch.zeros(1, device=self.device, dtype=torch.int64)
 
+    def weight(self, shape: "LinearShape") -> Tensor:
+        """``[out_features, in_features]``, as it is stored, in its dtype."""
+        return _weight(replace(shape, dtype=shape.weight_dtype), self)
 
-def _hp_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
+
+def _hp_fprop(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     x, w = make.normal(s.tokens, s.in_features, dtype=s.dtype), _weight(s, make)
     return partial(torch.mm, x, w.t())
 
 
-def _hp_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+def _hp_dgrad(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     g, w = make.normal(s.tokens, s.out_features, dtype=s.dtype), _weight(s, make)
     return partial(torch.mm, g, w)
 
 
-def _hp_wgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+def _hp_wgrad(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     x, g = (make.normal(s.tokens, size, dtype=s.dtype) for size in (s.in_features, s.out_features))
     return partial(torch.mm, x.t(), g) if s.transposed else partial(torch.mm, g.t(), x)
 
 
-def _weight(s: LinearShape, make: _Operands) -> Tensor:
+def _weight(s: LinearShape, make: RandomOperands) -> Tensor:
     """``[out_features, in_features]``, as it is stored."""
     if s.transposed:
         return make.normal(s.in_features, s.out_features, dtype=s.dtype).t()
     return make.normal(s.out_features, s.in_features, dtype=s.dtype)
 
 
-def _fp8_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
+def _fp8_fprop(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     a, b = make.fp8(s.tokens, s.in_features), make.fp8(s.out_features, s.in_features)
     return _scaled_mm(a, b, s.dtype, allows_fast_accum(s.in_features), make)
 
 
-def _fp8_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+def _fp8_dgrad(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     a, b = make.fp8(s.tokens, s.out_features, dtype=s.grad_dtype), make.fp8(s.in_features, s.out_features)
     return _scaled_mm(a, b, s.dtype, allows_fast_accum(s.out_features), make)
 
 
-def _fp8_wgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+def _fp8_wgrad(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     tokens = padded(s.tokens)
     grad_t, x_t = make.fp8(s.out_features, tokens, dtype=s.grad_dtype), make.fp8(s.in_features, tokens)
     a, b = (x_t, grad_t) if s.transposed else (grad_t, x_t)
     return _scaled_mm(a, b, s.weight_dtype, False, make)
 
 
-def _scaled_mm(a: Tensor, b: Tensor, dtype: torch.dtype, use_fast_accum: bool, make: _Operands) -> Callable[[], object]:
+def _scaled_mm(
+    a: Tensor, b: Tensor, dtype: torch.dtype, use_fast_accum: bool, make: RandomOperands
+) -> Callable[[], object]:
     return partial(ops.scaled_mm, a, b, make.ones(1, 2.0**-12), unscaled_dtype(dtype), use_fast_accum)
 
 
-def _sparse_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
+def _sparse_fprop(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     return _weight_mm(s.out_features, s.in_features, E4M3, s, make)
 
 
-def _sparse_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+def _sparse_dgrad(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     return _weight_mm(s.in_features, s.out_features, s.grad_dtype, s, make)
 
 
-def _weight_mm(rows: int, columns: int, dtype: torch.dtype, s: LinearShape, make: _Operands) -> Callable[[], object]:
+def _weight_mm(
+    rows: int, columns: int, dtype: torch.dtype, s: LinearShape, make: RandomOperands
+) -> Callable[[], object]:
     """A weight that is 2:4, times what has a scale for each token, in ``dtype``."""
     operands = (*make.sparse(rows, columns), make.fp8(s.tokens, columns, dtype=dtype))
     return partial(ops.sparse_mm, *operands, make.ones(1, 2.0**-12), make.ones(s.tokens), s.dtype, True, True)
 
 
-def _sampled_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+def _sampled_dgrad(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     sampled = make.sparse(padded(s.tokens), s.out_features, s.grad_dtype)
     operands = (*sampled, make.fp8(s.in_features, s.out_features))
     return partial(ops.sparse_mm, *operands, make.ones(1, 2.0**-12), None, unscaled_dtype(s.dtype), False, True)
 
 
-def _sparse_bf16_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
+def _sparse_bf16_fprop(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     rows, columns = s.out_features, s.in_features
     metadata = torch.full(
         metadata_shape(rows, columns, torch.bfloat16), _METADATA_WORD, device=make.device, dtype=torch.int32
@@ -272,111 +282,105 @@ def _sparse_bf16_fprop(s: LinearShape, make: _Operands) -> Callable[[], object]:
     return partial(ops.sparse_mm, values, metadata, x, make.ones(1), None, s.dtype, True, True)
 
 
-def _bf16_dgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+def _bf16_dgrad(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     return _hp_dgrad(replace(s, dtype=torch.bfloat16, transposed=False), make)
 
 
-def _bf16_wgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+def _bf16_wgrad(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     return _hp_wgrad(replace(s, dtype=torch.bfloat16), make)
 
 
-def _sparse_wgrad(s: LinearShape, make: _Operands) -> Callable[[], object]:
+def _sparse_wgrad(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     tokens = padded(s.tokens)
     operands = (*make.sparse(s.out_features, tokens, s.grad_dtype), make.fp8(s.in_features, tokens))
     return partial(ops.sparse_mm, *operands, make.ones(1, 2.0**-12), None, s.weight_dtype, s.transposed, False)
 
 
-def _transpose_tokens(s: LinearShape, make: _Operands) -> Callable[[], object]:
+def _transpose_tokens(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     return partial(ops.transpose_tokens, make.fp8(s.tokens, s.in_features))
 
 
-def _cast_transpose(s: LinearShape, make: _Operands) -> Callable[[], object]:
+def _cast_transpose(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     return partial(ops.cast_transpose, *_gradient(s, make), s.grad_dtype)
 
 
-def _cast_mvue(s: LinearShape, make: _Operands, approximate: bool, stochastic: bool) -> Callable[[], object]:
+def _cast_mvue(s: LinearShape, make: RandomOperands, approximate: bool, stochastic: bool) -> Callable[[], object]:
     return partial(ops.cast_mvue, *_gradient(s, make), make.seed(), 0, approximate, stochastic, s.grad_dtype)
 
 
-def _cast_mvue_for_dgrad(s: LinearShape, make: _Operands, approximate: bool, stochastic: bool) -> Callable[[], object]:
+def _cast_mvue_for_dgrad(
+    s: LinearShape, make: RandomOperands, approximate: bool, stochastic: bool
+) -> Callable[[], object]:
     """Of the transpose in fp32, without the transposing copy."""
     transposed = replace(s, tokens=s.out_features, out_features=padded(s.tokens), dtype=torch.float32)
     return _cast_mvue(transposed, make, approximate, stochastic)
 
 
-def _gradient(s: LinearShape, make: _Operands) -> tuple[Tensor, Tensor, Tensor]:
+def _gradient(s: LinearShape, make: RandomOperands) -> tuple[Tensor, Tensor, Tensor]:
     return (
         make.normal(s.tokens, s.out_features, dtype=s.dtype), make.ones(s.tokens, 40.0), make.ones(s.tokens, 20.0)
     )  # fmt: skip
 
 
-def _prune(s: LinearShape, make: _Operands, hard: bool, bf16: bool = False) -> Callable[[], object]:
-    new, prune = ops.new_pruned_weight, ops.prune_weight_
-    if bf16:
-        new, prune = ops.new_pruned_weight_bf16, ops.prune_weight_bf16_
-    buffers = new(s.out_features, s.in_features, make.device)
-    return partial(prune, _weight(replace(s, dtype=s.weight_dtype), make), make.ones(1), *buffers, hard)
-
-
-def _prune_transposable(s: LinearShape, make: _Operands) -> Callable[[], object]:
-    """By masks that are there: a search is rare."""
-    weight = _weight(replace(s, dtype=s.weight_dtype), make)
-    buffers = ops.new_transposable_weight(s.out_features, s.in_features, make.device)
-    masks = ops.new_masks(s.out_features, s.in_features, make.device)
-    ops.prune_transposable_(weight, *buffers, masks, True)
-    return partial(ops.prune_transposable_, weight, *buffers, masks, False)
-
-
-def _cast_weight(s: LinearShape, make: _Operands) -> Callable[[], object]:
-    buffers = ops.new_cast_weight(s.out_features, s.in_features, make.device)
-    return partial(ops.cast_weight_, _weight(replace(s, dtype=s.weight_dtype), make), *buffers)
-
-
-def _add_masked_decay(s: LinearShape, make: _Operands) -> Callable[[], object]:
-    grad, weight = (_weight(replace(s, dtype=s.weight_dtype), make) for _ in range(2))
+def _add_masked_decay(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
+    grad, weight = (make.weight(s) for _ in range(2))
     return partial(ops.add_masked_decay_, grad, weight, make.ones(1, 2e-4))
 
 
-def _copy(s: LinearShape, make: _Operands) -> Callable[[], object]:
+def _copy(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     source = make.normal(s.tokens, s.out_features, dtype=s.dtype)
     return partial(torch.empty_like(source).copy_, source)
 
 
-_LIBRARY: dict[str, Callable[[LinearShape, _Operands], Callable[[], Any]]] = {
-    "hp fprop": _hp_fprop,
-    "hp dgrad": _hp_dgrad,
-    "hp wgrad": _hp_wgrad,
-    "fp8 fprop": _fp8_fprop,
-    "fp8 dgrad": _fp8_dgrad,
-    "fp8 wgrad": _fp8_wgrad,
-    "copy": _copy,  # of grad_output: reads it and writes as much
-}
-_KERNELS: dict[str, Callable[[LinearShape, _Operands], Callable[[], Any]]] = {
-    "2:4 fp8 fprop": _sparse_fprop,
-    "2:4 bf16 fprop": _sparse_bf16_fprop,
-    "bf16 dgrad": _bf16_dgrad,
-    "bf16 wgrad": _bf16_wgrad,
-    "2:4 fp8 dgrad": _sparse_dgrad,
-    "2:4 fp8 mvue dgrad": _sampled_dgrad,
-    "2:4 fp8 wgrad": _sparse_wgrad,
-    "transpose_tokens": _transpose_tokens,
-    "cast_transpose": _cast_transpose,
-    **{
-        f"{name}, {estimator}{rounding}": partial(make, approximate=approximate, stochastic=stochastic)
-        for name, make in (("cast_mvue", _cast_mvue), ("cast_mvue for dgrad", _cast_mvue_for_dgrad))
-        for approximate, estimator in ((False, "exact mvue"), (True, "approximate mvue"))
-        for stochastic, rounding in ((False, ""), (True, ", stochastic"))
-    },
-    "prune_weight_": partial(_prune, hard=False),
-    "prune_weight_, hard": partial(_prune, hard=True),
-    "prune_weight_bf16_": partial(_prune, hard=False, bf16=True),
-    "prune_weight_bf16_, hard": partial(_prune, hard=True, bf16=True),
-    "prune_transposable_": _prune_transposable,
-    "cast_weight_": _cast_weight,
-    "add_masked_decay_": _add_masked_decay,
-}
-PIECES = _LIBRARY | _KERNELS
-_OF_THE_WEIGHT = (
-    "prune_weight_", "prune_weight_, hard", "prune_weight_bf16_", "prune_weight_bf16_, hard", "cast_weight_",
-    "prune_transposable_", "add_masked_decay_",
-)  # fmt: skip
+# Returns a call that runs a piece of a linear.
+Maker = Callable[[LinearShape, RandomOperands], Callable[[], Any]]
+
+
+class Piece(NamedTuple):
+    """What is timed on its own.
+
+    Attributes:
+        of_weight: whether it happens once per optimizer step, whatever the number of tokens.
+        of_library: whether it runs no kernel of ours, which would have to be compiled.
+    """
+
+    make: Maker
+    of_weight: bool = False
+    of_library: bool = False
+
+
+PIECES: dict[str, Piece] = {}
+
+
+def add_piece(name: str, make: Maker, *, of_weight: bool = False, of_library: bool = False) -> None:
+    """Let ``piece_times`` measure something.  Its name is that of its time on disk."""
+    PIECES[name] = Piece(make, of_weight, of_library)
+
+
+add_piece("hp fprop", _hp_fprop, of_library=True)
+add_piece("hp dgrad", _hp_dgrad, of_library=True)
+add_piece("hp wgrad", _hp_wgrad, of_library=True)
+add_piece("fp8 fprop", _fp8_fprop, of_library=True)
+add_piece("fp8 dgrad", _fp8_dgrad, of_library=True)
+add_piece("fp8 wgrad", _fp8_wgrad, of_library=True)
+add_piece("copy", _copy, of_library=True)  # of grad_output: reads it and writes as much
+add_piece("sparse24 fprop", _sparse_fprop)
+add_piece("sparse24 dgrad", _sparse_dgrad)
+add_piece("sparse24 wgrad", _sparse_wgrad)
+add_piece("mvue24 dgrad", _sampled_dgrad)
+add_piece("sparse24_bf16 fprop", _sparse_bf16_fprop)
+add_piece("bf16 dgrad", _bf16_dgrad)
+add_piece("bf16 wgrad", _bf16_wgrad)
+add_piece("transpose_tokens", _transpose_tokens)
+add_piece("cast_transpose", _cast_transpose)
+add_piece("add_masked_decay", _add_masked_decay, of_weight=True)
+for _approximate, _estimator in ((False, "exact"), (True, "approximate")):
+    for _stochastic, _rounding in ((False, "nearest"), (True, "stochastic")):
+        add_piece(
+            f"cast_mvue {_estimator} {_rounding}",
+            partial(_cast_mvue, approximate=_approximate, stochastic=_stochastic),
+        )
+        add_piece(
+            f"cast_mvue for dgrad {_estimator} {_rounding}",
+            partial(_cast_mvue_for_dgrad, approximate=_approximate, stochastic=_stochastic),
+        )

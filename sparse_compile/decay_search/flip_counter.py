@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_compile.measuring.weight_health import mask_flips
-from sparse_compile.recipe import Projection
+from sparse_compile.projections.base import Projection, SparseOperand
 from sparse_compile.runtime import on_weight
 from sparse_compile.weights.operands import fill_operands
 from sparse_compile.weights.optimizer_watch import Stage, watch
@@ -32,7 +32,7 @@ class _Counted:
 
     def __init__(self, slot: WeightSlot, weight: Tensor) -> None:
         projection = _projection(slot)
-        self.slot = replace(slot, projection=projection, refresh=int(projection is Projection.TRANSPOSABLE))
+        self.slot = replace(slot, projection=projection, refresh=int(projection.keeps_masks))
         self.weight = ref(weight)
         self.elements = weight.numel()
         self.metadata = self._mask(weight)
@@ -45,7 +45,9 @@ class _Counted:
     def _mask(self, weight: Tensor) -> Tensor:
         operands = self.slot.new_operands()
         fill_operands(weight, self.slot, operands)
-        return operands[1]
+        pruned = self.slot.projection.fprop_operand(operands)
+        assert isinstance(pruned, SparseOperand)
+        return pruned.metadata
 
 
 class FlipCounts:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from sparse_compile.errors import SparseCompileError
-from sparse_compile.recipe import Projection
+from sparse_compile.recipe import SSTE
 from sparse_compile.weights import original, plain_name
 from sparse_compile.weights.pattern_24 import in_features_dim, is_24
 from sparse_compile.weights.projection import ProjectionState
@@ -125,7 +125,7 @@ def _projection_state(record: WeightRecord) -> ProjectionState | None:
     if masks is None and record.loaded_masks is not None:
         masks = record.loaded_masks[0]
     return ProjectionState(
-        projection=Projection.SSTE if record.target is None else record.target.projection,
+        projection=SSTE.projection if record.target is None else record.target.projection,
         beta=None if record.current_beta is None else record.current_beta.value,
         masks=masks,
         transposed=None if record.target is None else record.target.transposed,

@@ -1,19 +1,17 @@
-"""The differentiable linear that a rewritten node calls.
+"""The products of a linear in FP8, dense and 2:4.
 
-AOTAutograd traces through it, so forward and backward become ordinary nodes: the per-token scales and casts of
-activations are plain aten, which Inductor fuses into the producing norm or activation function, and only the fp8 copy
-of the input is saved for backward.  The GEMMs, and the copies that change layout, are opaque ops.
+The per-token scales and casts of activations are plain aten, which Inductor fuses into the producing norm or activation
+function, and only the FP8 copy of the input is saved for backward.
 
-Shapes: ``T`` tokens, ``K`` in_features, ``N`` out_features.  ``scale`` multiplies when casting, ``scale_inv`` when
-dequantising.
+Shapes as in ``function``.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import (
@@ -26,126 +24,58 @@ from sparse_compile.kernels.formats import (
     unscaled_dtype,
 )
 from sparse_compile.kernels.reference import saturating_cast
-from sparse_compile.linear.bf16 import LinearBF16
-from sparse_compile.recipe import Estimator, Gemm, Recipe, Rounding, recipe_named
-from sparse_compile.torch_internals import unsafe_view
+from sparse_compile.projections.base import DenseOperand, SparseOperand
+from sparse_compile.recipe import Estimator, Gemm, Recipe, Rounding
 
-# Added to the index of a linear where it samples grad_output for dgrad: other random numbers than any wgrad's.
+# Added to the stream of a linear where it samples grad_output for dgrad: other random numbers than any wgrad's.
 DGRAD_DRAWS = 2**30
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    index: int,
-    recipe_name: str,
-    transposed: bool,
-    out_dtype: torch.dtype,
-    *operands: Tensor,
-) -> Tensor:
-    """``x @ weight.T + bias`` in the arithmetic of a recipe.
+def forward(
+    recipe: Recipe, x: Tensor, weight: Tensor, operands: Any, out_dtype: torch.dtype
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """fprop of ``x [T, K]``, and what ``backward`` reads."""
+    scale, scale_inv = token_scale(x.abs().amax(dim=1))
+    x_fp8 = cast(x, scale)
+    output = _multiply(x_fp8, scale_inv, recipe.projection.fprop_operand(operands), out_dtype)
+    saved_input = (x, None) if recipe.wgrad is Gemm.HP else (x_fp8, scale_inv)
+    saved_weight = (weight,) if recipe.dgrad is Gemm.HP else recipe.projection.dgrad_operand(operands)
+    return output, (*saved_input, *saved_weight)
 
-    Args:
-        x: ``[..., K]``.
-        weight: the parameter, ``[N, K]``, or ``[K, N]`` if ``transposed``: the edge its gradient flows along.  The
-            product itself reads ``operands``.
-        bias: ``[N]`` or None.
-        seed: int64 ``[1]``, and ``index``, distinct for each linear of a graph: the randomness of the estimator.
-            None for recipes without one, and where there will be no backward.
-        recipe_name: ``full_name`` of the recipe.
-        out_dtype: dtype of the result.
-        operands: what ``state`` keeps of the weight for this recipe: ``values, metadata, weight_t, scale_inv`` where
-            it is projected to 2:4, ``values, metadata, dense, scale_inv`` where that is in bf16, ``values, metadata,
-            values_t, metadata_t, scale_inv`` where it is 2:4 both ways, ``payload, payload_t, scale_inv`` where it is
-            cast only.
-    """
-    # Views are made out here, where autograd knows them: what a Function returns may be written in place if it is none.
-    tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    result: Tensor
-    if recipe_named(recipe_name).is_bf16:
-        result = LinearBF16.apply(tokens, weight, bias, transposed, out_dtype, *operands)  # type: ignore[no-untyped-call]
+
+def backward(
+    ctx: Any, grad_output: Tensor, seed: Tensor | None, saved: Sequence[Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """grad_input ``[T, K]`` and grad_weight, where they are needed."""
+    x, x_scale_inv, *weight = saved
+    recipe = ctx.recipe
+    grad = grad_output.contiguous()
+    grad_input = grad_weight = None
+    amax = grad.abs().amax(dim=1)
+    dtype = recipe.grad_format.dtype
+    row_scale, row_scale_inv = token_scale(amax, torch.finfo(dtype).max)
+    if recipe.wgrad is Gemm.HP:
+        grad_fp8 = cast(grad, row_scale, dtype)
     else:
-        arguments = (tokens, weight, bias, seed, index, recipe_name, transposed, out_dtype, *operands)
-        result = _Linear.apply(*arguments)  # type: ignore[no-untyped-call]
-    if x.ndim == 2:
-        return result
-    # As F.linear does: with a bias its result is a view, without one it is none, which hooks and writes can tell.
-    unflatten = unsafe_view if bias is None else Tensor.view
-    return unflatten(result, (*x.shape[:-1], result.shape[1]))
-
-
-class _Linear(torch.autograd.Function):
-    """``linear`` of tokens ``[T, K]``; the result ``[T, N]`` is contiguous and no view."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        index: int,
-        recipe_name: str,
-        transposed: bool,
-        out_dtype: torch.dtype,
-        *operands: Tensor,
-    ) -> Tensor:
-        recipe = recipe_named(recipe_name)
-        scale, scale_inv = token_scale(x.abs().amax(dim=1))
-        x_fp8 = cast(x, scale)
-        output = _fprop(recipe, x_fp8, scale_inv, operands, out_dtype)
-        if bias is not None:
-            output = output + bias.to(out_dtype)
-        # What the backward products read, and nothing more.
-        saved_input = (x, None) if recipe.wgrad is Gemm.HP else (x_fp8, scale_inv)
-        saved_weight = {
-            Gemm.HP: (weight,), Gemm.FP8: operands[-2:], Gemm.SPARSE24: operands[-3:], Gemm.MVUE24: operands[-2:]
-        }  # fmt: skip
-        ctx.save_for_backward(*saved_input, seed, *saved_weight[recipe.dgrad])
-        ctx.recipe, ctx.index, ctx.transposed = recipe, index, transposed
-        ctx.input_dtype, ctx.weight_dtype = x.dtype, weight.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, x_scale_inv, seed, *weight = ctx.saved_tensors
-        recipe = ctx.recipe
-        grad = grad_output.contiguous()
-        grad_input = grad_weight = grad_bias = None
-        amax = grad.abs().amax(dim=1)
-        dtype = recipe.grad_format.dtype
-        row_scale, row_scale_inv = token_scale(amax, torch.finfo(dtype).max)
-        if recipe.wgrad is Gemm.HP:
-            grad_fp8 = cast(grad, row_scale, dtype)
+        grad_fp8, operand, wgrad_scale_inv = _cast_grad(ctx, grad, amax, row_scale, x_scale_inv, seed)
+    if ctx.needs_input_grad[0]:
+        if recipe.dgrad is Gemm.HP:
+            product = grad @ (weight[0].t() if ctx.transposed else weight[0]).to(grad.dtype)
+        elif recipe.dgrad is Gemm.MVUE24:
+            assert seed is not None
+            product = _sampled_dgrad(ctx, grad, amax, DenseOperand(*weight), seed)
         else:
-            grad_fp8, operand, wgrad_scale_inv = _cast_grad(ctx, grad, amax, row_scale, x_scale_inv, seed)
-        if ctx.needs_input_grad[0]:
-            if recipe.dgrad is Gemm.HP:
-                product = grad @ (weight[0].t() if ctx.transposed else weight[0]).to(grad.dtype)
-            elif recipe.dgrad is Gemm.SPARSE24:
-                values, metadata, scale_inv = weight
-                product = ops.sparse_mm(
-                    values, metadata, grad_fp8, scale_inv, row_scale_inv, ctx.input_dtype, True, True
-                )  # fmt: skip
-            elif recipe.dgrad is Gemm.MVUE24:
-                product = _sampled_dgrad(ctx, grad, amax, weight[0], weight[1], seed)
-            else:
-                product = _scaled_mm(grad_fp8, weight[0], weight[1], row_scale_inv, ctx.input_dtype)
-            grad_input = product.to(ctx.input_dtype)
-        if ctx.needs_input_grad[1]:
-            if recipe.wgrad is Gemm.HP:
-                x = x.to(grad.dtype)
-                product = x.t() @ grad if ctx.transposed else grad.t() @ x
-                grad_weight = product.to(ctx.weight_dtype)
-            else:
-                grad_weight = _wgrad(ctx, operand, x, wgrad_scale_inv)
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            grad_bias = grad.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_input, grad_weight, grad_bias, *[None] * (len(ctx.needs_input_grad) - 3)
+            kind = SparseOperand if recipe.dgrad is Gemm.SPARSE24 else DenseOperand
+            product = _multiply(grad_fp8, row_scale_inv, kind(*weight), ctx.input_dtype)
+        grad_input = product.to(ctx.input_dtype)
+    if ctx.needs_input_grad[1]:
+        if recipe.wgrad is Gemm.HP:
+            x = x.to(grad.dtype)
+            product = x.t() @ grad if ctx.transposed else grad.t() @ x
+            grad_weight = product.to(ctx.weight_dtype)
+        else:
+            grad_weight = _wgrad(ctx, operand, x, wgrad_scale_inv)
+    return grad_input, grad_weight
 
 
 def token_scale(amax: Tensor, limit: float = E4M3_MAX) -> tuple[Tensor, Tensor]:
@@ -165,15 +95,11 @@ def _bound(amax: Tensor, floor: float) -> Tensor:
     return F.pad(amax, (0, 1), value=floor).amax(dim=0, keepdim=True)
 
 
-def _fprop(
-    recipe: Recipe, x_fp8: Tensor, scale_inv: Tensor, operands: tuple[Tensor, ...], out_dtype: torch.dtype
-) -> Tensor:
-    """output = input @ weight.T"""
-    if recipe.fprop is Gemm.SPARSE24:
-        values, metadata, *_, weight_scale_inv = operands
-        return ops.sparse_mm(values, metadata, x_fp8, weight_scale_inv, scale_inv, out_dtype, True, True)
-    payload, _, weight_scale_inv = operands
-    return _scaled_mm(x_fp8, payload, weight_scale_inv, scale_inv, out_dtype)
+def _multiply(x: Tensor, scale_inv: Tensor, weight: SparseOperand | DenseOperand, out_dtype: torch.dtype) -> Tensor:
+    """``(x * scale_inv[:, None]) @ weight.T`` of FP8 ``x [T, C]``: fprop, and dgrad, whose operand is transposed."""
+    if isinstance(weight, SparseOperand):
+        return ops.sparse_mm(weight.values, weight.metadata, x, weight.scale_inv, scale_inv, out_dtype, True, True)
+    return _scaled_mm(x, weight.payload, weight.scale_inv, scale_inv, out_dtype)
 
 
 def _scaled_mm(a: Tensor, b: Tensor, scale_inv: Tensor, row_scale_inv: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -204,7 +130,7 @@ def _cast_grad(
     scale_inv = bound / limit
     if ctx.recipe.wgrad is Gemm.SPARSE24:
         assert seed is not None  # rewrite hands one to every recipe with an estimator
-        grad_fp8, *operand = ops.cast_mvue(grad, row_scale, token_scales, seed, ctx.index, *_sampling(ctx.recipe))
+        grad_fp8, *operand = ops.cast_mvue(grad, row_scale, token_scales, seed, ctx.stream, *_sampling(ctx.recipe))
     else:
         grad_fp8, *operand = ops.cast_transpose(grad, row_scale, token_scales, dtype)
     return grad_fp8, tuple(operand), scale_inv
@@ -216,9 +142,7 @@ def _sampling(recipe: Recipe) -> tuple[bool, bool, torch.dtype]:
     return approximate, stochastic, recipe.grad_format.dtype
 
 
-def _sampled_dgrad(
-    ctx: Any, grad: Tensor, amax: Tensor, weight_t: Tensor, weight_scale_inv: Tensor, seed: Tensor
-) -> Tensor:
+def _sampled_dgrad(ctx: Any, grad: Tensor, amax: Tensor, weight: DenseOperand, seed: Tensor) -> Tensor:
     """grad_input = MVUE(grad_output) @ weight, 2:4 along out_features.
 
     With the scale of each token applied, grad_output is transposed, so that the op that prunes along tokens prunes
@@ -229,10 +153,9 @@ def _sampled_dgrad(
     # Whole tiles, and kernels for few numbers of tokens: they are compiled for each number of columns.
     scaled_t = F.pad((grad.float() * scale[:, None]).t(), (0, padded(tokens) - tokens)).contiguous()
     ones = torch.ones(out_features, device=grad.device)
-    index = ctx.index + DGRAD_DRAWS
-    _, values, metadata = ops.cast_mvue(scaled_t, ones, ones, seed, index, *_sampling(ctx.recipe))
+    _, values, metadata = ops.cast_mvue(scaled_t, ones, ones, seed, ctx.stream + DGRAD_DRAWS, *_sampling(ctx.recipe))
     out_dtype = unscaled_dtype(ctx.input_dtype)
-    product = ops.sparse_mm(values, metadata, weight_t, weight_scale_inv, None, out_dtype, False, True)
+    product = ops.sparse_mm(values, metadata, weight.payload, weight.scale_inv, None, out_dtype, False, True)
     return product[:tokens].float() * scale_inv[:, None]
 
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from sparse_compile.kernels.formats import padded
 from sparse_compile.measuring.device_timer import capturing
 from sparse_compile.measuring.gradient_noise import GradNoise, noise_and_underflow
+from sparse_compile.projections.base import SparseOperand
 from sparse_compile.reporting.health import HEALTH_LIMITS, Health
 from sparse_compile.reporting.process_report import record_health
 from sparse_compile.weights.optimizer_watch import Stage
@@ -35,14 +36,16 @@ _LARGEST = 0x7E  # 448
 class _Watched:
     """A weight on one device, and the metadata of its last sample there."""
 
-    __slots__ = ("device", "every", "in_features", "last", "name", "out_features", "record", "taken", "weight")
+    __slots__ = (
+        "device", "every", "in_features", "last", "name", "out_features", "projection", "record", "taken", "weight",
+    )  # fmt: skip
 
     def __init__(self, name: str, slot: WeightSlot, weight: Tensor, every: int) -> None:
         self.name = name
         self.weight = ref(weight)
         self.record = ref(record_of(weight))
         self.every = every  # optimizer steps of the weight between two samples; 0 takes none
-        self.device = slot.device
+        self.device, self.projection = slot.device, slot.projection
         self.out_features, self.in_features = slot.out_features, slot.in_features
         self.last: Tensor | None = None
         self.taken: tuple[Tensor, Tensor, int] | None = None  # by _take, before the operands were freed
@@ -140,8 +143,13 @@ def _take(state: OperandSet, watched: _Watched) -> tuple[Tensor, Tensor, int] | 
     """Counts, a copy of the metadata, and the address by which its gradients are kept; None before it was pruned."""
     if not state.operands:
         return None
-    values, metadata, for_dgrad, *_ = state.operands
-    return _counts(values, metadata, watched.last), metadata.clone(), for_dgrad.data_ptr()
+    pruned, for_dgrad = (
+        watched.projection.fprop_operand(state.operands),
+        watched.projection.dgrad_operand(state.operands),
+    )
+    assert isinstance(pruned, SparseOperand)
+    counts = _counts(pruned.values, pruned.metadata, watched.last)
+    return counts, pruned.metadata.clone(), for_dgrad[0].data_ptr()
 
 
 def mask_flips(before: Tensor, after: Tensor) -> Tensor:

@@ -14,12 +14,11 @@ import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels import ops
-from sparse_compile.recipe import Projection
 from sparse_compile.torch_internals import is_held, versions_kept
 from sparse_compile.weights.beta_fit import PRIOR, Fit, fit_beta
 from sparse_compile.weights.edit_detection import find_edited, take_samples
@@ -42,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 def layout_of(slot: WeightSlot) -> OperandLayout:
-    return OperandLayout(slot.projection, slot.bf16, slot.transposed, slot.device)
+    return OperandLayout(slot.projection, slot.transposed, slot.device)
 
 
 def operand_set(weight: Tensor, slot: WeightSlot) -> OperandSet:
@@ -94,11 +93,10 @@ def restore_operands(
                 _refresh(weight, slot, record, kept, _version(weight, kept), True)
 
 
-def fill_operands(weight: Tensor, slot: WeightSlot, operands: tuple[Tensor, ...]) -> None:
+def fill_operands(weight: Tensor, slot: WeightSlot, operands: Any) -> None:
     """Make operands of a weight with beta = 1, to see how long that takes; what is kept of it is not touched."""
     with plain_tensors():
-        masks = ops.new_masks(slot.out_features, slot.in_features, slot.device) if slot.refresh else None
-        _fill(slot, _matrix(weight, slot.transposed), None, operands, masks, True)
+        slot.projection.fill(_matrix(weight, slot.transposed), operands, None, slot.new_masks(), True)
 
 
 def are_sparse(weights: Sequence[Tensor], records: Sequence[WeightRecord], dims: Sequence[int]) -> list[bool]:
@@ -184,7 +182,7 @@ def _refresh(
     search = _needs_masks(slot, record, kept, stepped=stepped, edited=edited)
     same = freed and not stepped  # as for the gathered weight itself, being freed and made again is no change
     with versions_kept(kept.operands) if same else nullcontext():
-        _fill(slot, matrix, beta, kept.operands, kept.masks, search)
+        slot.projection.fill(matrix, kept.operands, beta, kept.masks, search)
     if in_place and not same:
         # A backward that comes after the optimizer step must fail as it does for a dense weight.
         torch.autograd.graph.increment_version(kept.operands)
@@ -214,29 +212,11 @@ def _needs_masks(slot: WeightSlot, record: WeightRecord, kept: OperandSet, *, st
     else:
         kept.mask_steps += stepped
         if kept.masks is None:
-            kept.masks = ops.new_masks(slot.out_features, slot.in_features, slot.device)
+            kept.masks = slot.new_masks()
         elif stepped and kept.version != STALE and kept.mask_steps < slot.refresh and not edited:
             return False
     kept.mask_steps = 0
     return True
-
-
-def _fill(
-    slot: WeightSlot,
-    matrix: Tensor,
-    beta: Tensor | None,
-    operands: tuple[Tensor, ...],
-    masks: Tensor | None,
-    search: bool,
-) -> None:
-    if masks is not None:
-        ops.prune_transposable_(matrix, *operands, masks, search)
-    elif slot.projection.prunes:
-        scale = ops.unit_scale(matrix.device) if beta is None else beta
-        prune = ops.prune_weight_bf16_ if slot.bf16 else ops.prune_weight_
-        prune(matrix, scale, *operands, slot.projection is Projection.TOP2)
-    else:
-        ops.cast_weight_(matrix, *operands)
 
 
 def _keep_samples(weights: Sequence[Tensor], sets: Sequence[OperandSet]) -> None:

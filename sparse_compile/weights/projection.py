@@ -5,9 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.reference import hard_threshold24, soft_threshold24
-from sparse_compile.kernels.reference.transposable import dense_mask, transposable_masks
-from sparse_compile.recipe import Projection
+from sparse_compile.projections.base import Projection
 
 # Elements that are projected at once: bounds the memory that it takes.
 _ELEMENTS = 2**22
@@ -18,19 +16,16 @@ def project(matrix: Tensor, projection: Projection, beta: float | None, masks: T
 
     Args:
         beta: for projections that have one; None for a weight that never had any, S(W) being zero all over.
-        masks: transposable ones, int16 ``[N / 4, K / 4]``; without them they are found.
+        masks: of projections that keep some; without them they are found.
     """
     w = matrix.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    if projection is Projection.TRANSPOSABLE:
-        return w.where(dense_mask(transposable_masks(w) if masks is None else masks), 0)
-    if projection is Projection.TOP2:
-        return hard_threshold24(w)
-    return soft_threshold24(w) * (1.0 if beta is None else beta)
+    projected = projection.project(w, masks)
+    return projected if beta is None else projected * beta
 
 
 def write_projected(matrix: Tensor, projection: Projection, beta: float | None, masks: Tensor | None) -> None:
     """Overwrite ``matrix [N, K]``, of any strides, with its projection, rounded once; arguments as of ``project``."""
-    if projection is Projection.TRANSPOSABLE:
+    if not projection.rows_alone:
         matrix.copy_(project(matrix, projection, beta, masks))
         return
     if matrix.shape[1] % 4 != 0:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.errors import SparseCompileError
-from sparse_compile.recipe import Projection
+from sparse_compile.projections.base import Projection
 from sparse_compile.weights.beta_fit import WINDOW
 from sparse_compile.weights.schedule import Schedule
 
@@ -67,7 +67,6 @@ class OperandLayout(NamedTuple):
     """Weights have operands of their own for each."""
 
     projection: Projection
-    bf16: bool
     transposed: bool
     device: torch.device
 
@@ -87,7 +86,7 @@ class OperandSet:
 
     def __init__(self, shards: ref[Tensor] | None) -> None:
         self.shards = shards
-        self.operands: tuple[Tensor, ...] = ()
+        self.operands: Any = ()  # a NamedTuple of the projection; empty until they are made
         self.freed = False
         self.dropped = False  # by the record
         self.masks: Tensor | None = None  # transposable ones, and the optimizer steps since they were found

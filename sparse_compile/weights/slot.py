@@ -1,13 +1,13 @@
 """What the runtime needs to know of a weight to append its operands to the inputs of a graph."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels import ops
-from sparse_compile.recipe import Projection
+from sparse_compile.projections.base import Projection
+from sparse_compile.projections.identity import IDENTITY
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,16 +24,12 @@ class WeightSlot:
     decay: float = 0.0
     refresh: int = 0
     beta_factor: float = 1.0
-    bf16: bool = False  # whether it is kept in bf16 instead of FP8
-    virtual: Projection = Projection.NONE  # what prunes it in another phase than this dense one
+    virtual: Projection = IDENTITY  # what prunes it in another phase than this dense one
 
-    def new_operands(self) -> tuple[Tensor, ...]:
-        """Uninitialised operands; fake ones under a FakeTensorMode."""
-        new: Callable[[int, int, torch.device], tuple[Tensor, ...]]
-        if self.projection is Projection.TRANSPOSABLE:
-            new = ops.new_transposable_weight
-        elif self.projection.prunes:
-            new = ops.new_pruned_weight_bf16 if self.bf16 else ops.new_pruned_weight
-        else:
-            new = ops.new_cast_weight
-        return new(self.out_features, self.in_features, self.device)
+    def new_operands(self) -> Any:
+        """Uninitialised operands, a NamedTuple of the projection; fake ones under a FakeTensorMode."""
+        return self.projection.new_operands(self.out_features, self.in_features, self.device)
+
+    def new_masks(self) -> Tensor | None:
+        """Uninitialised masks; None for projections that keep none."""
+        return self.projection.new_masks(self.out_features, self.in_features, self.device)

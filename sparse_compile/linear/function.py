@@ -1,0 +1,94 @@
+"""The differentiable linear that a rewritten node calls.
+
+AOTAutograd traces through it, so forward and backward become ordinary nodes, which Inductor fuses; the GEMMs, and the
+copies that change layout, are opaque ops.  What the products compute is in ``fp8`` and ``bf16``.
+
+Shapes: ``T`` tokens, ``K`` in_features, ``N`` out_features.  ``scale`` multiplies when casting, ``scale_inv`` when
+dequantising.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparse_compile.linear import bf16, fp8
+from sparse_compile.recipe import recipe_named
+from sparse_compile.torch_internals import unsafe_view
+
+
+class LinearSpec(NamedTuple):
+    """What a graph says of one rewritten linear.
+
+    Attributes:
+        recipe: ``full_name`` of the recipe.
+        stream: distinct for each linear of a graph: with the seed, the randomness of the estimator.
+        transposed: whether the weight is stored ``[K, N]``.
+        out_dtype: of the result.
+    """
+
+    recipe: str
+    stream: int
+    transposed: bool
+    out_dtype: torch.dtype
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, spec: LinearSpec, operands: tuple[Tensor, ...]
+) -> Tensor:
+    """``x @ weight.T + bias`` in the arithmetic of a recipe.
+
+    Args:
+        x: ``[..., K]``.
+        weight: the parameter, ``[N, K]`` or as ``spec`` says: the edge its gradient flows along.  The product itself
+            reads ``operands``.
+        bias: ``[N]`` or None.
+        seed: int64 ``[1]``.  None for recipes without an estimator, and where there will be no backward.
+        operands: what is kept of the weight for this recipe: ``Operands`` of its projection.
+    """
+    # Views are made out here, where autograd knows them: what a Function returns may be written in place if it is none.
+    tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    result: Tensor = _Linear.apply(tokens, weight, bias, seed, spec, *operands)  # type: ignore[no-untyped-call]
+    if x.ndim == 2:
+        return result
+    # As F.linear does: with a bias its result is a view, without one it is none, which hooks and writes can tell.
+    unflatten = unsafe_view if bias is None else Tensor.view
+    return unflatten(result, (*x.shape[:-1], result.shape[1]))
+
+
+class _Linear(torch.autograd.Function):
+    """``linear`` of tokens ``[T, K]``; the result ``[T, N]`` is contiguous and no view."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        spec: LinearSpec,
+        *operands: Tensor,
+    ) -> Tensor:
+        recipe = recipe_named(spec.recipe)
+        forward = bf16.forward if recipe.is_bf16 else fp8.forward
+        output, saved = forward(recipe, x, weight, recipe.projection.Operands(*operands), spec.out_dtype)
+        if bias is not None:
+            output = output + bias.to(spec.out_dtype)
+        # What the backward products read, and nothing more.
+        ctx.save_for_backward(seed, *saved)
+        ctx.recipe, ctx.stream, ctx.transposed = recipe, spec.stream, spec.transposed
+        ctx.input_dtype, ctx.weight_dtype = x.dtype, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        backward = bf16.backward if ctx.recipe.is_bf16 else fp8.backward
+        seed, *saved = ctx.saved_tensors
+        grad_input, grad_weight = backward(ctx, grad_output, seed, saved)
+        grad_bias = None
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            grad_bias = grad_output.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_input, grad_weight, grad_bias, *[None] * (len(ctx.needs_input_grad) - 3)

@@ -1,0 +1,141 @@
+"""What a projection is: how a weight becomes the operands that the products of its linears read."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels.formats import E4M3
+from sparse_compile.kernels.timing import linear_costs
+from sparse_compile.kernels.timing.linear_costs import LinearShape, RandomOperands
+
+
+class SparseOperand(NamedTuple):
+    """A matrix ``[R, C]`` that is 2:4 along C, times ``scale_inv``.
+
+    Attributes:
+        values, metadata: see ``kernels.formats``.
+        scale_inv: fp32 ``[1]``.
+    """
+
+    values: Tensor
+    metadata: Tensor
+    scale_inv: Tensor
+
+
+class DenseOperand(NamedTuple):
+    """A matrix ``[R, C]``, ``payload * scale_inv``; ``scale_inv`` is fp32 ``[1]``."""
+
+    payload: Tensor
+    scale_inv: Tensor
+
+
+class Projection(ABC):
+    """One way of projecting a weight ``[N, K]``: out_features N, in_features K.
+
+    There is one instance of each, which is made in the file of its class, and stays what it is in copies and pickles.
+
+    Attributes:
+        key: its name in graphs and on disk.
+        prunes: whether the weight becomes 2:4 along K; fprop is 2:4 then.
+        prunes_both_ways: whether it is 2:4 along N, too; dgrad is 2:4 then.
+        has_beta: whether a scale of each weight is found once and kept.
+        keeps_masks: whether masks are searched for, and kept for some optimizer steps.
+        is_hard: whether what it keeps stays as it is; what it drops can decay then.
+        rows_alone: whether each row is projected for itself.
+        dtype: of the payload.
+    """
+
+    prunes: bool = True
+    prunes_both_ways: bool = False
+    has_beta: bool = False
+    keeps_masks: bool = False
+    is_hard: bool = False
+    rows_alone: bool = True
+    dtype: torch.dtype = E4M3
+    # A NamedTuple of tensors.  The last is ``scale_inv``, which stays where the others give their memory back.
+    Operands: ClassVar[type[Any]]
+
+    def __init__(self, key: str) -> None:
+        if key in _by_key:
+            raise ValueError(f"there is a projection {key!r} already; give this one a key of its own")
+        if self.Operands._fields[-1] != "scale_inv":
+            raise TypeError(f"the last operand of projection {key!r} is {self.Operands._fields[-1]!r}, not 'scale_inv'")
+        self.key = key
+        _by_key[key] = self
+        linear_costs.add_piece(self.cost_key, self.time, of_weight=True)
+
+    def __repr__(self) -> str:
+        return self.key
+
+    def __reduce__(self) -> tuple[Callable[[str], "Projection"], tuple[str]]:
+        return projection_of, (self.key,)
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether the products run in bf16 instead of FP8."""
+        return self.dtype is torch.bfloat16
+
+    @property
+    def cost_key(self) -> str:
+        """Of the piece of ``kernels.timing.linear_costs`` that says how long ``fill`` takes."""
+        return f"weight {self.key}"
+
+    @abstractmethod
+    def new_operands(self, n: int, k: int, device: torch.device) -> Any:
+        """Uninitialised ``Operands`` of a weight ``[n, k]``; fake ones under a FakeTensorMode."""
+
+    def new_masks(self, n: int, k: int, device: torch.device) -> Tensor | None:
+        """Uninitialised masks of a weight ``[n, k]``; None for projections that keep none."""
+        del n, k, device
+        return None
+
+    @abstractmethod
+    def fill(self, weight: Tensor, operands: Any, beta: Tensor | None, masks: Tensor | None, search: bool) -> None:
+        """Make the operands of a weight.
+
+        Args:
+            weight: ``[N, K]``, any strides, bf16, fp16 or fp32.
+            operands: from ``new_operands``.
+            beta: fp32 ``[1]``; None for projections that have none, or for 1.
+            masks: from ``new_masks``.
+            search: whether masks are searched for anew, or read.
+        """
+
+    @abstractmethod
+    def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
+        """The weight ``[N, K]``, fp32, as its products read it, without beta and the cast; runs on any device.
+
+        Args:
+            masks: None to search for them.
+        """
+
+    @abstractmethod
+    def fprop_operand(self, operands: Any) -> SparseOperand | DenseOperand:
+        """What fprop multiplies the input with: ``[N, K]``."""
+
+    @abstractmethod
+    def dgrad_operand(self, operands: Any) -> SparseOperand | DenseOperand:
+        """What dgrad multiplies grad_output with: ``[K, N]``, or ``[N, K]`` in bf16."""
+
+    def time(self, shape: LinearShape, random: RandomOperands) -> Callable[[], Any]:
+        """A call of ``fill``, to be timed; with masks that are there, since a search is rare."""
+        n, k, device = shape.out_features, shape.in_features, random.device
+        weight, beta = random.weight(shape), random.ones(1)
+        operands, masks = self.new_operands(n, k, device), self.new_masks(n, k, device)
+        if masks is not None:
+            self.fill(weight, operands, beta, masks, True)
+        return lambda: self.fill(weight, operands, beta, masks, False)
+
+
+_by_key: dict[str, Projection] = {}
+
+
+def projection_of(key: str) -> Projection:
+    """The projection that is called so in graphs and on disk."""
+    if key not in _by_key:
+        known = ", ".join(map(repr, _by_key))
+        raise ValueError(f"there is no projection {key!r}; known are {known}; import the module that makes it")
+    return _by_key[key]

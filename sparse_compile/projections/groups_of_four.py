@@ -1,0 +1,76 @@
+"""2:4 along in_features, in e4m3: S-STE's soft threshold times beta, or the two largest of each four as they are."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels import ops, reference
+from sparse_compile.kernels.formats import E4M3, metadata_shape, values_shape
+from sparse_compile.projections.base import DenseOperand, Projection, SparseOperand
+
+
+class PrunedWeight(NamedTuple):
+    """``[N, K]`` compressed for fprop, and dense, transposed, for dgrad; see ``reference.prune_weight``."""
+
+    values: Tensor
+    metadata: Tensor
+    weight_t: Tensor
+    scale_inv: Tensor
+
+
+class GroupsOfFour(Projection):
+    """Groups of four along in_features.
+
+    Args:
+        hard: whether the two largest magnitudes of each four stay as they are; otherwise ``beta * S(W)`` (S-STE, Hu et
+            al., NeurIPS 2024, arXiv 2409.09099).
+    """
+
+    Operands = PrunedWeight
+
+    def __init__(self, key: str, *, hard: bool) -> None:
+        self.is_hard, self.has_beta = hard, not hard
+        super().__init__(key)
+
+    def new_operands(self, n: int, k: int, device: torch.device) -> PrunedWeight:
+        return PrunedWeight(
+            values=torch.empty(values_shape(n, k), dtype=E4M3, device=device),
+            metadata=torch.empty(metadata_shape(n, k), dtype=torch.int32, device=device),
+            weight_t=torch.empty(k, n, dtype=E4M3, device=device),
+            scale_inv=torch.empty(1, device=device),
+        )
+
+    def fill(
+        self, weight: Tensor, operands: PrunedWeight, beta: Tensor | None, masks: Tensor | None, search: bool
+    ) -> None:
+        prune_weight_(weight, ops.unit_scale(weight.device) if beta is None else beta, *operands, self.is_hard)
+
+    def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
+        return reference.hard_threshold24(weight) if self.is_hard else reference.soft_threshold24(weight)
+
+    def fprop_operand(self, operands: PrunedWeight) -> SparseOperand:
+        return SparseOperand(operands.values, operands.metadata, operands.scale_inv)
+
+    def dgrad_operand(self, operands: PrunedWeight) -> DenseOperand:
+        return DenseOperand(operands.weight_t, operands.scale_inv)
+
+
+def _prune_weight_eager(
+    weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, weight_t: Tensor, scale_inv: Tensor,
+    hard: bool = False,
+) -> None:  # fmt: skip
+    ops.fill((values, metadata, weight_t, scale_inv), reference.prune_weight(weight, beta, hard))
+
+
+prune_weight_ = ops.define(
+    "prune_weight_(Tensor weight, Tensor beta, Tensor(a!) values, Tensor(b!) metadata, Tensor(c!) weight_t, "
+    "Tensor(d!) scale_inv, bool hard=False) -> ()",
+    _prune_weight_eager,
+    ops.launcher("weight.prune_fp8.launch_prune_weight", ops.no_results),
+    ops.no_results,
+    any_strides=1,
+)
+
+SOFT = GroupsOfFour("soft24", hard=False)
+TOP2 = GroupsOfFour("top24", hard=True)

@@ -1,0 +1,61 @@
+"""No projection: the weight as it is, in e4m3."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels import ops, reference
+from sparse_compile.kernels.formats import E4M3
+from sparse_compile.projections.base import DenseOperand, Projection
+
+
+class CastWeight(NamedTuple):
+    """``[N, K]`` for fprop, and ``[K, N]`` for dgrad; see ``reference.cast_weight``."""
+
+    payload: Tensor
+    payload_t: Tensor
+    scale_inv: Tensor
+
+
+class Identity(Projection):
+    """Nothing is pruned."""
+
+    Operands = CastWeight
+    prunes = False
+
+    def new_operands(self, n: int, k: int, device: torch.device) -> CastWeight:
+        return CastWeight(
+            payload=torch.empty(n, k, dtype=E4M3, device=device),
+            payload_t=torch.empty(k, n, dtype=E4M3, device=device),
+            scale_inv=torch.empty(1, device=device),
+        )
+
+    def fill(
+        self, weight: Tensor, operands: CastWeight, beta: Tensor | None, masks: Tensor | None, search: bool
+    ) -> None:
+        cast_weight_(weight, *operands)
+
+    def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
+        return weight
+
+    def fprop_operand(self, operands: CastWeight) -> DenseOperand:
+        return DenseOperand(operands.payload, operands.scale_inv)
+
+    def dgrad_operand(self, operands: CastWeight) -> DenseOperand:
+        return DenseOperand(operands.payload_t, operands.scale_inv)
+
+
+def _cast_weight_eager(weight: Tensor, *buffers: Tensor) -> None:
+    ops.fill(buffers, reference.cast_weight(weight))
+
+
+cast_weight_ = ops.define(
+    "cast_weight_(Tensor weight, Tensor(a!) payload, Tensor(b!) payload_t, Tensor(c!) scale_inv) -> ()",
+    _cast_weight_eager,
+    ops.launcher("weight.prune_fp8.launch_cast_weight", ops.no_results),
+    ops.no_results,
+    any_strides=1,
+)
+
+IDENTITY = Identity("identity")

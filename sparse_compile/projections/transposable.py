@@ -1,0 +1,79 @@
+"""By masks that are 2:4 along both dimensions: what they keep stays as it is (T-SR-STE, arXiv 2404.01847)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels import ops, reference
+from sparse_compile.kernels.formats import E4M3, metadata_shape, values_shape
+from sparse_compile.projections.base import Projection, SparseOperand
+
+
+class TransposableWeight(NamedTuple):
+    """``[N, K]`` compressed for fprop, and ``[K, N]`` for dgrad; see ``reference.prune_transposable``."""
+
+    values: Tensor
+    metadata: Tensor
+    values_t: Tensor
+    metadata_t: Tensor
+    scale_inv: Tensor
+
+
+class Transposable24(Projection):
+    """Masks of 4 x 4 tiles, int16 ``[N / 4, K / 4]``; see ``reference.transposable_masks``."""
+
+    Operands = TransposableWeight
+    prunes_both_ways = True
+    keeps_masks = True
+    is_hard = True
+    rows_alone = False
+
+    def new_operands(self, n: int, k: int, device: torch.device) -> TransposableWeight:
+        return TransposableWeight(
+            values=torch.empty(values_shape(n, k), dtype=E4M3, device=device),
+            metadata=torch.empty(metadata_shape(n, k), dtype=torch.int32, device=device),
+            values_t=torch.empty(values_shape(k, n), dtype=E4M3, device=device),
+            metadata_t=torch.empty(metadata_shape(k, n), dtype=torch.int32, device=device),
+            scale_inv=torch.empty(1, device=device),
+        )
+
+    def new_masks(self, n: int, k: int, device: torch.device) -> Tensor:
+        return torch.empty(n // 4, k // 4, dtype=torch.int16, device=device)
+
+    def fill(
+        self, weight: Tensor, operands: TransposableWeight, beta: Tensor | None, masks: Tensor | None, search: bool
+    ) -> None:
+        assert masks is not None
+        prune_transposable_(weight, *operands, masks, search)
+
+    def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
+        masks = reference.transposable_masks(weight) if masks is None else masks
+        return weight.where(reference.dense_mask(masks), 0)
+
+    def fprop_operand(self, operands: TransposableWeight) -> SparseOperand:
+        return SparseOperand(operands.values, operands.metadata, operands.scale_inv)
+
+    def dgrad_operand(self, operands: TransposableWeight) -> SparseOperand:
+        return SparseOperand(operands.values_t, operands.metadata_t, operands.scale_inv)
+
+
+def _prune_transposable_eager(
+    weight: Tensor, values: Tensor, metadata: Tensor, values_t: Tensor, metadata_t: Tensor, scale_inv: Tensor,
+    masks: Tensor, search: bool,
+) -> None:  # fmt: skip
+    if search:
+        masks.copy_(reference.transposable_masks(weight))
+    ops.fill((values, metadata, values_t, metadata_t, scale_inv), reference.prune_transposable(weight, masks))
+
+
+prune_transposable_ = ops.define(
+    "prune_transposable_(Tensor weight, Tensor(a!) values, Tensor(b!) metadata, Tensor(c!) values_t, "
+    "Tensor(d!) metadata_t, Tensor(e!) scale_inv, Tensor(f!) masks, bool search) -> ()",
+    _prune_transposable_eager,
+    ops.launcher("weight.prune_fp8.launch_prune_transposable", ops.no_results),
+    ops.no_results,
+    any_strides=1,
+)
+
+TRANSPOSABLE = Transposable24("transposable24")
