@@ -10,7 +10,7 @@ from sparse_compile.passes.decide import Plan
 from sparse_compile.passes.sites import Reason, Rejection
 
 
-def phase(
+def apply_schedule(
     plans: Sequence[Plan], when: object, is_pruned_now: Callable[[Plan], bool]
 ) -> tuple[list[Plan], list[Rejection]]:
     """The plans, in dense FP8 where the weight is not pruned now, and a rejection where there is none.

@@ -12,7 +12,7 @@ from sparse_compile.recipe import Gemm
 from sparse_compile.torch_internals import example_value, hint
 
 
-def tune(plans: Sequence[Plan]) -> None:
+def autotune(plans: Sequence[Plan]) -> None:
     """Time the GEMMs that run as kernels, except those that were tuned before."""
     for plan in plans:
         device = example_value(plan.site.weight).device

@@ -15,7 +15,7 @@ from sparse_compile.passes.decide import Plan
 from sparse_compile.torch_internals import CHECKPOINT_CONTEXTS
 
 
-def recompute(plans: Iterable[Plan]) -> None:
+def follow_checkpoint_policy(plans: Iterable[Plan]) -> None:
     """Let the policies around the planned linears take their GEMMs for ``aten.mm``."""
     for body in {plan.site.region.graph_module for plan in plans if plan.site.region.calls}:
         contexts = body.meta.get(CHECKPOINT_CONTEXTS)

@@ -18,7 +18,7 @@ from sparse_compile.torch_internals import example_value, hint, is_checkpoint, w
 _TRIGONOMETRIC = ("sin", "cos")
 
 
-def materialize(graph_module: GraphModule) -> None:
+def keep_rotary_tables(graph_module: GraphModule) -> None:
     """Give each table that is broadcast memory of its own, checkpointed regions included; values stay the same."""
     for module in with_checkpoint_bodies(graph_module):
         ends = (_end_of_chain(node) for node in module.graph.nodes if _is_trigonometric(node))

@@ -14,15 +14,18 @@ if TYPE_CHECKING:
     from sparse_compile.export.finalize import finalize
     from sparse_compile.export.to_sparse import to_sparse
     from sparse_compile.measuring.weight_health import health, on_health
+    from sparse_compile.recipe import Recipe
     from sparse_compile.weights import attach, beta, invalidate, set_beta
 
 __all__ = [
-    "Report", "attach", "beta", "finalize", "health", "invalidate", "on_health", "report", "set_beta", "to_sparse",
+    "Recipe", "Report", "attach", "beta", "finalize", "health", "invalidate", "on_health", "report", "set_beta",
+    "to_sparse",
 ]  # fmt: skip
 
 _WEIGHTS = "sparse_compile.weights"
 _HEALTH = "sparse_compile.measuring.weight_health"
 _MODULES = {
+    "Recipe": "sparse_compile.recipe",
     "attach": _WEIGHTS,
     "beta": _WEIGHTS,
     "finalize": "sparse_compile.export.finalize",

@@ -1,10 +1,12 @@
 """The backend: a traced graph goes in; its linears are found, decided on and rewritten; Inductor compiles the rest."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import Parameter
 
@@ -15,21 +17,22 @@ from sparse_compile.measuring.baseline import Twin
 from sparse_compile.measuring.step_times import time_steps
 from sparse_compile.measuring.weight_health import leave_gradients
 from sparse_compile.options import Executor, Options, read_options
-from sparse_compile.passes.apply_schedule import phase
-from sparse_compile.passes.autotune import tune
-from sparse_compile.passes.checkpoint_policy import recompute
+from sparse_compile.passes.apply_schedule import apply_schedule
+from sparse_compile.passes.autotune import autotune
+from sparse_compile.passes.checkpoint_policy import follow_checkpoint_policy
 from sparse_compile.passes.choose import choose, leave_without_kernels
 from sparse_compile.passes.decide import Plan, decide
 from sparse_compile.passes.expand import expand
-from sparse_compile.passes.find import find
+from sparse_compile.passes.find import Found, find
 from sparse_compile.passes.flow import Flow
-from sparse_compile.passes.keep_rotary_tables import materialize
+from sparse_compile.passes.keep_rotary_tables import keep_rotary_tables
 from sparse_compile.passes.module_names import ModuleNames
 from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.passes.rewrite import rewrite, seed_devices
 from sparse_compile.passes.roles import TARGETS
 from sparse_compile.passes.sites import LinearSite, Rejection
 from sparse_compile.passes.verify import verify
+from sparse_compile.pipeline import Compilation, Pass, run_passes
 from sparse_compile.progress import announced
 from sparse_compile.reporting.graph_origin import origin
 from sparse_compile.reporting.process_report import write_to
@@ -45,6 +48,7 @@ from sparse_compile.torch_internals import (
 )
 from sparse_compile.variants import Compiled, Decisions, Variants
 from sparse_compile.weights.registry import find_record
+from sparse_compile.weights.slot import WeightSlot
 from sparse_compile.weights.standing import Standing
 from sparse_compile.weights.target_pattern import TargetPattern
 
@@ -68,21 +72,19 @@ def sste(
         ValueError: an unknown mode or option, or a linear that the user named and that can't be rewritten.
     """
     chosen = read_options(mode, options)
-    graph = clone_graph_module(graph_module)
-    expand(graph, _is_pruned)
-    found = find(Flow(graph), graph_before_cut(graph_module), ModuleNames().of)
+    begun = Compilation(options=chosen, traced=graph_module, graph=clone_graph_module(graph_module))
+    # Without dynamo's own graph from here on: it holds parameters.
+    traced = replace(run_passes(TRACED, replace(begun, owners=ParameterOwners())), traced=None)
+    assert traced.graph is not None
+    assert traced.found is not None
     decisions = Decisions(
-        graph,
-        found,
-        chosen,
-        decide=partial(_decide, options=chosen, owners=ParameterOwners()),
-        choose=partial(_choose, options=chosen),
+        traced.graph, traced.found, chosen, decide=partial(_run_on_sites, traced), choose=partial(_run_on_plans, traced)
     )
     variants = Variants(
-        graph,
+        traced.graph,
         origin(graph_module, decisions.names),
         decisions,
-        compile=partial(_compile, options=chosen),
+        compile=partial(_run_on_graph, traced),
         follows_schedule=chosen.schedule is not None,
         twin=_dense_twin(graph_module, chosen) if chosen.report_measure else None,
         health=chosen.health,
@@ -99,13 +101,40 @@ def sste(
     return Chooser(decisions.questions, chosen.schedule, variants.of_call, first, pattern)
 
 
+def _run_on_sites(
+    traced: Compilation, sites: Sequence[LinearSite], standing: Standing
+) -> tuple[list[Plan], list[Rejection]]:
+    decided = run_passes(DECIDED, replace(traced, sites=sites, standing=standing))
+    return list(decided.plans), list(decided.rejections)
+
+
+def _run_on_plans(traced: Compilation, plans: Sequence[Plan], standing: Standing) -> tuple[list[Plan], list[Rejection]]:
+    decided = run_passes(PLANNED, replace(traced, plans=plans, standing=standing))
+    return list(decided.plans), list(decided.rejections)
+
+
+def _run_on_graph(traced: Compilation, graph: GraphModule, plans: Sequence[Plan], inputs: Sequence[Any]) -> Compiled:
+    rewritten = run_passes(REWRITTEN, replace(traced, graph=graph, plans=plans, inputs=inputs))
+    assert rewritten.compiled is not None
+    call, fakes = rewritten.compiled
+    return Compiled(call, rewritten.slots, fakes, rewritten.seed_devices)
+
+
+def _expand(graph: GraphModule) -> None:
+    expand(graph, _is_pruned)
+
+
 def _is_pruned(weight: Parameter) -> bool:
     record = find_record(weight)
     return record is not None and record.pruned
 
 
+def _find(graph: GraphModule, traced: GraphModule) -> Found:
+    return find(Flow(graph), graph_before_cut(traced), ModuleNames().of)
+
+
 def _decide(
-    sites: Sequence[LinearSite], standing: Standing, *, options: Options, owners: ParameterOwners
+    sites: Sequence[LinearSite], standing: Standing, options: Options, owners: ParameterOwners
 ) -> tuple[list[Plan], list[Rejection]]:
     return decide(
         sites,
@@ -118,31 +147,47 @@ def _decide(
     )
 
 
-def _choose(plans: Sequence[Plan], standing: Standing, *, options: Options) -> tuple[list[Plan], list[Rejection]]:
-    """What a dense phase and devices without kernels make of the plans, and what is faster."""
-    rejections: list[Rejection] = []
-    if options.measure:
-        plans, not_emulated = leave_without_kernels(plans)
-        rejections += not_emulated
-    if standing is Standing.DENSE:
-        plans, dense_now = phase(plans, options.schedule or "dense now", lambda _: False)
-        rejections += dense_now
-    if options.measure:
-        plans, slower = choose(plans, training=torch.is_grad_enabled())
-        rejections += slower
-    return list(plans), rejections
+def _leave_without_kernels(plans: Sequence[Plan], options: Options) -> tuple[Sequence[Plan], Sequence[Rejection]]:
+    return leave_without_kernels(plans) if options.measure else (plans, ())
 
 
-def _compile(graph: GraphModule, plans: Sequence[Plan], inputs: Sequence[Any], *, options: Options) -> Compiled:
-    """Rewrite the linears, and let Inductor compile the graph."""
+def _apply_schedule(
+    plans: Sequence[Plan], rejections: Sequence[Rejection], standing: Standing, options: Options
+) -> tuple[Sequence[Plan], Sequence[Rejection]]:
+    if standing is not Standing.DENSE:
+        return plans, rejections
+    plans, dense_now = apply_schedule(plans, options.schedule or "dense now", lambda _: False)
+    return plans, (*rejections, *dense_now)
+
+
+def _choose(
+    plans: Sequence[Plan], rejections: Sequence[Rejection], options: Options
+) -> tuple[Sequence[Plan], Sequence[Rejection]]:
+    if not options.measure:
+        return plans, rejections
+    plans, slower = choose(plans, training=torch.is_grad_enabled())
+    return plans, (*rejections, *slower)
+
+
+def _autotune(plans: Sequence[Plan], options: Options) -> None:
     if options.tune:
-        tune(plans)
-    recompute(plans)
-    materialize(graph)
-    seeded, slots = seed_devices(plans), rewrite(graph, plans)
-    verify(graph, plans)
-    trace_artifact("sparse_compile_graph", lambda: graph.print_readable(print_output=False))
+        autotune(plans)
 
+
+def _rewrite(graph: GraphModule, plans: Sequence[Plan]) -> tuple[list[torch.device], list[WeightSlot]]:
+    return seed_devices(plans), rewrite(graph, plans)
+
+
+def _compile(
+    graph: GraphModule,
+    plans: Sequence[Plan],
+    seeded: Sequence[torch.device],
+    slots: Sequence[WeightSlot],
+    inputs: Sequence[Any],
+    options: Options,
+) -> tuple[Callable[..., Any], Sequence[Tensor]]:
+    """Let Inductor compile the graph; the compiled one, and fakes of its inputs that are ours."""
+    trace_artifact("sparse_compile_graph", lambda: graph.print_readable(print_output=False))
     for device in {slot.device for slot in slots}:
         ops.prepare(device)
     with backend_fake_mode(inputs):
@@ -157,7 +202,7 @@ def _compile(graph: GraphModule, plans: Sequence[Plan], inputs: Sequence[Any], *
             recompute=options.recompute,
             cacheable_function=f"{linear.__module__}.{linear.__name__}",
         )
-    return Compiled(compiled, slots, fakes, seeded)
+    return compiled, fakes
 
 
 def _dense_twin(graph_module: GraphModule, options: Options) -> Twin:
@@ -169,6 +214,42 @@ def _dense_twin(graph_module: GraphModule, options: Options) -> Twin:
 
     return Twin.of(graph_module, compile, cuda_graphs=uses_cuda_graphs(options.inductor))
 
+
+# The passes, in their order.  When dynamo has traced a graph:
+TRACED = (
+    Pass(name="expand", reads=("graph",), edits=True, run=_expand),
+    Pass(name="find", reads=("graph", "traced"), returns=("found",), run=_find),
+)
+# For each way in which the weights of linears may be found, at once for those whose answer is the same:
+DECIDED = (
+    Pass(name="decide", reads=("sites", "standing", "options", "owners"), returns=("plans", "rejections"), run=_decide),
+)
+PLANNED = (
+    Pass(
+        name="leave_without_kernels", reads=("plans", "options"), returns=("plans", "rejections"),
+        run=_leave_without_kernels,
+    ),
+    Pass(
+        name="apply_schedule", reads=("plans", "rejections", "standing", "options"), returns=("plans", "rejections"),
+        run=_apply_schedule,
+    ),
+    Pass(
+        name="choose", reads=("plans", "rejections", "options"), returns=("plans", "rejections"), run=_choose
+    ),
+)  # fmt: skip
+# When a call needs the graph for weights that are found so:
+REWRITTEN = (
+    Pass(name="autotune", reads=("plans", "options"), run=_autotune),
+    Pass(name="follow_checkpoint_policy", reads=("plans",), run=follow_checkpoint_policy),
+    Pass(name="keep_rotary_tables", reads=("graph",), edits=True, run=keep_rotary_tables),
+    Pass(name="rewrite", reads=("graph", "plans"), returns=("seed_devices", "slots"), edits=True, run=_rewrite),
+    Pass(name="verify", reads=("graph", "plans"), run=verify),
+    Pass(
+        name="compile", reads=("graph", "plans", "seed_devices", "slots", "inputs", "options"), returns=("compiled",),
+        run=_compile,
+    ),
+)  # fmt: skip
+PASSES = (*TRACED, *DECIDED, *PLANNED, *REWRITTEN)
 
 # torch._dynamo.reset() calls this attribute of a backend.
 sste.reset = reset_cuda_graphs  # type: ignore[attr-defined]

@@ -75,6 +75,7 @@ def self_test() -> list[str]:
         ("torch._inductor.cudagraph_trees", "reset_cudagraph_trees"),
         ("torch._inductor.decomposition", "select_decomp_table"),
         ("torch._higher_order_ops.triton_kernel_wrap", "kernel_side_table.get_kernel"),
+        ("torch._logging._internal", "trace_log"),
         ("torch._logging._internal", "trace_structured"),
         ("torch._decomp", "decomposition_table"),
         ("torch._subclasses.fake_tensor", "FakeTensor"),
@@ -722,6 +723,13 @@ def compiled_modules() -> list[Module]:
         if root is not module or vars(module).get("_compiled_call_impl") is not None:
             found[id(root)] = root
     return list(found.values())
+
+
+def traces_artifacts() -> bool:
+    """Whether there is a structured trace."""
+    from torch._logging._internal import trace_log
+
+    return bool(trace_log.handlers)
 
 
 def trace_artifact(name: str, content: Callable[[], str]) -> None:

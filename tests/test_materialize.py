@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_compile import torch_internals
 from sparse_compile.kernels import ops
-from sparse_compile.passes.keep_rotary_tables import materialize
+from sparse_compile.passes.keep_rotary_tables import keep_rotary_tables
 
 TOKENS, WIDTH, HEADS = 16, 64, 4
 
@@ -51,7 +51,7 @@ def kept(graph_module):
 
 def test_the_ends_of_both_tables_are_kept(trace):
     graph = trace(Rotary(), torch.randn(2, TOKENS, WIDTH))
-    materialize(graph)
+    keep_rotary_tables(graph)
     sources = [node.args[0].target for node in kept(graph)]
     assert sorted(map(str, sources)) == sorted(map(str, ["to", torch.sin]))
     for node in kept(graph):
@@ -61,21 +61,21 @@ def test_the_ends_of_both_tables_are_kept(trace):
 
 def test_a_table_in_each_checkpointed_layer(trace):
     graph = trace(Rotary(checkpointed=True, table_inside=True), torch.randn(2, TOKENS, WIDTH))
-    materialize(graph)
+    keep_rotary_tables(graph)
     bodies = [module for module in graph.children() if isinstance(module, torch.fx.GraphModule)]
     assert [len(kept(body)) for body in bodies] == [2, 2]
 
 
 def test_a_learned_table_is_left_alone(trace):
     graph = trace(Rotary(learned=True), torch.randn(2, TOKENS, WIDTH))
-    materialize(graph)
+    keep_rotary_tables(graph)
     assert kept(graph) == []
 
 
 @pytest.mark.parametrize("function", [lambda x: x.sin() + x, lambda x: torch.cos(x).sum(), torch.exp])
 def test_what_is_not_broadcast_is_left_alone(trace, function):
     graph = trace(function, torch.randn(4, 8))
-    materialize(graph)
+    keep_rotary_tables(graph)
     assert kept(graph) == []
 
 
@@ -83,7 +83,7 @@ def test_a_broadcast_of_unknown_size(trace):
     x = torch.randn(3, 8)
     torch._dynamo.mark_dynamic(x, 0)
     graph = trace(lambda x, y: y + torch.sin(x), x, torch.randn(5, 1, 8))
-    materialize(graph)
+    keep_rotary_tables(graph)
     assert len(kept(graph)) == 1
 
 
@@ -105,7 +105,7 @@ def test_training_is_bit_equal(monkeypatch, options):
         with monkeypatch.context() as patch:
             patch.setattr(torch_internals, "_run_eagerly", keep)
             if not tables:
-                patch.setattr("sparse_compile.backend.materialize", lambda graph: None)
+                patch.setattr("sparse_compile.backend.keep_rotary_tables", lambda graph: None)
             torch.compile(model, backend="sste", options={"sste.executor": "eager", "sste.when": "always"})(
                 torch.randn(2, TOKENS, WIDTH)
             ).square().sum().backward()

@@ -136,6 +136,6 @@ _by_key: dict[str, Projection] = {}
 def projection_of(key: str) -> Projection:
     """The projection that is called so in graphs and on disk."""
     if key not in _by_key:
-        known = ", ".join(map(repr, _by_key))
+        known = ", ".join(map(repr, sorted(_by_key)))
         raise ValueError(f"there is no projection {key!r}; known are {known}; import the module that makes it")
     return _by_key[key]
