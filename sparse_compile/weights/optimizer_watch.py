@@ -47,6 +47,8 @@ class OptimizerWatch:
         # By identity: a weight lives as long as an optimizer holds it, so its id is its own until then.
         self._last: dict[int, int] = {}
         self._owned: weakref.WeakKeyDictionary[Optimizer, set[int]] = weakref.WeakKeyDictionary()
+        # Optimizers that kept nothing when their first step began; in it a closure may run a forward.
+        self._began_empty: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         # Optimizers that step by another one.
         self._outer: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._inner = local()
@@ -67,7 +69,8 @@ class OptimizerWatch:
         return self._last.get(id(weight))
 
     def has_stepped(self, optimizer: Optimizer) -> bool:
-        return optimizer in self._owned
+        """Whether it has, or is in its first step, begun with an empty state: nothing it keeps is of another run."""
+        return optimizer in self._owned or optimizer in self._began_empty
 
     def subscribe(self, stage: Stage, *, before: Before | None = None, after: After | None = None) -> None:
         """Hear of each outermost step.
@@ -98,6 +101,8 @@ class OptimizerWatch:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if nested_optimizer_steps() <= 1:
             self._inner.optimizers, self._inner.told = [], set()
+        if not optimizer.state:
+            self._began_empty.add(optimizer)
         told: set[int] = getattr(self._inner, "told", set())  # none where the watch began within a step
         weights = [weight for weight in held_by(optimizer) if id(weight) not in told]
         told.update(map(id, weights))
