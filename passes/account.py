@@ -12,7 +12,7 @@ from sparse_compile.passes.match_linear import Spelling, read_linear, target_nam
 from sparse_compile.passes.roles import Role
 from sparse_compile.passes.sites import Reason, Rejection
 from sparse_compile.reporting.model import ATTENTION, PRODUCTS_OF_ACTIVATIONS
-from sparse_compile.torch_internals import example_value, module_name
+from sparse_compile.torch_internals.graph import example_value, module_name
 
 
 def account(flow: Flow, node: Node, name_of: Callable[[Node], str]) -> tuple[list[Rejection], Counter[str]]:

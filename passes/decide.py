@@ -12,7 +12,8 @@ from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.passes.roles import TARGETS, Role
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
 from sparse_compile.recipe import Projection, Recipe
-from sparse_compile.torch_internals import example_value, is_fake, real_parameter
+from sparse_compile.torch_internals.fake import is_fake
+from sparse_compile.torch_internals.graph import example_value, real_parameter
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # fp8 GEMMs need every dimension of both operands in whole 16-byte rows.

@@ -20,15 +20,11 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from sparse_compile.passes.flops import flops_of, is_product
 from sparse_compile.passes.triton_kernels import is_elementwise
-from sparse_compile.torch_internals import (
-    FakeTensorMode,
-    concrete_size,
-    decompositions,
-    example_value,
-    has_unbacked_size,
-    storage_key,
-    triton_kernel,
-)
+from sparse_compile.torch_internals.fake import FakeTensorMode
+from sparse_compile.torch_internals.graph import example_value
+from sparse_compile.torch_internals.operations import decompositions, triton_kernel
+from sparse_compile.torch_internals.sizes import concrete_size, has_unbacked_size
+from sparse_compile.torch_internals.tensors import storage_key
 
 
 class Effect(Enum):

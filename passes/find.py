@@ -12,7 +12,7 @@ from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.match_linear import Spelling, read_linear, target_name
 from sparse_compile.passes.roles import Role, assign_roles
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
-from sparse_compile.torch_internals import example_value, parameter_name
+from sparse_compile.torch_internals.graph import example_value, parameter_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,13 +5,9 @@ from functools import cached_property
 from torch.fx import GraphModule, Node
 from torch.nn import Module, Parameter
 
-from sparse_compile.torch_internals import (
-    OptimizedModule,
-    instances_of,
-    is_compiled_in_place,
-    parameter_name,
-    real_parameter,
-)
+from sparse_compile.torch_internals.graph import parameter_name, real_parameter
+from sparse_compile.torch_internals.heap import instances_of
+from sparse_compile.torch_internals.modules import OptimizedModule, is_compiled_in_place
 
 # Where wrappers keep the module that they wrap: torch.compile, PyTorch's wrapper of activation checkpointing, FSDP.
 _WRAPPED = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))

@@ -4,7 +4,8 @@ from functools import cached_property
 
 from torch.nn import Embedding, EmbeddingBag, Module, Parameter
 
-from sparse_compile.torch_internals import bare_modules_of, instances_of, is_trace
+from sparse_compile.torch_internals.heap import instances_of
+from sparse_compile.torch_internals.modules import bare_modules_of, is_trace
 
 
 class ParameterOwners:

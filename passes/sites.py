@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from sparse_compile.passes.flow import Region
 from sparse_compile.passes.roles import Role
-from sparse_compile.torch_internals import example_value
+from sparse_compile.torch_internals.graph import example_value
 
 
 class Reason(Enum):

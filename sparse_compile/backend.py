@@ -34,15 +34,10 @@ from sparse_compile.progress import announced
 from sparse_compile.reporting.graph_origin import origin
 from sparse_compile.reporting.process_report import write_to
 from sparse_compile.runtime import Chooser
-from sparse_compile.torch_internals import (
-    backend_fake_mode,
-    clone_graph_module,
-    compile_graph,
-    graph_before_cut,
-    reset_cuda_graphs,
-    trace_artifact,
-    uses_cuda_graphs,
-)
+from sparse_compile.torch_internals.dynamo import graph_before_cut, trace_artifact
+from sparse_compile.torch_internals.fake import backend_fake_mode
+from sparse_compile.torch_internals.graph import clone_graph_module
+from sparse_compile.torch_internals.inductor import compile_graph, reset_cuda_graphs, uses_cuda_graphs
 from sparse_compile.variants import Compiled, Decisions, Variants
 from sparse_compile.weights.registry import find_record
 from sparse_compile.weights.standing import Standing

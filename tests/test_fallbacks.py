@@ -8,7 +8,7 @@ from torch import nn
 import sparse_compile
 from sparse_compile.measuring.eager_fallbacks import watch_fallbacks
 from sparse_compile.reporting.report import Report
-from sparse_compile.torch_internals import RecompileLimit
+from sparse_compile.torch_internals.dynamo import RecompileLimit
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always", "sste.recipe": "fp8"}
 ADVICE = "recompile limit 8; say dynamic=True or raise it"

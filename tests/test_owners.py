@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparse_compile
-from sparse_compile import torch_internals
 from sparse_compile.passes.parameter_owners import ParameterOwners
+from sparse_compile.torch_internals import fsdp2, heap
 from sparse_compile.weights import attach
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
@@ -102,7 +102,7 @@ def test_a_frozen_collector_hides_neither_owners_nor_optimizers():
         gc.freeze()
         assert not any(found is head for found in gc.get_objects())
         assert sorted(ParameterOwners().holders(head.weight)) == ["Embedding.weight", "Linear.weight"]
-        assert any(found is optimizer for found in torch_internals.instances_of(torch.optim.Optimizer))
+        assert any(found is optimizer for found in heap.instances_of(torch.optim.Optimizer))
     finally:
         gc.unfreeze()
         gc.collect()
@@ -141,12 +141,12 @@ def test_weights_that_fsdp2_does_not_manage_are_looked_up_once(monkeypatch):
     class Managed(FSDPModule):  # what fully_shard makes of a class
         pass
 
-    torch_internals.sharded_parameter(nn.Parameter(torch.zeros(1)))
+    fsdp2.sharded_parameter(nn.Parameter(torch.zeros(1)))
     walks = []
-    monkeypatch.setattr(torch_internals, "instances_of", lambda kind: walks.append(kind) or iter(()))
+    monkeypatch.setattr(fsdp2, "instances_of", lambda kind: walks.append(kind) or iter(()))
     start = time.perf_counter()
     for _ in range(400):
-        assert torch_internals.sharded_parameter(nn.Parameter(torch.zeros(1))) is None
+        assert fsdp2.sharded_parameter(nn.Parameter(torch.zeros(1))) is None
     assert walks == []
     assert time.perf_counter() - start < 1.0
     del Managed

@@ -12,7 +12,7 @@ from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.passes.rewrite import rewrite, seed_devices
 from sparse_compile.passes.verify import verify
 from sparse_compile.recipe import FP8, SSTE, Projection
-from sparse_compile.torch_internals import clone_graph_module, is_checkpoint
+from sparse_compile.torch_internals.graph import clone_graph_module, is_checkpoint
 
 
 def planned(graph, recipe=SSTE):

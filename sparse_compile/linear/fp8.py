@@ -28,7 +28,7 @@ from sparse_compile.kernels.formats import (
 from sparse_compile.kernels.reference import saturating_cast
 from sparse_compile.linear.bf16 import LinearBF16
 from sparse_compile.recipe import Estimator, Gemm, Recipe, Rounding, recipe_named
-from sparse_compile.torch_internals import unsafe_view
+from sparse_compile.torch_internals.tensors import unsafe_view
 
 # Added to the index of a linear where it samples grad_output for dgrad: other random numbers than any wgrad's.
 DGRAD_DRAWS = 2**30
