@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch.fx import Graph, GraphModule
 
-from sparse_compile.passes.effects import Effect
 from sparse_compile.passes.flow import Flow
+from sparse_compile.passes.record_operations import Effect
 from sparse_compile.passes.triton_kernels import is_elementwise
 
 
