@@ -123,10 +123,7 @@ class Recorder(TorchDispatchMode):
         if effect is Effect.FRESH:
             origins = frozenset()
         for tensor in _written(func, args, kwargs):
-            key = storage_key(tensor)
-            self.written |= self._memory.get(key, set())
-            for other in [other for other in self._alive if storage_key(other) == key] or [tensor]:
-                self._keep(other, origins, after)
+            self._write(tensor, origins, after)
         for tensor in tensors_in(result):
             self._keep(tensor, origins, after)
         return result
@@ -161,8 +158,7 @@ class Recorder(TorchDispatchMode):
         if effect is Effect.MIXES:
             self._add_product(func, args, kwargs, result)
         for tensor in written:
-            self.written |= self._memory.get(storage_key(tensor), set())
-            self._keep(tensor, origins, effect)
+            self._write(tensor, origins, effect)
         return result
 
     def _effect(self, func: Any, name: str) -> Effect:
@@ -197,6 +193,15 @@ class Recorder(TorchDispatchMode):
                 computed=tuple(self._effects.get(id(tensor)) is not Effect.MOVES for tensor in operands),
             )
         )
+
+    def _write(self, tensor: Tensor, origins: frozenset[int], effect: Effect) -> None:
+        """What is written to a tensor is read through every other that shares its memory."""
+        key = storage_key(tensor)
+        self.written |= self._memory.get(key, set())
+        self._keep(tensor, origins, effect)
+        for other in self._alive:
+            if other is not tensor and storage_key(other) == key:
+                self._keep(other, origins, effect)
 
     def _keep(self, tensor: Tensor, origins: frozenset[int], effect: Effect) -> None:
         if id(tensor) in self._origins:  # written to: what it was stays part of what it is
