@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from sparse_compile.passes.flops import flops_of, is_product
 from sparse_compile.passes.triton_kernels import is_elementwise
+from sparse_compile.torch_internals.dispatch import HigherOrderOperator, TorchDispatchMode, tree_flatten
 from sparse_compile.torch_internals.operations import decompositions, triton_kernel
 from sparse_compile.torch_internals.tensors import storage_key
 
@@ -95,7 +94,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if isinstance(func, torch._ops.HigherOrderOperator):
+        if isinstance(func, HigherOrderOperator):
             return self._higher_order(func, args, kwargs)
         name = func._overloadpacket.__name__
         if asks_only(func):

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node, map_arg
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from sparse_compile.passes.flops import flops_of, is_product
 from sparse_compile.passes.record_operations import Effect, Product, Recorder, asks_only, tensors_in
+from sparse_compile.torch_internals.dispatch import HigherOrderOperator, TorchDispatchMode, tree_flatten, tree_map_only
 from sparse_compile.torch_internals.fake import FakeTensorMode
 from sparse_compile.torch_internals.graph import example_value
 from sparse_compile.torch_internals.sizes import concrete_size, has_unbacked_size
@@ -216,7 +215,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        composite = not isinstance(func, torch._ops.HigherOrderOperator) and not asks_only(func)
+        composite = not isinstance(func, HigherOrderOperator) and not asks_only(func)
         if composite and not is_product(func):
             with self:
                 parts = func.decompose(*args, **kwargs)

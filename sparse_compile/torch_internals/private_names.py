@@ -28,6 +28,7 @@ def self_test() -> list[str]:
         ("torch._inductor.decomposition", "select_decomp_table"),
         ("torch._higher_order_ops.triton_kernel_wrap", "kernel_side_table.get_kernel"),
         ("torch._logging._internal", "trace_structured"),
+        ("torch._ops", "HigherOrderOperator"),
         ("torch._decomp", "decomposition_table"),
         ("torch._subclasses.fake_tensor", "FakeTensor"),
         ("torch._subclasses.fake_tensor", "FakeTensorMode"),
@@ -43,7 +44,10 @@ def self_test() -> list[str]:
         ("torch", "ops.aten._unsafe_view.default"),
         ("torch.optim", "Optimizer._patch_step_function"),
         ("torch.optim", "Optimizer.profile_hook_step"),
+        ("torch.utils._python_dispatch", "TorchDispatchMode"),
         ("torch.utils._python_dispatch", "is_in_torch_dispatch_mode"),
+        ("torch.utils._pytree", "tree_flatten"),
+        ("torch.utils._pytree", "tree_map_only"),
     ):
         try:
             attrgetter(name)(import_module(module))
