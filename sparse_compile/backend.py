@@ -24,6 +24,7 @@ from sparse_compile.passes.expand import expand
 from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.keep_rotary_tables import materialize
+from sparse_compile.passes.live_modules import LiveModules
 from sparse_compile.passes.module_names import ModuleNames
 from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.passes.rewrite import rewrite, seed_devices
@@ -65,12 +66,13 @@ def sste(
     chosen = read_options(mode, options)
     graph = clone_graph_module(graph_module)
     expand(graph, _is_pruned)
-    found = find(Flow(graph), graph_before_cut(graph_module), ModuleNames().of)
+    live = LiveModules()
+    found = find(Flow(graph), graph_before_cut(graph_module), ModuleNames(live).of)
     decisions = Decisions(
         graph,
         found,
         chosen,
-        decide=partial(_decide, options=chosen, owners=ParameterOwners()),
+        decide=partial(_decide, options=chosen, owners=ParameterOwners(live)),
         choose=partial(_choose, options=chosen),
     )
     variants = Variants(

@@ -1,5 +1,7 @@
 """Names in rows and patterns are the model's own, whatever part of it dynamo traced."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -145,3 +147,26 @@ def test_a_parameter_that_no_module_holds_is_named_by_its_place():
     run = torch.compile(lambda x: F.linear(F.linear(x, weights[0]), weights[1]), backend="sste", options=OPTIONS)
     run(torch.randn(4, 64)).sum().backward()
     assert names() == {"weights.0", "weights.1"}
+
+
+TRACES = {
+    "fx": torch.fx.symbolic_trace,
+    "export": lambda model: torch.export.export(model, (torch.randn(4, 64),)).module(),
+}
+
+
+@pytest.mark.parametrize("trace", TRACES.values(), ids=TRACES.keys())
+def test_a_trace_has_its_own_names_once_the_model_is_gone(trace):
+    traced = trace(Model())
+    gc.collect()
+    whole(traced)(torch.randn(4, 64)).sum().backward()
+    assert names() == EXPECTED
+
+
+@pytest.mark.parametrize("trace", TRACES.values(), ids=TRACES.keys())
+def test_traces_of_a_model_do_not_change_its_names(trace):
+    model = Model()
+    kept = trace(model)
+    whole(model)(torch.randn(4, 64)).sum().backward()
+    assert names() == EXPECTED
+    del kept

@@ -58,6 +58,7 @@ def test_what_stands_for_a_module_is_no_second_owner(trace):
     kept = trace(model)
     assert ParameterOwners().holders(model.up.weight) == ["Linear.weight"]
     compiled(model)(torch.randn(8, 64))
+    assert [row.module for row in sparse_compile.report().rows] == ["up", "down"]
     assert sparse_compile.report().rows[0].decision.startswith("s-ste")
     del kept
 

@@ -3,24 +3,13 @@
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
 from torch.nn import Module, Parameter
 
 from sparse_compile.torch_internals.heap import instances_of
-
-if TYPE_CHECKING:
-    from torch._dynamo import OptimizedModule
-
-__all__ = ["OptimizedModule"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "OptimizedModule":
-        return import_module("torch._dynamo").OptimizedModule
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def intercept_module_calls(instead: Callable[[Module], Callable[..., Any] | None]) -> None:
@@ -46,6 +35,12 @@ def call_instead(module: Module, call: Callable[..., Any]) -> None:
 def is_compiled_in_place(module: Module) -> bool:
     """Whether its calls go to what ``Module.compile``, or ``call_instead``, has put there."""
     return vars(module).get("_compiled_call_impl") is not None
+
+
+def is_compiled_wrapper(module: Module) -> bool:
+    """Whether it is what torch.compile makes of a module, which it holds as ``_orig_mod``."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and issubclass(type(module), dynamo.OptimizedModule)
 
 
 def with_frame_of_its_own(module: Module) -> Callable[..., Any]:
@@ -79,12 +74,10 @@ def is_lazy(parameter: Parameter) -> bool:
 
 
 def is_trace(module: Module) -> bool:
-    """Whether it stands for another module that was compiled, traced or exported, and holds that one's parameters."""
+    """Whether it stands for another module that was traced or exported, and holds that one's parameters."""
     export = sys.modules.get("torch.export.unflatten")
     exported = (export.InterpreterModule, export.UnflattenedModule) if export is not None else ()
-    dynamo = sys.modules.get("torch._dynamo")
-    compiled = (dynamo.OptimizedModule,) if dynamo is not None else ()
-    return issubclass(type(module), (GraphModule, torch.jit.ScriptModule, *compiled, *exported))
+    return issubclass(type(module), (GraphModule, torch.jit.ScriptModule, *exported))
 
 
 def bare_modules_of(trace: Module) -> Iterator[Module]:
@@ -95,11 +88,9 @@ def bare_modules_of(trace: Module) -> Iterator[Module]:
 
 def compiled_modules() -> list[Module]:
     """Modules that torch.compile or Module.compile was called with: a walk over the heap."""
-    from torch._dynamo import OptimizedModule
-
     found = {}
     for module in instances_of(Module):
-        root = module._orig_mod if isinstance(module, OptimizedModule) else module
-        if root is not module or vars(module).get("_compiled_call_impl") is not None:
+        root = module._orig_mod if is_compiled_wrapper(module) else module
+        if root is not module or is_compiled_in_place(module):
             found[id(root)] = root
     return list(found.values())
