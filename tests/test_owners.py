@@ -16,15 +16,6 @@ from sparse_compile.weights import attach
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 
 
-class FFN(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
-
-    def forward(self, x):
-        return self.down(F.gelu(self.up(x)))
-
-
 def compiled(model):
     return torch.compile(model, backend="sste", options=EAGER)
 
@@ -53,8 +44,8 @@ TRACES = {
 
 
 @pytest.mark.parametrize("trace", TRACES.values(), ids=TRACES.keys())
-def test_what_stands_for_a_module_is_no_second_owner(trace):
-    model = FFN()
+def test_what_stands_for_a_module_is_no_second_owner(trace, ffn):
+    model = ffn()
     kept = trace(model)
     assert ParameterOwners().holders(model.up.weight) == ["Linear.weight"]
     compiled(model)(torch.randn(8, 64))
@@ -63,8 +54,8 @@ def test_what_stands_for_a_module_is_no_second_owner(trace):
     del kept
 
 
-def test_what_was_trained_pruned_stays_so_when_another_module_holds_it():
-    model, x = FFN(), torch.randn(8, 64)
+def test_what_was_trained_pruned_stays_so_when_another_module_holds_it(ffn):
+    model, x = ffn(), torch.randn(8, 64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     run = compiled(model)
     run(x).square().mean().backward()
@@ -76,11 +67,11 @@ def test_what_was_trained_pruned_stays_so_when_another_module_holds_it():
         assert torch.equal(run(x), trained)
 
 
-def test_a_tied_embedding_that_another_graph_reads_is_shared():
+def test_a_tied_embedding_that_another_graph_reads_is_shared(ffn):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embedding, self.ffn = nn.Embedding(128, 64), FFN()
+            self.embedding, self.ffn = nn.Embedding(128, 64), ffn()
 
         def forward(self, ids):
             x = self.ffn(self.embedding(ids))
@@ -110,14 +101,14 @@ def test_a_frozen_collector_hides_neither_owners_nor_optimizers():
         gc.freeze()
 
 
-def test_attach_says_which_optimizer_trains_a_model():
-    model, x = FFN(), torch.randn(8, 64)
+def test_attach_says_which_optimizer_trains_a_model(ffn):
+    model, x = ffn(), torch.randn(8, 64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     run = compiled(model)
     run(x).square().mean().backward()
     optimizer.step()
     kept = optimizer.state_dict()
-    resumed = FFN()
+    resumed = ffn()
     resumed.load_state_dict(model.state_dict())
     later = torch.optim.AdamW(resumed.parameters(), lr=1e-2)
     # Loaded past its own method.
@@ -128,11 +119,11 @@ def test_attach_says_which_optimizer_trains_a_model():
     assert sparse_compile.beta(resumed) == sparse_compile.beta(model)
 
 
-def test_attach_takes_the_optimizer_of_the_model():
+def test_attach_takes_the_optimizer_of_the_model(ffn):
     with pytest.raises(ValueError, match="holds no parameter of the model"):
-        attach(FFN(), torch.optim.SGD(FFN().parameters(), lr=0.1))
+        attach(ffn(), torch.optim.SGD(ffn().parameters(), lr=0.1))
     with pytest.raises(ValueError, match="a object holds no parameters"):
-        attach(FFN(), object())
+        attach(ffn(), object())
 
 
 def test_weights_that_fsdp2_does_not_manage_are_looked_up_once(monkeypatch):
@@ -164,13 +155,13 @@ def train_with(targets, model):
         optimizer.step()
 
 
-def test_a_pattern_that_matches_nothing_is_an_error_after_the_first_step():
+def test_a_pattern_that_matches_nothing_is_an_error_after_the_first_step(ffn):
     with pytest.raises(ValueError, match=r"'sste.targets': '\*.mlp.\*'} names no linear of this model.*are down, up"):
-        train_with("*.mlp.*", FFN())
+        train_with("*.mlp.*", ffn())
 
 
-def test_a_pattern_need_not_match_in_every_graph():
-    class Broken(FFN):
+def test_a_pattern_need_not_match_in_every_graph(ffn):
+    class Broken(ffn):
         def forward(self, x):
             hidden = F.gelu(self.up(x))
             torch._dynamo.graph_break()
