@@ -6,13 +6,13 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.fx import Node
 
-from sparse_compile.passes.effects import Product
 from sparse_compile.passes.flow import Flow, Kind, Origin
 from sparse_compile.passes.match_linear import Spelling, read_linear, target_name
+from sparse_compile.passes.record_operations import Product
 from sparse_compile.passes.roles import Role
 from sparse_compile.passes.sites import Reason, Rejection
 from sparse_compile.reporting.model import ATTENTION, PRODUCTS_OF_ACTIVATIONS
-from sparse_compile.torch_internals import example_value, module_name
+from sparse_compile.torch_internals.graph import example_value, module_name
 
 
 def account(flow: Flow, node: Node, name_of: Callable[[Node], str]) -> tuple[list[Rejection], Counter[str]]:

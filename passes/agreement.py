@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from sparse_compile.torch_internals import shared_store
+from sparse_compile.torch_internals.distributed import shared_store
 
 
 def agreed(question: str, answer: Callable[[], str]) -> str:

@@ -9,7 +9,8 @@ from sparse_compile.kernels.sparse_gemm import tuning
 from sparse_compile.kernels.sparse_gemm.problem import Problem
 from sparse_compile.passes.decide import Plan
 from sparse_compile.recipe import Gemm
-from sparse_compile.torch_internals import example_value, hint
+from sparse_compile.torch_internals.graph import example_value
+from sparse_compile.torch_internals.sizes import hint
 
 
 def autotune(plans: Sequence[Plan]) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from sparse_compile.kernels import ops
 from sparse_compile.passes.decide import Plan
-from sparse_compile.torch_internals import CHECKPOINT_CONTEXTS
+from sparse_compile.torch_internals.graph import CHECKPOINT_CONTEXTS
 
 
 def follow_checkpoint_policy(plans: Iterable[Plan]) -> None:

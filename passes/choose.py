@@ -22,7 +22,8 @@ from sparse_compile.passes.agreement import agreed
 from sparse_compile.passes.decide import Plan, Price
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
 from sparse_compile.recipe import Gemm, Recipe
-from sparse_compile.torch_internals import example_value, hint
+from sparse_compile.torch_internals.graph import example_value
+from sparse_compile.torch_internals.sizes import hint
 
 # Microseconds of pieces by name, for each linear that it is asked about.
 Clock = Callable[[Mapping[Question, Collection[str]]], Mapping[Question, Mapping[str, float]]]

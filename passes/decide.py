@@ -14,7 +14,8 @@ from sparse_compile.passes.sites import LinearSite, Reason, Rejection
 from sparse_compile.projections.base import Projection
 from sparse_compile.projections.identity import IDENTITY
 from sparse_compile.recipe import Recipe
-from sparse_compile.torch_internals import example_value, is_fake, real_parameter
+from sparse_compile.torch_internals.fake import is_fake
+from sparse_compile.torch_internals.graph import example_value, real_parameter
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # fp8 GEMMs need every dimension of both operands in whole 16-byte rows.

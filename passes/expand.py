@@ -20,16 +20,16 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.nn import Parameter
 
 from sparse_compile.errors import SparseCompileError
-from sparse_compile.torch_internals import (
+from sparse_compile.torch_internals.fake import is_fake
+from sparse_compile.torch_internals.graph import (
     checkpoint_body,
-    encoder_layer_fast_path,
     example_value,
     is_checkpoint,
-    is_fake,
     modes_at,
     module_name,
     real_parameter,
 )
+from sparse_compile.torch_internals.operations import encoder_layer_fast_path
 
 
 def multi_head_attention(

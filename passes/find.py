@@ -12,7 +12,7 @@ from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.match_linear import Spelling, read_linear, target_name
 from sparse_compile.passes.roles import Role, assign_roles
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
-from sparse_compile.torch_internals import example_value, parameter_name
+from sparse_compile.torch_internals.graph import example_value, parameter_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +51,7 @@ def find(flow: Flow, whole: GraphModule | None = None, name_of: Callable[[Node],
     roles = _roles(flow, linears)
     if whole is not None:
         roles |= _roles_before_the_cut(linears, whole)
-    uses, others_of = _uses(flow, linears)
+    other_uses = _other_uses(flow, linears)
     for node, linear in linears.items():
         site = LinearSite(
             node=node,
@@ -63,8 +63,7 @@ def find(flow: Flow, whole: GraphModule | None = None, name_of: Callable[[Node],
             name=name_of(linear.weight),
             path=parameter_name(linear.weight),
             role=roles[node],
-            uses=uses[linear.weight, linear.transposed],
-            other_uses=others_of(linear),
+            other_uses=other_uses(linear),
             has_backward=flow.has_backward(node),
             forwards=flow.forwards(node),
         )
@@ -117,11 +116,8 @@ def _is_linear(flow: Flow, spelling: Spelling, weight: Node) -> bool:
     return value.ndim == 2 and not detached and flow.matrix(spelling.input)[0] is None
 
 
-def _uses(
-    flow: Flow, linears: Mapping[Node, _Linear]
-) -> tuple[Counter[tuple[Node, bool]], Callable[[_Linear], tuple[str, ...]]]:
-    """How many linears read each weight in each orientation; and what else reads the weight of a linear."""
-    count = Counter((linear.weight, linear.transposed) for linear in linears.values())
+def _other_uses(flow: Flow, linears: Mapping[Node, _Linear]) -> Callable[[_Linear], tuple[str, ...]]:
+    """What reads the weight of a linear besides linears that read it in the same way."""
     readers: dict[Node, list[Node]] = {}
     for weight in {linear.weight for linear in linears.values()}:
         pending, seen = list(flow.users(weight)), set()
@@ -143,7 +139,7 @@ def _uses(
             if node not in linears or (linears[node].weight, linears[node].transposed) != alike
         )
 
-    return count, others_of
+    return others_of
 
 
 def _roles_before_the_cut(linears: Mapping[Node, _Linear], whole: GraphModule) -> dict[Node, Role]:

@@ -5,8 +5,9 @@ from math import prod
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
+
+from sparse_compile.torch_internals.dispatch import tree_map_only
 
 # Of shapes; the result's comes last.
 _Formula = Callable[..., int]

@@ -9,10 +9,11 @@ from typing import Any, cast
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import Parameter
-from torch.utils._pytree import tree_flatten
 
-from sparse_compile.passes.effects import Effect, Effects, Layout, NodeEffect
-from sparse_compile.torch_internals import checkpoint_body, example_value, is_buffer, is_checkpoint
+from sparse_compile.passes.record_operations import Effect
+from sparse_compile.passes.run_nodes import Effects, Layout, NodeEffect
+from sparse_compile.torch_internals.dispatch import tree_flatten
+from sparse_compile.torch_internals.graph import checkpoint_body, example_value, is_buffer, is_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

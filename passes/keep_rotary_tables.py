@@ -13,7 +13,8 @@ from torch.fx import GraphModule, Node
 
 from sparse_compile.kernels import ops
 from sparse_compile.passes.match_linear import target_name
-from sparse_compile.torch_internals import example_value, hint, is_checkpoint, with_checkpoint_bodies
+from sparse_compile.torch_internals.graph import example_value, is_checkpoint, with_checkpoint_bodies
+from sparse_compile.torch_internals.sizes import hint
 
 _TRIGONOMETRIC = ("sin", "cos")
 

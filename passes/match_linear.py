@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from sparse_compile.torch_internals import example_value
+from sparse_compile.torch_internals.graph import example_value
 
 _LINEAR = {F.linear, torch._C._nn.linear, torch.ops.aten.linear, torch.ops.aten.linear.default}
 _MATMUL = {

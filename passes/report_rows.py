@@ -10,7 +10,8 @@ from sparse_compile.passes.decide import Plan
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection, dtype_name
 from sparse_compile.recipe import Gemm
 from sparse_compile.reporting.model import CONVOLUTION, DENSE, Row
-from sparse_compile.torch_internals import example_value, hint, user_frames
+from sparse_compile.torch_internals.graph import example_value, user_frames
+from sparse_compile.torch_internals.sizes import hint
 
 
 def planned_row(plan: Plan) -> Row:

@@ -18,7 +18,7 @@ from sparse_compile.linear.function import LinearSpec, linear
 from sparse_compile.linear.seed import new_seed
 from sparse_compile.passes.decide import Plan
 from sparse_compile.passes.flow import Region
-from sparse_compile.torch_internals import add_input, add_static_input, checkpoint_body, example_value
+from sparse_compile.torch_internals.graph import add_input, add_static_input, checkpoint_body, example_value
 from sparse_compile.weights.slot import WeightSlot
 
 logger = logging.getLogger(__name__)

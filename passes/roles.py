@@ -8,7 +8,8 @@ from torch.fx import Node
 
 from sparse_compile.passes.flow import Flow, Kind
 from sparse_compile.passes.match_linear import target_name
-from sparse_compile.torch_internals import example_value, hint
+from sparse_compile.torch_internals.graph import example_value
+from sparse_compile.torch_internals.sizes import hint
 
 
 class Role(Enum):

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from sparse_compile.passes.flow import Region
 from sparse_compile.passes.roles import Role
-from sparse_compile.torch_internals import example_value
+from sparse_compile.torch_internals.graph import example_value
 
 
 class Reason(Enum):
@@ -64,8 +64,7 @@ class LinearSite:
     name: str  # the model's own
     path: str  # as the traced function reaches the weight
     role: Role
-    uses: int  # linears of the graph that read the weight in the same way, this one included
-    other_uses: tuple[str, ...]  # what else reads it
+    other_uses: tuple[str, ...]  # what reads the weight besides linears that read it in the same way
     has_backward: bool  # whether a gradient can come to it
     forwards: int  # how often fprop runs in a step: once more in backward where a checkpointed region needs its result
 

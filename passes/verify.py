@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node, map_arg
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.linear.function import linear
 from sparse_compile.passes.decide import Plan
-from sparse_compile.torch_internals import example_value, with_checkpoint_bodies
+from sparse_compile.torch_internals.graph import example_value, with_checkpoint_bodies
 
 
 def verify(graph_module: GraphModule, plans: Sequence[Plan]) -> None:

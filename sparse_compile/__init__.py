@@ -49,7 +49,7 @@ def _announce() -> None:
     try:
         distribution("sparse_compile")
     except PackageNotFoundError:
-        from sparse_compile.torch_internals import register_entry_point
+        from sparse_compile.torch_internals.dynamo import register_entry_point
 
         register_entry_point("sste", "sparse_compile.backend:sste")
 

@@ -26,6 +26,7 @@ from sparse_compile.passes.expand import expand
 from sparse_compile.passes.find import Found, find
 from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.keep_rotary_tables import keep_rotary_tables
+from sparse_compile.passes.live_modules import LiveModules
 from sparse_compile.passes.module_names import ModuleNames
 from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.passes.rewrite import rewrite, seed_devices
@@ -37,15 +38,10 @@ from sparse_compile.progress import announced
 from sparse_compile.reporting.graph_origin import origin
 from sparse_compile.reporting.process_report import write_to
 from sparse_compile.runtime import Chooser
-from sparse_compile.torch_internals import (
-    backend_fake_mode,
-    clone_graph_module,
-    compile_graph,
-    graph_before_cut,
-    reset_cuda_graphs,
-    trace_artifact,
-    uses_cuda_graphs,
-)
+from sparse_compile.torch_internals.dynamo import graph_before_cut, trace_artifact
+from sparse_compile.torch_internals.fake import backend_fake_mode
+from sparse_compile.torch_internals.graph import clone_graph_module
+from sparse_compile.torch_internals.inductor import compile_graph, reset_cuda_graphs, uses_cuda_graphs
 from sparse_compile.variants import Compiled, Decisions, Variants
 from sparse_compile.weights.registry import find_record
 from sparse_compile.weights.slot import WeightSlot
@@ -72,19 +68,29 @@ def sste(
         ValueError: an unknown mode or option, or a linear that the user named and that can't be rewritten.
     """
     chosen = read_options(mode, options)
-    begun = Compilation(options=chosen, traced=graph_module, graph=clone_graph_module(graph_module))
-    # Without dynamo's own graph from here on: it holds parameters.
-    traced = replace(run_passes(TRACED, replace(begun, owners=ParameterOwners())), traced=None)
+    live = LiveModules()
+    traced = run_passes(
+        TRACED,
+        Compilation(
+            options=chosen,
+            traced=graph_module,
+            graph=clone_graph_module(graph_module),
+            names=ModuleNames(live),
+            owners=ParameterOwners(live),
+        ),
+    )
     assert traced.graph is not None
     assert traced.found is not None
+    # What is kept for later calls holds neither dynamo's graph, with its parameters, nor the live modules.
+    kept = replace(traced, traced=None, names=None, owners=None)
     decisions = Decisions(
-        traced.graph, traced.found, chosen, decide=partial(_run_on_sites, traced), choose=partial(_run_on_plans, traced)
+        traced.graph, traced.found, chosen, decide=partial(_run_on_sites, traced), choose=partial(_run_on_plans, kept)
     )
     variants = Variants(
         traced.graph,
         origin(graph_module, decisions.names),
         decisions,
-        compile=partial(_run_on_graph, traced),
+        compile=partial(_run_on_graph, kept),
         follows_schedule=chosen.schedule is not None,
         twin=_dense_twin(graph_module, chosen) if chosen.report_measure else None,
         health=chosen.health,
@@ -129,8 +135,8 @@ def _is_pruned(weight: Parameter) -> bool:
     return record is not None and record.pruned
 
 
-def _find(graph: GraphModule, traced: GraphModule) -> Found:
-    return find(Flow(graph), graph_before_cut(traced), ModuleNames().of)
+def _find(graph: GraphModule, traced: GraphModule, names: ModuleNames) -> Found:
+    return find(Flow(graph), graph_before_cut(traced), names.of)
 
 
 def _decide(
@@ -218,7 +224,7 @@ def _dense_twin(graph_module: GraphModule, options: Options) -> Twin:
 # The passes, in their order.  When dynamo has traced a graph:
 TRACED = (
     Pass(name="expand", reads=("graph",), edits=True, run=_expand),
-    Pass(name="find", reads=("graph", "traced"), returns=("found",), run=_find),
+    Pass(name="find", reads=("graph", "traced", "names"), returns=("found",), run=_find),
 )
 # For each way in which the weights of linears may be found, at once for those whose answer is the same:
 DECIDED = (

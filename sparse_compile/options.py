@@ -12,7 +12,7 @@ from typing import Any
 from sparse_compile.passes.roles import TARGETS
 from sparse_compile.recipe import MVUE, RECIPES, SSTE, Gemm, GradFormat, Recipe, Rounding
 from sparse_compile.reporting.report_file import check_file
-from sparse_compile.torch_internals import inductor_option_names, inductor_patches
+from sparse_compile.torch_internals.inductor import inductor_option_names, inductor_patches
 from sparse_compile.weights.schedule import Schedule
 
 # A row of activations is cast in one reading where its registers allow it: Inductor tries, and takes the faster way.

@@ -18,9 +18,10 @@ from torch.fx import GraphModule
 from sparse_compile.options import Options
 from sparse_compile.passes.decide import Plan
 from sparse_compile.passes.find import Found
+from sparse_compile.passes.module_names import ModuleNames
 from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.passes.sites import LinearSite, Rejection
-from sparse_compile.torch_internals import trace_artifact, traces_artifacts
+from sparse_compile.torch_internals.dynamo import trace_artifact, traces_artifacts
 from sparse_compile.weights.slot import WeightSlot
 from sparse_compile.weights.standing import Standing
 
@@ -34,7 +35,7 @@ class Compilation:
     Attributes:
         graph: edited in place.
         traced: dynamo's own graph.
-        owners: what modules hold.
+        names, owners: what the live modules call parameters, and which hold them.
         found: its linears, and what is left dense however weights are found.
         sites: the linears that are decided on, whose weights all stand alike, as ``standing`` says.
         plans, rejections: what becomes of them.
@@ -47,6 +48,7 @@ class Compilation:
     options: Options
     graph: GraphModule | None = None
     traced: GraphModule | None = None
+    names: ModuleNames | None = None
     owners: ParameterOwners | None = None
     found: Found | None = None
     sites: Sequence[LinearSite] = ()

@@ -14,7 +14,7 @@ from sparse_compile.measuring.device_timer import capturing
 from sparse_compile.measuring.eager_fallbacks import watch_fallbacks
 from sparse_compile.measuring.weight_health import watch
 from sparse_compile.reporting.model import GraphReport
-from sparse_compile.torch_internals import FakeTensor
+from sparse_compile.torch_internals.fake import FakeTensor
 from sparse_compile.weights.operands import are_sparse, current_operands, layout_of, operand_set, restore_operands
 from sparse_compile.weights.record import OperandLayout, OperandSet, WeightRecord
 from sparse_compile.weights.registry import bake, lock, record_of

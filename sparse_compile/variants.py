@@ -27,13 +27,12 @@ from sparse_compile.passes.sites import LinearSite, Reason, Rejection
 from sparse_compile.reporting.model import GraphReport
 from sparse_compile.reporting.process_report import record
 from sparse_compile.runtime import Question, Runtime, follow, standing_of
-from sparse_compile.torch_internals import (
+from sparse_compile.torch_internals.dynamo import forget_examples, trace_artifact
+from sparse_compile.torch_internals.fake import fake_inputs
+from sparse_compile.torch_internals.graph import (
     clone_graph_module,
     example_value,
-    fake_inputs,
-    forget_examples,
     real_parameter,
-    trace_artifact,
     with_checkpoint_bodies,
 )
 from sparse_compile.weights.operands import are_sparse

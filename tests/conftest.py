@@ -129,6 +129,20 @@ class SmallGPT(nn.Module):
         return logits if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
+class FFN(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+@pytest.fixture
+def ffn() -> type[FFN]:
+    return FFN
+
+
 @pytest.fixture
 def small_gpt() -> type[SmallGPT]:
     return SmallGPT

@@ -2,21 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.functional import gelu
 
 import sparse_compile
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
-
-
-class FFN(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
-
-    def forward(self, x):
-        return self.down(gelu(self.up(x)))
 
 
 def compiled(model, **options):
@@ -41,9 +30,9 @@ def decisions():
 
 @pytest.mark.parametrize("executor", ["eager", "inductor"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_frozen_then_trained_then_frozen(executor, dynamic):
+def test_frozen_then_trained_then_frozen(executor, dynamic, ffn):
     """A discriminator in the generator's step, and in its own."""
-    model, x = FFN(), torch.randn(32, 64, requires_grad=True)
+    model, x = ffn(), torch.randn(32, 64, requires_grad=True)
     run = torch.compile(model, backend="sste", dynamic=dynamic, options=EAGER | {"sste.executor": executor})
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     model.requires_grad_(False)
@@ -61,8 +50,8 @@ def test_frozen_then_trained_then_frozen(executor, dynamic):
     assert {"s-ste"} in decisions()
 
 
-def test_the_report_has_the_variants_that_ran():
-    model = FFN().requires_grad_(False)
+def test_the_report_has_the_variants_that_ran(ffn):
+    model = ffn().requires_grad_(False)
     run = compiled(model)
     with torch.no_grad():
         run(torch.randn(16, 64))
@@ -74,8 +63,8 @@ def test_the_report_has_the_variants_that_ran():
     assert [graph.calls for graph in sparse_compile.report().graphs] == [1, 2]
 
 
-def test_one_of_two_weights():
-    model, x = FFN().requires_grad_(False), torch.randn(16, 64)
+def test_one_of_two_weights(ffn):
+    model, x = ffn().requires_grad_(False), torch.randn(16, 64)
     run = compiled(model)
     with torch.no_grad():
         dense = run(x)
@@ -86,17 +75,17 @@ def test_one_of_two_weights():
 
 
 @pytest.mark.parametrize("how", ["load_state_dict", "data", "assign"])
-def test_a_dense_checkpoint_in_a_frozen_24_model(how):
-    trained, x = FFN(), torch.randn(32, 64)
+def test_a_dense_checkpoint_in_a_frozen_24_model(how, ffn):
+    trained, x = ffn(), torch.randn(32, 64)
     compiled(trained)(x).sum().backward()
     sparse_compile.finalize(trained)
-    served = FFN()
+    served = ffn()
     served.load_state_dict(trained.state_dict())
     served.requires_grad_(False)
     run = compiled(served, frozen="sparse")
     with torch.no_grad():
         assert 0 < distance(run(x), served(x)) < 0.1
-        for state, bound in ((FFN().state_dict(), 1e-6), (trained.state_dict(), 0.1)):
+        for state, bound in ((ffn().state_dict(), 1e-6), (trained.state_dict(), 0.1)):
             if how == "data":
                 for name, parameter in served.named_parameters():
                     parameter.data.copy_(state[name])
@@ -108,9 +97,9 @@ def test_a_dense_checkpoint_in_a_frozen_24_model(how):
 
 
 @pytest.mark.parametrize("again", [{}, {"warmup": 1}, {"tail": 1, "total_steps": 100}], ids=str)
-def test_a_schedule_ends_with_its_compilation(again):
+def test_a_schedule_ends_with_its_compilation(again, ffn):
     """At its old end nothing is written."""
-    model = FFN()
+    model = ffn()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     train(compiled(model, tail=2, total_steps=5), optimizer, 2)
     torch._dynamo.reset()
@@ -119,9 +108,9 @@ def test_a_schedule_ends_with_its_compilation(again):
     assert torch.equal(model.up.weight, before)
 
 
-def test_an_evaluation_without_the_schedule_follows_that_of_training():
+def test_an_evaluation_without_the_schedule_follows_that_of_training(ffn):
     """Compiled on its own, of a model in its dense warm-up."""
-    model, x = FFN(), torch.randn(16, 64)
+    model, x = ffn(), torch.randn(16, 64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = compiled(model, warmup=3)
     train(step, optimizer, 1)
@@ -132,12 +121,12 @@ def test_an_evaluation_without_the_schedule_follows_that_of_training():
         assert torch.equal(compiled(model)(x), step(x))
 
 
-def test_weights_loaded_after_an_evaluation_start_clean():
+def test_weights_loaded_after_an_evaluation_start_clean(ffn):
     """Of a 2:4 checkpoint above all, whose scale is 1."""
-    trained, x = FFN(), torch.randn(32, 64)
+    trained, x = ffn(), torch.randn(32, 64)
     compiled(trained)(x).sum().backward()
     sparse_compile.finalize(trained)
-    fresh, warm = FFN(), FFN()
+    fresh, warm = ffn(), ffn()
     fresh.load_state_dict(trained.state_dict())
     run = compiled(warm)
     with torch.no_grad():

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparse_compile
-from sparse_compile import torch_internals
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.reference import group_uniforms, mvue
-from sparse_compile.torch_internals import self_test
+from sparse_compile.torch_internals import inductor
+from sparse_compile.torch_internals.private_names import self_test
 from sparse_compile.weights.registry import find_record
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
@@ -402,13 +402,13 @@ def test_small_memory_keeps_no_fp8_activations_and_changes_no_gradient(small_gpt
 def test_linears_that_read_one_input_share_its_cast(small_gpt, batch, monkeypatch):
     """Of q, k and v in one, proj, gate and up, and down there are four inputs a block."""
     graphs = []
-    run_eagerly = torch_internals._run_eagerly
+    run_eagerly = inductor._run_eagerly
 
     def keep(graph_module, inputs, **kwargs):
         graphs.append(graph_module)
         return run_eagerly(graph_module, inputs, **kwargs)
 
-    monkeypatch.setattr(torch_internals, "_run_eagerly", keep)
+    monkeypatch.setattr(inductor, "_run_eagerly", keep)
     torch.compile(small_gpt(gated=True), backend="sste", options=EAGER)(*batch).backward()
     calls = Counter(node.target for graph in graphs for node in graph.graph.nodes)
     assert calls[torch.ops.sparse_compile.transpose_tokens.default] == 2 * 4

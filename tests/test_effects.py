@@ -7,8 +7,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_compile.passes.effects import Effect, Layout
 from sparse_compile.passes.flow import Flow, Kind
+from sparse_compile.passes.record_operations import Effect
+from sparse_compile.passes.run_nodes import Layout
 
 
 @pytest.fixture
@@ -168,11 +169,11 @@ def test_what_cannot_run_is_said(trace):
 
 
 def test_equal_nodes_run_once(trace, monkeypatch):
-    from sparse_compile.passes import effects
+    from sparse_compile.passes import run_nodes
 
     runs = []
-    run = effects._run
-    monkeypatch.setattr(effects, "_run", lambda node, *rest: runs.append(node.target) or run(node, *rest))
+    run = run_nodes._run
+    monkeypatch.setattr(run_nodes, "_run", lambda node, *rest: runs.append(node.target) or run(node, *rest))
     Flow(trace(lambda x: x.sin().sin().sin() + x.cos(), torch.randn(8, 64)))
     assert runs.count("sin") == 1
     assert runs.count("cos") == 1

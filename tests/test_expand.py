@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sparse_compile
 from sparse_compile.passes.expand import encoder_layer, expand, multi_head_attention
-from sparse_compile.torch_internals import clone_graph_module, encoder_layer_fast_path, example_value
+from sparse_compile.torch_internals.graph import clone_graph_module, example_value
+from sparse_compile.torch_internals.operations import encoder_layer_fast_path
 
 BATCH, TOKENS, KEYS, WIDTH, HEADS = 3, 7, 5, 32, 4
 FUSED = {F.multi_head_attention_forward, encoder_layer_fast_path}

@@ -1,5 +1,7 @@
 """What dynamo runs eagerly of the modules that were compiled is told at the end of the report; nothing else is."""
 
+import gc
+
 import pytest
 import torch
 import torch._dynamo.config
@@ -8,7 +10,7 @@ from torch import nn
 import sparse_compile
 from sparse_compile.measuring.eager_fallbacks import watch_fallbacks
 from sparse_compile.reporting.report import Report
-from sparse_compile.torch_internals import RecompileLimit
+from sparse_compile.torch_internals.dynamo import RecompileLimit
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always", "sste.recipe": "fp8"}
 ADVICE = "recompile limit 8; say dynamic=True or raise it"
@@ -17,6 +19,7 @@ ADVICE = "recompile limit 8; say dynamic=True or raise it"
 @pytest.fixture(autouse=True)
 def nothing_reached_so_far():
     watch_fallbacks()._limits.clear()
+    gc.collect()  # modules of other tests, which count as long as they are alive
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 import sparse_compile
 from sparse_compile.measuring import weight_health
-from sparse_compile.torch_internals import instances_of
+from sparse_compile.torch_internals.heap import instances_of
 from sparse_compile.weights.record import OperandSet
 
 _of_other_tests: WeakSet[OperandSet] = WeakSet()

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_compile import torch_internals
 from sparse_compile.kernels import ops
 from sparse_compile.passes.keep_rotary_tables import keep_rotary_tables
+from sparse_compile.torch_internals import inductor
 
 TOKENS, WIDTH, HEADS = 16, 64, 4
 
@@ -93,7 +93,7 @@ def test_training_is_bit_equal(monkeypatch, options):
 
     def train(*, tables):
         graphs = []
-        run_eagerly = torch_internals._run_eagerly
+        run_eagerly = inductor._run_eagerly
 
         def keep(graph_module, inputs, **kwargs):
             graphs.append(graph_module)
@@ -103,7 +103,7 @@ def test_training_is_bit_equal(monkeypatch, options):
         torch.manual_seed(0)
         model = Rotary(**options)
         with monkeypatch.context() as patch:
-            patch.setattr(torch_internals, "_run_eagerly", keep)
+            patch.setattr(inductor, "_run_eagerly", keep)
             if not tables:
                 patch.setattr("sparse_compile.backend.keep_rotary_tables", lambda graph: None)
             torch.compile(model, backend="sste", options={"sste.executor": "eager", "sste.when": "always"})(

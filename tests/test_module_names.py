@@ -1,5 +1,7 @@
 """Names in rows and patterns are the model's own, whatever part of it dynamo traced."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,25 +14,16 @@ import sparse_compile
 OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
-
-    def forward(self, x):
-        return x + self.down(F.gelu(self.up(x)))
-
-
 class Model(nn.Module):
-    def __init__(self, call=lambda block, x: block(x)):
+    def __init__(self, block, call=lambda block, x: block(x)):
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(block() for _ in range(2))
         self.last = self.blocks[1]  # another name of the same module
         self.call = call
 
     def forward(self, x):
         for block in self.blocks:
-            x = self.call(block, x)
+            x = x + self.call(block, x)
         return x
 
 
@@ -45,7 +38,7 @@ def broken(block, x):
 def broken_inside(block, x):
     h = block.up(x)
     torch._dynamo.graph_break()
-    return x + block.down(F.gelu(h))
+    return block.down(F.gelu(h))
 
 
 def whole(model):
@@ -98,8 +91,8 @@ def names():
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_whatever_is_compiled(way):
-    model = Model()
+def test_whatever_is_compiled(way, ffn):
+    model = Model(ffn)
     del model.last
     way(model)(torch.randn(4, 64, requires_grad=True)).sum().backward()
     # Blocks that are alike share the graph that was compiled for the first of them.
@@ -108,17 +101,17 @@ def test_whatever_is_compiled(way):
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-def test_whatever_lies_between(call):
+def test_whatever_lies_between(call, ffn):
     """Blocks that dynamo traces apart share the graph that it compiled for the first of them."""
-    model = Model(call)
+    model = Model(ffn, call)
     whole(model)(torch.randn(4, 64, requires_grad=True)).sum().backward()
     assert names() in (EXPECTED, {"blocks.0.up", "blocks.0.down"})
 
 
-def test_patterns_match_the_models_own_names():
+def test_patterns_match_the_models_own_names(ffn):
     """Of a block that is compiled alone too, and its name within the block as well."""
     for pattern in ("blocks.*.up", "up"):
-        model = Model()
+        model = Model(ffn)
         torch._dynamo.reset()
         sparse_compile.report().graphs.clear()
         for block in model.blocks:
@@ -130,10 +123,10 @@ def test_patterns_match_the_models_own_names():
 
 
 @pytest.mark.parametrize("way", [whole, in_place], ids=lambda way: way.__name__)
-def test_what_holds_the_compiled_model_is_not_part_of_its_names(way):
+def test_what_holds_the_compiled_model_is_not_part_of_its_names(way, ffn):
     """A LightningModule or a loss around it."""
     outer = nn.Module()
-    outer.model = Model()
+    outer.model = Model(ffn)
     run = way(outer.model)
     outer.model = run
     run(torch.randn(4, 64)).sum().backward()
@@ -145,3 +138,26 @@ def test_a_parameter_that_no_module_holds_is_named_by_its_place():
     run = torch.compile(lambda x: F.linear(F.linear(x, weights[0]), weights[1]), backend="sste", options=OPTIONS)
     run(torch.randn(4, 64)).sum().backward()
     assert names() == {"weights.0", "weights.1"}
+
+
+TRACES = {
+    "fx": torch.fx.symbolic_trace,
+    "export": lambda model: torch.export.export(model, (torch.randn(4, 64),)).module(),
+}
+
+
+@pytest.mark.parametrize("trace", TRACES.values(), ids=TRACES.keys())
+def test_a_trace_has_its_own_names_once_the_model_is_gone(trace, ffn):
+    traced = trace(Model(ffn))
+    gc.collect()
+    whole(traced)(torch.randn(4, 64)).sum().backward()
+    assert names() == EXPECTED
+
+
+@pytest.mark.parametrize("trace", TRACES.values(), ids=TRACES.keys())
+def test_traces_of_a_model_do_not_change_its_names(trace, ffn):
+    model = Model(ffn)
+    kept = trace(model)
+    whole(model)(torch.randn(4, 64)).sum().backward()
+    assert names() == EXPECTED
+    del kept

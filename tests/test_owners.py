@@ -9,20 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparse_compile
-from sparse_compile import torch_internals
 from sparse_compile.passes.parameter_owners import ParameterOwners
+from sparse_compile.torch_internals import fsdp2, heap
 from sparse_compile.weights import attach
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
-
-
-class FFN(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
-
-    def forward(self, x):
-        return self.down(F.gelu(self.up(x)))
 
 
 def compiled(model):
@@ -53,17 +44,18 @@ TRACES = {
 
 
 @pytest.mark.parametrize("trace", TRACES.values(), ids=TRACES.keys())
-def test_what_stands_for_a_module_is_no_second_owner(trace):
-    model = FFN()
+def test_what_stands_for_a_module_is_no_second_owner(trace, ffn):
+    model = ffn()
     kept = trace(model)
     assert ParameterOwners().holders(model.up.weight) == ["Linear.weight"]
     compiled(model)(torch.randn(8, 64))
+    assert [row.module for row in sparse_compile.report().rows] == ["up", "down"]
     assert sparse_compile.report().rows[0].decision.startswith("s-ste")
     del kept
 
 
-def test_what_was_trained_pruned_stays_so_when_another_module_holds_it():
-    model, x = FFN(), torch.randn(8, 64)
+def test_what_was_trained_pruned_stays_so_when_another_module_holds_it(ffn):
+    model, x = ffn(), torch.randn(8, 64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     run = compiled(model)
     run(x).square().mean().backward()
@@ -75,11 +67,11 @@ def test_what_was_trained_pruned_stays_so_when_another_module_holds_it():
         assert torch.equal(run(x), trained)
 
 
-def test_a_tied_embedding_that_another_graph_reads_is_shared():
+def test_a_tied_embedding_that_another_graph_reads_is_shared(ffn):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embedding, self.ffn = nn.Embedding(128, 64), FFN()
+            self.embedding, self.ffn = nn.Embedding(128, 64), ffn()
 
         def forward(self, ids):
             x = self.ffn(self.embedding(ids))
@@ -102,21 +94,21 @@ def test_a_frozen_collector_hides_neither_owners_nor_optimizers():
         gc.freeze()
         assert not any(found is head for found in gc.get_objects())
         assert sorted(ParameterOwners().holders(head.weight)) == ["Embedding.weight", "Linear.weight"]
-        assert any(found is optimizer for found in torch_internals.instances_of(torch.optim.Optimizer))
+        assert any(found is optimizer for found in heap.instances_of(torch.optim.Optimizer))
     finally:
         gc.unfreeze()
         gc.collect()
         gc.freeze()
 
 
-def test_attach_says_which_optimizer_trains_a_model():
-    model, x = FFN(), torch.randn(8, 64)
+def test_attach_says_which_optimizer_trains_a_model(ffn):
+    model, x = ffn(), torch.randn(8, 64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     run = compiled(model)
     run(x).square().mean().backward()
     optimizer.step()
     kept = optimizer.state_dict()
-    resumed = FFN()
+    resumed = ffn()
     resumed.load_state_dict(model.state_dict())
     later = torch.optim.AdamW(resumed.parameters(), lr=1e-2)
     # Loaded past its own method.
@@ -127,11 +119,11 @@ def test_attach_says_which_optimizer_trains_a_model():
     assert sparse_compile.beta(resumed) == sparse_compile.beta(model)
 
 
-def test_attach_takes_the_optimizer_of_the_model():
+def test_attach_takes_the_optimizer_of_the_model(ffn):
     with pytest.raises(ValueError, match="holds no parameter of the model"):
-        attach(FFN(), torch.optim.SGD(FFN().parameters(), lr=0.1))
+        attach(ffn(), torch.optim.SGD(ffn().parameters(), lr=0.1))
     with pytest.raises(ValueError, match="a object holds no parameters"):
-        attach(FFN(), object())
+        attach(ffn(), object())
 
 
 def test_weights_that_fsdp2_does_not_manage_are_looked_up_once(monkeypatch):
@@ -141,12 +133,12 @@ def test_weights_that_fsdp2_does_not_manage_are_looked_up_once(monkeypatch):
     class Managed(FSDPModule):  # what fully_shard makes of a class
         pass
 
-    torch_internals.sharded_parameter(nn.Parameter(torch.zeros(1)))
+    fsdp2.sharded_parameter(nn.Parameter(torch.zeros(1)))
     walks = []
-    monkeypatch.setattr(torch_internals, "instances_of", lambda kind: walks.append(kind) or iter(()))
+    monkeypatch.setattr(fsdp2, "instances_of", lambda kind: walks.append(kind) or iter(()))
     start = time.perf_counter()
     for _ in range(400):
-        assert torch_internals.sharded_parameter(nn.Parameter(torch.zeros(1))) is None
+        assert fsdp2.sharded_parameter(nn.Parameter(torch.zeros(1))) is None
     assert walks == []
     assert time.perf_counter() - start < 1.0
     del Managed
@@ -163,13 +155,13 @@ def train_with(targets, model):
         optimizer.step()
 
 
-def test_a_pattern_that_matches_nothing_is_an_error_after_the_first_step():
+def test_a_pattern_that_matches_nothing_is_an_error_after_the_first_step(ffn):
     with pytest.raises(ValueError, match=r"'sste.targets': '\*.mlp.\*'} names no linear of this model.*are down, up"):
-        train_with("*.mlp.*", FFN())
+        train_with("*.mlp.*", ffn())
 
 
-def test_a_pattern_need_not_match_in_every_graph():
-    class Broken(FFN):
+def test_a_pattern_need_not_match_in_every_graph(ffn):
+    class Broken(ffn):
         def forward(self, x):
             hidden = F.gelu(self.up(x))
             torch._dynamo.graph_break()

@@ -11,7 +11,7 @@ from sparse_compile import backend
 from sparse_compile.options import read_options
 from sparse_compile.pipeline import Compilation, Pass, run_passes
 
-GIVEN = {"options", "graph", "traced", "owners", "sites", "standing", "inputs"}
+GIVEN = {"options", "graph", "traced", "names", "owners", "sites", "standing", "inputs"}
 
 
 def test_each_pass_reads_what_was_given_or_returned_before() -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from sparse_compile import torch_internals
 from sparse_compile.kernels import ops
+from sparse_compile.torch_internals import inductor
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 
@@ -29,7 +29,7 @@ def run(small_gpt, batch, monkeypatch):
 
     def go(policy):
         graphs = []
-        run_eagerly = torch_internals._run_eagerly
+        run_eagerly = inductor._run_eagerly
 
         def keep(graph_module, inputs, **kwargs):
             graphs.append(graph_module)
@@ -48,7 +48,7 @@ def run(small_gpt, batch, monkeypatch):
             return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
         with monkeypatch.context() as patch:
-            patch.setattr(torch_internals, "_run_eagerly", keep)
+            patch.setattr(inductor, "_run_eagerly", keep)
             loss = torch.compile(forward, backend="sste", options=OPTIONS)(*batch)
             torch.manual_seed(1)
             loss.backward()

@@ -14,7 +14,7 @@ from sparse_compile.passes.verify import verify
 from sparse_compile.projections.groups_of_four import SOFT
 from sparse_compile.projections.identity import IDENTITY
 from sparse_compile.recipe import FP8, SSTE
-from sparse_compile.torch_internals import clone_graph_module, is_checkpoint
+from sparse_compile.torch_internals.graph import clone_graph_module, is_checkpoint
 
 
 def planned(graph, recipe=SSTE):

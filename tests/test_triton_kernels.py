@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch.fx import Graph, GraphModule
 
-from sparse_compile.passes.effects import Effect
 from sparse_compile.passes.flow import Flow
+from sparse_compile.passes.record_operations import Effect
 from sparse_compile.passes.triton_kernels import is_elementwise
 
 
@@ -59,21 +59,29 @@ def test_what_is_no_kernel_is_not_elementwise():
     assert not is_elementwise(object())
 
 
+OUTPUTS = {
+    "the tensor": lambda out: (out, out),
+    "a view of it is written": lambda out: (out.view(-1), out),
+    "a view of it is returned": lambda out: (out, out.view(-1)),
+}
+
+
+@pytest.mark.parametrize("outputs", OUTPUTS.values(), ids=OUTPUTS.keys())
 @pytest.mark.parametrize(("kernel", "expected"), [(swiglu, Effect.COMPUTES), (norm, Effect.MIXES)])
-def test_a_launch_in_a_graph(kernel, expected):
+def test_a_launch_in_a_graph(kernel, expected, outputs):
     """Dynamo traces launches on a GPU alone, so the node is made by hand."""
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
 
     def launch(gate, up):
-        out = torch.empty_like(gate)
+        written, returned = outputs(torch.empty_like(gate))
         triton_kernel_wrapper_mutation(
             kernel_idx=kernel_side_table.add_kernel(kernel),
             constant_args_idx=kernel_side_table.add_constant_args({"BLOCK": 64, "count": 512}),
             grid=[(8, 1, 1)],
             tma_descriptor_metadata={},
-            kwargs={"gate": gate, "up": up, "out": out},
+            kwargs={"gate": gate, "up": up, "out": written},
         )
-        return out
+        return returned
 
     graph = Graph()
     inputs = [graph.placeholder(name) for name in ("gate", "up")]

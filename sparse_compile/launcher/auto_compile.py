@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import DataParallel, Module
 
-from sparse_compile.torch_internals import (
+from sparse_compile.torch_internals.modules import (
     call_instead,
     called_plainly,
     intercept_module_calls,

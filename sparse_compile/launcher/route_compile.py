@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sparse_compile.launcher.accelerate_patch import accept_in_accelerate
 from sparse_compile.launcher.auto_compile import AutoCompile
 from sparse_compile.reporting.process_report import recorded, write_to
-from sparse_compile.torch_internals import mode_options
+from sparse_compile.torch_internals.inductor import mode_options
 
 # What a script says that asks for no particular backend.
 _DEFAULTS = (None, "inductor")

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from sparse_compile.linear import bf16, fp8
 from sparse_compile.recipe import recipe_named
-from sparse_compile.torch_internals import unsafe_view
+from sparse_compile.torch_internals.tensors import unsafe_view
 
 
 class LinearSpec(NamedTuple):

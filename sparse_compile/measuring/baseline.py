@@ -24,7 +24,9 @@ from sparse_compile.kernels import ops
 from sparse_compile.measuring.device_timer import Clock
 from sparse_compile.progress import announced, tracked
 from sparse_compile.reporting.model import Measurement, Passes, Spread
-from sparse_compile.torch_internals import clone_graph_module, forget_examples, mutated, several_processes
+from sparse_compile.torch_internals.distributed import several_processes
+from sparse_compile.torch_internals.dynamo import forget_examples
+from sparse_compile.torch_internals.graph import clone_graph_module, mutated
 from sparse_compile.weights.operands import fill_operands
 from sparse_compile.weights.slot import WeightSlot
 

@@ -22,7 +22,8 @@ from sparse_compile.measuring.device_timer import capturing
 from sparse_compile.reporting.model import fold_names
 from sparse_compile.reporting.process_report import report_so_far
 from sparse_compile.reporting.report import Report
-from sparse_compile.torch_internals import RecompileLimit, compiled_modules, on_recompile_limit
+from sparse_compile.torch_internals.dynamo import RecompileLimit, on_recompile_limit
+from sparse_compile.torch_internals.modules import compiled_modules
 
 # Steps 2, 8, 32, ... of each optimizer are looked at: the first compiles, and a look may walk over the heap.
 _FIRST, _FACTOR = 2, 4

@@ -9,7 +9,9 @@ from typing import Any
 from torch import SymInt, Tensor
 from torch.fx import GraphModule
 
-from sparse_compile.torch_internals import compile_id, example_value, graph_end, hint, parameter_name, user_frames
+from sparse_compile.torch_internals.dynamo import compile_id, graph_end
+from sparse_compile.torch_internals.graph import example_value, parameter_name, user_frames
+from sparse_compile.torch_internals.sizes import hint
 
 
 def origin(graph_module: GraphModule, modules: Iterable[str]) -> dict[str, Any]:

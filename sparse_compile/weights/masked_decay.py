@@ -14,9 +14,10 @@ from weakref import ref
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_compile.kernels import ops
-from sparse_compile.torch_internals import WeakTensorKeyDictionary, local_tensor
+from sparse_compile.torch_internals.distributed import local_tensor
 from sparse_compile.weights.optimizer_watch import Arguments
 from sparse_compile.weights.record import WeightRecord
 

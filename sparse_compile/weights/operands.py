@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.torch_internals import is_held, versions_kept
+from sparse_compile.torch_internals.tensors import is_held, versions_kept
 from sparse_compile.weights.beta_fit import PRIOR, Fit, fit_beta
 from sparse_compile.weights.edit_detection import find_edited, take_samples
 from sparse_compile.weights.optimizer_watch import watch

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from sparse_compile.torch_internals import call_with_new_optimizers, nested_optimizer_steps
+from sparse_compile.torch_internals.optimizers import call_with_new_optimizers, nested_optimizer_steps
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Before = Callable[[Optimizer, list[Tensor], tuple[Any, ...], dict[str, Any]], Arguments | None]

@@ -9,13 +9,10 @@ from weakref import WeakSet, ref
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparse_compile.torch_internals import (
-    WeakTensorKeyDictionary,
-    call_when_freed,
-    local_tensor,
-    sharded_parameter,
-)
+from sparse_compile.torch_internals.distributed import local_tensor
+from sparse_compile.torch_internals.fsdp2 import call_when_freed, sharded_parameter
 from sparse_compile.weights.masked_decay import MaskedDecay
 from sparse_compile.weights.optimizer_state import SavedState, connect, read, writes_its_own
 from sparse_compile.weights.optimizer_watch import Stage, held_by, watch

@@ -1,0 +1,59 @@
+"""All live objects of a class."""
+
+import gc
+import sys
+from collections.abc import Iterator
+from types import FrameType, FunctionType, ModuleType
+from typing import Any
+from weakref import ref
+
+import torch
+from torch.nn import Module
+
+
+def instances_of(kind: type) -> Iterator[Any]:
+    """All that are alive, by a walk over the heap; of frozen ones (``gc.freeze``) those that a script can reach."""
+    # type(), because isinstance() would wake lazy proxies that pretend to be of the kind.
+    listed = [found for found in gc.get_objects() if issubclass(type(found), kind)]
+    known = set(map(id, listed))
+    yield from listed
+    yield from (found for found in _frozen_objects() if issubclass(type(found), kind) and id(found) not in known)
+
+
+_frozen: "list[ref[Any]]" = []
+_frozen_count = 0
+
+
+def _frozen_objects() -> list[Any]:
+    """Modules and optimizers that the collector does not list, by a walk from the globals and locals of the script."""
+    global _frozen_count
+    count = gc.get_freeze_count()
+    if count > _frozen_count:
+        _frozen[:] = [ref(found) for found in _reachable((Module, torch.optim.Optimizer))]
+    _frozen_count = count
+    return [found for known in _frozen if (found := known()) is not None]
+
+
+def _reachable(kinds: tuple[type, ...]) -> list[Any]:
+    """What of some classes the running frames and the main module hold, directly or through other objects."""
+    pending: list[Any] = list(vars(sys.modules["__main__"]).values())
+    for frame in sys._current_frames().values():
+        caller: FrameType | None = frame
+        while caller is not None:
+            pending += caller.f_locals.values()
+            caller = caller.f_back
+    seen: set[int] = set()
+    found = []
+    while pending:
+        held = pending.pop()
+        # What belongs to modules of Python, and its classes, is no script's.
+        if id(held) in seen or isinstance(held, (str, bytes, int, float, type, ModuleType, torch.Tensor, FrameType)):
+            continue
+        seen.add(id(held))
+        if isinstance(held, FunctionType):
+            pending += held.__closure__ or ()
+            continue
+        if issubclass(type(held), kinds):
+            found.append(held)
+        pending += gc.get_referents(held)
+    return found
