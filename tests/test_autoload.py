@@ -103,4 +103,4 @@ def test_together_with_the_launcher_it_is_an_error(monkeypatch: pytest.MonkeyPat
     command = [sys.executable, "-m", "sparse_compile", __file__]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "SPARSE_COMPILE is set, which does without this launcher" in done.stderr
+    assert "SPARSE_COMPILE is set and already enables the backend" in done.stderr

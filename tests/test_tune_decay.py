@@ -9,7 +9,8 @@ from itertools import combinations, pairwise, product
 import pytest
 import torch
 
-from sparse_compile.decay_search.command import RunFailed, run_script, search, tune_decay
+from sparse_compile.__main__ import main
+from sparse_compile.decay_search.command import RunFailed, run_script, search
 from sparse_compile.decay_search.html import as_html
 from sparse_compile.decay_search.table import DecayTable, Run
 
@@ -125,7 +126,7 @@ def test_the_dense_run_is_dense_and_decays_nothing(tmp_path):
 def status(*arguments):
     """What the command exits with."""
     try:
-        tune_decay(arguments)
+        main(["tune-decay", *arguments])
     except SystemExit as ended:
         return ended.code
     return 0

@@ -12,7 +12,7 @@ from typing import Any
 
 from sparse_compile.decay_search.html import as_html
 from sparse_compile.decay_search.table import HIGHEST, LOWEST, DecayTable, Run, check_decays
-from sparse_compile.launcher.arguments import add_script, check_script
+from sparse_compile.launcher.arguments import add_script, read_script
 from sparse_compile.reporting.report_file import check_file
 
 _DESCRIPTION = f"""\
@@ -25,6 +25,7 @@ step, over that of the dense run, both means over the last half of the steps. De
 
 The exit status is 0 if a decay is accepted, 1 if none is or a run fails.
 """
+_RECIPES = ("sr-ste", "t-sr-ste")
 _DECAYS = "2e-6,6e-6,2e-5,6e-5,2e-4,6e-4,2e-3,6e-3"
 # What each run says itself; a script's own choice of these does not count either.
 _OURS = (
@@ -38,39 +39,47 @@ class RunFailed(Exception):
     """The script failed; with its last lines."""
 
 
-def tune_decay(arguments: Sequence[str]) -> None:
-    """Print the table and what follows from it, and exit with the status that the description promises."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sparse_compile tune-decay",
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "tune-decay",
+        help=f"search the decay of the recipe {' or '.join(_RECIPES)} for a training script",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--recipe", choices=["sr-ste", "t-sr-ste"], default="sr-ste")
-    parser.add_argument("--decays", type=_decays, default=_DECAYS, metavar="A,B,...", help=f"the grid; {_DECAYS}")
-    parser.add_argument("--steps", type=_steps, default=50, metavar="N", help="optimizer steps of each run; 50")
+    parser.add_argument("--recipe", choices=_RECIPES, default=_RECIPES[0], help=f"default {_RECIPES[0]}")
+    parser.add_argument(
+        "--decays", type=_decays, default=_DECAYS, metavar="A,B,...", help=f"decays to try; default {_DECAYS}"
+    )
+    parser.add_argument(
+        "--steps", type=_steps, default=50, metavar="N", help="optimizer steps of each run; default %(default)s"
+    )
     parser.add_argument(
         "--out", type=Path, action="append", default=[], metavar="FILE",
-        help="write the result there, too: FILE.json has all numbers, FILE.html plots; may be repeated",
+        help="also write the result to FILE: .json for all numbers, .html for plots; may be repeated",
     )  # fmt: skip
     add_script(parser)
-    args = parser.parse_args(arguments)
-    check_script(parser, args)
-    options: dict[str, Any] = dict(args.options)
+    parser.set_defaults(parser=parser, execute=tune_decay)
+
+
+def tune_decay(args: argparse.Namespace) -> None:
+    """Print the table and what follows from it, and exit with the status that the description promises."""
+    script = read_script(args)
     try:
         for file in args.out:
             check_file(file, [".json", ".html"])
-        _check_options(options, args.recipe)
+        _check_options(script.options, args.recipe)
     except ValueError as error:
-        parser.error(str(error))
+        args.parser.error(str(error))
 
     def run(decay: float | None) -> Run:
         own = {"sste.warmup": _WITHOUT_END} if decay is None else {"sste.warmup": 0, "sste.decay": decay}
         overrides = {"sste.tail": 0, "sste.total_steps": 0, "sste.when": "always", "sste.report": None}
         request = {
-            "steps": args.steps, "auto": args.auto, "module": args.module, "options": options,
+            "steps": args.steps, "auto": script.auto, "module": script.module, "options": script.options,
             "overrides": overrides | own | {"sste.recipe": args.recipe},
         }  # fmt: skip
-        return run_script(decay, request, [args.script, *args.arguments])
+        return run_script(decay, request, [script.name, *script.arguments])
 
     try:
         table = search(args.recipe, args.decays, run)
