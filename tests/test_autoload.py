@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
     [
         (
             {"SPARSE_COMPILE": "0"},
-            "SPARSE_COMPILE is '0'; allowed are 1, by which torch.compile uses backend 'sste', and auto, by which ",
+            "SPARSE_COMPILE is '0'; allowed are 1, to use backend 'sste' in torch.compile, and auto, to compile ",
         ),
         ({"SPARSE_COMPILE": ""}, "SPARSE_COMPILE is ''; allowed are 1"),
         (

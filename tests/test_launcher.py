@@ -101,7 +101,11 @@ def test_auto_compiles_a_model_that_the_script_does_not(tmp_path: Path) -> None:
     ("arguments", "compile", "reason"),
     [
         ((), "lambda model: model", "the script calls neither torch.compile nor Module.compile; `python -m sparse_com"),
-        ((), 'lambda model: torch.compile(model, backend="eager")', "other backends alone, which stay: eager"),
+        (
+            (),
+            'lambda model: torch.compile(model, backend="eager")',
+            "only called with other backends, which are kept: eager",
+        ),
         (
             ("--auto",),
             "lambda model: model.requires_grad_(False)(torch.ones(8, 64)) is None or exit(3)",
