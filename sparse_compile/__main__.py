@@ -1,54 +1,58 @@
-"""``python -m sparse_compile``: ``train.py ...`` (``launch``), and ``report``, ``check`` and ``tune-decay``."""
+"""``python -m sparse_compile``: a command and its arguments, or a script and its arguments."""
 
-import argparse
 import sys
-from pathlib import Path
-from typing import Any
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Container, Sequence
 
-from sparse_compile.launcher.arguments import add_script, check_script
-from sparse_compile.reporting.report_file import check_file
-from sparse_compile.reporting.show import view
+from sparse_compile.decay_search import command as tune_decay
+from sparse_compile.export import check_command as check
+from sparse_compile.launcher import command as run
+from sparse_compile.launcher import option_table as options
+from sparse_compile.reporting import show as report
 
-_DESCRIPTION = 'Run a script whose torch.compile calls, where they name no backend or "inductor", use "sste".'
+_USAGE = """\
+python -m sparse_compile [run] [--report FILE] [--auto] [--option NAME=VALUE] [-m] SCRIPT ...
+       python -m sparse_compile COMMAND ..."""
+_DESCRIPTION = (
+    'Run a training script through the torch.compile backend "sste", look at its results, or list the options.'
+)
+_EPILOG = """\
+"python -m sparse_compile COMMAND --help" explains a command. If the first argument is not a command, "run" is implied.
+To run a script whose name is that of a command, say "run report" or "./report".
+"""
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["report"]:
-        return view(sys.argv[2:])
-    if sys.argv[1:2] == ["check"]:
-        from sparse_compile.export.check import check
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command.
 
-        return check(sys.argv[2:])
-    if sys.argv[1:2] == ["tune-decay"]:
-        from sparse_compile.decay_search.command import tune_decay
+    Each command's module adds its parser, which sets ``execute``: a function of the parsed namespace.  Nothing
+    imports torch before that function runs.
 
-        return tune_decay(sys.argv[2:])
-    parser = argparse.ArgumentParser(prog="python -m sparse_compile", description=_DESCRIPTION)
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report there: FILE.txt, .json or .html")
-    add_script(parser)
-    args = parser.parse_args()
-    check_script(parser, args)
-    if args.report is not None:
-        try:
-            check_file(args.report)
-        except ValueError as error:
-            parser.error(str(error))
-    options: dict[str, Any] = dict(args.options)
-    if options:
-        from sparse_compile.options import read_options
-
-        try:
-            read_options(None, options)
-        except ValueError as error:
-            parser.error(str(error))
-    if "sste.report" in options:
-        options["sste.report"] = Path(options["sste.report"]).absolute()  # the script may go to another folder
-
-    from sparse_compile.launcher.run_script import run
-
-    return run(
-        args.script, args.arguments, module=args.module, auto=args.auto, options=options, report_file=args.report
+    Args:
+        arguments: those of the command line if None.
+    """
+    parser = ArgumentParser(
+        prog="python -m sparse_compile", usage=_USAGE, description=_DESCRIPTION, epilog=_EPILOG,
+        formatter_class=RawDescriptionHelpFormatter,
     )  # fmt: skip
+    # Without prog, the prefix of the commands' own usage would be _USAGE.
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND ARGUMENTS", required=True, prog=parser.prog)
+    for module in (run, report, check, tune_decay, options):
+        module.add_parser(commands)
+    given = sys.argv[1:] if arguments is None else arguments
+    args = parser.parse_args(_with_command(given, commands.choices))
+    args.execute(args)
+
+
+def _with_command(arguments: Sequence[str], commands: Container[str]) -> list[str]:
+    """The arguments, with "run" in front if they name no command.
+
+    The first argument alone decides. So everything after the name of a script is the script's own, and a script may be
+    called like a command if its name is not the first argument: ``./report``, ``run report``, ``--auto report``.
+    """
+    if arguments and (arguments[0] in commands or arguments[0] in ("-h", "--help")):
+        return list(arguments)
+    return ["run", *arguments]
 
 
 if __name__ == "__main__":

@@ -1,27 +1,50 @@
-"""What the user may say: ``torch.compile(model, backend="sste", mode=..., options={"sste.recipe": ...})``."""
+"""What the user may say: ``torch.compile(model, backend="sste", mode=..., options={"sste.recipe": ...})``.
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+The fields of ``UserOptions`` declare each option once: ``read_options`` checks them, the launcher's ``--option`` parses
+them, and ``python -m sparse_compile options`` and README.md list them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields, replace
 from enum import Enum
-from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from sparse_compile.option_kinds import (
+    FACTOR,
+    INTERVAL,
+    NUMBER,
+    REPORT_FILE,
+    STEPS,
+    STEPS_OR_SHARE,
+    SWITCH,
+    Kind,
+    choice,
+    choice_or,
+    listed,
+    name_or_glob,
+    nearest,
+)
 from sparse_compile.passes.roles import TARGETS
-from sparse_compile.recipe import MVUE, RECIPES, SSTE, Gemm, GradFormat, Recipe, Rounding
-from sparse_compile.reporting.report_file import check_file
+from sparse_compile.recipe import (
+    MVUE,
+    RECIPES,
+    SR_STE,
+    SSTE,
+    SSTE_BOOSTED,
+    T_SR_STE,
+    Gemm,
+    GradFormat,
+    Recipe,
+    Rounding,
+)
 from sparse_compile.torch_internals.inductor import inductor_option_names, inductor_patches
 from sparse_compile.weights.schedule import Schedule
 
+T = TypeVar("T")
+PREFIX = "sste."
 # A row of activations is cast in one reading where its registers allow it: Inductor tries, and takes the faster way.
 _INDUCTOR_DEFAULTS = {"triton.multi_kernel": 1}
-_NAMES = (
-    "sste.recipe", "sste.mvue", "sste.rounding", "sste.dgrad", "sste.grad_format", "sste.beta", "sste.decay",
-    "sste.refresh", "sste.warmup", "sste.tail", "sste.total_steps", "sste.targets", "sste.head", "sste.frozen",
-    "sste.when", "sste.memory", "sste.executor", "sste.tune", "sste.report", "sste.report_measure", "sste.health",
-)  # fmt: skip
 
 
 class Executor(Enum):
@@ -29,6 +52,146 @@ class Executor(Enum):
 
     INDUCTOR = "inductor"  # generated code
     EAGER = "eager"  # the traced operators one by one: starts at once, for tests and machines without a compiler
+
+
+def _option(kind: Kind[T], meaning: str, default: T) -> T:
+    """A field of ``UserOptions``: the values that are allowed, and one line for the table, in Markdown."""
+    shown = f'`"{default}"`' if isinstance(default, str) else f"`{default}`"
+    return field(default=default, metadata={"kind": kind, "meaning": meaning, "default": shown})
+
+
+def _optional(kind: Kind[T], meaning: str, default: str) -> T | None:
+    """A field that is None if the option is not given; ``default`` says in words what holds then."""
+    return field(default=None, metadata={"kind": kind, "meaning": meaning, "default": default})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UserOptions:
+    """The options as the user gives them, ``sste.`` and the name of the field; None if not given."""
+
+    recipe: str | Recipe = _option(  # noqa: RUF009, it is a field
+        choice_or(RECIPES, Recipe),
+        "how the linears of `sste.targets` are pruned, and the precision of their products",
+        SSTE.name,
+    )
+    mvue: str | None = _optional(
+        choice(MVUE),
+        'estimator that makes the gradient 2:4 for wgrad; `"off"` runs wgrad in dense FP8',
+        "the recipe's",
+    )
+    rounding: str | None = _optional(
+        choice(each.value for each in Rounding),
+        'rounding of sampled gradients to FP8; `"stochastic"` rounds up or down at random, without bias',
+        '`"nearest"`',
+    )
+    dgrad: str | None = _optional(
+        choice(["dense", "mvue"]),
+        '`"mvue"`, an experiment, samples another copy of the gradient along out_features, so that dgrad is 2:4 too',
+        '`"dense"`',
+    )
+    grad_format: str | None = _optional(
+        choice(each.value for each in GradFormat),
+        'FP8 format of gradients in dgrad and wgrad; `"e5m2"` has a larger range and twice the rounding error',
+        '`"e4m3"`',
+    )
+    beta: float | None = _optional(
+        FACTOR,
+        "factor applied to β, the fitted scale of S-STE weights, when training begins; for training from scratch only",
+        f'`1`; `{SSTE_BOOSTED.beta_factor:g}` for `"{SSTE_BOOSTED.name}"`',
+    )
+    decay: float | None = _optional(
+        NUMBER,
+        f'masked decay of `"{SR_STE.name}"` and `"{T_SR_STE.name}"`; the command `tune-decay` finds a good value',
+        f"`{SR_STE.decay:g}`",
+    )
+    refresh: int | None = _optional(
+        INTERVAL,
+        f'optimizer steps between two searches for the masks of `"{T_SR_STE.name}"`',
+        f"`{T_SR_STE.refresh}`",
+    )
+    warmup: int | float | None = _optional(
+        STEPS_OR_SHARE, "the first optimizer steps, in which nothing is pruned: dense FP8", "`0`"
+    )
+    tail: int | float | None = _optional(
+        STEPS_OR_SHARE,
+        "the last optimizer steps, in which nothing is pruned: dense FP8",
+        '`0`; a sixth for `"ste-dense-tail"`',
+    )
+    total_steps: int | None = _optional(
+        STEPS, "optimizer steps of the whole run; required if a tail or a share is given", "none"
+    )
+    targets: str = _option(
+        name_or_glob(TARGETS),
+        "linears that get the recipe; the others get dense FP8. "
+        '`"ffn-up"`: only the first linears of FFNs and their gates',
+        "ffn",
+    )
+    head: str = _option(
+        choice(["dense", "fp8"]), "precision of the vocabulary head; a head with a tied weight stays dense", "dense"
+    )
+    frozen: str = _option(
+        choice(["dense", "sparse"]),
+        '`"sparse"` rewrites frozen weights that are 2:4 along in_features, as `finalize` leaves them',
+        "dense",
+    )
+    when: str = _option(
+        choice(["faster", "always"]),
+        '`"faster"` rewrites what measured times predict to be faster, and nothing on devices without kernels; '
+        '`"always"` rewrites all that can be, and emulates missing kernels',
+        "faster",
+    )
+    memory: str = _option(
+        choice(["fast", "small"]),
+        '`"fast"` keeps the FP8 copies of activations for backward; `"small"` recomputes them there',
+        "fast",
+    )
+    executor: str = _option(
+        choice(each.value for each in Executor),
+        '`"inductor"` generates code, `"eager"` runs the traced operators one by one, for tests and without a compiler',
+        Executor.INDUCTOR.value,
+    )
+    tune: bool = _option(
+        SWITCH,
+        "`True` times every configuration of new 2:4 GEMMs while a graph is compiled, and keeps the fastest",
+        False,
+    )
+    report: Path | None = _optional(  # noqa: RUF009, it is a field
+        REPORT_FILE, "the file that the report is written to when the process ends", "stderr"
+    )
+    report_measure: bool = _option(
+        SWITCH, "`True` times each graph and its dense twin at the first call of the graph", False
+    )
+    health: int = _option(STEPS, "optimizer steps between two samples of the health of the pruned weights", 0)
+
+
+_FIELDS: Mapping[str, "Field[Any]"] = {PREFIX + option.name: option for option in fields(UserOptions)}
+
+
+def option_rows() -> list[tuple[str, str, str, str]]:
+    """Name, default, allowed values and meaning of each option, in Markdown."""
+    return [
+        (f"`{name}`", option.metadata["default"], option.metadata["kind"].as_markdown(), option.metadata["meaning"])
+        for name, option in _FIELDS.items()
+    ]
+
+
+def parse_option(name: str, text: str) -> object:
+    """The value of an option that is given as text on a command line, by the option's kind.
+
+    Raises:
+        ValueError: an unknown name, or text that stands for no value that is allowed.
+    """
+    kind = _kind(name)
+    value = kind.parse(text)
+    kind.check(name, value, given=text)
+    return value
+
+
+def _kind(name: str) -> Kind[Any]:
+    if name not in _FIELDS:
+        raise ValueError(f"unknown option {name!r}; {nearest(name, _FIELDS)}allowed are {listed(_FIELDS)}")
+    kind: Kind[Any] = _FIELDS[name].metadata["kind"]
+    return kind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,100 +236,86 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
         ValueError: an unknown name or value, with the nearest one that exists.
     """
     given = dict(options or {})
-    ours = {name: value for name, value in given.items() if name.startswith("sste.")}
-    inductors = {name: value for name, value in given.items() if name not in ours}
-    for name in ours:
-        if name not in _NAMES:
-            raise ValueError(f"unknown option {name!r}; {_nearest(name, _NAMES)}allowed are {_listed(_NAMES)}")
+    inductors = {name: value for name, value in given.items() if not name.startswith(PREFIX)}
+    ours = {name: _kind(name).check(name, value, given=value) for name, value in given.items() if name not in inductors}
     inductor_names = inductor_option_names() if inductors else set()
     for name in inductors:
         if name.replace("-", "_") not in inductor_names:
-            nearest = _nearest(name, [*inductor_names, *_NAMES])
-            raise ValueError(f"unknown option {name!r}: neither ours nor Inductor's; {nearest}")
-    targets = ours.get("sste.targets", "ffn")
-    if not isinstance(targets, str) or not targets:
-        raise ValueError(f"option 'sste.targets' is {targets!r}; allowed are {_listed(TARGETS)} or a glob")
-    recipe = _recipe(ours)
+            hint = nearest(name, [*inductor_names, *_FIELDS])
+            raise ValueError(f"unknown option {name!r}: neither ours nor Inductor's; {hint}")
+    user = UserOptions(**{_FIELDS[name].name: value for name, value in ours.items()})
+    recipe = _recipe(user)
     return Options(
         recipe=recipe,
-        schedule=_schedule(ours, recipe),
-        targets=targets,
-        head=_choice(ours, "sste.head", "dense", ["dense", "fp8"]) == "fp8",
-        frozen=_choice(ours, "sste.frozen", "dense", ["dense", "sparse"]) == "sparse",
-        measure=_choice(ours, "sste.when", "faster", ["faster", "always"]) == "faster",
-        recompute=_choice(ours, "sste.memory", "fast", ["fast", "small"]) == "small",
-        executor=Executor(_choice(ours, "sste.executor", "inductor", [executor.value for executor in Executor])),
-        tune=_switch(ours, "sste.tune"),
-        report=_report_file(ours),
-        report_measure=_switch(ours, "sste.report_measure"),
-        health=_steps(ours, "sste.health"),
+        schedule=_schedule(user, recipe),
+        targets=user.targets,
+        head=user.head == "fp8",
+        frozen=user.frozen == "sparse",
+        measure=user.when == "faster",
+        recompute=user.memory == "small",
+        executor=Executor(user.executor),
+        tune=user.tune,
+        report=user.report,
+        report_measure=user.report_measure,
+        health=user.health,
         inductor={**_INDUCTOR_DEFAULTS, **inductor_patches(mode, inductors)},
     )
 
 
-def _recipe(options: Mapping[str, Any]) -> Recipe:
-    given = options.get("sste.recipe", SSTE.name)
-    recipe = given if isinstance(given, Recipe) else RECIPES[_choice(options, "sste.recipe", SSTE.name, list(RECIPES))]
-    if "sste.mvue" in options:
-        estimator = MVUE[_choice(options, "sste.mvue", "exact", list(MVUE))]
+def _recipe(user: UserOptions) -> Recipe:
+    recipe = user.recipe if isinstance(user.recipe, Recipe) else RECIPES[user.recipe]
+    if user.mvue is not None:
         if recipe.estimator is None:
             raise ValueError(f"recipe {recipe.name!r} samples no gradients, so that 'sste.mvue' would change nothing")
-        recipe = recipe.with_estimator(estimator)
-    if "sste.dgrad" in options:
-        sampled = _choice(options, "sste.dgrad", "dense", ["dense", "mvue"]) == "mvue"
+        recipe = recipe.with_estimator(MVUE[user.mvue])
+    if user.dgrad is not None:
         if recipe.dgrad is Gemm.SPARSE24:
             raise ValueError(f"dgrad of recipe {recipe.name!r} is 2:4 by its masks; leave 'sste.dgrad' out")
-        if sampled and recipe.estimator is None:
-            raise ValueError(f"option 'sste.dgrad' is 'mvue', {_why_not_sampled(options, recipe)}")
-        recipe = recipe.with_sampled_dgrad() if sampled else recipe
-    if "sste.grad_format" in options:
-        grad_format = _choice(options, "sste.grad_format", "e4m3", [choice.value for choice in GradFormat])
+        if user.dgrad == "mvue":
+            if recipe.estimator is None:
+                raise ValueError(f"option 'sste.dgrad' is 'mvue', {_why_not_sampled(user, recipe)}")
+            recipe = recipe.with_sampled_dgrad()
+    if user.grad_format is not None:
         if not recipe.has_fp8_gradients:
             raise ValueError(f"recipe {recipe.name!r} has no FP8, so that 'sste.grad_format' would change nothing")
-        recipe = replace(recipe, grad_format=GradFormat(grad_format))
-    if "sste.rounding" in options:
-        rounding = _choice(options, "sste.rounding", "nearest", [choice.value for choice in Rounding])
+        recipe = replace(recipe, grad_format=GradFormat(user.grad_format))
+    if user.rounding is not None:
         if recipe.estimator is None:
-            why = "'sste.mvue' is 'off'" if "sste.mvue" in options else f"recipe {recipe.name!r} samples no gradients"
+            why = "'sste.mvue' is 'off'" if user.mvue is not None else f"recipe {recipe.name!r} samples no gradients"
             raise ValueError(f"{why}, so that 'sste.rounding', of what MVUE keeps, would change nothing")
-        recipe = replace(recipe, rounding=Rounding(rounding))
-    if "sste.beta" in options:
-        factor = _number(options, "sste.beta", 0.0)
-        if factor == 0.0:
-            raise ValueError(f"option 'sste.beta' is {options['sste.beta']!r}; allowed is a factor above 0")
+        recipe = replace(recipe, rounding=Rounding(user.rounding))
+    if user.beta is not None:
         if not recipe.projection.has_beta:
-            with_beta = _listed([name for name, other in RECIPES.items() if other.projection.has_beta])
+            with_beta = listed(name for name, other in RECIPES.items() if other.projection.has_beta)
             raise ValueError(f"recipe {recipe.name!r} has no beta; option 'sste.beta' is for {with_beta}")
-        recipe = replace(recipe, beta_factor=factor)
-    if "sste.decay" in options:
-        decay = _number(options, "sste.decay", 0.0)
+        recipe = replace(recipe, beta_factor=user.beta)
+    if user.decay is not None:
         if not recipe.decay:
-            with_decay = _listed([name for name, other in RECIPES.items() if other.decay])
+            with_decay = listed(name for name, other in RECIPES.items() if other.decay)
             raise ValueError(f"recipe {recipe.name!r} has no decay; option 'sste.decay' is for {with_decay}")
-        recipe = replace(recipe, decay=decay)
-    if "sste.refresh" in options:
+        recipe = replace(recipe, decay=user.decay)
+    if user.refresh is not None:
         if not recipe.refresh:
             raise ValueError(f"recipe {recipe.name!r} has no masks that are kept; 'sste.refresh' is for 't-sr-ste'")
-        refresh = _steps(options, "sste.refresh")
-        if refresh == 0:
-            raise ValueError("option 'sste.refresh' is 0; allowed is a number of optimizer steps, 1 for every step")
-        recipe = replace(recipe, refresh=refresh)
+        recipe = replace(recipe, refresh=user.refresh)
     return recipe
 
 
-def _why_not_sampled(options: Mapping[str, Any], recipe: Recipe) -> str:
-    if "sste.mvue" in options:
+def _why_not_sampled(user: UserOptions, recipe: Recipe) -> str:
+    if user.mvue is not None:
         return "but 'sste.mvue' is 'off': its estimator prunes for dgrad, too; say 'exact' or 'approximate'"
-    could = _listed([name for name, other in RECIPES.items() if other.estimator and other.dgrad is Gemm.FP8])
+    could = listed(name for name, other in RECIPES.items() if other.estimator and other.dgrad is Gemm.FP8)
     return f"but recipe {recipe.name!r} samples no gradients; it is for {could}"
 
 
-def _schedule(options: Mapping[str, Any], recipe: Recipe) -> Schedule | None:
-    given = [name for name in ("sste.warmup", "sste.tail", "sste.total_steps") if name in options]
+def _schedule(user: UserOptions, recipe: Recipe) -> Schedule | None:
+    values = {"sste.warmup": user.warmup, "sste.tail": user.tail, "sste.total_steps": user.total_steps}
+    given = [name for name, value in values.items() if value is not None]
     if given and not recipe.projection.prunes:
-        raise ValueError(f"recipe {recipe.name!r} prunes nothing, so that {_listed(given)} would change nothing")
-    total = _steps(options, "sste.total_steps")
-    warmup, tail = _span(options, "sste.warmup", 0, total), _span(options, "sste.tail", recipe.tail, total)
+        raise ValueError(f"recipe {recipe.name!r} prunes nothing, so that {listed(given)} would change nothing")
+    total = user.total_steps or 0
+    warmup = _span("sste.warmup", user.warmup, 0, total)
+    tail = _span("sste.tail", user.tail, recipe.tail, total)
     if tail and not total:
         raise ValueError(
             f"the last steps of recipe {recipe.name!r} are dense (sste.tail), so it must know how many there will be: "
@@ -179,69 +328,14 @@ def _schedule(options: Mapping[str, Any], recipe: Recipe) -> Schedule | None:
     return Schedule(begin=warmup, end=total - tail if tail else None) if warmup or tail else None
 
 
-def _span(options: Mapping[str, Any], name: str, default: float, total: int) -> int:
+def _span(name: str, given: int | float | None, default: float, total: int) -> int:
     """Optimizer steps, given as such or as a share of all."""
-    value = options.get(name, default)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return _steps(options, name)
-    share = _number({name: value}, name, 0.0)
-    if share >= 1:
-        raise ValueError(f"option {name!r} is {value!r}; allowed is a number of optimizer steps, or a share below 1.0")
-    if share and not total:
+    span = default if given is None else given
+    if isinstance(span, int):
+        return span
+    if span and not total:
         # The tail of a recipe says so in its own words.
-        if name in options:
-            raise ValueError(f"option {name!r} is {value!r}, a share of all optimizer steps: give 'sste.total_steps'")
+        if given is not None:
+            raise ValueError(f"option {name!r} is {given!r}, a share of all optimizer steps: give 'sste.total_steps'")
         return 1
-    return round(share * total)
-
-
-def _number(options: Mapping[str, Any], name: str, least: float) -> float:
-    """From Python, or from the command line, where all that is no integer is text."""
-    value = options[name]
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and number >= least):
-        raise ValueError(f"option {name!r} is {value!r}; allowed is a finite number from {least:g} on")
-    return number
-
-
-def _choice(options: Mapping[str, Any], name: str, default: str, allowed: Sequence[str]) -> str:
-    value = options.get(name, default)
-    if value not in allowed:
-        raise ValueError(f"option {name!r} is {value!r}; {_nearest(str(value), allowed)}allowed are {_listed(allowed)}")
-    return str(value)
-
-
-def _switch(options: Mapping[str, Any], name: str) -> bool:
-    value = options.get(name, False)
-    if not isinstance(value, bool):
-        raise ValueError(f"option {name!r} is {value!r}; allowed are True and False")
-    return value
-
-
-def _steps(options: Mapping[str, Any], name: str) -> int:
-    value = options.get(name, 0)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"option {name!r} is {value!r}; allowed is a number of optimizer steps, 0 for none")
-    return value
-
-
-def _report_file(options: Mapping[str, Any]) -> Path | None:
-    given = options.get("sste.report")
-    if given is None:
-        return None
-    if not isinstance(given, (str, PathLike)):
-        raise ValueError(f"option 'sste.report' is {given!r}; allowed is the path of a file")
-    check_file(Path(given))
-    return Path(given)
-
-
-def _nearest(given: str, names: Sequence[str]) -> str:
-    close = get_close_matches(given, sorted(names))
-    return f"did you mean {close[0]!r}? " if close else ""
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in sorted(names))
+    return round(span * total)

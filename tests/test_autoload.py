@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
     [
         (
             {"SPARSE_COMPILE": "0"},
-            "SPARSE_COMPILE is '0'; allowed are 1, by which torch.compile uses backend 'sste', and auto, by which ",
+            "SPARSE_COMPILE is '0'; allowed are 1, to use backend 'sste' in torch.compile, and auto, to compile ",
         ),
         ({"SPARSE_COMPILE": ""}, "SPARSE_COMPILE is ''; allowed are 1"),
         (
@@ -103,4 +103,4 @@ def test_together_with_the_launcher_it_is_an_error(monkeypatch: pytest.MonkeyPat
     command = [sys.executable, "-m", "sparse_compile", __file__]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "SPARSE_COMPILE is set, which does without this launcher" in done.stderr
+    assert "SPARSE_COMPILE is set and already enables the backend" in done.stderr

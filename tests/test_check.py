@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_compile.export.check import Verdict, check, check_weights
+from sparse_compile.__main__ import main
+from sparse_compile.export.check import Verdict, check_weights
 from sparse_compile.kernels.reference import soft_threshold24
 from sparse_compile.weights.pattern_24 import is_24, share_of_groups
 
@@ -45,7 +46,7 @@ def run(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def status(path: Path, *arguments: str) -> int:
     try:
-        check([str(path), *arguments])
+        main(["check", str(path), *arguments])
     except SystemExit as exit:
         return int(exit.code)
     return 0

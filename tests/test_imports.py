@@ -18,7 +18,7 @@ LAYERS = (
     ("pipeline", "variants"),
     ("options",),
     ("passes", "runtime"),
-    ("measuring", "export"),
+    ("measuring", "export", "option_kinds"),
     ("linear", "weights", "reporting"),
     ("recipe", "testing"),
     ("projections",),

@@ -2,11 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from sparse_compile.__main__ import main
+from sparse_compile.options import UserOptions
+from sparse_compile.reporting.report import Report
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -95,7 +101,11 @@ def test_auto_compiles_a_model_that_the_script_does_not(tmp_path: Path) -> None:
     ("arguments", "compile", "reason"),
     [
         ((), "lambda model: model", "the script calls neither torch.compile nor Module.compile; `python -m sparse_com"),
-        ((), 'lambda model: torch.compile(model, backend="eager")', "other backends alone, which stay: eager"),
+        (
+            (),
+            'lambda model: torch.compile(model, backend="eager")',
+            "only called with other backends, which are kept: eager",
+        ),
         (
             ("--auto",),
             "lambda model: model.requires_grad_(False)(torch.ones(8, 64)) is None or exit(3)",
@@ -141,3 +151,96 @@ def test_wrong_arguments_are_explained(tmp_path: Path, arguments: tuple[str, ...
     done = launch(tmp_path, "torch.compile", *arguments)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+@pytest.fixture
+def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
+    """The scripts that would have run, with their arguments; in a folder with files that are called like commands."""
+    scripts: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(
+        "sparse_compile.launcher.run_script.run", lambda script, arguments, **_: scripts.append((script, arguments))
+    )
+    monkeypatch.delenv("SPARSE_COMPILE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.py", "report.py", "report", "run", "options"):
+        (tmp_path / name).touch()
+    return scripts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "script"),
+    [
+        (("report.py",), "report.py"),
+        (("./report",), "./report"),
+        (("run", "report"), "report"),
+        (("run", "run"), "run"),
+        (("--auto", "options"), "options"),
+        (("--option", "sste.recipe=fp8", "report"), "report"),
+        (("--report", "r.txt", "report"), "report"),
+        (("run", "--report", "r.txt", "--", "report"), "report"),
+        (("-m", "report"), "report"),
+    ],
+)
+def test_a_script_and_its_arguments_are_told_from_commands(
+    ran: list[tuple[str, list[str]]], arguments: tuple[str, ...], script: str
+) -> None:
+    scripts_own: tuple[list[str], ...] = (
+        [],
+        ["report", "--auto", "-m", "--option", "x"],
+        ["--", "x", "--", "--lr=1"],
+        ["--help"],
+        ["--o", "1"],
+        ["", "a b", "-a b", "--=x"],
+    )
+    for own in scripts_own:
+        main([*arguments, *own])
+    assert ran == [(script, own) for own in scripts_own]
+
+
+@pytest.mark.parametrize("command", ["report", "check", "tune-decay", "options"])
+def test_the_first_argument_may_be_a_command(
+    ran: list[tuple[str, list[str]]], capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: python -m sparse_compile {command} [-h]" in capsys.readouterr().out
+    assert not ran
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = re.findall(r"^    (\S+)  +\S+ .*$", capsys.readouterr().out, re.MULTILINE)
+    assert listed == ["run", "report", "check", "tune-decay", "options"]
+
+
+def test_nothing_heavy_is_imported_for_help_and_reports(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(Report().to_json())
+    code = """
+import sys
+from sparse_compile.__main__ import main
+for arguments in (["--help"], ["run", "--help"], ["tune-decay", "--help"], ["check", "--help"], ["nothing.py"]):
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+main(["report", "report.json"])
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_options_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    main(["options"])
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines[2:] if line[0] != " "]
+    assert names == [f"sste.{field.name}" for field in fields(UserOptions)]
+    assert max(map(len, lines)) <= 120
+    (tune,) = [line.split()[:5] for line in lines if line.startswith("sste.tune")]
+    assert tune == ["sste.tune", "False", "True", "or", "False"]
+    main(["options", "--markdown"])
+    assert '| `sste.head` | `"dense"` | `"dense"`, `"fp8"` | ' in capsys.readouterr().out

@@ -1,12 +1,13 @@
 """What the user may say, and what is answered to anything else."""
 
+from ast import literal_eval
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from sparse_compile.options import Executor, read_options
+from sparse_compile.options import Executor, option_rows, parse_option, read_options
 from sparse_compile.projections.groups_of_four import SOFT, TOP2
 from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16
 from sparse_compile.projections.identity import IDENTITY
@@ -58,6 +59,61 @@ def test_the_estimator_of_any_recipe(recipe, mvue, estimator, wgrad):
     assert all(recipe_named(variant.full_name) == variant for variant in chosen.variants())
 
 
+def test_defaults_are_those_of_the_table():
+    """What is given as the table has it changes nothing, with a recipe that has the option."""
+    recipes = {"sste.decay": "sr-ste", "sste.refresh": "t-sr-ste"}
+    shown = {name.strip("`"): default.strip("`") for name, default, _, _ in option_rows()}
+    words = {"sste.mvue", "sste.beta", "sste.tail", "sste.total_steps", "sste.report"}
+    assert words < set(shown)
+    for name in set(shown) - words:
+        recipe = {"sste.recipe": recipes[name]} if name in recipes else {}
+        assert read_options(None, recipe | {name: literal_eval(shown[name])}) == read_options(None, recipe), name
+    assert shown["sste.beta"].startswith('1`; `1.7` for `"s-ste-boosted"')
+    for name, factor in (("s-ste", 1), ("s-ste-boosted", 1.7)):
+        assert read_options(None, {"sste.recipe": name, "sste.beta": factor}).recipe == RECIPES[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("recipe", "fp8", "fp8"),
+        ("tune", "true", True),
+        ("tune", "False", False),
+        ("health", "100", 100),
+        ("total_steps", "0", 0),
+        ("decay", "1e-5", 1e-5),
+        ("decay", "2", 2.0),
+        ("warmup", "10", 10),
+        ("warmup", "0.1", 0.1),
+        ("warmup", "1e-1", 0.1),
+        ("targets", "3", "3"),
+        ("targets", "true", "true"),
+        ("report", "1.txt", "1.txt"),
+    ],
+)
+def test_text_becomes_what_the_option_is(name, text, value):
+    parsed = parse_option(f"sste.{name}", text)
+    assert (parsed, type(parsed)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tune", "1", "is '1'; allowed is True or False"),
+        ("health", "1.0", "is '1.0'; allowed is a number of optimizer steps"),
+        ("health", "-1", "is '-1'; allowed is a number of optimizer steps"),
+        ("decay", "-1", "is '-1'; allowed is a finite number"),
+        ("decay", "nan", "is 'nan'; allowed is a finite number"),
+        ("warmup", "1.0", "is '1.0'; allowed is a number of optimizer steps, or a share below 1.0"),
+        ("memory", "fastt", r"is 'fastt'; did you mean 'fast'\? allowed are 'fast', 'small'"),
+        ("report", "r.xml", "the report's file 'r.xml' must end in"),
+    ],
+)
+def test_text_that_is_not_allowed_is_shown_as_it_was_given(name, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_option(f"sste.{name}", text)
+
+
 @pytest.mark.parametrize("given", [1e-5, "1e-5"], ids=["python", "command line"])
 def test_a_decay_replaces_that_of_the_recipe(given):
     assert read_options(None, {"sste.recipe": "sr-ste"}).recipe.decay == 2e-4
@@ -82,7 +138,7 @@ def test_modes_are_inductors():
             r"option 'sste.mvue' is 'of'; did you mean 'off'\? allowed are 'approximate', 'exact', 'off'",
         ),
         ({"sste.recipe": "ste", "sste.beta": 2}, r"recipe 'ste' has no beta; option 'sste.beta' is for 's-ste', "),
-        ({"sste.beta": 0}, r"option 'sste.beta' is 0; allowed is a factor above 0"),
+        ({"sste.beta": 0}, r"option 'sste.beta' is 0; allowed is a finite number above 0"),
         ({"sste.beta": "much"}, r"option 'sste.beta' is 'much'; allowed is a finite number"),
         ({"sste.refresh": 2}, r"recipe 's-ste' has no masks that are kept; 'sste.refresh' is for 't-sr-ste'"),
         (
@@ -100,9 +156,9 @@ def test_modes_are_inductors():
         ({"sste.executor": "cuda"}, r"option 'sste.executor' is 'cuda'; .*allowed are 'eager', 'inductor'"),
         ({"sste.targets": 3}, r"option 'sste.targets' is 3; allowed are 'all', 'ffn', 'ffn-up' or a glob"),
         ({"sste.targets": ""}, r"option 'sste.targets' is ''; allowed are"),
-        ({"sste.tune": "yes"}, r"option 'sste.tune' is 'yes'; allowed are True and False"),
+        ({"sste.tune": "yes"}, r"option 'sste.tune' is 'yes'; allowed is True or False"),
         ({"sste.frozen": "2:4"}, r"option 'sste.frozen' is '2:4'; allowed are 'dense', 'sparse'"),
-        ({"sste.tune": 1}, r"option 'sste.tune' is 1; allowed are True and False"),
+        ({"sste.tune": 1}, r"option 'sste.tune' is 1; allowed is True or False"),
         ({"epilog_fusion": True}, r"unknown option 'epilog_fusion': .*did you mean 'epilogue_fusion'\?"),
     ],
 )

@@ -14,6 +14,8 @@ from torch import nn
 
 import sparse_compile
 from sparse_compile import backend
+from sparse_compile.launcher.option_table import as_markdown
+from sparse_compile.recipe import RECIPES
 
 ROOT = Path(__file__).parents[1]
 WAYS = (ROOT / "README.md").read_text().partition("## Ways in")[2].partition("\n## ")[0]
@@ -143,6 +145,15 @@ def test_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (names["logits"] - expected).norm() < 0.05 * expected.norm()
     rewritten = {row.module for row in sparse_compile.report().graphs[0].rows if row.decision != "dense"}
     assert {name.rpartition(".")[2] for name in rewritten} == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_options_are_those_of_the_code() -> None:
+    """``python -m sparse_compile options --markdown`` prints the table."""
+    section = (ROOT / "README.md").read_text().partition("\n## Options")[2].partition("\n## ")[0]
+    options, recipes = re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    assert options == as_markdown() + "\n"
+    first_cells = [line.split("|")[1] for line in recipes.splitlines()[2:]]
+    assert sorted(re.findall(r'`"(.*?)"`', " ".join(first_cells))) == sorted(RECIPES)
 
 
 def test_numbers_of_the_zoo_are_those_of_its_results():

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparse_compile
+from sparse_compile.__main__ import main
 from sparse_compile.reporting.health import Health
 from sparse_compile.reporting.model import GraphReport, Measurement, Passes, Row, Spread
 from sparse_compile.reporting.report import Report
-from sparse_compile.reporting.show import view
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 
@@ -263,10 +263,10 @@ def test_option_writes_files_which_are_viewed_again(tmp_path, capsys):
     assert "linears rewritten" not in result.stderr
     text = Path(files[0]).read_text()
     assert "graph 2: 2 of 2 linears rewritten" in text
-    view([files[1]])
+    main(["report", files[1]])
     assert capsys.readouterr().out == text
     again = tmp_path / "again.html"
-    view([files[1], "--html", str(again)])
+    main(["report", files[1], "--html", str(again)])
     assert again.read_text() == Path(files[2]).read_text()
 
 
@@ -278,12 +278,12 @@ def test_view_explains_wrong_arguments(tmp_path, capsys):
         ([tmp_path / "none.json"], "No such file"),
     ):
         with pytest.raises(SystemExit):
-            view([str(argument) for argument in arguments])
+            main(["report", *map(str, arguments)])
         assert message in capsys.readouterr().err
     wrong.write_text(Report().to_json())
     for name, message in (("no/report.html", "there is no folder"), ("report.txt", "must end in .html")):
         with pytest.raises(SystemExit):
-            view([str(wrong), "--html", str(tmp_path / name)])
+            main(["report", str(wrong), "--html", str(tmp_path / name)])
         assert message in capsys.readouterr().err
 
 

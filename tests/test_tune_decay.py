@@ -9,7 +9,8 @@ from itertools import combinations, pairwise, product
 import pytest
 import torch
 
-from sparse_compile.decay_search.command import RunFailed, run_script, search, tune_decay
+from sparse_compile.__main__ import main
+from sparse_compile.decay_search.command import RunFailed, run_script, search
 from sparse_compile.decay_search.html import as_html
 from sparse_compile.decay_search.table import DecayTable, Run
 
@@ -125,7 +126,7 @@ def test_the_dense_run_is_dense_and_decays_nothing(tmp_path):
 def status(*arguments):
     """What the command exits with."""
     try:
-        tune_decay(arguments)
+        main(["tune-decay", *arguments])
     except SystemExit as ended:
         return ended.code
     return 0
@@ -195,12 +196,12 @@ def test_the_command_shows_what_failed(tmp_path, capsys):
         ("--decays 1e-4,0 train.py", "the decays are 0.0001, 0; allowed are positive, finite numbers, each once"),
         ("--decays 1e-4,1e-4 train.py", "the decays are 0.0001, 0.0001; allowed"),
         ("--decays nan train.py", "the decays are nan; allowed"),
-        ("--decays 1e-4,x train.py", "'1e-4,x' is no list of numbers, as 2e-5,6e-5,2e-4"),
-        ("--steps 1 train.py", "'1' is no number of optimizer steps; allowed is 2 and more"),
+        ("--decays 1e-4,x train.py", "'1e-4,x' is not a list of numbers such as 2e-5,6e-5,2e-4"),
+        ("--steps 1 train.py", "'1' is not a number of optimizer steps from 2 up"),
         ("--recipe ste train.py", "invalid choice: 'ste'"),
         ("--out decay.txt train.py", "'decay.txt' must end in .json or .html"),
-        ("--option sste.decay=1 train.py", "each run has its own 'sste.decay'; say --decays"),
-        ("--option sste.warmup=1 train.py", "each run has its own 'sste.warmup'"),
+        ("--option sste.decay=1 train.py", "each run sets its own 'sste.decay'; use --decays"),
+        ("--option sste.warmup=1 train.py", "each run sets its own 'sste.warmup'"),
         ("--option sste.executer=eager train.py", "did you mean 'sste.executor'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""``python -m sparse_compile tune-decay SCRIPT``: which decay of ``sr-ste`` or ``t-sr-ste`` suits a training script."""
+"""``python -m sparse_compile tune-decay SCRIPT``: finds the decay of ``sr-ste`` or ``t-sr-ste`` for a script."""
 
 import argparse
 import json
@@ -12,21 +12,22 @@ from typing import Any
 
 from sparse_compile.decay_search.html import as_html
 from sparse_compile.decay_search.table import HIGHEST, LOWEST, DecayTable, Run, check_decays
-from sparse_compile.launcher.arguments import add_script, check_script
+from sparse_compile.launcher.arguments import add_script, read_script
 from sparse_compile.reporting.report_file import check_file
 
 _DESCRIPTION = f"""\
-Search the decay of a recipe by flip rates (T-SR-STE, arXiv 2404.01847).
+Find the decay of a recipe from flip rates (T-SR-STE, arXiv 2404.01847).
 
-The script runs once dense, where the masks that pruning would give are only looked at, and once with each decay; each
-run is stopped after some optimizer steps, and its output is kept back. mu is the share of mask bits that flip in a
-step, over that of the dense run, both means over the last half of the steps. Decays with mu in
+The script runs once dense, which only records the masks that pruning would choose, and once with each decay. Each run
+stops after --steps optimizer steps, and its output is not shown. mu is the share of mask bits that flip per step,
+divided by that of the dense run; both are means over the last half of the steps. Decays with mu in
 [{LOWEST:.2f}, {HIGHEST:.2f}] are accepted.
 
 The exit status is 0 if a decay is accepted, 1 if none is or a run fails.
 """
+_RECIPES = ("sr-ste", "t-sr-ste")
 _DECAYS = "2e-6,6e-6,2e-5,6e-5,2e-4,6e-4,2e-3,6e-3"
-# What each run says itself; a script's own choice of these does not count either.
+# Options that each run sets itself, over the script's own.
 _OURS = (
     "sste.recipe", "sste.decay", "sste.warmup", "sste.tail", "sste.total_steps", "sste.when", "sste.report",
 )  # fmt: skip
@@ -35,42 +36,50 @@ _LAST_LINES = 20
 
 
 class RunFailed(Exception):
-    """The script failed; with its last lines."""
+    """The script failed; the message has the last lines of its output."""
 
 
-def tune_decay(arguments: Sequence[str]) -> None:
-    """Print the table and what follows from it, and exit with the status that the description promises."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sparse_compile tune-decay",
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "tune-decay",
+        help=f"search the decay of the recipe {' or '.join(_RECIPES)} for a training script",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--recipe", choices=["sr-ste", "t-sr-ste"], default="sr-ste")
-    parser.add_argument("--decays", type=_decays, default=_DECAYS, metavar="A,B,...", help=f"the grid; {_DECAYS}")
-    parser.add_argument("--steps", type=_steps, default=50, metavar="N", help="optimizer steps of each run; 50")
+    parser.add_argument("--recipe", choices=_RECIPES, default=_RECIPES[0], help=f"default {_RECIPES[0]}")
+    parser.add_argument(
+        "--decays", type=_decays, default=_DECAYS, metavar="A,B,...", help=f"decays to try; default {_DECAYS}"
+    )
+    parser.add_argument(
+        "--steps", type=_steps, default=50, metavar="N", help="optimizer steps of each run; default %(default)s"
+    )
     parser.add_argument(
         "--out", type=Path, action="append", default=[], metavar="FILE",
-        help="write the result there, too: FILE.json has all numbers, FILE.html plots; may be repeated",
+        help="also write the result to FILE: .json for all numbers, .html for plots; may be repeated",
     )  # fmt: skip
     add_script(parser)
-    args = parser.parse_args(arguments)
-    check_script(parser, args)
-    options: dict[str, Any] = dict(args.options)
+    parser.set_defaults(parser=parser, execute=tune_decay)
+
+
+def tune_decay(args: argparse.Namespace) -> None:
+    """Print the table and what follows from it, and exit with the status that the description promises."""
+    script = read_script(args)
     try:
         for file in args.out:
             check_file(file, [".json", ".html"])
-        _check_options(options, args.recipe)
+        _check_options(script.options, args.recipe)
     except ValueError as error:
-        parser.error(str(error))
+        args.parser.error(str(error))
 
     def run(decay: float | None) -> Run:
         own = {"sste.warmup": _WITHOUT_END} if decay is None else {"sste.warmup": 0, "sste.decay": decay}
         overrides = {"sste.tail": 0, "sste.total_steps": 0, "sste.when": "always", "sste.report": None}
         request = {
-            "steps": args.steps, "auto": args.auto, "module": args.module, "options": options,
+            "steps": args.steps, "auto": script.auto, "module": script.module, "options": script.options,
             "overrides": overrides | own | {"sste.recipe": args.recipe},
         }  # fmt: skip
-        return run_script(decay, request, [args.script, *args.arguments])
+        return run_script(decay, request, [script.name, *script.arguments])
 
     try:
         table = search(args.recipe, args.decays, run)
@@ -109,7 +118,7 @@ def run_script(decay: float | None, request: Mapping[str, Any], command: Sequenc
     """One run, in a process of its own.
 
     Args:
-        request: as ``flip_run`` reads it, without ``file``.
+        request: as ``decay_search.run`` reads it, without ``file``.
         command: the script and its arguments.
 
     Raises:
@@ -129,7 +138,7 @@ def run_script(decay: float | None, request: Mapping[str, Any], command: Sequenc
         last = "\n".join(output.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:])
         if not result.exists():
             raise RunFailed(f"the {name} failed, {_status(done.returncode)}; the last that it wrote:\n{last}")
-        # What goes wrong while a script that was stopped ends does not matter.
+        # Errors while a stopped script ends do not matter.
         read = json.loads(result.read_text(encoding="utf-8"))
     if not read["weights"]:
         raise RunFailed(f"in the {name} no weight is or would be pruned; the last that it wrote:\n{last}")
@@ -150,8 +159,8 @@ def _check_options(options: Mapping[str, Any], recipe: str) -> None:
 
     for name in options:
         if name in _OURS:
-            instead = {"sste.recipe": "; say --recipe", "sste.decay": "; say --decays"}.get(name, "")
-            raise ValueError(f"each run has its own {name!r}{instead}")
+            instead = {"sste.recipe": "; use --recipe", "sste.decay": "; use --decays"}.get(name, "")
+            raise ValueError(f"each run sets its own {name!r}{instead}")
     read_options(None, {**options, "sste.recipe": recipe})
 
 
@@ -159,7 +168,7 @@ def _decays(text: str) -> list[float]:
     try:
         decays = [float(decay) for decay in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, as 2e-5,6e-5,2e-4") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 2e-5,6e-5,2e-4") from None
     try:
         check_decays(decays)
     except ValueError as error:
@@ -169,11 +178,11 @@ def _decays(text: str) -> list[float]:
 
 def _steps(text: str) -> int:
     if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of optimizer steps; allowed is 2 and more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of optimizer steps from 2 up")
     return int(text)
 
 
 def _write(table: DecayTable, file: Path) -> None:
-    """As JSON or as one HTML file, by what its name ends in."""
+    """As JSON or as one HTML file, by the ending of its name."""
     text = json.dumps(table.to_dict(), indent=1) if file.suffix == ".json" else as_html(table)
     file.write_text(text, encoding="utf-8")

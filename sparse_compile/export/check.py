@@ -1,30 +1,16 @@
-"""``python -m sparse_compile check PATH``: whether the weights of a checkpoint are 2:4."""
+"""Whether the weights of a checkpoint are 2:4, and the table that says so."""
 
-import argparse
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from sparse_compile.export.read_checkpoint import read_checkpoint
 from sparse_compile.weights.pattern_24 import share_of_groups
 
-_DESCRIPTION = """\
-Whether the matrices of a checkpoint are 2:4: of each four neighbours along in_features, at most two are not zero.
-
-Files do not say how a weight lies, so both ways are looked at: nn.Linear stores [out_features, in_features], the
-Conv1D of GPT-2 the transpose. A weight is "2:4" if every group is, one way or the other; "in part" if more than half
-of the groups are, but not all; "zero" if it holds nothing else; otherwise "dense".
-
-The exit status is 0 if all weights that --weights names are 2:4, and each pattern names one; without --weights, if at
-least one weight is 2:4 and none is so in part. Otherwise it is 1, and 2 where PATH cannot be read.
-"""
 # Random weights hold next to no groups with two zeros, a matrix with half of its elements zero at random 69 %.
 _IN_PART = 0.5
 
@@ -64,33 +50,6 @@ class Checked:
     @property
     def is_24(self) -> bool:
         return self.verdict in (Verdict.PRUNED, Verdict.TRANSPOSED, Verdict.ZERO)
-
-
-def check(arguments: Sequence[str]) -> None:
-    """Print the table, and exit with the status that the description promises."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sparse_compile check",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("path", type=Path, metavar="PATH", help="safetensors, a file of torch.save, or a folder")
-    parser.add_argument(
-        "--weights",
-        action="append",
-        default=[],
-        metavar="GLOB",
-        help="weights that must be 2:4, as '*.mlp.*.weight'; only these are shown; may be repeated",
-    )
-    args = parser.parse_args(arguments)
-    try:
-        rows = list(check_weights(read_checkpoint(args.path), args.weights))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    wrong = _wrong(rows, args.weights)
-    sys.stdout.write(f"{as_table(rows)}\n\n{_summary(rows)}\n" if rows else "no matrix of floating-point numbers\n")
-    if wrong:
-        sys.stdout.write("\n".join(["not as it should be:", *wrong]) + "\n")
-        sys.exit(1)
 
 
 def check_weights(tensors: Iterable[tuple[str, Tensor]], globs: Sequence[str] = ()) -> Iterable[Checked]:
@@ -138,18 +97,18 @@ def _share(share: float | None) -> str:
     return f"{min(max(share, 0.0001), 0.9999):.2%}"
 
 
-def _summary(rows: Sequence[Checked]) -> str:
+def summary(rows: Sequence[Checked]) -> str:
     counts = {verdict: sum(row.verdict is verdict for row in rows) for verdict in Verdict}
     return f"of {len(rows)} weights: " + ", ".join(f"{count} {what.value}" for what, count in counts.items() if count)
 
 
-def _wrong(rows: Sequence[Checked], globs: Sequence[str]) -> list[str]:
+def wrong(rows: Sequence[Checked], globs: Sequence[str]) -> list[str]:
     """What keeps the exit status from being 0, a line for each."""
     if globs:
         unmatched = [glob for glob in globs if not any(fnmatchcase(row.name, glob) for row in rows)]
-        wrong = [f"  {glob!r} names no matrix" for glob in unmatched]
-        return wrong + [f"  {row.name} is {row.verdict.value}" for row in rows if not row.is_24]
-    wrong = [f"  {row.name} is {row.verdict.value}" for row in rows if row.verdict is Verdict.IN_PART]
+        lines = [f"  {glob!r} names no matrix" for glob in unmatched]
+        return lines + [f"  {row.name} is {row.verdict.value}" for row in rows if not row.is_24]
+    lines = [f"  {row.name} is {row.verdict.value}" for row in rows if row.verdict is Verdict.IN_PART]
     if not any(row.verdict in (Verdict.PRUNED, Verdict.TRANSPOSED) for row in rows):
-        wrong.append("  no weight is 2:4")
-    return wrong
+        lines.append("  no weight is 2:4")
+    return lines

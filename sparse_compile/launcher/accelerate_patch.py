@@ -1,4 +1,4 @@
-"""Lets Hugging Face's Accelerate, and so the Trainer, accept the name "sste": it refuses backends it does not know."""
+"""Makes Hugging Face's Accelerate, and so the Trainer, accept the backend "sste": it refuses names it does not know."""
 
 import sys
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ _MODULE = "accelerate.utils.dataclasses"
 
 
 def accept_in_accelerate() -> None:
-    """Let ``DynamoBackend("sste")`` mean Inductor, which is routed to this backend; now, or when it is imported."""
+    """Make ``DynamoBackend("sste")`` mean Inductor, which is routed to this backend; now, or at its import."""
     if _MODULE in sys.modules:
         _accept(sys.modules[_MODULE])
     else:
@@ -23,12 +23,12 @@ def _accept(module: ModuleType) -> None:
     def missing(names: Any, value: object) -> Any:
         return names.INDUCTOR if str(value).upper() == "SSTE" else None
 
-    # An enumeration asks this method about values that it lacks.
+    # An enumeration calls this for values that it lacks.
     module.DynamoBackend._missing_ = classmethod(missing)
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module, as it would have been found, to edit it after its import; then withdraws."""
+    """Finds one module like the other finders do, and edits it after its import; then removes itself."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

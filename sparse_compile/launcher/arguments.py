@@ -1,16 +1,40 @@
-"""What the command line says of a script that is run through the backend."""
+"""The arguments of commands that run a script through the backend."""
 
-import argparse
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import PARSER, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sparse_compile.launcher.autoload import VARIABLE
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Script:
+    """A script to run.
+
+    Attributes:
+        name: path of a file, or name of a module.
+        arguments: its own, as they were given.
+        module: whether ``name`` is that of a module.
+        auto: whether models that the script does not compile are compiled as well.
+        options: those of the backend, parsed and each allowed on its own.
+    """
+
+    name: str
+    arguments: Sequence[str]
+    module: bool
+    auto: bool
+    options: Mapping[str, Any]
+
+
 def add_script(parser: ArgumentParser) -> None:
-    """Let a parser read ``[--auto] [--option NAME=VALUE] [-m] SCRIPT ARGUMENTS``."""
-    parser.add_argument("--auto", action="store_true", help="compile the models of a script that compiles none itself")
+    """Let a parser read ``[--auto] [--option NAME=VALUE] [-m] SCRIPT ARGUMENTS``.
+
+    The parser must not allow abbreviations: it would look for them among the arguments of the script, too.
+    """
+    parser.add_argument("--auto", action="store_true", help="also compile the model of a script that compiles none")
     parser.add_argument(
         "--option",
         dest="options",
@@ -18,25 +42,42 @@ def add_script(parser: ArgumentParser) -> None:
         type=_option,
         default=[],
         metavar="NAME=VALUE",
-        help="an option of the backend for every compilation, as sste.report_measure=true; may be repeated",
+        help="set an option of the backend for every compilation, such as sste.recipe=fp8; may be repeated; "
+        '"python -m sparse_compile options" lists them',
     )
-    parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is a module, as for python -m")
-    parser.add_argument("script", metavar="SCRIPT")
-    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="of the script")
+    parser.add_argument("-m", dest="module", action="store_true", help="run SCRIPT as a module, like python -m")
+    # PARSER takes all that is left, as subcommands do; REMAINDER would drop a "--" among it.
+    parser.add_argument("script", nargs=PARSER, metavar="SCRIPT", help="the script, then its own arguments")
 
 
-def check_script(parser: ArgumentParser, args: Namespace) -> None:
-    """End with the parser's error where the script cannot be run."""
-    if not args.module and not Path(args.script).is_file():
-        parser.error(f"there is no file {args.script!r}; for a module, say -m {args.script}")
+def read_script(args: Namespace) -> Script:
+    """The script to run; ends with the error of ``args.parser`` if it cannot be run."""
+    name, *arguments = args.script[1:] if args.script[0] == "--" else args.script
+    if not args.module and not Path(name).is_file():
+        args.parser.error(
+            f'there is no file {name!r}; for a module, say -m {name}; "python -m sparse_compile --help" lists commands'
+        )
     if VARIABLE in os.environ:
-        parser.error(f"{VARIABLE} is set, which does without this launcher; unset it, or run the script by itself")
+        args.parser.error(
+            f"{VARIABLE} is set and already enables the backend; unset it, or run the script without this launcher"
+        )
+    try:
+        options = _parsed(args.options)
+    except ValueError as error:
+        args.parser.error(str(error))
+    return Script(name=name, arguments=arguments, module=args.module, auto=args.auto, options=options)
 
 
-def _option(text: str) -> tuple[str, object]:
+def _option(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name.startswith("sste."):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form sste.NAME=VALUE")
-    if value.isdecimal():
-        return name, int(value)
-    return name, {"true": True, "false": False}.get(value.lower(), value)
+        raise ArgumentTypeError(f"{text!r} is not of the form sste.NAME=VALUE")
+    return name, value
+
+
+def _parsed(options: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    if not options:
+        return {}
+    from sparse_compile.options import parse_option  # imports torch
+
+    return {name: parse_option(name, value) for name, value in options}

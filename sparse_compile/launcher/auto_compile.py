@@ -1,8 +1,8 @@
 """Compiles the models of scripts that never call torch.compile, each at its first call in training.
 
-``Module.__call__`` asks for ``Module._compiled_call_impl`` and calls that instead of the module where there is one;
-``Module.compile`` sets it on an instance.  Here the class gets one that looks at the instance first.  So the first call
-is compiled already, the module stays what it is, and where nothing is to be compiled nothing is in the way.
+``Module.__call__`` calls ``Module._compiled_call_impl`` if there is one; ``Module.compile`` sets it on an instance.
+Here the class gets one that looks at the instance first.  So the first call is already compiled, the module stays as it
+is, and modules that are not compiled run as before.
 """
 
 import sys
@@ -23,7 +23,7 @@ from sparse_compile.torch_internals.modules import (
 
 
 class AutoCompile:
-    """Compiles in place whatever module is called first of all: in training mode, with gradients to compute.
+    """Compiles in place each outermost module that is called in training mode with gradients enabled.
 
     Args:
         compile: compiles a function.
@@ -38,13 +38,13 @@ class AutoCompile:
         intercept_module_calls(self._call_of)
 
     def stop(self) -> None:
-        """Leave the script to what it compiles itself."""
+        """Compile nothing more: the script compiles its models itself."""
         self._active = False
 
     def _call_of(self, module: Module) -> Callable[..., Any] | None:
-        """What is called instead of a module that is not compiled; None for the module itself.
+        """What to call instead of a module that is not compiled; None to call the module itself.
 
-        To ask changes nothing, because not only calls ask: torch.jit looks at every attribute of a module.
+        This changes no state, since not only calls end here: torch.jit looks at every attribute of a module.
         """
         if not self._active or self._inside or not (module.training and torch.is_grad_enabled()):
             return None
@@ -76,13 +76,13 @@ class AutoCompile:
         if not self._refused:
             self._refused = True
             sys.stderr.write(
-                f"sparse_compile: {type(module).__name__} copies the model to several devices at every call, and is "
-                "left as it is; run the script with torchrun and DistributedDataParallel\n"
+                f"sparse_compile: {type(module).__name__} copies the model to several devices at every call, so it is "
+                "not compiled; run the script with torchrun and DistributedDataParallel instead\n"
             )
 
 
 def _trains(module: Module) -> bool:
-    """Whether it has parameters to train, all of which exist."""
+    """Whether it has parameters to train, and all of its parameters are initialized."""
     parameters = list(module.parameters())
     return any(parameter.requires_grad for parameter in parameters) and not any(
         is_lazy(parameter) or parameter.is_meta for parameter in parameters

@@ -1,8 +1,8 @@
 """``SPARSE_COMPILE=1 python train.py``: PyTorch calls ``autoload`` at the end of ``import torch``.
 
-It is called in every process that imports torch where this package is installed, so it does nothing unless asked to,
-and what is wrong with a variable is said, never raised: the import would fail.
-PyTorch is not quite imported yet, so nothing here may import ``torch._dynamo``.
+Where this package is installed, every process that imports torch calls it.  So it does nothing unless a variable is
+set, and it reports a wrong value on stderr instead of raising, which would make the import fail.
+PyTorch is not fully imported yet, so nothing here may import ``torch._dynamo``.
 """
 
 import os
@@ -16,12 +16,11 @@ REPORT_VARIABLE = "SPARSE_COMPILE_REPORT"
 
 
 def autoload() -> None:
-    """Route torch.compile to this backend if the environment says so, and write the report where it says.
+    """Route torch.compile to this backend if ``SPARSE_COMPILE`` is set, and write the report if its file is set.
 
-    The report alone may be asked for, of a script that uses the backend itself.  A variable with a value that is not
-    allowed counts as one that is not set.
+    The report's file alone is for a script that uses the backend itself.  A value that is not allowed is ignored.
     """
-    auto, report_file = _asked(), _report_file()
+    auto, report_file = _auto(), _report_file()
     if auto is not None:
         from sparse_compile.launcher.route_compile import route
 
@@ -32,16 +31,16 @@ def autoload() -> None:
         write_to(report_file, when=lambda: recorded() > 0)
 
 
-def _asked() -> bool | None:
-    """Whether models that are not compiled are compiled as well; None to leave torch.compile as it is."""
-    asked = os.environ.get(VARIABLE)
-    if asked not in (None, "1", "auto"):
+def _auto() -> bool | None:
+    """Whether to compile models that the script does not compile; None to leave torch.compile as it is."""
+    value = os.environ.get(VARIABLE)
+    if value not in (None, "1", "auto"):
         _warn(
-            f"{VARIABLE} is {asked!r}; allowed are 1, by which torch.compile uses backend 'sste', and auto, by which "
-            "models that are not compiled are compiled as well; unset it to run without, as this process does"
+            f"{VARIABLE} is {value!r}; allowed are 1, to use backend 'sste' in torch.compile, and auto, to compile "
+            "also models that the script does not compile; it is ignored in this process"
         )
         return None
-    return None if asked is None else asked == "auto"
+    return None if value is None else value == "auto"
 
 
 def _report_file() -> Path | None:
@@ -57,6 +56,6 @@ def _report_file() -> Path | None:
 
 
 def _warn(text: str) -> None:
-    """Not by ``warnings``, which may be told to raise."""
-    if sys.stderr is not None:  # as it is in processes without one
+    """On stderr, not with ``warnings``, which may be set to raise."""
+    if sys.stderr is not None:  # some processes have none
         sys.stderr.write(f"sparse_compile: {text}\n")

@@ -1,6 +1,6 @@
-"""Routes torch.compile to this backend, in a process whose script stays as it is.
+"""Routes torch.compile to this backend in this process, without changes to the script.
 
-Imports no ``torch._dynamo``: ``autoload`` comes here while PyTorch is being imported.
+Imports no ``torch._dynamo``: ``autoload`` imports this file while PyTorch is being imported.
 """
 
 import atexit
@@ -21,7 +21,7 @@ from sparse_compile.launcher.auto_compile import AutoCompile
 from sparse_compile.reporting.process_report import recorded, write_to
 from sparse_compile.torch_internals.inductor import mode_options
 
-# What a script says that asks for no particular backend.
+# The backends of a script that names none in particular.
 _DEFAULTS = (None, "inductor")
 
 
@@ -29,8 +29,8 @@ _DEFAULTS = (None, "inductor")
 class _Seen:
     """What happened in this process, for the warning at its end."""
 
-    launched: bool  # by our launcher: otherwise the process may be one that only imports torch, as torchrun's own
-    backends: list[str] = field(default_factory=list)  # that torch.compile was called with
+    launched: bool  # by our launcher; if not, the process may not train at all, such as torchrun's own
+    backends: list[str] = field(default_factory=list)  # of the calls of torch.compile
     stepped: bool = False
 
     def trains(self) -> bool:
@@ -45,13 +45,13 @@ def route(
     report_file: Path | None = None,
     launched: bool,
 ) -> None:
-    """Let torch.compile mean this backend where its caller names none, until the process ends.
+    """Make torch.compile use this backend if its caller names none, until the process ends.
 
     Args:
         auto: compile models that the script does not compile, at their first call in training.
-        options: for every compilation by this backend; those that the script itself gives come first.
-        overrides: options that come before the script's own.
-        report_file: where the report is written at the end.
+        options: for every compilation by this backend; the script's own options take precedence.
+        overrides: options that take precedence over the script's own.
+        report_file: where to write the report when the process ends.
         launched: whether this process is known to run a training script.
     """
     seen = _Seen(launched)
@@ -78,7 +78,7 @@ def _routed(
     automatic: AutoCompile | None,
     overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[..., Any]:
-    """torch.compile with backend "sste" where its caller names none, or "inductor"; other names stay."""
+    """torch.compile with backend "sste" if its caller names none, or "inductor"; others are kept."""
 
     @wraps(compile)
     def routed(model: Any = None, **named: Any) -> Any:
@@ -87,7 +87,7 @@ def _routed(
         if named.get("backend") in _DEFAULTS:
             named["backend"] = "sste"
         if (options or overrides) and named["backend"] == "sste":
-            # torch.compile takes a mode or options.
+            # torch.compile takes a mode or options, not both.
             mode, own = mode_options(named.pop("mode", None)), named.get("options") or {}
             named["options"] = {**mode, **options, **own, **overrides}
         seen.backends.append(str(named["backend"]))
@@ -105,7 +105,7 @@ def _warn_if_nothing(seen: _Seen, automatic: AutoCompile | None) -> None:
     if "sste" in seen.backends or (automatic is not None and automatic.compiled):
         reason = "what was compiled was never called with a graph to trace"
     elif others:
-        reason = f"torch.compile was called with other backends alone, which stay: {', '.join(others)}"
+        reason = f"torch.compile was only called with other backends, which are kept: {', '.join(others)}"
     elif automatic is not None:
         reason = "no module with parameters that require gradients was called in training mode with gradients enabled"
     else:

@@ -1,4 +1,4 @@
-"""Runs a script in which ``torch.compile`` means this backend, so that the script itself stays as it is."""
+"""Runs an unchanged script in which ``torch.compile`` uses this backend."""
 
 import runpy
 import sys
@@ -22,10 +22,10 @@ def run(
     """Run a script as ``python script arguments...`` would, or a module as ``python -m``, through this backend.
 
     Args:
-        auto: whether models that the script does not compile are compiled as well.
-        options: for every compilation; those that the script itself gives come first.
-        overrides: options that come before the script's own.
-        report_file: where the report is written when the process ends, see ``record.write_to``.
+        auto: whether to compile models that the script does not compile.
+        options: for every compilation; the script's own options take precedence.
+        overrides: options that take precedence over the script's own.
+        report_file: where to write the report when the process ends, see ``process_report.write_to``.
     """
     route(auto=auto, options=options, overrides=overrides, report_file=report_file, launched=True)
     sys.argv = [script, *arguments]
