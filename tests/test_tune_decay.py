@@ -284,5 +284,5 @@ def test_the_plots():
     assert 'points="0.0,42.58 1000.0,42.58"' in shown, "0.60, dashed"
     # 500, 500, 100, 100 of 1.1 * 500 flips.
     assert 'points="0.0,9.09 333.3,9.09 666.7,81.82 1000.0,81.82"' in shown
-    assert "options={&quot;sste.recipe&quot;: &quot;t-sr-ste&quot;, &quot;sste.decay&quot;: 0.001}" in shown
+    assert "options={&#34;sste.recipe&#34;: &#34;t-sr-ste&#34;, &#34;sste.decay&#34;: 0.001}" in shown
     assert all(f"decay {decay}</li>" in shown for decay in ("0.0001", "0.001", "0.1"))
