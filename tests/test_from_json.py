@@ -67,7 +67,7 @@ def test_what_has_a_default_may_be_missing():
     [
         ({"rows": [{"name": "a"}, {"name": "b", "tokens": "x"}]}, "rows[1].tokens: expected int or null, got 'x'"),
         ({"rows": [{"tokens": 1}]}, "rows[0]: 'name' is missing"),
-        ({"rows": [{"name": "a", "nmae": 1}]}, "rows[0]: Row has no field 'nmae'"),
+        ({"rows": [{"name": "a", "title": 1}]}, "rows[0]: Row has no field 'title'"),
         ({"rows": {}}, "rows: expected list, got {}"),
         ({"rows": None}, "rows: expected list, got None"),
         ({"rows": [[]]}, "rows[0]: expected object, got []"),
