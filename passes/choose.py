@@ -16,6 +16,7 @@ from math import prod
 
 from torch.fx import Node
 
+from sparse_compile.from_json import from_json
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.timing.linear_costs import LinearShape, Question, piece_times
 from sparse_compile.passes.agreement import agreed
@@ -102,7 +103,8 @@ def choose(
             continue
         (shape, _), sharing = question, inputs[plan.site.input]
         answer = partial(_find, plan, question, sharing, times, training)
-        priced.append((plan, _Fastest(**json.loads(agree(_agreed_on(plan, shape, sharing, training), answer)))))
+        told = agree(_agreed_on(plan, shape, sharing, training), answer)
+        priced.append((plan, from_json(_Fastest, told)))
 
     gains: dict[Node, float] = defaultdict(float)  # of each weight, whose linears are rewritten together or not at all
     for plan, fastest in priced:

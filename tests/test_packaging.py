@@ -41,7 +41,7 @@ import torch
 from torch import nn
 assert "torch._dynamo" not in sys.modules, "importing torch imported dynamo"
 if {unasked}:
-    more = {{"sparse_compile.launcher.route_compile", "tabulate"}} & set(sys.modules)
+    more = {{"sparse_compile.launcher.route_compile", "tabulate", "jinja2"}} & set(sys.modules)
     assert not more, f"{{more}} were imported with the entry point"
     assert not hasattr(torch.compile, "__wrapped__"), "torch was touched"
     sys.exit()
@@ -199,6 +199,7 @@ before = set(sys.modules)
 import sparse_compile, sparse_compile.backend, sparse_compile.kernels.ops
 added = {name.partition(".")[0] for name in set(sys.modules) - before}
 assert "triton" not in added, "Triton was imported"
+assert "jinja2" not in added, "Jinja2 was imported"
 assert not torch.cuda.is_initialized(), "CUDA was initialised"
 """
     run(sys.executable, "-c", code, cwd=REPOSITORY, PYTHONPATH=str(REPOSITORY))

@@ -81,6 +81,15 @@ def test_what_is_no_report_is_refused(text, message):
         Report.from_json(text)
 
 
+def test_what_is_damaged_is_named():
+    read = Report([GraphReport(rows=(row("a"), row("b")), execution="kernels")]).to_dict()
+    read["graphs"][0]["rows"][1]["tokens"] = "x"
+    with pytest.raises(ValueError, match=r"damaged: graphs\[0\]\.rows\[1\]\.tokens: expected int or null, got 'x'"):
+        Report.from_json(json.dumps(read))
+    with pytest.raises(ValueError, match="damaged: 'health' is missing"):
+        Report.from_json(json.dumps({name: value for name, value in read.items() if name != "health"}))
+
+
 def test_empty_report_says_so():
     assert "no graph was compiled" in str(Report())
 

@@ -4,8 +4,12 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from jinja2 import UndefinedError
 
+from sparse_compile.decay_search.html import as_html
+from sparse_compile.decay_search.table import DecayTable, Run
 from sparse_compile.reporting.health import Health, over_time
+from sparse_compile.reporting.html_page import render
 from sparse_compile.reporting.model import GraphReport, Measurement, Passes, Row, Spread
 from sparse_compile.reporting.report import Report
 
@@ -120,6 +124,26 @@ def test_what_the_user_wrote_is_text(tmp_path):
     assert "script" not in shown.tags
     assert shown.text.count("alert('1')") > 12
     assert ("title", HOSTILE) in shown.attributes
+
+
+def test_names_of_weights_are_text(tmp_path):
+    samples = [Health(step=step, flips=0.1, zeros=0.5, underflow=0.0, saturated=0.0) for step in (0, 10)]
+    samples.append(replace(samples[0], step=20, beta=1.5, beta_source=HOSTILE))
+    report = Report(health={HOSTILE: samples}, fallbacks=[HOSTILE], torch=HOSTILE)
+    shown = page(report, tmp_path / "report.html")
+    assert "script" not in shown.tags
+    # With its plot as title and caption, in the table as weight and source; the fallback, and PyTorch's version.
+    assert shown.text.count(HOSTILE) == 6
+    run = Run(decay=None, elements={"up": 10}, flips={"up": [3, 2]})
+    search = DecayTable(recipe=HOSTILE, dense=run, runs=(replace(run, decay=0.1), replace(run, decay=0.2)))
+    shown = Page(as_html(search))
+    assert "script" not in shown.tags
+    assert f"Which decay suits recipe {HOSTILE}" in shown.text
+
+
+def test_a_value_that_a_template_misses_is_an_error():
+    with pytest.raises(UndefinedError, match="'recipe' is undefined"):
+        render("decay_search.html")
 
 
 def test_measured_times(tmp_path):

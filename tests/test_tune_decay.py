@@ -12,6 +12,7 @@ import torch
 from sparse_compile.__main__ import main
 from sparse_compile.decay_search.command import RunFailed, run_script, search
 from sparse_compile.decay_search.html import as_html
+from sparse_compile.decay_search.run_files import Request
 from sparse_compile.decay_search.table import DecayTable, Run
 
 # One weight as nn.Linear stores it, one transposed; what it computes with at the end, the last step included, is saved.
@@ -58,11 +59,13 @@ def script(folder, compile="torch.compile(model)", rate=1e-2, length=1000, devic
     return [str(path), str(folder / "weights.pt")]
 
 
+def asked(steps, options, overrides):
+    return Request(steps=steps, auto=False, module=False, options=options, overrides=overrides)
+
+
 def run(folder, decay, recipe="sr-ste", steps=6, **of_script):
     own = {"sste.warmup": 2**40} if decay is None else {"sste.warmup": 0, "sste.decay": decay}
-    request = {
-        "steps": steps, "auto": False, "module": False, "options": OPTIONS, "overrides": own | {"sste.recipe": recipe},
-    }  # fmt: skip
+    request = asked(steps, OPTIONS, own | {"sste.recipe": recipe})
     return run_script(decay, request, script(folder, **of_script))
 
 
@@ -110,9 +113,8 @@ def test_the_dense_run_is_dense_and_decays_nothing(tmp_path):
     dense = run(tmp_path, None)
     trained = torch.load(tmp_path / "weights.pt")
     options = f"torch.compile(model, backend='sste', options={OPTIONS | {'sste.recipe': 'fp8'}})"
-    request = {"steps": 6, "auto": False, "module": False, "options": {}, "overrides": {}}
     with pytest.raises(RunFailed, match=r"dense run no weight is or would be pruned(.|\n)*fp8"):
-        run_script(None, request, script(tmp_path, options))
+        run_script(None, asked(6, {}, {}), script(tmp_path, options))
     for expected, weights in zip(torch.load(tmp_path / "weights.pt"), trained, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(expected, weights, strict=True))
     # A decay of next to nothing trains what a recipe without decay does, and not what dense training does.
@@ -283,5 +285,5 @@ def test_the_plots():
     assert 'points="0.0,42.58 1000.0,42.58"' in shown, "0.60, dashed"
     # 500, 500, 100, 100 of 1.1 * 500 flips.
     assert 'points="0.0,9.09 333.3,9.09 666.7,81.82 1000.0,81.82"' in shown
-    assert "options={&quot;sste.recipe&quot;: &quot;t-sr-ste&quot;, &quot;sste.decay&quot;: 0.001}" in shown
+    assert "options={&#34;sste.recipe&#34;: &#34;t-sr-ste&#34;, &#34;sste.decay&#34;: 0.001}" in shown
     assert all(f"decay {decay}</li>" in shown for decay in ("0.0001", "0.001", "0.1"))

@@ -3,7 +3,6 @@
 Sizes fall into buckets, in which they differ by at most an eighth; each bucket has a file.
 """
 
-import json
 import logging
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -13,6 +12,7 @@ from time import perf_counter
 
 import torch
 
+from sparse_compile.from_json import from_json
 from sparse_compile.kernels.sparse_gemm.configs import Config, configs
 from sparse_compile.kernels.sparse_gemm.problem import Problem
 from sparse_compile.kernels.sparse_gemm.selfcheck import ELEMENTS, check_variant, random_operands
@@ -36,8 +36,8 @@ def lookup(problem: Problem, device: torch.device) -> Config | None:
     if text is None:
         return None
     try:
-        return Config(**json.loads(text))
-    except (TypeError, ValueError) as error:
+        return from_json(Config, text)
+    except ValueError as error:
         raise ValueError(f"{path} holds no configuration of the sparse GEMM ({error}); remove it") from error
 
 

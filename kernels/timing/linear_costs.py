@@ -3,7 +3,6 @@
 A piece is one product or op.  Each is timed on its own, on random operands, the first time that it is asked for.
 """
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_compile.from_json import from_json
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, allows_fast_accum, metadata_shape, padded, unscaled_dtype, values_shape
 from sparse_compile.kernels.timing.gpu_times import keep, kept, median_microseconds, path_of, round_up, undisturbed
@@ -157,8 +157,8 @@ def _read(text: bytes | None, path: object) -> dict[str, float]:
     if text is None:
         return {}
     try:
-        return {str(piece): float(time) for piece, time in json.loads(text).items()}
-    except (AttributeError, TypeError, ValueError) as error:
+        return from_json(dict[str, float], text)
+    except ValueError as error:
         raise ValueError(f"{path} holds no times of a linear ({error}); remove it") from error
 
 

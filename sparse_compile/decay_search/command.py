@@ -5,13 +5,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from sparse_compile.decay_search.html import as_html
+from sparse_compile.decay_search.run_files import Request, Result
 from sparse_compile.decay_search.table import HIGHEST, LOWEST, DecayTable, Run, check_decays
+from sparse_compile.from_json import from_json
 from sparse_compile.launcher.arguments import add_script, read_script
 from sparse_compile.reporting.report_file import check_file
 
@@ -75,10 +77,13 @@ def tune_decay(args: argparse.Namespace) -> None:
     def run(decay: float | None) -> Run:
         own = {"sste.warmup": _WITHOUT_END} if decay is None else {"sste.warmup": 0, "sste.decay": decay}
         overrides = {"sste.tail": 0, "sste.total_steps": 0, "sste.when": "always", "sste.report": None}
-        request = {
-            "steps": args.steps, "auto": script.auto, "module": script.module, "options": script.options,
-            "overrides": overrides | own | {"sste.recipe": args.recipe},
-        }  # fmt: skip
+        request = Request(
+            steps=args.steps,
+            auto=script.auto,
+            module=script.module,
+            options=script.options,
+            overrides=overrides | own | {"sste.recipe": args.recipe},
+        )
         return run_script(decay, request, [script.name, *script.arguments])
 
     try:
@@ -114,11 +119,10 @@ def search(recipe: str, decays: Sequence[float], run: Callable[[float | None], R
     return table
 
 
-def run_script(decay: float | None, request: Mapping[str, Any], command: Sequence[str]) -> Run:
+def run_script(decay: float | None, request: Request, command: Sequence[str]) -> Run:
     """One run, in a process of its own.
 
     Args:
-        request: as ``decay_search.run`` reads it, without ``file``.
         command: the script and its arguments.
 
     Raises:
@@ -126,27 +130,24 @@ def run_script(decay: float | None, request: Mapping[str, Any], command: Sequenc
     """
     name = "dense run" if decay is None else f"run with decay {decay:g}"
     with TemporaryDirectory() as folder:
-        result, output = Path(folder, "result.json"), Path(folder, "output.txt")
-        asked = json.dumps({**request, "file": str(result)})
+        written, output = Path(folder, "result.json"), Path(folder, "output.txt")
+        asked = [str(written), json.dumps(asdict(request)), *command]
         with output.open("wb") as log:
             done = subprocess.run(
-                [sys.executable, "-m", "sparse_compile.decay_search.run", asked, *command],
-                stdout=log,
-                stderr=log,
-                check=False,
+                [sys.executable, "-m", "sparse_compile.decay_search.run", *asked], stdout=log, stderr=log, check=False
             )
         last = "\n".join(output.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:])
-        if not result.exists():
+        if not written.exists():
             raise RunFailed(f"the {name} failed, {_status(done.returncode)}; the last that it wrote:\n{last}")
         # Errors while a stopped script ends do not matter.
-        read = json.loads(result.read_text(encoding="utf-8"))
-    if not read["weights"]:
+        result = from_json(Result, written.read_text(encoding="utf-8"))
+    if not result.weights:
         raise RunFailed(f"in the {name} no weight is or would be pruned; the last that it wrote:\n{last}")
     return Run(
         decay=decay,
-        elements={name: elements for name, (elements, _) in read["weights"].items()},
-        flips={name: flips for name, (_, flips) in read["weights"].items()},
-        stopped=read["stopped"],
+        elements={name: elements for name, (elements, _) in result.weights.items()},
+        flips={name: flips for name, (_, flips) in result.weights.items()},
+        stopped=result.stopped,
     )
 
 

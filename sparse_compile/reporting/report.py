@@ -2,11 +2,11 @@
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-from sparse_compile.reporting.health import Health
-from sparse_compile.reporting.model import VERSION, GraphReport, Measurement, Passes, ReportData, Row, Spread
+from sparse_compile.from_json import build
+from sparse_compile.reporting.model import VERSION, ReportData
 from sparse_compile.reporting.report_file import check_file
 
 
@@ -29,13 +29,14 @@ class Report(ReportData):
             raise ValueError(f"this is no report of sparse_compile: {error!r}") from error
         if version != VERSION:
             raise ValueError(f"the report is of version {version}; this sparse_compile reads version {VERSION}")
+        read.setdefault("fallbacks", [])  # older files of this version have none
+        names = [field.name for field in fields(cls)]  # what else is there follows from these
+        if missing := [name for name in names if name not in read]:
+            raise ValueError(f"the report is damaged: {missing[0]!r} is missing")
         try:
-            health = {name: [Health(**sample) for sample in samples] for name, samples in read["health"].items()}
-            graphs = [_graph(graph) for graph in read["graphs"]]
-            fallbacks = read.get("fallbacks", [])
-            return cls(graphs, health, read["step_ms"], fallbacks, torch=read["torch"], device=read["device"])
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"the report is damaged: {error!r}") from error
+            return build(cls, {name: read[name] for name in names})
+        except ValueError as error:
+            raise ValueError(f"the report is damaged: {error}") from error
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write one self-contained HTML file."""
@@ -60,21 +61,3 @@ class Report(ReportData):
         from sparse_compile.reporting.text import as_text
 
         return as_text(self)
-
-
-def _graph(read: dict[str, Any]) -> GraphReport:
-    rows = tuple(Row(**row) for row in read["rows"])
-    measured = read["measured"]
-    if measured is not None:
-        passes = {name: _passes(measured[name]) for name in ("dense", "rewritten")}
-        measured = Measurement(**(measured | passes))
-    return GraphReport(**(read | {"rows": rows, "measured": measured, "dynamic": tuple(read["dynamic"])}))
-
-
-def _passes(read: dict[str, Any]) -> Passes:
-    backward = read["backward"]
-    return Passes(
-        forward=Spread(**read["forward"]),
-        backward=Spread(**backward) if backward else None,
-        peak_bytes=read["peak_bytes"],
-    )
