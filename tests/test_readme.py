@@ -169,3 +169,14 @@ def test_numbers_of_the_zoo_are_those_of_its_results():
     partly = [found for found in architectures if found["training_reported"] != found["training_counted"]]
     assert len(partly) == 1
     assert not any(found["faults"] for found in architectures)
+
+
+def test_a_recipe_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_gpu(monkeypatch)
+    options = (ROOT / "README.md").read_text().partition("## Options")[2].partition("\n## ")[0]
+    (snippet,) = (code for code in re.findall(r"```python\n(.*?)```", options, re.DOTALL) if "name=" in code)
+    names: dict[str, Any] = {"torch": torch}
+    names["model"] = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    exec(snippet, names)
+    names["model"](torch.randn(8, 64)).sum().backward()
+    assert {row.decision for row in sparse_compile.report().rows} == {"dense-wgrad (2:4 fp8, fp8, fp8)"}
