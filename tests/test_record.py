@@ -50,7 +50,7 @@ def run(folder: Path, *arguments: str) -> dict[str, int]:
 
 def test_of_a_group_the_first_writes(tmp_path: Path) -> None:
     """Its group is gone when the process ends."""
-    assert run(tmp_path, "spawn", "grouped") == {"report.json": 64}
+    assert run(tmp_path, "fork", "grouped") == {"report.json": 64}
 
 
 @pytest.mark.parametrize(("start", "name"), [("spawn", "SpawnProcess"), ("fork", "ForkProcess")])
