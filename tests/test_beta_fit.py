@@ -163,7 +163,7 @@ def beginnings():
             yield pytest.param(make, dtype, warmup, id=f"{name}-{kind}", marks=marks)
 
 
-@pytest.mark.parametrize(("make", "dtype", "warmup"), beginnings())
+@pytest.mark.parametrize(("make", "dtype", "warmup"), list(beginnings()))
 def test_a_projection_that_begins_at_zero_trains_as_from_a_small_random_start(make, dtype, warmup):
     zero, model = losses_of(0.0, make, dtype, warmup)
     small, _ = losses_of(1e-3, make, dtype, warmup)

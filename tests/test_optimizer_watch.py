@@ -278,7 +278,7 @@ def resumptions():
             yield pytest.param(make, options, RESUMED, id=f"{name}-{kind}, anywhere", marks=pytest.mark.nightly)
 
 
-@pytest.mark.parametrize(("make", "options", "places"), resumptions())
+@pytest.mark.parametrize(("make", "options", "places"), list(resumptions()))
 def test_what_keeps_no_state_under_each_weight_resumes_all_the_same(make, options, places):
     model = model_of()
     run, optimizer = compiled(model, **options), make(model.parameters())
