@@ -10,7 +10,8 @@ if [ "${NO_VENV:-0}" = 1 ]; then
 else
   pre-commit run --all-files --show-diff-on-failure
   # Two tests at a time, as many wait for processes that they start; of one thread each, or two cores have four to run.
-  WORKERS=(-n 2)
-  export OMP_NUM_THREADS=1
+  # A worker that has none left takes half of the other's.  Inductor would start a pool of processes in each process.
+  WORKERS=(-n 2 --dist=worksteal)
+  export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 fi
 exec "$PYTHON" -m pytest "${WORKERS[@]}" "$@"

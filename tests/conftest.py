@@ -13,6 +13,11 @@ from torch import Tensor, nn
 import sparse_compile
 import zoo
 
+SLOWEST = {
+    "test_distributed.py", "test_distributed_schedule.py", "test_examples.py", "test_kill.py",
+    "test_packaging.py", "test_prune.py", "test_state_machine.py",
+}  # fmt: skip
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--nightly", action="store_true", help="run the tests marked nightly, too")
@@ -24,6 +29,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         nightly = [item for item in items if item.get_closest_marker("nightly")]
         items[:] = [item for item in items if item not in nightly]
         config.hook.pytest_deselected(items=nightly)
+    # Files of long tests first, so that workers end together.
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
     devices = torch.cuda.device_count()
     skip = pytest.mark.skip(reason="needs an NVIDIA Hopper GPU; torch.cuda.is_available() is False")
     skip_two = pytest.mark.skip(reason=f"needs two NVIDIA Hopper GPUs; torch.cuda.device_count() is {devices}")

@@ -2,7 +2,9 @@
 
 The interpreter must be chosen before Triton is imported, so the tests run this file as a program of its own:
 
-    TRITON_INTERPRET=1 python -m tests.interpreted_kernels {prune,prune_bf16,transposable,decay,quantize,mvue}
+    TRITON_INTERPRET=1 python -m tests.interpreted_kernels {prune,prune_bf16,transposable,decay,quantize,mvue} [all]
+
+Without ``all`` it leaves out combinations, of which each pair of values is in another that it checks.
 
 The interpreter rounds fp32 to FP8 wrongly.  So torch casts here, in place of the assembly of Gluon kernels; the other
 kernels write their payloads as fp32.
@@ -27,6 +29,7 @@ from sparse_compile.kernels.weight import groups_of_four, masked_decay, prune_bf
 from sparse_compile.testing import assert_same_bits, hard_groups
 from tests.gluon_interpreter import elementwise, fp8_word, interpret, prmt
 
+ALL = sys.argv[2:] == ["all"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -87,9 +90,13 @@ def round_in_torch() -> None:
     interpreter._convert_float = corrected
 
 
-def hints(scale_inv: float) -> tuple[float, ...]:
-    """What may stand in ``scale_inv`` before a call: the right value, others, and what uninitialised memory holds."""
-    return scale_inv, 2 * scale_inv, 0.9 * scale_inv, -scale_inv, 0.0, float("nan"), float("inf"), 1e-42
+def hints(scale_inv: float, turn: int) -> tuple[float, ...]:
+    """What may stand in ``scale_inv`` before a call: the right value, others, and what uninitialised memory holds.
+
+    Unless all are wanted: the right one and, by turns, one of the seven others.
+    """
+    others = (2 * scale_inv, 0.9 * scale_inv, -scale_inv, 0.0, float("nan"), float("inf"), 1e-42)
+    return scale_inv, *(others if ALL else (others[turn % len(others)],))
 
 
 def various_weights() -> dict[str, torch.Tensor]:
@@ -126,11 +133,11 @@ def check_prune() -> None:
         "infinities": infinities,
     }
     beta = torch.tensor([1.4839])
-    for name, weight in cases.items():
+    for index, (name, weight) in enumerate(cases.items()):
         n, k = weight.shape
         for hard in (False, True):
             expected = reference.prune_weight(weight, beta, hard)
-            for hint in hints(float(expected[-1])):
+            for hint in hints(float(expected[-1]), 2 * index + hard):
                 values, weight_t = poisoned_payload(*values_shape(n, k)), poisoned_payload(k, n)
                 metadata = poisoned(*metadata_shape(n, k), dtype=torch.int32)
                 scale_inv = torch.tensor([hint])
@@ -140,10 +147,10 @@ def check_prune() -> None:
                 assert_same_bits(metadata, expected[1], f"metadata, {what}")
                 assert_same_bits(weight_t, expected[2], f"weight_t, {what}")
                 assert_same_bits(scale_inv, expected[3], f"scale_inv, {what}")
-    for name, weight in cases.items():
+    for index, (name, weight) in enumerate(cases.items()):
         n, k = weight.shape
         expected = reference.cast_weight(weight)
-        for hint in hints(float(expected[-1])):
+        for hint in hints(float(expected[-1]), index):
             payload, payload_t, scale_inv = poisoned_payload(n, k), poisoned_payload(k, n), torch.tensor([hint])
             prune_fp8.launch_cast_weight(weight, payload, payload_t, scale_inv)
             assert_same_bits(payload, expected[0], f"payload, {name}")
@@ -157,13 +164,13 @@ def check_transposable() -> None:
     with_nan = torch.randn(32, 48)
     with_nan[3, 4] = float("nan")
     weights = {**various_weights(), "NaN": with_nan}
-    for name, weight in weights.items():
+    for turn, (name, weight) in enumerate(weights.items()):
         n, k = weight.shape
         masks = reference.transposable_masks(weight)
         other = reference.transposable_masks(torch.randn(n, k))
         for search, wanted in ((True, masks), (False, other)):
             expected = reference.prune_transposable(weight, wanted)
-            for hint in hints(float(expected[-1]))[:3]:
+            for hint in hints(float(expected[-1]), 2 * turn + search)[:3]:
                 found = torch.full_like(masks, -1) if search else other.clone()
                 buffers = (
                     poisoned_payload(*values_shape(n, k)),
@@ -213,9 +220,10 @@ def check_decay() -> None:
         "ties": torch.randint(-3, 4, (64, 128)).bfloat16(),
         "zero": torch.zeros(16, 32),
     }
-    for name, weight in weights.items():
+    for index, (name, weight) in enumerate(weights.items()):
         for transposed in (False, True):
-            for dtype in DTYPES:
+            turn = (2 * index + transposed) % len(DTYPES)
+            for dtype in DTYPES if ALL else DTYPES[turn : turn + 1]:
                 factor = torch.tensor([0.37])
                 grad = torch.randn(weight.t().shape).to(dtype).t() if transposed else torch.randn_like(weight).to(dtype)
                 masks = reference.transposable_masks(weight) if weight.shape[0] % 4 == 0 else None
@@ -284,6 +292,9 @@ def check_mvue() -> None:
     shapes = ((1, 16, torch.bfloat16), (15, 80, torch.float32), (257, 144, torch.bfloat16), (256, 128, torch.float16))
     for approximate, stochastic, fp8 in product((False, True), (False, True), FP8_DTYPES):
         for index, (tokens, columns, dtype) in enumerate(shapes):
+            # Two of the eight for each shape, so that any two of the four values meet.
+            if not ALL and (stochastic, fp8) != ((approximate + index) % 2, FP8_DTYPES[(approximate + index // 2) % 2]):
+                continue
             grad = hard_groups(tokens, columns, 0.5, "cpu").to(dtype)
             row_scale, token_scale = torch.rand(2, tokens).mul(10).unbind()
             token_scale[tokens // 2 :] *= 2.0**-12  # to what is subnormal in FP8

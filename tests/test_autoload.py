@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import warm
 from sparse_compile.launcher.autoload import autoload
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +64,9 @@ def test_other_values_are_explained_and_count_as_unset(
 
 
 COMPILED = """
+import warnings
 import torch
+warnings.simplefilter("error", UserWarning)
 from sparse_compile.launcher.autoload import autoload
 autoload()
 ffn = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64))
@@ -73,15 +76,21 @@ if {compiles}:
 """
 
 
-def run(folder: Path, *, compiles: bool = True, then: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error::UserWarning", "-c", COMPILED.format(compiles=compiles, then=then)]
+def run(
+    folder: Path, *, compiles: bool = True, then: str = "", alone: bool = False, **variables: str
+) -> "subprocess.CompletedProcess[str]":
+    """``alone``: in a process that imports torch itself."""
+    command = ["-c", COMPILED.format(compiles=compiles, then=then)]
     without = {name: value for name, value in os.environ.items() if not name.startswith("SPARSE_COMPILE")}
     environment = {**without, "PYTHONPATH": str(ROOT), **variables}
+    if not alone:
+        return warm.python(*command, cwd=folder, env=environment)
+    command = [sys.executable, "-W", "error::UserWarning", *command]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_the_report_alone_is_that_of_a_script_that_uses_the_backend_itself(tmp_path: Path) -> None:
-    done = run(tmp_path, then="import os; os.chdir('/')", SPARSE_COMPILE_REPORT="report.txt")
+    done = run(tmp_path, then="import os; os.chdir('/')", alone=True, SPARSE_COMPILE_REPORT="report.txt")
     assert (done.returncode, done.stderr) == (0, "")
     assert "2 of 2 linears rewritten" in (tmp_path / "report.txt").read_text()
     (tmp_path / "report.txt").unlink()

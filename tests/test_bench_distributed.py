@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench_distributed
 
 
+@pytest.mark.nightly
 def test_two_processes_measure(tmp_path: Path) -> None:
     """On CPUs, with two small layers."""
     root = Path(__file__).parents[1]

@@ -152,10 +152,18 @@ def losses_of(spread, make, dtype, warmup, steps=300):
     return losses, model
 
 
-@pytest.mark.parametrize(
-    ("dtype", "warmup"), [(torch.float32, 0), (torch.bfloat16, 5)], ids=["fp32 at once", "bf16 after a warm-up"]
-)
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+BEGINNINGS = {"fp32 at once": (torch.float32, 0), "bf16 after a warm-up": (torch.bfloat16, 5)}
+
+
+def beginnings():
+    """Of each optimizer one by turns; in a night both."""
+    for index, (name, make) in enumerate(OPTIMIZERS.items()):
+        for turn, (kind, (dtype, warmup)) in enumerate(BEGINNINGS.items()):
+            marks = pytest.mark.nightly if (index + turn) % 2 else ()
+            yield pytest.param(make, dtype, warmup, id=f"{name}-{kind}", marks=marks)
+
+
+@pytest.mark.parametrize(("make", "dtype", "warmup"), list(beginnings()))
 def test_a_projection_that_begins_at_zero_trains_as_from_a_small_random_start(make, dtype, warmup):
     zero, model = losses_of(0.0, make, dtype, warmup)
     small, _ = losses_of(1e-3, make, dtype, warmup)

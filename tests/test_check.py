@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import warm
 from sparse_compile.__main__ import main
 from sparse_compile.export.check import Verdict, check_weights
 from sparse_compile.kernels.reference import soft_threshold24
@@ -39,9 +40,8 @@ WEIGHTS = {
 GOOD = ("2:4", "2:4, stored transposed", "dense", "zero", "dense")
 
 
-def run(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sparse_compile", "check", str(path), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+def run(path: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return warm.python("-m", "sparse_compile", "check", path, *arguments)
 
 
 def status(path: Path, *arguments: str) -> int:

@@ -24,9 +24,10 @@ def dropped(weight):
     return groups.where(groups.abs() <= groups.abs().sort(dim=1).values[:, 1:2], 0.0).reshape(weight.shape)
 
 
-def test_interpreted_kernel_matches_the_reference():
+@pytest.mark.parametrize("cases", [(), pytest.param(("all",), marks=pytest.mark.nightly)], ids=["pairs", "all"])
+def test_interpreted_kernel_matches_the_reference(cases):
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "tests.interpreted_kernels", "decay"]
+    command = [sys.executable, "-m", "tests.interpreted_kernels", "decay", *cases]
     subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import warm
+
 SCRIPT = Path(__file__).parent / "distributed_steps.py"
 LAYERS = 8  # that are rewritten, four of them in an FFN
 SHARDED = {"wrap": "fsdp2", "compile": "blocks"}
@@ -34,20 +36,38 @@ DDP = {
 }
 ONE = {"wrap": "none", "compile": "whole"}
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpus2)]
+
+def devices(*few):
+    """On GPUs all cases run; on CPUs these few, and all of them in a night."""
+    return pytest.mark.parametrize(
+        ("device", "few"),
+        [
+            pytest.param("cpu", few, id="cpu"),
+            pytest.param("cpu", None, id="cpu, all", marks=pytest.mark.nightly),
+            pytest.param("cuda", None, id="cuda", marks=pytest.mark.gpus2),
+        ],
+    )
 
 
-def train(folder, processes, device, cases):
+def chosen(cases, few):
+    return cases if few is None else {name: cases[name] for name in few}
+
+
+def torchrun(processes, *arguments, **more):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *launch, *map(str, arguments)]
+    return [subprocess.run(command, capture_output=True, text=True, timeout=500, **more)]
+
+
+def train(folder, processes, device, cases, launch=warm.group):
     """What each rank has to say of each case."""
     folder.mkdir()
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, str(SCRIPT), device, json.dumps(cases), "."]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+    done = launch(processes, SCRIPT, device, json.dumps(cases), ".", cwd=folder, env=environment)
     # Not the exit status: the process group's threads may abort while they are torn down, when all is done.
     files = [folder / f"rank{rank}" for rank in range(processes)]
-    assert all(file.exists() for file in files), done.stderr[-4000:]
+    assert all(file.exists() for file in files), "\n".join(process.stderr[-4000:] for process in done)
     return [json.loads(file.read_text()) for file in files]
 
 
@@ -56,13 +76,14 @@ def near(expected, device, exact=0.0):
     return pytest.approx(expected, rel=max(exact, 2e-3 if device == "cuda" else 0), abs=0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_ddp_trains_as_one_process(tmp_path, device):
+@devices("buckets, two microbatches")
+def test_ddp_trains_as_one_process(tmp_path, device, few):
     """Losses but for the samples of gradients and reduction order; every rank has the same weights and betas."""
-    wide = {**ONE, "width": 256}
-    (one,) = train(tmp_path / "one", 1, device, {"": wide, "fp8": {**wide, **DENSE}})
-    two = train(tmp_path / "two", 2, device, DDP)
-    for name in DDP:
+    wide, cases = {**ONE, "width": 256}, chosen(DDP, few)
+    dense = {"fp8": {**wide, **DENSE}} if "buckets, fp8" in cases else {}
+    (one,) = train(tmp_path / "one", 1, device, {"": wide, **dense})
+    two = train(tmp_path / "two", 2, device, cases, launch=torchrun)
+    for name in cases:
         first, second = (rank[name] for rank in two)
         assert first == second, name
         expected = one["fp8" if name.endswith("fp8") else ""]
@@ -76,12 +97,12 @@ def test_ddp_trains_as_one_process(tmp_path, device):
             assert (sum(first["rewritten"]), first["sparse"]) == (LAYERS, len(first["betas"])), name
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_fsdp2_trains_as_one_process(tmp_path, device):
+@devices("two microbatches", "resumed")
+def test_fsdp2_trains_as_one_process(tmp_path, device, few):
     """And keeps of resharded weights no operands; beta is the same on every rank, by the shards' names, and saved."""
     (one,) = train(tmp_path / "one", 1, device, {"": ONE})
     one = one[""]
-    first, second = train(tmp_path / "two", 2, device, FSDP2)
+    first, second = train(tmp_path / "two", 2, device, chosen(FSDP2, few))
     answers = [rank.pop("answers") for rank in (first, second)]
     assert answers[0]["asked by all"] == answers[1]["asked by all"]
     assert answers[0]["asked by one"] == "rank 0"
@@ -110,6 +131,8 @@ def test_fsdp2_trains_as_one_process(tmp_path, device):
         assert result["after_backward"][microbatches - 1 :: microbatches] == [0] * len(result["losses"]), name
         # Once in each forward and once in each backward, or once while FSDP2 keeps the weights.
         assert set(result["made"]) == {LAYERS if kept else 2 * LAYERS * microbatches}, name
+    if few is not None:
+        return
     # What backward makes again is what forward had, to the last bit, and so is the recomputed forward.
     for name in ("kept for backward", "checkpointed", "checkpointed in the graph", "whole model"):
         assert first[name]["losses"] == near(first["blocks"]["losses"], device), name

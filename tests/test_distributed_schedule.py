@@ -1,12 +1,12 @@
 """Two processes follow a schedule, and decay: in the buckets of DistributedDataParallel, and in FSDP2's shards."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+import warm
 
 BUCKETS = """
 import pathlib, torch, torch.distributed as dist, torch.nn.functional as F
@@ -94,11 +94,9 @@ dist.destroy_process_group()
 
 def run(tmp_path, processes, script, *arguments):
     (tmp_path / "train.py").write_text(script)
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     paths = f"{Path(__file__).parents[1]}:{Path(__file__).parent}"
     environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, *launch, "train.py", *arguments]
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    return warm.group(processes, "train.py", *arguments, cwd=tmp_path, env=environment)
 
 
 def one_and_two(tmp_path, options):
@@ -109,7 +107,7 @@ def one_and_two(tmp_path, options):
         folder.mkdir()
         done = run(folder, processes, SHARDED, json.dumps(options))
         files = [folder / f"rank{rank}" for rank in range(processes)]
-        assert all(file.exists() for file in files), done.stderr[-4000:]
+        assert all(file.exists() for file in files), "\n".join(process.stderr[-4000:] for process in done)
         results[processes] = [json.loads(file.read_text()) for file in files]
     return results[1][0], results[2]
 

@@ -4,10 +4,9 @@ import json
 import math
 import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
+import warm
 from sparse_compile.reporting.report import Report
 
 REPOSITORY = Path(__file__).parent.parent
@@ -16,14 +15,9 @@ REPOSITORY = Path(__file__).parent.parent
 def test_train_gpt(tmp_path: Path) -> None:
     """A short run on the CPU: both losses fall, and the output says what was emulated and what was rewritten."""
     result_file = tmp_path / "run.json"
-    command = [sys.executable, REPOSITORY / "examples" / "train_gpt.py", "--device", "cpu", "--preset", "tiny"]
-    done = subprocess.run(
-        [*map(str, command), "--steps", "12", "--out", str(result_file)],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-    )
+    command = [REPOSITORY / "examples" / "train_gpt.py", "--device", "cpu", "--preset", "tiny", "--steps", "12"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = warm.python(*command, "--out", result_file, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert "emulated" in done.stdout
     assert "tokens per second" in done.stdout
@@ -51,12 +45,8 @@ def test_the_report_of_one_run(tmp_path: Path) -> None:
     assert arguments[arguments.index("--preset") + 1] == "wide"
     report_file = tmp_path / "report.json"
     sizes = ["--device", "cpu", "--preset", "tiny", "--steps", "12", "--when", "always"]  # a CPU would run dense
-    subprocess.run(
-        [sys.executable, "-m", "sparse_compile", "--report", str(report_file), *arguments[1:], *sizes],
-        cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        check=True,
-    )
+    command = ["-m", "sparse_compile", "--report", report_file, *arguments[1:], *sizes]
+    warm.python(*command, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, check=True)
     report = Report.from_json(report_file.read_text())
     assert report.graphs[0].measured is not None
     assert report.dense_step_ms() is not None

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import sparse_compile
+import warm
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import E4M3_MAX
 from sparse_compile.weights.pattern_24 import is_24, share_of_groups
@@ -373,9 +374,7 @@ def test_models_of_transformers_are_saved_and_loaded(tmp_path: Path, batch, arch
         plain, expected = loaded(input_ids=ids).logits, model(input_ids=ids).logits
         assert (plain - expected).norm() < 0.03 * expected.norm()
     globs = [f"--weights={name}" for name in names]
-    done = subprocess.run(
-        [sys.executable, "-m", "sparse_compile", "check", str(tmp_path), *globs], capture_output=True, text=True
-    )
+    done = warm.python("-m", "sparse_compile", "check", tmp_path, *globs)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

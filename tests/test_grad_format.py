@@ -1,7 +1,5 @@
 """Gradients in e5m2 and stochastic rounding, from the options to the kernels; what they compute has its own tests."""
 
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -9,6 +7,7 @@ import pytest
 import torch
 
 import sparse_compile
+import warm
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3
 from sparse_compile.linear.function import LinearSpec, linear
@@ -41,8 +40,7 @@ class TestNames:
         recipe = replace(SSTE.with_sampled_dgrad(), grad_format=GradFormat.E5M2, rounding=Rounding.STOCHASTIC)
         variants = (recipe, *recipe.variants())
         code = "import sys; from sparse_compile.recipe import recipe_named; print(*map(recipe_named, sys.argv[1:]))"
-        command = [sys.executable, "-c", code, *(variant.full_name for variant in variants)]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        printed = warm.python("-c", code, *(variant.full_name for variant in variants), check=True).stdout
         assert printed == f"{' '.join(map(str, variants))}\n"
 
 

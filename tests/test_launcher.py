@@ -5,11 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import warm
 from sparse_compile.__main__ import main
 from sparse_compile.options import UserOptions
 from sparse_compile.reporting.report import Report
@@ -46,15 +49,14 @@ sys.exit(3)
 OURS = 'options={"sste.executor": "eager", "sste.when": "always"}'
 
 
-def launch(folder: Path, compile: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    folder: Path, compile: str, *arguments: str, run: Callable[..., Any] = warm.python, **environment: str
+) -> "subprocess.CompletedProcess[str]":
     (folder / "scripts").mkdir()
     (folder / "scripts/train.py").write_text(SCRIPT.replace("{COMPILE}", compile))
     (folder / "scripts/helper.py").write_text("NAME = 'helper'\n")
-    command = [sys.executable, "-m", "sparse_compile", *arguments]
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(folder / "scripts") if "-m" in arguments else ""])}
-    return subprocess.run(
-        command, cwd=folder, env={**os.environ, **paths, **environment}, capture_output=True, text=True, timeout=300
-    )
+    return run("-m", "sparse_compile", *arguments, cwd=folder, env={**os.environ, **paths, **environment})
 
 
 @pytest.mark.parametrize(
@@ -76,9 +78,15 @@ def test_torch_compile_means_this_backend(tmp_path: Path, compile: str) -> None:
     assert "linears rewritten" not in done.stderr, "the report is in its file"
 
 
-def test_a_module_and_a_report_as_a_table(tmp_path: Path) -> None:
+def alone(*arguments: str, **more: Any) -> "subprocess.CompletedProcess[str]":
+    """In a process that imports torch itself."""
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, **more)
+
+
+@pytest.mark.parametrize("run", [alone, warm.python], ids=["alone", "warm"])
+def test_a_module_and_a_report_as_a_table(tmp_path: Path, run: Callable[..., Any]) -> None:
     compile = f"lambda model: torch.compile(model, {OURS})"
-    done = launch(tmp_path, compile, "--report", "report.txt", "-m", "train", "x")
+    done = launch(tmp_path, compile, "--report", "report.txt", "-m", "train", "x", run=run)
     assert done.returncode == 3, done.stderr
     assert "arguments ['x'] helper" in done.stdout
     assert "2 of 2 linears rewritten" in (tmp_path / "report.txt").read_text()

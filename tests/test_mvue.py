@@ -352,9 +352,10 @@ def test_the_seed_decides_the_samples(approximate) -> None:
     assert not reference.decompress24(values, metadata)[:, 261:].view(torch.uint8).any()
 
 
-def test_interpreted_kernel_matches_the_reference() -> None:
+@pytest.mark.parametrize("cases", [(), pytest.param(("all",), marks=pytest.mark.nightly)], ids=["pairs", "all"])
+def test_interpreted_kernel_matches_the_reference(cases: tuple[str, ...]) -> None:
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "tests.interpreted_kernels", "mvue"]
+    command = [sys.executable, "-m", "tests.interpreted_kernels", "mvue", *cases]
     subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
 

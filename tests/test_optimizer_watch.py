@@ -266,16 +266,27 @@ def saved(*parts):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"warmup": 1, "tail": 2, "total_steps": 7}], ids=["pruned", "scheduled"])
-@pytest.mark.parametrize("make", STATELESS.values(), ids=STATELESS.keys())
-def test_what_keeps_no_state_under_each_weight_resumes_all_the_same(make, options):
+SCHEDULED = {"warmup": 1, "tail": 2, "total_steps": 7}
+RESUMED = (1, 3, 6)  # after so many steps: behind the warm-up, while all prune, in the tail
+
+
+def resumptions():
+    """Of each optimizer without and with a schedule, from one place by turns; in a night from every place."""
+    for index, (name, make) in enumerate(STATELESS.items()):
+        for kind, options in (("pruned", {}), ("scheduled", SCHEDULED)):
+            yield pytest.param(make, options, [RESUMED[index % 3]], id=f"{name}-{kind}")
+            yield pytest.param(make, options, RESUMED, id=f"{name}-{kind}, anywhere", marks=pytest.mark.nightly)
+
+
+@pytest.mark.parametrize(("make", "options", "places"), list(resumptions()))
+def test_what_keeps_no_state_under_each_weight_resumes_all_the_same(make, options, places):
     model = model_of()
     run, optimizer = compiled(model, **options), make(model.parameters())
     checkpoints, losses = [], []
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="an optimizer has trained")
         for number in range(7):
-            if number in (1, 3, 6):
+            if number in places:
                 checkpoints.append((number, saved(model, optimizer)))
             losses += losses_of(run, optimizer, [number])
     for number, checkpoint in checkpoints:

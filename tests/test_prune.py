@@ -146,9 +146,10 @@ def test_kept_are_the_two_largest_then_the_lowest() -> None:
     assert values[0, :8].float().mul(2.0**-6).tolist() == [0, -5, 2, 3, 2, -6, 2, -2]
 
 
-def test_interpreted_kernels_match_the_reference() -> None:
+@pytest.mark.parametrize("cases", [(), pytest.param(("all",), marks=pytest.mark.nightly)], ids=["pairs", "all"])
+def test_interpreted_kernels_match_the_reference(cases: tuple[str, ...]) -> None:
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "tests.interpreted_kernels", "prune"]
+    command = [sys.executable, "-m", "tests.interpreted_kernels", "prune", *cases]
     subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
 

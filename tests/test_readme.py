@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from torch import nn
 
 import sparse_compile
+import warm
 from sparse_compile import backend
 from sparse_compile.launcher.option_table import as_markdown
 from sparse_compile.recipe import RECIPES
@@ -60,7 +59,7 @@ def test_commands(tmp_path: Path, command: str) -> None:
         (tmp_path / script).write_text(SCRIPT.replace("{compiles}", str("--auto" not in command)))
     python, *arguments = shlex.split(command)
     assert python == "python"
-    done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = warm.python(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     if "--report" in command:
         assert "2 of 2 linears rewritten" in (tmp_path / "report.html").read_text()
@@ -135,7 +134,7 @@ def test_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(names["names"]) == 3
     python, *arguments = shlex.split(command)
     assert python == "python"
-    done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = warm.python(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "of 3 weights: 3 2:4" in done.stdout
     sparse_compile.report().graphs.clear()

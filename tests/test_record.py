@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+import warm
 
 ROOT = Path(__file__).parents[1]
 # Each process has a linear of its own width, by which its report is known.
@@ -40,14 +40,8 @@ if __name__ == "__main__":
 def run(folder: Path, *arguments: str) -> dict[str, int]:
     """The files that were written, and the out_features of the first linear in them."""
     (folder / "train.py").write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, "train.py", *arguments, str(folder / "group")],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = warm.python("train.py", *arguments, str(folder / "group"), cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     assert "linears rewritten" not in done.stderr
     reports = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
@@ -56,7 +50,7 @@ def run(folder: Path, *arguments: str) -> dict[str, int]:
 
 def test_of_a_group_the_first_writes(tmp_path: Path) -> None:
     """Its group is gone when the process ends."""
-    assert run(tmp_path, "spawn", "grouped") == {"report.json": 64}
+    assert run(tmp_path, "fork", "grouped") == {"report.json": 64}
 
 
 @pytest.mark.parametrize(("start", "name"), [("spawn", "SpawnProcess"), ("fork", "ForkProcess")])
@@ -69,12 +63,6 @@ def test_to_stderr_the_first_alone_writes(tmp_path: Path) -> None:
     script = SCRIPT.replace(', "sste.report": "report.json"', "")
     (tmp_path / "train.py").write_text(script.partition("    mp.start_processes")[0] + '    train(0, "", grouped)\n')
     for rank in ("0", "1"):
-        done = subprocess.run(
-            [sys.executable, "train.py", "", "single"],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "RANK": rank},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": rank}
+        done = warm.python("train.py", "", "single", cwd=tmp_path, env=environment, check=True)
         assert ("2 of 2 linears rewritten" in done.stderr) == (rank == "0")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparse_compile
+import warm
 from sparse_compile.__main__ import main
 from sparse_compile.reporting.health import Health
 from sparse_compile.reporting.model import GraphReport, Measurement, Passes, Row, Spread
@@ -268,7 +269,7 @@ def test_option_writes_files_which_are_viewed_again(tmp_path, capsys):
         "    torch.compile(lambda x: ffn(x), backend='sste', options=options)(torch.randn(8, 64))"
     )
     files = [str(tmp_path / f"report.{suffix}") for suffix in ("txt", "json", "html")]
-    result = subprocess.run([sys.executable, "-c", code, *files], check=True, capture_output=True, text=True)
+    result = warm.python("-c", code, *files, check=True)
     assert "linears rewritten" not in result.stderr
     text = Path(files[0]).read_text()
     assert "graph 2: 2 of 2 linears rewritten" in text

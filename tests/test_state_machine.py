@@ -262,11 +262,12 @@ class Scripts(RuleBasedStateMachine):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_scripts_in_any_order():
+@pytest.mark.parametrize("examples", [8, pytest.param(100, marks=pytest.mark.nightly)])
+def test_scripts_in_any_order(examples):
     run_state_machine_as_test(
         Scripts,
         settings=settings(
-            max_examples=25,
+            max_examples=examples,
             stateful_step_count=16,
             deadline=None,
             derandomize=True,

@@ -82,9 +82,10 @@ def test_a_bad_element_shows_also_where_it_is_dropped(value):
     assert prune_transposable(weight, ~masks)[-1].isnan()
 
 
-def test_interpreted_kernel_matches_the_reference():
+@pytest.mark.parametrize("cases", [(), pytest.param(("all",), marks=pytest.mark.nightly)], ids=["pairs", "all"])
+def test_interpreted_kernel_matches_the_reference(cases):
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "tests.interpreted_kernels", "transposable"]
+    command = [sys.executable, "-m", "tests.interpreted_kernels", "transposable", *cases]
     subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
 

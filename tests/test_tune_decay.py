@@ -3,17 +3,38 @@
 import json
 import shlex
 import signal
+import sys
 from dataclasses import replace
 from itertools import combinations, pairwise, product
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import warm
 from sparse_compile.__main__ import main
+from sparse_compile.decay_search import command
 from sparse_compile.decay_search.command import RunFailed, run_script, search
 from sparse_compile.decay_search.html import as_html
 from sparse_compile.decay_search.run_files import Request
 from sparse_compile.decay_search.table import DecayTable, Run
+
+
+@pytest.fixture(autouse=True)
+def warm_runs(request, monkeypatch):
+    """Runs need not import torch, but for those of tests marked ``alone``."""
+
+    def run(words, stdout, stderr, check):
+        assert words[0] == sys.executable
+        assert not check
+        assert stdout is stderr
+        done = warm.python(*words[1:])
+        stdout.write((done.stdout + done.stderr).encode())
+        return done
+
+    if not request.node.get_closest_marker("alone"):
+        monkeypatch.setattr(command, "subprocess", SimpleNamespace(run=run))
+
 
 # One weight as nn.Linear stores it, one transposed; what it computes with at the end, the last step included, is saved.
 SCRIPT = """
@@ -159,6 +180,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "Flip rate in each optimizer step" in (tmp_path / "out.html").read_text()
 
 
+@pytest.mark.alone
 def test_scripts_that_end_by_themselves(tmp_path):
     done = run(tmp_path, None, length=3)
     assert not done.stopped
