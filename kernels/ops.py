@@ -22,6 +22,8 @@ R = TypeVar("R")
 
 _LIBRARY = torch.library.Library("sparse_compile", "DEF")
 _reference_forced = False
+# By their names, the ops that are defined so far: what this module defines, and what projections do.
+defined: dict[str, Callable[..., Any]] = {}
 # Called in the place of each op, with its name, what it would have called, and the arguments: it returns the result.
 Observer = Callable[[str, Callable[..., Any], tuple[Any, ...]], Any]
 _observer: Observer | None = None
@@ -122,7 +124,8 @@ def define(
     _LIBRARY.impl(name, observable(emulate), "CompositeExplicitAutograd")
     _LIBRARY.impl(name, observable(run), "CUDA")
     torch.library.register_fake(f"sparse_compile::{name}", fake, lib=_LIBRARY)
-    return cast(Callable[P, R], getattr(torch.ops.sparse_compile, name).default)
+    defined[name] = getattr(torch.ops.sparse_compile, name).default
+    return cast(Callable[P, R], defined[name])
 
 
 def _check_contiguous(name: str, arguments: Sequence[object], start: int = 0) -> None:

@@ -91,6 +91,10 @@ def check_schema(name, arguments):
             assert result is None or result.data_ptr() != argument.data_ptr(), declared.name
 
 
+def test_every_op_is_checked():
+    assert set(NAMES) == ops.defined.keys()
+
+
 @pytest.mark.parametrize(("name", "arguments"), CASES, ids=NAMES)
 def test_opcheck(name, arguments):
     check_schema(name, arguments)
