@@ -10,7 +10,7 @@ has two parts:
 A launcher is written as the function that plans:
 
     @planned
-    def launch_scale(x: Tensor, factor: Tensor, out: Tensor) -> Plan:
+    def launch_scale(x: Tensor, factor: Tensor, out: Tensor) -> LaunchPlan:
         check_buffer("out", out, tuple(x.shape), x.dtype, x.device)
         if x.numel() == 0:
             return NOTHING
@@ -47,7 +47,7 @@ V = TypeVar("V")
 
 # Launches on the current device, that of the plan.  Called with what varies, in the order of the launcher's arguments:
 # addresses, None for no tensor, ints.
-Plan: TypeAlias = Callable[..., Any]
+LaunchPlan: TypeAlias = Callable[..., Any]
 
 _KNOWN_VERSIONS = ("3.6", "3.7", "3.8")
 _MAX_PLANS = 512  # of a launcher
@@ -66,7 +66,7 @@ def _check_version(version: str) -> None:
 _check_version(triton.__version__)
 
 
-class Once:
+class UncachedPlan:
     """The plan of a single call: it holds the call's tensors, and is not kept."""
 
     def __init__(self, run: Callable[[], Any]) -> None:
@@ -76,10 +76,10 @@ class Once:
         return self._run()
 
 
-NOTHING = Once(lambda: None)
+NOTHING = UncachedPlan(lambda: None)
 
 
-def planned(make: Callable[P, Plan]) -> Callable[P, Any]:
+def planned(make: Callable[P, LaunchPlan]) -> Callable[P, Any]:
     """The launcher of the plans that ``make`` makes; returns what they do.
 
     ``make`` checks its arguments, of which the first is a tensor, and returns the plan of all arguments like them.  It
@@ -87,7 +87,7 @@ def planned(make: Callable[P, Plan]) -> Callable[P, Any]:
     and the address modulo 16.  Ints vary as addresses do; every other argument, a bool or a dtype, belongs to the plan.
     Plans are made and called with the first tensor's device as the current one.
     """
-    plans: dict[tuple[object, ...], Plan] = {}
+    plans: dict[tuple[object, ...], LaunchPlan] = {}
     signature = inspect.signature(make)
 
     @wraps(make)
@@ -116,7 +116,7 @@ def planned(make: Callable[P, Plan]) -> Callable[P, Any]:
         if plan is None:
             plan = make(*arguments, **named)
             # An interpreted kernel runs on the very tensors that it was planned with.
-            if not (isinstance(plan, Once) or knobs.runtime.interpret):
+            if not (isinstance(plan, UncachedPlan) or knobs.runtime.interpret):
                 _keep(plans, found, plan, _MAX_PLANS)
         return plan(*varying)
 
@@ -131,7 +131,7 @@ def allocator(example: Tensor) -> Callable[[], Tensor]:
 
 def plan_with_results(
     launcher: Callable[..., Any], allocate: Callable[..., Any], arguments: Sequence[Any], order: Callable[..., Any]
-) -> Plan:
+) -> LaunchPlan:
     """The plan of ``launcher`` for ``arguments`` and for results like ``allocate(*arguments)``, which it returns.
 
     Args:
@@ -142,10 +142,10 @@ def plan_with_results(
     """
     example = allocate(*arguments)
     results: tuple[Tensor, ...] = (example,) if isinstance(example, Tensor) else example or ()
-    plan: Plan = inspect.unwrap(launcher)(*order(*arguments, *results))
-    if isinstance(plan, Once):
+    plan: LaunchPlan = inspect.unwrap(launcher)(*order(*arguments, *results))
+    if isinstance(plan, UncachedPlan):
         plan()
-        return Once(lambda: example)
+        return UncachedPlan(lambda: example)
     if example is None:
         return plan
     allocators, single = [allocator(result) for result in results], isinstance(example, Tensor)
@@ -166,7 +166,7 @@ def plan_kernel(
     *,
     cluster: int = 1,
     **constants: Any,
-) -> Plan:
+) -> LaunchPlan:
     """Compile a Triton or Gluon kernel, whose parameters are ``varying``, ``sizes`` and constexprs, and load it.
 
     Args:
@@ -179,7 +179,7 @@ def plan_kernel(
         constants: constexprs and Triton's options, such as ``num_warps``.
     """
     if knobs.runtime.interpret:
-        return Once(lambda: kernel[grid](*varying, *sizes, **constants))
+        return UncachedPlan(lambda: kernel[grid](*varying, *sizes, **constants))
     constexprs = kernel.params[len(varying) + len(sizes) :]
     assert all(parameter.is_constexpr for parameter in constexprs), kernel
     assert all(p.do_not_specialize for p, v in zip(kernel.params, varying, strict=False) if isinstance(v, int)), kernel

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from sparse_compile.passes.flow import Flow, Kind, Origin
-from sparse_compile.passes.match_linear import Spelling, read_linear, target_name
+from sparse_compile.passes.match_linear import LinearPattern, read_linear, target_name
 from sparse_compile.passes.record_operations import Product
 from sparse_compile.passes.roles import Role
 from sparse_compile.passes.sites import Reason, Rejection
@@ -22,7 +22,7 @@ def account(flow: Flow, node: Node, name_of: Callable[[Node], str]) -> tuple[lis
         node: any that is no linear with a parameter for a weight.
         name_of: the model's own name of a parameter, by its placeholder.
     """
-    effect, spelling = flow.effect(node), read_linear(node)
+    effect, pattern = flow.effect(node), read_linear(node)
     times = flow.forwards(node)
     forward = sum(product.flops or 0 for product in effect.products)
     backward = effect.backward_flops if flow.has_backward(node) else 0
@@ -38,8 +38,8 @@ def account(flow: Flow, node: Node, name_of: Callable[[Node], str]) -> tuple[lis
         if "attention" in product.op or target_name(node) == "scaled_dot_product_attention":
             others[ATTENTION] += flops or 0
         elif weights and (product.flops is not None or len(weights) < len(origins)):
-            rejections.append(_refused(flow, node, product, weights, origins[weights[-1]], spelling, flops, name_of))
-        elif spelling is not None and target_name(node) == "linear":
+            rejections.append(_refused(flow, node, product, weights, origins[weights[-1]], pattern, flops, name_of))
+        elif pattern is not None and target_name(node) == "linear":
             rejections.append(_without_parameter(node, flops))
         else:
             others[PRODUCTS_OF_ACTIVATIONS] += flops or 0
@@ -54,7 +54,7 @@ def _refused(
     product: Product,
     operands: list[int],
     origin: Origin,
-    spelling: Spelling | None,
+    pattern: LinearPattern | None,
     flops: int | None,
     name_of: Callable[[Node], str],
 ) -> Rejection:
@@ -87,7 +87,7 @@ def _refused(
         advice = "experts in one parameter are not rewritten yet; give each a matrix [N, K] of its own and use F.linear"
     elif index == 0 and len(product.operands) > 1:
         reason, detail, advice = Reason.UNSUPPORTED_FORM, f"the weight is the left operand of {target}", as_linear
-    elif spelling is not None:
+    elif pattern is not None:
         reason, detail = Reason.UNSUPPORTED_FORM, "a part, another shape, a lossy cast or a detached copy is multiplied"
         advice = f"{as_linear} of the whole parameter"
     else:

@@ -28,6 +28,8 @@ def apply_schedule(
             advice = "'sste.warmup' and 'sste.tail' say when it is pruned"
             rejections.append(plan.site.reject(Reason.DENSE_PHASE, f"{when}, by its schedule", advice))
         else:
-            dense, virtual = plan.recipe.unpruned(), plan.recipe.projection
-            scheduled.append(replace(plan, recipe=dense, advice=f"{when}, by its schedule", virtual=virtual))
+            dense, shadow_projection = plan.recipe.unpruned(), plan.recipe.projection
+            scheduled.append(
+                replace(plan, recipe=dense, advice=f"{when}, by its schedule", shadow_projection=shadow_projection)
+            )
     return scheduled, rejections

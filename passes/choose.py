@@ -2,8 +2,8 @@
 
 So does everything on a device without kernels, where the eager definitions are many times slower.
 
-Prices are sums of measured pieces (``kernels.costs``), and of bytes where Inductor fuses an operation into a neighbour:
-how much of it remains cannot be measured on its own.
+Prices are sums of measured components (``kernels.timing.linear_costs``), and of bytes where Inductor fuses an operation
+into a neighbour: how much of it remains cannot be measured on its own.
 """
 
 import json
@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from sparse_compile.from_json import from_json
 from sparse_compile.kernels import ops
-from sparse_compile.kernels.timing.linear_costs import LinearShape, Question, piece_times
+from sparse_compile.kernels.timing.linear_costs import LinearShape, ShapeKey, component_times
 from sparse_compile.passes.agreement import agreed
 from sparse_compile.passes.decide import Plan, Price
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
@@ -26,13 +26,13 @@ from sparse_compile.recipe import Gemm, Recipe
 from sparse_compile.torch_internals.graph import example_value
 from sparse_compile.torch_internals.sizes import hint
 
-# Microseconds of pieces by name, for each linear that it is asked about.
-Clock = Callable[[Mapping[Question, Collection[str]]], Mapping[Question, Mapping[str, float]]]
+# Microseconds of components by name, for each linear that it is asked about.
+ComponentTimer = Callable[[Mapping[ShapeKey, Collection[str]]], Mapping[ShapeKey, Mapping[str, float]]]
 # Answers a question for all processes, with what the second argument returns if nobody has answered it before.
 Agreement = Callable[[str, Callable[[], str]], str]
 
-_DENSE_PIECES = ("hp fprop", "hp dgrad", "hp wgrad")
-_DENSE = (Gemm.HP, Gemm.BF16)
+_DENSE_COMPONENTS = ("dense fprop", "dense dgrad", "dense wgrad")
+_DENSE = (Gemm.DENSE, Gemm.BF16)
 # A linear is rewritten if it is faster by this share of its dense time: what measurements and prices may be off by.
 _MARGIN = 0.05
 # Bytes an element, of what Inductor generates: fitted to the profiles of a Llama and of a GPT-2 step.
@@ -76,7 +76,7 @@ def leave_without_kernels(plans: Sequence[Plan]) -> tuple[list[Plan], list[Rejec
 
 
 def choose(
-    plans: Sequence[Plan], clock: Clock = piece_times, agree: Agreement = agreed, *, training: bool = True
+    plans: Sequence[Plan], clock: ComponentTimer = component_times, agree: Agreement = agreed, *, training: bool = True
 ) -> tuple[list[Plan], list[Rejection]]:
     """The fastest variant of each plan, with its price; a rejection where dense products are faster.
 
@@ -89,12 +89,12 @@ def choose(
     """
     inputs = Counter(plan.site.input for plan in plans)
     asked = [_question(plan) for plan in plans]
-    pieces: dict[Question, dict[str, None]] = {}  # a set that keeps its order
+    components: dict[ShapeKey, dict[str, None]] = {}  # a set that keeps its order
     for plan, question in zip(plans, asked, strict=True):
         if question is not None:
-            pieces.setdefault(question, {}).update(dict.fromkeys(_needed(plan.recipe, training)))
+            components.setdefault(question, {}).update(dict.fromkeys(_needed(plan.recipe, training)))
     # Asked when the first answer is needed: processes that find the others' choices measure nothing.
-    times = cache(lambda: clock(pieces))
+    times = cache(lambda: clock(components))
 
     priced: list[tuple[Plan, _Fastest | None]] = []
     for plan, question in zip(plans, asked, strict=True):
@@ -138,9 +138,9 @@ def _agreed_on(plan: Plan, shape: LinearShape, sharing: int, training: bool) -> 
 
 def _find(
     plan: Plan,
-    question: Question,
+    question: ShapeKey,
     sharing: int,
-    times: Callable[[], Mapping[Question, Mapping[str, float]]],
+    times: Callable[[], Mapping[ShapeKey, Mapping[str, float]]],
     training: bool,
 ) -> str:
     """The fastest variant, in JSON.
@@ -153,17 +153,17 @@ def _find(
     if training:
         dense = _dense_microseconds(plan.site, measured)
         for recipe in plan.recipe.variants():
-            needed = {piece: measured[piece] for piece in _pieces(recipe)}
+            needed = {component: measured[component] for component in _components(recipe)}
             prices[recipe.full_name] = _microseconds(plan.site, shape, recipe, needed, sharing)
     else:
         # Variants differ in backward alone.
-        dense = measured["hp fprop"]
+        dense = measured["dense fprop"]
         prices[plan.recipe.full_name] = _forward(shape, plan.recipe, measured, sharing)
     variant = min(prices, key=prices.__getitem__)
     return json.dumps(asdict(_Fastest(variant=variant, rewritten=prices[variant], dense=dense)))
 
 
-def _question(plan: Plan) -> Question | None:
+def _question(plan: Plan) -> ShapeKey | None:
     """None where nothing can be measured."""
     site = plan.site
     tokens, device = hint(prod(example_value(site.input).shape[:-1])), example_value(site.weight).device
@@ -182,21 +182,21 @@ def _question(plan: Plan) -> Question | None:
 
 
 def _needed(recipe: Recipe, training: bool) -> list[str]:
-    """The pieces that price a recipe's variants and dense products."""
+    """The components that price a recipe's variants and dense products."""
     if not training:
-        return ["hp fprop", f"{recipe.fprop.value} fprop", "copy"]
-    return [*_DENSE_PIECES, *(piece for variant in recipe.variants() for piece in _pieces(variant))]
+        return ["dense fprop", f"{recipe.fprop.value} fprop", "copy"]
+    return [*_DENSE_COMPONENTS, *(component for variant in recipe.variants() for component in _components(variant))]
 
 
-def _pieces(recipe: Recipe) -> list[str]:
+def _components(recipe: Recipe) -> list[str]:
     """What runs for a recipe, besides what Inductor fuses, and a copy to know the speed of memory."""
-    pieces = [f"{recipe.fprop.value} fprop", f"{recipe.dgrad.value} dgrad", f"{recipe.wgrad.value} wgrad", "copy"]
-    pieces += _ops_around(recipe)
+    components = [f"{recipe.fprop.value} fprop", f"{recipe.dgrad.value} dgrad", f"{recipe.wgrad.value} wgrad", "copy"]
+    components += _ops_around(recipe)
     if recipe.wgrad not in _DENSE:
-        pieces.append("transpose_tokens")
+        components.append("transpose_tokens")
     if recipe.dgrad is Gemm.MVUE24:
-        pieces.append(_sampled(recipe, "cast_mvue for dgrad"))
-    return pieces
+        components.append(_sampled(recipe, "cast_mvue for dgrad"))
+    return components
 
 
 def _ops_around(recipe: Recipe) -> list[str]:
@@ -212,13 +212,13 @@ def _ops_around(recipe: Recipe) -> list[str]:
 
 
 def _sampled(recipe: Recipe, op: str) -> str:
-    """The piece of an op of a recipe with an estimator."""
+    """The component of an op of a recipe with an estimator."""
     assert recipe.estimator is not None
     return f"{op} {recipe.estimator.value} {recipe.rounding.value}"
 
 
 def _dense_microseconds(site: LinearSite, times: Mapping[str, float]) -> float:
-    return times["hp fprop"] * site.forwards + times["hp dgrad"] * _needs_dgrad(site) + times["hp wgrad"]
+    return times["dense fprop"] * site.forwards + times["dense dgrad"] * _needs_dgrad(site) + times["dense wgrad"]
 
 
 def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: dict[str, float], sharing: int) -> float:
@@ -230,7 +230,7 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
     inputs, outputs = shape.tokens * shape.in_features, shape.tokens * shape.out_features
     byte = _byte(shape, times)
     total = _forward(shape, recipe, times, sharing) * site.forwards
-    total += sum(times[piece] for piece in _ops_around(recipe))
+    total += sum(times[component] for component in _ops_around(recipe))
     total += times[f"{recipe.wgrad.value} wgrad"] + times.get("transpose_tokens", 0.0) / sharing
     if _needs_dgrad(site):
         total += times[f"{recipe.dgrad.value} dgrad"]
@@ -242,7 +242,7 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
     casts_gradient = recipe.dgrad in (Gemm.FP8, Gemm.SPARSE24)
     if casts_gradient or recipe.wgrad not in _DENSE:
         total += outputs * _GRADIENT_BYTES * byte
-    if casts_gradient and recipe.wgrad is Gemm.HP:
+    if casts_gradient and recipe.wgrad is Gemm.DENSE:
         total += outputs * _INPUT_BYTES * byte  # the cast, which is no op then
     return total
 

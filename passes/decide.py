@@ -41,7 +41,7 @@ class Plan:
     named: bool = False  # by the user
     pruned: bool = False  # whether its weight was trained pruned: dense products would compute another function
     price: Price | None = None  # where it was measured
-    virtual: Projection = IDENTITY  # what prunes its weight in another phase than this dense one
+    shadow_projection: Projection = IDENTITY  # what prunes its weight in another phase than this dense one
     advice: str = ""  # how it could gain more
 
 

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from sparse_compile.passes.account import account
 from sparse_compile.passes.flow import Flow
-from sparse_compile.passes.match_linear import Spelling, read_linear, target_name
+from sparse_compile.passes.match_linear import LinearPattern, read_linear, target_name
 from sparse_compile.passes.roles import Role, assign_roles
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
 from sparse_compile.torch_internals.graph import example_value, parameter_name
@@ -56,9 +56,9 @@ def find(flow: Flow, whole: GraphModule | None = None, name_of: Callable[[Node],
         site = LinearSite(
             node=node,
             region=flow.regions[node],
-            input=linear.spelling.input,
+            input=linear.pattern.input,
             weight=linear.weight,
-            bias=linear.spelling.bias,
+            bias=linear.pattern.bias,
             transposed=linear.transposed,
             name=name_of(linear.weight),
             path=parameter_name(linear.weight),
@@ -67,17 +67,17 @@ def find(flow: Flow, whole: GraphModule | None = None, name_of: Callable[[Node],
             has_backward=flow.has_backward(node),
             forwards=flow.forwards(node),
         )
-        if linear.spelling.refusal is None:
+        if linear.pattern.refusal is None:
             found.sites.append(site)
         else:
             advice = "write it as F.linear, and move the extra work into operations of its own"
-            found.rejections.append(site.reject(Reason.UNSUPPORTED_FORM, linear.spelling.refusal, advice))
+            found.rejections.append(site.reject(Reason.UNSUPPORTED_FORM, linear.pattern.refusal, advice))
     return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Linear:
-    spelling: Spelling
+    pattern: LinearPattern
     weight: Node  # placeholder of the top graph
     transposed: bool
 
@@ -86,17 +86,17 @@ def _linears(flow: Flow) -> dict[Node, _Linear]:
     linears = {}
     for node in flow.nodes:
         effect = flow.effect(node)
-        spelling = read_linear(node) if effect.products or effect.unknown else None
-        weight, flipped = (None, False) if spelling is None else flow.matrix(spelling.matrix)
-        if spelling is not None and weight is not None and _is_linear(flow, spelling, weight):
-            linears[node] = _Linear(spelling=spelling, weight=weight, transposed=spelling.transposed != flipped)
+        pattern = read_linear(node) if effect.products or effect.unknown else None
+        weight, flipped = (None, False) if pattern is None else flow.matrix(pattern.matrix)
+        if pattern is not None and weight is not None and _is_linear(flow, pattern, weight):
+            linears[node] = _Linear(pattern=pattern, weight=weight, transposed=pattern.transposed != flipped)
     return linears
 
 
 def _roles(flow: Flow, linears: Mapping[Node, _Linear]) -> dict[Node, Role]:
     return assign_roles(
         flow,
-        {node: linear.spelling.input for node, linear in linears.items()},
+        {node: linear.pattern.input for node, linear in linears.items()},
         {node: _features(linear) for node, linear in linears.items()},
         {node for node, linear in linears.items() if not example_value(linear.weight).requires_grad},
     )
@@ -108,12 +108,12 @@ def _features(linear: _Linear) -> tuple[int, int]:
     return (int(rows), int(columns)) if linear.transposed else (int(columns), int(rows))
 
 
-def _is_linear(flow: Flow, spelling: Spelling, weight: Node) -> bool:
+def _is_linear(flow: Flow, pattern: LinearPattern, weight: Node) -> bool:
     """Whether a product of an input and a parameter is one: not of two parameters, nor of a detached one."""
     value = example_value(weight)
     trained = value.requires_grad and torch.is_grad_enabled()
-    detached = trained and not getattr(example_value(spelling.matrix), "requires_grad", True)
-    return value.ndim == 2 and not detached and flow.matrix(spelling.input)[0] is None
+    detached = trained and not getattr(example_value(pattern.matrix), "requires_grad", True)
+    return value.ndim == 2 and not detached and flow.matrix(pattern.input)[0] is None
 
 
 def _other_uses(flow: Flow, linears: Mapping[Node, _Linear]) -> Callable[[_Linear], tuple[str, ...]]:

@@ -20,7 +20,7 @@ _ADDMM = {torch.addmm, torch.ops.aten.addmm, torch.ops.aten.addmm.default}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Spelling:
+class LinearPattern:
     """``output = input @ matrix.T + bias``, or ``input @ matrix + bias`` if ``transposed``."""
 
     input: Any
@@ -30,8 +30,8 @@ class Spelling:
     refusal: str | None = None  # why the call is more than that
 
 
-def read_linear(node: Node) -> Spelling | None:
-    """The spelling of a linear at ``node``; None where the node is nothing of the kind.
+def read_linear(node: Node) -> LinearPattern | None:
+    """How a linear at ``node`` is written; None where the node is nothing of the kind.
 
     A matmul whose right operand is no matrix of parameters is a product of activations: the caller tells by ``matrix``.
     """
@@ -40,17 +40,17 @@ def read_linear(node: Node) -> Spelling | None:
     is_function = node.op == "call_function"
     if is_function and node.target in _LINEAR:
         named = _named(node, "input", "weight", "bias")
-        return Spelling(input=named["input"], matrix=named["weight"], bias=named.get("bias"), transposed=False)
+        return LinearPattern(input=named["input"], matrix=named["weight"], bias=named.get("bias"), transposed=False)
     if node.target in (_MATMUL if is_function else _MATMUL_METHODS):
         named = _named(node, "input", "other")
         left = named.get("input", named.get("self"))
         right = named.get("other", named.get("mat2", named.get("tensor2")))
-        return Spelling(input=left, matrix=right, bias=None, transposed=True, refusal=_writes_out(node))
+        return LinearPattern(input=left, matrix=right, bias=None, transposed=True, refusal=_writes_out(node))
     if node.target in (_ADDMM if is_function else {"addmm"}):
         named = _named(node, "input", "mat1", "mat2")
         bias = named.get("input", named.get("self"))
         refusal = _writes_out(node) or _adds_more(node, bias)
-        return Spelling(input=named["mat1"], matrix=named["mat2"], bias=bias, transposed=True, refusal=refusal)
+        return LinearPattern(input=named["mat1"], matrix=named["mat2"], bias=bias, transposed=True, refusal=refusal)
     return None
 
 

@@ -18,7 +18,7 @@ def planned_row(plan: Plan) -> Row:
     """Of a linear that is rewritten."""
     gemms = {"fprop": plan.recipe.fprop, "dgrad": plan.recipe.dgrad, "wgrad": plan.recipe.wgrad}
     precisions = {
-        name: plan.site.dtype_name if gemms[name] is Gemm.HP else str(gemms[name]) for name in plan.site.products
+        name: plan.site.dtype_name if gemms[name] is Gemm.DENSE else str(gemms[name]) for name in plan.site.products
     }
     row = _linear_row(plan.site, plan.recipe.short_str(), precisions, advice=plan.advice)
     if plan.price is None:

@@ -70,7 +70,7 @@ def _slot(plan: Plan, position: int) -> WeightSlot:
         decay=plan.recipe.decay,
         refresh=plan.recipe.refresh,
         beta_factor=plan.recipe.beta_factor,
-        virtual=plan.virtual,
+        shadow_projection=plan.shadow_projection,
     )
 
 

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from sparse_compile.kernels import ops
 from sparse_compile.linear.function import linear
 from sparse_compile.linear.seed import new_seed
-from sparse_compile.measuring.baseline import Twin
+from sparse_compile.measuring.baseline import Baseline
 from sparse_compile.measuring.step_times import time_steps
 from sparse_compile.measuring.weight_health import leave_gradients
 from sparse_compile.options import Executor, Options, read_options
@@ -92,7 +92,7 @@ def sste(
         decisions,
         compile=partial(_run_on_graph, kept),
         follows_schedule=chosen.schedule is not None,
-        twin=_dense_twin(graph_module, chosen) if chosen.report_measure else None,
+        baseline=_dense_baseline(graph_module, chosen) if chosen.report_measure else None,
         health=chosen.health,
     )
     first = variants.traced(example_inputs)
@@ -211,14 +211,14 @@ def _compile(
     return compiled, fakes
 
 
-def _dense_twin(graph_module: GraphModule, options: Options) -> Twin:
+def _dense_baseline(graph_module: GraphModule, options: Options) -> Baseline:
     """The graph as it was traced, to be compiled and measured at the first call."""
 
     def compile(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         generate_code = options.executor is Executor.INDUCTOR
         return compile_graph(graph, inputs, options.inductor, generate_code=generate_code, recompute=options.recompute)
 
-    return Twin.of(graph_module, compile, cuda_graphs=uses_cuda_graphs(options.inductor))
+    return Baseline.of(graph_module, compile, cuda_graphs=uses_cuda_graphs(options.inductor))
 
 
 # The passes, in their order.  When dynamo has traced a graph:

@@ -159,7 +159,7 @@ class UserOptions:
         REPORT_FILE, "the file that the report is written to when the process ends", "stderr"
     )
     report_measure: bool = _option(
-        SWITCH, "`True` times each graph and its dense twin at the first call of the graph", False
+        SWITCH, "`True` times each graph and its dense baseline at the first call of the graph", False
     )
     health: int = _option(STEPS, "optimizer steps between two samples of the health of the pruned weights", 0)
 
@@ -209,7 +209,7 @@ class Options:
         executor: what runs the rewritten graph.
         tune: whether the 2:4 GEMMs are timed, those that no earlier run has timed, while the graph is compiled.
         report: the file that the report is written to when the process ends.
-        report_measure: whether each graph and its dense twin are timed at its first call.
+        report_measure: whether each graph and its dense baseline are timed at its first call.
         health: optimizer steps between two samples of the pruned weights' health; 0 takes none.
         inductor: configuration handed on to Inductor, from ``mode`` and the options without our prefix.
     """

@@ -18,7 +18,7 @@ from sparse_compile.projections.transposable import TRANSPOSABLE
 class Gemm(Enum):
     """How one of the three products runs."""
 
-    HP = "hp"  # in the dtype of the activations, as without us
+    DENSE = "dense"  # unchanged, in the dtype of the activations
     FP8 = "fp8"
     SPARSE24 = "sparse24"
     MVUE24 = "mvue24"  # of dgrad: grad_output is sampled along out_features
@@ -103,14 +103,16 @@ class Recipe:
             raise ValueError(
                 f"recipe {self.name!r}: its products and projection {self.projection} have different dtypes"
             )
-        if self.fprop is Gemm.HP:
+        if self.fprop is Gemm.DENSE:
             raise ValueError(f"recipe {self.name!r}: fprop must be 2:4 or dense fp8")
         if (self.dgrad is Gemm.SPARSE24) != self.projection.prunes_both_ways:
             raise ValueError(f"recipe {self.name!r}: dgrad is 2:4 if and only if the masks are transposable")
         if self.dgrad is Gemm.MVUE24 and not (self.projection.prunes and self.estimator):
             raise ValueError(f"recipe {self.name!r}: dgrad is sampled only beside a pruned weight and a sampled wgrad")
-        if self.dgrad is Gemm.HP and self.projection.prunes:
-            raise ValueError(f"recipe {self.name!r}: dgrad must be dense fp8, or hp where the weight is not projected")
+        if self.dgrad is Gemm.DENSE and self.projection.prunes:
+            raise ValueError(
+                f"recipe {self.name!r}: dgrad must be dense fp8, or dense where the weight is not projected"
+            )
         if self.grad_format is not GradFormat.E4M3 and not self.has_fp8_gradients:
             raise ValueError(f"recipe {self.name!r}: a format of gradients needs a product that reads them in FP8")
         if self.rounding is not Rounding.NEAREST and self.estimator is None:
@@ -130,7 +132,7 @@ class Recipe:
     @property
     def has_fp8_gradients(self) -> bool:
         """Whether a product reads grad_output in FP8."""
-        return not {self.dgrad, self.wgrad} <= {Gemm.HP, Gemm.BF16}
+        return not {self.dgrad, self.wgrad} <= {Gemm.DENSE, Gemm.BF16}
 
     @property
     def full_name(self) -> str:
@@ -173,14 +175,14 @@ class Recipe:
     def variants(self) -> tuple["Recipe", ...]:
         """This recipe, and those that differ from it by more precise backward products, of the same weight.
 
-        dgrad in hp saves the cast of grad_output only if wgrad is in hp, too.
+        A dense dgrad saves the cast of grad_output only if wgrad is dense, too.
         """
         if self.is_bf16:
             return (self,)
         dgrad = Gemm.FP8 if self.dgrad is Gemm.MVUE24 else self.dgrad
-        backward = [(dgrad, self.wgrad), (dgrad, Gemm.FP8), (dgrad, Gemm.HP)]
+        backward = [(dgrad, self.wgrad), (dgrad, Gemm.FP8), (dgrad, Gemm.DENSE)]
         if not self.projection.prunes:
-            backward.append((Gemm.HP, Gemm.HP))
+            backward.append((Gemm.DENSE, Gemm.DENSE))
         others = (
             replace(
                 self,
@@ -188,7 +190,7 @@ class Recipe:
                 wgrad=wgrad,
                 estimator=self.estimator if wgrad is self.wgrad else None,
                 rounding=self.rounding if wgrad is self.wgrad else Rounding.NEAREST,
-                grad_format=GradFormat.E4M3 if dgrad is Gemm.HP else self.grad_format,
+                grad_format=GradFormat.E4M3 if dgrad is Gemm.DENSE else self.grad_format,
             )
             for dgrad, wgrad in dict.fromkeys(backward)
             if (dgrad, wgrad) != (self.dgrad, self.wgrad)

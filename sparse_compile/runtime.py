@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.linear.seed import new_seed
-from sparse_compile.measuring.baseline import Twin, measure
+from sparse_compile.measuring.baseline import Baseline, measure
 from sparse_compile.measuring.device_timer import capturing
 from sparse_compile.measuring.eager_fallbacks import watch_fallbacks
 from sparse_compile.measuring.weight_health import watch
@@ -39,7 +39,7 @@ class Runtime:
         slots: Sequence[WeightSlot],
         fakes: Sequence[Tensor],
         report: GraphReport,
-        twin: Twin | None = None,
+        baseline: Baseline | None = None,
         seed_devices: Sequence[torch.device] = (),
         health: int = 0,
     ) -> None:
@@ -51,7 +51,7 @@ class Runtime:
         self._layouts = [layout_of(slot) for slot in slots]
         self._fakes = tuple(fakes)  # of seeds and operands
         self._report = report
-        self._twin = twin
+        self._baseline = baseline
         # The weight each slot saw last, and what is kept of it: saves the look-up by tensor.  Weak: compiled graphs may
         # outlive the models that they were compiled for.
         self._last: list[tuple[ref[Tensor], ref[WeightRecord], ref[OperandSet]] | None] = [None] * len(slots)
@@ -72,8 +72,8 @@ class Runtime:
         records, sets = [record for record, _ in kept], [operands for _, operands in kept]
         seeds = [new_seed(device) for device in self._seed_devices]
         inputs = [*seeds, *current_operands(weights, self._slots, records, sets)]
-        if self._twin is not None and not capturing():
-            self._measure(self._twin, args, inputs)
+        if self._baseline is not None and not capturing():
+            self._measure(self._baseline, args, inputs)
         outputs = self._compiled(*args, *inputs)
         if torch.is_grad_enabled():
             self._prepare_backward(outputs, weights, records, sets)
@@ -110,10 +110,10 @@ class Runtime:
         for node in nodes:
             node.register_prehook(torch.compiler.disable(before_backward))
 
-    def _measure(self, twin: Twin, args: tuple[Any, ...], inputs: list[Tensor]) -> None:
+    def _measure(self, baseline: Baseline, args: tuple[Any, ...], inputs: list[Tensor]) -> None:
         """Once."""
-        self._twin = None
-        result = measure(twin, self._compiled, self._slots, args, inputs)
+        self._baseline = None
+        result = measure(baseline, self._compiled, self._slots, args, inputs)
         if isinstance(result, str):
             self._report.not_measured = result
         else:

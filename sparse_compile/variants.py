@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from sparse_compile.kernels import ops
-from sparse_compile.measuring.baseline import Twin
+from sparse_compile.measuring.baseline import Baseline
 from sparse_compile.options import Options
 from sparse_compile.passes.decide import Plan, alike
 from sparse_compile.passes.find import Found
@@ -203,7 +203,7 @@ class Variants:
     Args:
         graph_module: the graph that was decided on.
         described: the fields of ``GraphReport`` that say where it comes from.
-        twin: the graph as it was traced, to be measured.
+        baseline: the graph as it was traced, to be measured.
         health: optimizer steps between two samples of the weights' health; 0 takes none.
     """
 
@@ -215,14 +215,14 @@ class Variants:
         compile: Compiler,
         *,
         follows_schedule: bool,
-        twin: Twin | None,
+        baseline: Baseline | None,
         health: int,
     ) -> None:
         self._health = health
         self._decisions = decisions
         self._compiler = compile
         self._follows_schedule = follows_schedule
-        self._twin = twin
+        self._baseline = baseline
         self._origin = described
         # Dynamo lets go of the real parameters when its backend returns.
         self._graph = forget_examples(clone_graph_module(graph_module))
@@ -275,7 +275,7 @@ class Variants:
         call, slots, fakes, seed_devices = self._compiler(graph, plans, inputs)
         if kinds not in self._reports:
             self._reports[kinds] = self._report(outcomes, {slot.device for slot in slots})
-        return Runtime(call, slots, fakes, self._reports[kinds], self._twin, seed_devices, self._health)
+        return Runtime(call, slots, fakes, self._reports[kinds], self._baseline, seed_devices, self._health)
 
     def _report(self, outcomes: list[Plan | Rejection], devices: Iterable[torch.device]) -> GraphReport:
         plans = [outcome for outcome in outcomes if isinstance(outcome, Plan)]

@@ -119,7 +119,7 @@ def relative_errors(actual, expected):
 @pytest.mark.parametrize("grad_format", ["e4m3", "e5m2"])
 def test_gradients_equal_an_independent_implementation(small_gpt, batch, grad_format, executor, monkeypatch):
     model = small_gpt(depth=2 if executor == "eager" else 1)
-    twin = copy.deepcopy(model)
+    baseline = copy.deepcopy(model)
     options = {"sste.executor": executor, "sste.when": "always", "sste.grad_format": grad_format}
     compiled = torch.compile(model, backend="sste", options=options)
     seeds = []
@@ -132,18 +132,18 @@ def test_gradients_equal_an_independent_implementation(small_gpt, batch, grad_fo
     loss = compiled(*batch)
     loss.backward()
     assert len({int(seed) for seed in seeds}) == 1
-    expected = independent_forward(twin, *batch, seeds[0], grad_format)
+    expected = independent_forward(baseline, *batch, seeds[0], grad_format)
     expected.backward()
     assert math.isclose(loss.item(), expected.item(), rel_tol=1e-5)
     # Sums in another order may round single elements to the neighbouring fp8 value, nothing more.
-    assert max(relative_errors(model, twin).values()) < 2e-3
+    assert max(relative_errors(model, baseline).values()) < 2e-3
 
 
 @pytest.mark.parametrize("executor", ["eager", "inductor"])
 def test_bf16_prunes_targets_and_leaves_the_rest(small_gpt, batch, executor):
     """Against autograd through the projected weights, in fp32: within the rounding of bf16."""
     model = small_gpt(depth=1)
-    twin = copy.deepcopy(model)
+    baseline = copy.deepcopy(model)
     options = {"sste.executor": executor, "sste.when": "always", "sste.recipe": "ste-bf16"}
     loss = torch.compile(model, backend="sste", options=options)(*batch)
     loss.backward()
@@ -151,12 +151,12 @@ def test_bf16_prunes_targets_and_leaves_the_rest(small_gpt, batch, executor):
     assert decisions["blocks.0.up"] == "ste-bf16 (2:4 bf16, bf16, bf16)"
     assert decisions["blocks.0.qkv"] == decisions["head"] == "dense"
     with torch.no_grad():
-        for layer in (twin.blocks[0].up, twin.blocks[0].down):
+        for layer in (baseline.blocks[0].up, baseline.blocks[0].down):
             layer.weight.copy_(reference.hard_threshold24(layer.weight))
-    expected = twin(*batch)
+    expected = baseline(*batch)
     expected.backward()
     assert math.isclose(loss.item(), expected.item(), rel_tol=1e-3)
-    assert max(relative_errors(model, twin).values()) < 2e-2
+    assert max(relative_errors(model, baseline).values()) < 2e-2
 
 
 def test_without_mvue_the_weight_gradient_is_dense_fp8(small_gpt, batch):
@@ -204,40 +204,40 @@ def test_every_spelling_gives_the_same_gradients(batch):
 
 def test_weights_stored_transposed(small_gpt, conv1d, batch):
     """Conv1D and Linear of the same matrix train alike."""
-    model, twin = small_gpt(conv1d), small_gpt()
+    model, baseline = small_gpt(conv1d), small_gpt()
     with torch.no_grad():
-        for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        for (name, parameter), other in zip(model.named_parameters(), baseline.parameters(), strict=True):
             matrix = parameter.ndim == 2 and "embedding" not in name and "head" not in name
             other.copy_(parameter.t() if matrix else parameter)
     losses = []
-    for m in (model, twin):
+    for m in (model, baseline):
         torch._dynamo.reset()
         torch.manual_seed(3)
         loss = torch.compile(m, backend="sste", options=EAGER)(*batch)
         loss.backward()
         losses.append(loss.item())
     assert math.isclose(*losses, rel_tol=1e-6)
-    actual, expected = model.blocks[0].up.weight.grad.t(), twin.blocks[0].up.weight.grad
+    actual, expected = model.blocks[0].up.weight.grad.t(), baseline.blocks[0].up.weight.grad
     assert (actual - expected).norm() < 5e-3 * expected.norm()
 
 
 def test_checkpointing_gives_the_same_gradients(small_gpt, batch):
     """Recomputation sees the same randomness."""
     model = small_gpt(checkpoint=True)
-    twin = copy.deepcopy(model)
-    twin.checkpoint = False
-    for m in (model, twin):
+    baseline = copy.deepcopy(model)
+    baseline.checkpoint = False
+    for m in (model, baseline):
         torch._dynamo.reset()
         torch.manual_seed(3)
         torch.compile(m, backend="sste", options=EAGER)(*batch).backward()
     assert [graph.rewritten for graph in sparse_compile.report().graphs] == [8, 8]
-    assert max(relative_errors(model, twin).values()) < 1e-6
+    assert max(relative_errors(model, baseline).values()) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(small_gpt, batch, dtype):
     model = small_gpt()
-    twin = copy.deepcopy(model)
+    baseline = copy.deepcopy(model)
     compiled = torch.compile(model, backend="sste", options=EAGER)
     torch.manual_seed(3)
     with torch.autocast("cpu", dtype=dtype):
@@ -245,10 +245,10 @@ def test_autocast(small_gpt, batch, dtype):
     loss.backward()
     torch.manual_seed(3)
     torch._dynamo.reset()
-    torch.compile(twin, backend="sste", options=EAGER)(*batch).backward()
+    torch.compile(baseline, backend="sste", options=EAGER)(*batch).backward()
     assert all(parameter.grad.dtype is torch.float32 for parameter in model.parameters())
     assert sparse_compile.report().graphs[0].rewritten == 8
-    errors = relative_errors(model, twin)
+    errors = relative_errors(model, baseline)
     assert max(errors.values()) < 0.35
     assert errors["head.weight"] < 0.05
 

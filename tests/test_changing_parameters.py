@@ -86,18 +86,18 @@ def test_copies_train_on_their_own(x, what, make_copy, when):
     other = make_copy(step)
     if what == "module.compile":
         other.compile(backend="sste", options=EAGER)
-    twin = getattr(other, "_orig_mod", other)
+    baseline = getattr(other, "_orig_mod", other)
     sparse_compile.set_beta(other, sparse_compile.beta(model))
     assert torch.equal(other(x), step(x))
     before = step(x)
-    train(other, adamw(twin), x)
+    train(other, adamw(baseline), x)
     other(x)
-    assert_current(twin)
+    assert_current(baseline)
     assert torch.equal(step(x), before)
     assert_current(model)
     plain = FFN()
-    plain.load_state_dict(twin.state_dict(), strict=True)
-    assert_equal(plain.parameters(), twin.parameters())
+    plain.load_state_dict(baseline.state_dict(), strict=True)
+    assert_equal(plain.parameters(), baseline.parameters())
 
 
 def test_two_compiled_copies_of_a_module_share_its_weights(x):

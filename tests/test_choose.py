@@ -13,7 +13,7 @@ from torch import nn
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.timing import linear_costs
 from sparse_compile.passes import agreement
-from sparse_compile.passes.choose import _pieces, choose
+from sparse_compile.passes.choose import _components, choose
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
@@ -23,8 +23,8 @@ from sparse_compile.projections.groups_of_four import SOFT
 from sparse_compile.recipe import FP8, SSTE, SSTE_BF16, STE_BF16, T_SR_STE, Gemm, GradFormat, Rounding
 from variants import VARIANTS
 
-DENSE = {"hp fprop": 100.0, "hp dgrad": 100.0, "hp wgrad": 100.0}
-PIECES = {
+DENSE = {"dense fprop": 100.0, "dense dgrad": 100.0, "dense wgrad": 100.0}
+COMPONENTS = {
     "fp8 fprop": 60.0, "fp8 dgrad": 60.0, "fp8 wgrad": 60.0, "sparse24 fprop": 40.0, "sparse24 wgrad": 40.0,
     "sparse24_bf16 fprop": 60.0, "bf16 dgrad": 100.0, "bf16 wgrad": 100.0,
     "cast_mvue exact nearest": 10.0, "cast_mvue approximate nearest": 10.0, "cast_transpose": 10.0,
@@ -53,11 +53,14 @@ def plans(trace, small_gpt, batch):
 
 def clock(**changes):
     """Of every shape."""
-    times = {**DENSE, **PIECES, **{name.replace("_", " "): time for name, time in changes.items()}}
+    times = {**DENSE, **COMPONENTS, **{name.replace("_", " "): time for name, time in changes.items()}}
     times |= {name: time for name, time in changes.items() if name in times}
 
     def read(questions):
-        return {question: {piece: times[piece] for piece in pieces} for question, pieces in questions.items()}
+        return {
+            question: {component: times[component] for component in components}
+            for question, components in questions.items()
+        }
 
     return read
 
@@ -103,7 +106,7 @@ def test_a_sampled_dgrad_pays_for_its_cast(kernels, trace, small_gpt, batch):
     assert kept["blocks.0.up"].recipe is sampled
     assert kept["blocks.0.up"].price.rewritten == 3 * 40.0 + 10.0 + 10.0 + 8.0 + 2.0
     # A copy of grad_output at 2 units an element and byte: it is read in fp32 and written, transposed, in fp32.
-    slower = {plan.site.name: plan for plan in choose(plans, clock(copy=1.0, hp_fprop=1000.0))[0]}
+    slower = {plan.site.name: plan for plan in choose(plans, clock(copy=1.0, dense_fprop=1000.0))[0]}
     up, tokens = slower["blocks.0.up"].site, 64
     byte = 1.0 / (2 * 4 * tokens * up.out_features)
     fused = tokens * (up.in_features + up.out_features + 2 * up.in_features + 8 * up.out_features) * byte
@@ -121,7 +124,7 @@ def test_gradients_are_priced_in_their_format_and_rounding(kernels, plans):
 
     def read(questions):
         assert {shape.grad_dtype for shape, _ in questions} == {recipe.grad_format.dtype}
-        asked.update(piece for pieces in questions.values() for piece in pieces)
+        asked.update(component for components in questions.values() for component in components)
         times = clock(**{"cast_mvue exact stochastic": 13.0})
         return times(questions)
 
@@ -135,7 +138,7 @@ def test_gradients_are_priced_in_their_format_and_rounding(kernels, plans):
 
 
 def test_what_is_slower_stays_dense_and_says_the_times(kernels, plans):
-    read = clock(hp_fprop=60.0, hp_dgrad=60.0, hp_wgrad=60.0)
+    read = clock(dense_fprop=60.0, dense_dgrad=60.0, dense_wgrad=60.0)
     kept, rejections = choose(plans(), read)
     assert [plan.site.name for plan in kept] == ["blocks.0.up", "blocks.0.down"], "160 of 180 us"
     assert {r.name: r.reason for r in rejections} == dict.fromkeys(["blocks.0.qkv", "blocks.0.proj"], Reason.SLOWER)
@@ -146,14 +149,14 @@ def test_what_is_slower_stays_dense_and_says_the_times(kernels, plans):
 def test_a_gain_within_the_margin_is_none(kernels, plans):
     planned = plans()
     for dense, rewritten in ((160.0 / 0.94, True), (160.0 / 0.96, False)):
-        names = chosen(planned, clock(hp_fprop=dense - 200.0, hp_dgrad=100.0, hp_wgrad=100.0))
+        names = chosen(planned, clock(dense_fprop=dense - 200.0, dense_dgrad=100.0, dense_wgrad=100.0))
         assert ("up" in names) == rewritten
 
 
 def test_wgrad_in_the_precision_that_is_fastest(kernels, plans):
-    recipe = chosen(plans(), clock(hp_wgrad=30.0))["up"]
+    recipe = chosen(plans(), clock(dense_wgrad=30.0))["up"]
     assert (recipe.projection, recipe.fprop, recipe.dgrad) == (SOFT, Gemm.SPARSE24, Gemm.FP8)
-    assert (recipe.wgrad, recipe.estimator) == (Gemm.HP, None)
+    assert (recipe.wgrad, recipe.estimator) == (Gemm.DENSE, None)
     read = clock()
     slow_sparse = clock(**{"cast_mvue exact nearest": 100.0})
     assert chosen(plans(), slow_sparse)["up"].wgrad is Gemm.FP8
@@ -161,13 +164,13 @@ def test_wgrad_in_the_precision_that_is_fastest(kernels, plans):
 
 
 def test_backward_in_hp_saves_the_cast_of_the_gradient(kernels, plans):
-    recipe = chosen(plans(), clock(hp_dgrad=55.0, hp_wgrad=30.0))["qkv"]
-    assert (recipe.fprop, recipe.dgrad, recipe.wgrad) == (Gemm.FP8, Gemm.HP, Gemm.HP)
+    recipe = chosen(plans(), clock(dense_dgrad=55.0, dense_wgrad=30.0))["qkv"]
+    assert (recipe.fprop, recipe.dgrad, recipe.wgrad) == (Gemm.FP8, Gemm.DENSE, Gemm.DENSE)
 
 
 def test_fused_operations_cost_memory_traffic(kernels, plans):
     """A copy of grad_output at 2 units an element and byte, in fp32."""
-    kept, _ = choose(plans(), clock(copy=1.0, hp_fprop=1000.0))
+    kept, _ = choose(plans(), clock(copy=1.0, dense_fprop=1000.0))
     qkv = kept[0].site
     tokens, inputs, outputs = 64, qkv.in_features, qkv.out_features
     byte = 1.0 / (2 * 4 * tokens * outputs)
@@ -176,7 +179,7 @@ def test_fused_operations_cost_memory_traffic(kernels, plans):
 
 
 def test_the_cast_of_a_shared_input_is_paid_once(kernels, plans):
-    kept, _ = choose(plans(gated=True), clock(transpose_tokens=100.0, hp_wgrad=1000.0))
+    kept, _ = choose(plans(gated=True), clock(transpose_tokens=100.0, dense_wgrad=1000.0))
     prices = {plan.site.name.split(".")[-1]: plan.price.rewritten for plan in kept}
     assert prices["gate"] == prices["up"] == prices["down"] - 50.0
 
@@ -189,7 +192,7 @@ def test_checkpointed_forward_runs_twice(kernels, plans):
 
 
 def test_what_the_user_named_is_rewritten_whatever_it_costs(kernels, plans):
-    kept, rejections = choose(plans("*up"), clock(hp_fprop=1.0, hp_dgrad=1.0, hp_wgrad=1.0))
+    kept, rejections = choose(plans("*up"), clock(dense_fprop=1.0, dense_dgrad=1.0, dense_wgrad=1.0))
     assert [plan.site.name for plan in kept] == ["blocks.0.up"]
     assert len(rejections) == 3
 
@@ -197,7 +200,7 @@ def test_what_the_user_named_is_rewritten_whatever_it_costs(kernels, plans):
 def test_what_was_trained_pruned_is_rewritten_whatever_it_costs(kernels, plans):
     """Dense products would compute another function: in an evaluation of a few tokens, say."""
     planned = [dataclasses.replace(plan, pruned=plan.recipe is SSTE) for plan in plans()]
-    kept, rejections = choose(planned, clock(hp_fprop=1.0, hp_dgrad=1.0, hp_wgrad=1.0))
+    kept, rejections = choose(planned, clock(dense_fprop=1.0, dense_dgrad=1.0, dense_wgrad=1.0))
     assert [plan.site.name for plan in kept] == ["blocks.0.up", "blocks.0.down"]
     assert len(rejections) == 2
 
@@ -213,12 +216,12 @@ def test_inference_is_forward_alone(kernels, plans):
     planned = plans()
     kept, _ = choose(planned, read, training=False)
     assert [plan.recipe for plan in kept] == [plan.recipe for plan in planned] == [FP8, FP8, SSTE, SSTE]
-    assert asked == {"hp fprop", "fp8 fprop", "sparse24 fprop", "copy"}
+    assert asked == {"dense fprop", "fp8 fprop", "sparse24 fprop", "copy"}
     for plan in kept:
         assert plan.price.dense == 100.0
     up, byte = kept[2].site, 1.0 / (2 * 4 * 64 * 256)
     assert kept[2].price.rewritten == pytest.approx(40.0 + 64 * up.in_features * byte)
-    kept, rejections = choose(planned, clock(hp_fprop=50.0), training=False)
+    kept, rejections = choose(planned, clock(dense_fprop=50.0), training=False)
     assert [plan.recipe for plan in kept] == [SSTE, SSTE]
     assert "a call would take 60 us in fp8 (fp8, fp8, fp8), 50 us dense" in rejections[0].detail
 
@@ -231,7 +234,7 @@ def test_processes_choose_the_same(kernels, trace, small_gpt, batch):
         sites = find(Flow(trace(small_gpt(depth=1), *ids))).sites
         return decide(sites, SSTE, "ffn", ParameterOwners())[0]
 
-    fast, slow = clock(hp_wgrad=30.0), clock(hp_fprop=1.0, hp_dgrad=1.0, hp_wgrad=1.0)
+    fast, slow = clock(dense_wgrad=30.0), clock(dense_fprop=1.0, dense_dgrad=1.0, dense_wgrad=1.0)
     shorter = tuple(part[:, :5] for part in batch)
     with mock.patch.object(agreement, "shared_store", return_value=store):
         kept, rejections = choose(plans(batch), fast)
@@ -270,15 +273,17 @@ def test_every_variant_has_its_pieces(kernels, plans):
     asked = set()
 
     def read(questions):
-        for (shape, _), pieces in questions.items():
-            asked.update(pieces)
+        for (shape, _), components in questions.items():
+            asked.update(components)
             assert (shape.tokens, shape.dtype, shape.weight_dtype) == (64, torch.float32, torch.float32)
         return clock()(questions)
 
     choose(plans(), read)
-    assert asked <= linear_costs.PIECES.keys()
-    assert {f"{gemm.value} wgrad" for gemm in (Gemm.SPARSE24, Gemm.FP8, Gemm.HP)} <= asked
-    assert {piece for recipe in VARIANTS.values() for piece in _pieces(recipe)} <= linear_costs.PIECES.keys()
+    assert asked <= linear_costs.COMPONENTS.keys()
+    assert {f"{gemm.value} wgrad" for gemm in (Gemm.SPARSE24, Gemm.FP8, Gemm.DENSE)} <= asked
+    assert {
+        component for recipe in VARIANTS.values() for component in _components(recipe)
+    } <= linear_costs.COMPONENTS.keys()
 
 
 def test_linears_that_share_a_weight_are_chosen_together(kernels, trace):
@@ -290,9 +295,9 @@ def test_linears_that_share_a_weight_are_chosen_together(kernels, trace):
 
     def read(dense_of_few):
         def times(questions):
-            few = clock(hp_fprop=dense_of_few)
-            return {question: (few if question[0].tokens == 16 else clock())({question: pieces})[question]
-                    for question, pieces in questions.items()}  # fmt: skip
+            few = clock(dense_fprop=dense_of_few)
+            return {question: (few if question[0].tokens == 16 else clock())({question: components})[question]
+                    for question, components in questions.items()}  # fmt: skip
 
         return times
 

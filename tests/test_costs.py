@@ -1,4 +1,4 @@
-"""What a linear costs: each piece is the op that runs, on operands of the linear's sizes, and is kept on disk."""
+"""What a linear costs: each component is the op that runs, on operands of the linear's sizes, and is kept on disk."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +15,7 @@ from sparse_compile.errors import SparseCompileError
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E5M2, FP8_DTYPES, padded
 from sparse_compile.kernels.timing import gpu_times, linear_costs
-from sparse_compile.kernels.timing.linear_costs import PIECES, LinearShape, piece_times
+from sparse_compile.kernels.timing.linear_costs import COMPONENTS, LinearShape, component_times
 
 DEVICE = torch.device("cuda", 0)
 SHAPE = LinearShape(
@@ -37,7 +37,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
-    """Names of the pieces that were timed; each takes as many microseconds as its name has letters."""
+    """Names of the components that were timed; each takes as many microseconds as its name has letters."""
     names: list[str] = []
 
     def fake(name: str) -> Callable[..., Callable[[], str]]:
@@ -49,34 +49,36 @@ def timed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
 
     monkeypatch.setattr(linear_costs, "RandomOperands", lambda device: None)
     monkeypatch.setattr(
-        linear_costs, "PIECES", {name: piece._replace(make=fake(name)) for name, piece in PIECES.items()}
+        linear_costs,
+        "COMPONENTS",
+        {name: component._replace(make=fake(name)) for name, component in COMPONENTS.items()},
     )
     monkeypatch.setattr(linear_costs, "_measure", measure)
     return names
 
 
-def times_of(shape: LinearShape, device: torch.device, pieces: Iterable[str]) -> dict[str, float]:
+def times_of(shape: LinearShape, device: torch.device, components: Iterable[str]) -> dict[str, float]:
     """Of one linear."""
-    (times,) = piece_times({(shape, device): pieces}).values()
+    (times,) = component_times({(shape, device): components}).values()
     return times
 
 
-class TestPieces:
+class TestComponents:
     @pytest.mark.parametrize("transposed", [False, True])
     @pytest.mark.parametrize("grad_dtype", FP8_DTYPES, ids=str)
-    @pytest.mark.parametrize("name", PIECES)
+    @pytest.mark.parametrize("name", COMPONENTS)
     def test_runs_with_the_sizes_of_the_linear(self, name: str, grad_dtype: torch.dtype, transposed: bool) -> None:
         make = linear_costs.RandomOperands(torch.device("cpu"))
-        call = PIECES[name].make(replace(SHAPE, grad_dtype=grad_dtype, transposed=transposed), make)
+        call = COMPONENTS[name].make(replace(SHAPE, grad_dtype=grad_dtype, transposed=transposed), make)
         result: Any = call()
         shapes = [tuple(r.shape) for r in (result if isinstance(result, tuple) else (result,)) if r is not None]
         gradient = (64, 48) if transposed else (48, 64)
         expected = {
-            "hp fprop": [(100, 48)], "fp8 fprop": [(100, 48)], "sparse24 fprop": [(100, 48)],
+            "dense fprop": [(100, 48)], "fp8 fprop": [(100, 48)], "sparse24 fprop": [(100, 48)],
             "sparse24_bf16 fprop": [(100, 48)], "bf16 dgrad": [(100, 64)], "bf16 wgrad": [gradient],
             "mvue24 dgrad": [(padded(100), 64)],
-            "sparse24 dgrad": [(100, 64)], "hp dgrad": [(100, 64)], "fp8 dgrad": [(100, 64)],
-            "hp wgrad": [gradient], "fp8 wgrad": [gradient], "sparse24 wgrad": [gradient],
+            "sparse24 dgrad": [(100, 64)], "dense dgrad": [(100, 64)], "fp8 dgrad": [(100, 64)],
+            "dense wgrad": [gradient], "fp8 wgrad": [gradient], "sparse24 wgrad": [gradient],
             "transpose_tokens": [(64, padded(100))], "cast_transpose": [(100, 48), (48, padded(100))],
             "copy": [(100, 48)],
         }  # fmt: skip
@@ -91,8 +93,8 @@ class TestPieces:
 
     def test_products_are_of_random_operands(self) -> None:
         make = linear_costs.RandomOperands(torch.device("cpu"))
-        for name in PIECES:
-            result: Any = PIECES[name].make(SHAPE, make)()
+        for name in COMPONENTS:
+            result: Any = COMPONENTS[name].make(SHAPE, make)()
             if isinstance(result, torch.Tensor):
                 values = result.float()
                 assert values.std() > 0, name
@@ -107,12 +109,12 @@ class TestPieces:
 
 
 class TestDisk:
-    def test_each_piece_is_measured_once(self, timed: list[str]) -> None:
-        assert times_of(SHAPE, DEVICE, ["hp fprop", "copy"]) == {
-            "hp fprop": pytest.approx(8 * 100 / 104), "copy": pytest.approx(4 * 100 / 104)
+    def test_each_component_is_measured_once(self, timed: list[str]) -> None:
+        assert times_of(SHAPE, DEVICE, ["dense fprop", "copy"]) == {
+            "dense fprop": pytest.approx(11 * 100 / 104), "copy": pytest.approx(4 * 100 / 104)
         }  # fmt: skip
         times_of(SHAPE, DEVICE, ["copy", "fp8 dgrad", "copy"])
-        assert timed == ["hp fprop 104", "copy 104", "fp8 dgrad 104"]
+        assert timed == ["dense fprop 104", "copy 104", "fp8 dgrad 104"]
 
     def test_tokens_of_a_bucket_share_a_measurement(self, timed: list[str]) -> None:
         first = times_of(SHAPE, DEVICE, ["copy", "weight soft24"])
@@ -148,7 +150,7 @@ class TestDisk:
 
     def test_linears_of_one_bucket_are_measured_once(self, timed: list[str]) -> None:
         larger = replace(SHAPE, tokens=104)
-        times = piece_times({(SHAPE, DEVICE): ["copy"], (larger, DEVICE): ["copy", "fp8 dgrad"]})
+        times = component_times({(SHAPE, DEVICE): ["copy"], (larger, DEVICE): ["copy", "fp8 dgrad"]})
         assert timed == ["copy 104", "fp8 dgrad 104"]
         assert times[larger, DEVICE] == {"copy": 4.0, "fp8 dgrad": 9.0}
         assert times[SHAPE, DEVICE] == {"copy": pytest.approx(4.0 * 100 / 104)}
@@ -172,10 +174,10 @@ class TestDisk:
         monkeypatch.setattr(linear_costs.os, "cpu_count", lambda: 2)
         monkeypatch.setattr(
             linear_costs,
-            "PIECES",
+            "COMPONENTS",
             {
-                name: piece if piece.of_library else piece._replace(make=kernel(name))
-                for name, piece in linear_costs.PIECES.items()
+                name: component if component.of_library else component._replace(make=kernel(name))
+                for name, component in linear_costs.COMPONENTS.items()
             },
         )
         times_of(SHAPE, DEVICE, ["copy", "cast_transpose", "weight soft24"])
@@ -189,7 +191,7 @@ class TestDisk:
             raise SparseCompileError("the check of the sparse GEMM", "this variant", "a wrong product")
 
         monkeypatch.setattr(
-            linear_costs, "PIECES", linear_costs.PIECES | {"sparse24 fprop": linear_costs.Piece(broken)}
+            linear_costs, "COMPONENTS", linear_costs.COMPONENTS | {"sparse24 fprop": linear_costs.Component(broken)}
         )
         with pytest.raises(SparseCompileError, match="a wrong product"):
             times_of(SHAPE, DEVICE, ["copy", "sparse24 fprop"])
@@ -213,11 +215,11 @@ def test_times_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     shape = replace(SHAPE, tokens=4096, in_features=1024, out_features=2048, weight_dtype=torch.bfloat16)
     device = torch.device("cuda", torch.cuda.current_device())
     assert ops.emulation_reason(device) is None
-    times = times_of(shape, device, PIECES)
-    assert times.keys() == PIECES.keys()
-    for piece, time in times.items():
-        assert 1.0 < time < 1000.0, (piece, time)
-    assert times["fp8 fprop"] < times["hp fprop"]
-    assert times["sparse24 fprop"] < times["hp fprop"]
-    assert times == times_of(shape, device, PIECES), "read from disk"
+    times = times_of(shape, device, COMPONENTS)
+    assert times.keys() == COMPONENTS.keys()
+    for component, time in times.items():
+        assert 1.0 < time < 1000.0, (component, time)
+    assert times["fp8 fprop"] < times["dense fprop"]
+    assert times["sparse24 fprop"] < times["dense fprop"]
+    assert times == times_of(shape, device, COMPONENTS), "read from disk"
     gpu_times.folder.cache_clear()

@@ -116,13 +116,13 @@ def backward(step, microbatches=1, scale=1.0):
 
 def expected_weights(model, learning_rate, microbatches=1):
     """After one step of SGD with the gradients of ``ste`` and the decay, once."""
-    twin = copy.deepcopy(model)
-    backward(compiled(twin, "ste"), microbatches)
+    baseline = copy.deepcopy(model)
+    backward(compiled(baseline, "ste"), microbatches)
     with torch.no_grad():
-        for layer in (twin.up, twin.down):
+        for layer in (baseline.up, baseline.down):
             weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
             layer.weight.grad += DECAY * (dropped(weight) if isinstance(layer, nn.Linear) else dropped(weight).t())
-        return [p - learning_rate * p.grad for p in twin.parameters()]
+        return [p - learning_rate * p.grad for p in baseline.parameters()]
 
 
 def assert_weights(model, expected):
@@ -156,16 +156,16 @@ def test_each_step_gets_its_own():
 
 def test_clipping_comes_before():
     model = FFN()
-    twin = copy.deepcopy(model)
-    backward(compiled(twin, "ste"))
-    nn.utils.clip_grad_norm_(twin.parameters(), 1e-3)
+    baseline = copy.deepcopy(model)
+    backward(compiled(baseline, "ste"))
+    nn.utils.clip_grad_norm_(baseline.parameters(), 1e-3)
     step, optimizer = compiled(model), torch.optim.SGD(model.parameters(), lr=1.0)
     before = copy.deepcopy(model)
     backward(step)
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     optimizer.step()
     weight = before.up.weight.detach()
-    torch.testing.assert_close(model.up.weight.data, weight - twin.up.weight.grad - DECAY * dropped(weight))
+    torch.testing.assert_close(model.up.weight.data, weight - baseline.up.weight.grad - DECAY * dropped(weight))
 
 
 @pytest.mark.parametrize("named", [False, True])

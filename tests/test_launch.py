@@ -25,7 +25,15 @@ from triton.runtime import _allocation
 
 from sparse_compile.kernels import launch_plan
 from sparse_compile.kernels.formats import E4M3
-from sparse_compile.kernels.launch_plan import NOTHING, Once, Plan, allocator, plan_kernel, plan_with_results, planned
+from sparse_compile.kernels.launch_plan import (
+    NOTHING,
+    LaunchPlan,
+    UncachedPlan,
+    allocator,
+    plan_kernel,
+    plan_with_results,
+    planned,
+)
 
 STREAM = 0x57
 FUNCTION = 0xF00
@@ -56,7 +64,7 @@ def copy_kernel(x_desc, out_desc, columns):
     tma.store_wait(0)
 
 
-def plan_axpy(x: Tensor, y: Tensor | None, out: Tensor, shift: int, double: bool) -> Plan:
+def plan_axpy(x: Tensor, y: Tensor | None, out: Tensor, shift: int, double: bool) -> LaunchPlan:
     if x.dtype != torch.float32:
         raise ValueError(f"x is {x.dtype}")
     if x.numel() == 0:
@@ -65,7 +73,7 @@ def plan_axpy(x: Tensor, y: Tensor | None, out: Tensor, shift: int, double: bool
     return plan_kernel(axpy_kernel, (triton.cdiv(x.numel(), 128),), (x, y, out, shift), (x.numel(), 1), **constants)
 
 
-def plan_copy(x: Tensor, out: Tensor) -> Plan:
+def plan_copy(x: Tensor, out: Tensor) -> LaunchPlan:
     rows, columns = x.shape
     descriptors = [TensorDescriptor(t, [rows, columns], [columns, 1], [64, 128], LAYOUT) for t in (x, out)]
     return plan_kernel(copy_kernel, (rows // 64 * (columns // 128),), descriptors, (columns,), num_warps=4)
@@ -185,7 +193,7 @@ class TestPlans:
         made: list[Any] = []
         ran: list[tuple[Any, ...]] = []
 
-        def make(x: Tensor, y: Tensor | None, number: int, flag: bool) -> Plan:
+        def make(x: Tensor, y: Tensor | None, number: int, flag: bool) -> LaunchPlan:
             made.append((x, y, number, flag))
             return lambda *varying: ran.append(varying)
 
@@ -234,9 +242,9 @@ class TestPlans:
     def test_a_plan_for_once_is_not_kept(self) -> None:
         made: list[Tensor] = []
 
-        def make(x: Tensor) -> Plan:
+        def make(x: Tensor) -> LaunchPlan:
             made.append(x)
-            return Once(x.zero_)
+            return UncachedPlan(x.zero_)
 
         call = planned(make)
         first, second = torch.ones(2), torch.ones(2)
@@ -313,7 +321,7 @@ class TestResults:
             assert result is None if results is None else result.shape == (7,)
 
     def test_a_plan_for_once_returns_its_results(self) -> None:
-        launcher = planned(lambda x, out: Once(out.zero_))
+        launcher = planned(lambda x, out: UncachedPlan(out.zero_))
         call = planned(lambda x: plan_with_results(launcher, lambda x: torch.ones(3), (x,), lambda *a: a))
         assert not call(torch.ones(1)).any()
         assert not call(torch.ones(1)).any()

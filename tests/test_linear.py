@@ -210,8 +210,8 @@ def test_close_to_the_dense_product_of_the_projected_weight(recipe, dtype):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("recipe", [v for v in VARIANTS.values() if v.wgrad is Gemm.HP], ids=lambda v: v.full_name)
-def test_products_in_hp_are_those_of_a_dense_linear(recipe, transposed):
+@pytest.mark.parametrize("recipe", [v for v in VARIANTS.values() if v.wgrad is Gemm.DENSE], ids=lambda v: v.full_name)
+def test_dense_products_are_those_of_a_dense_linear(recipe, transposed):
     x, weight = torch.randn(3, 8, 64, requires_grad=True), torch.randn(32, 64)
     stored = (weight.t().contiguous() if transposed else weight.clone()).requires_grad_()
     y = linear(
@@ -221,7 +221,7 @@ def test_products_in_hp_are_those_of_a_dense_linear(recipe, transposed):
     y.backward(grad_output)
     expected = grad_output.flatten(0, 1).t() @ x.detach().flatten(0, 1)
     torch.testing.assert_close(stored.grad, expected.t() if transposed else expected)
-    if recipe.dgrad is Gemm.HP:
+    if recipe.dgrad is Gemm.DENSE:
         torch.testing.assert_close(x.grad, grad_output @ weight)
 
 
@@ -283,8 +283,8 @@ def test_a_bad_gradient_stays_visible(recipe, value):
     y.backward(grad_output)
     assert not x.grad[7].isfinite().any()
     assert x.grad[8:].isfinite().all()
-    # In hp and bf16, as in a dense product, only the gradient of that out_feature.
-    bad = parameter.grad[5] if recipe.wgrad in (Gemm.HP, Gemm.BF16) else parameter.grad
+    # In dense products and bf16, as in a dense product, only the gradient of that out_feature.
+    bad = parameter.grad[5] if recipe.wgrad in (Gemm.DENSE, Gemm.BF16) else parameter.grad
     assert not bad.isfinite().any()
 
 

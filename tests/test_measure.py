@@ -143,8 +143,8 @@ def test_refusals(monkeypatch):
         assert graph.measured is None
         assert message in str(sparse_compile.report())
     slot = runtime.WeightSlot  # only counted
-    twin = measuring.Twin(graph=None, compile=None, mutated=frozenset(), cuda_graphs=False)
-    refusal = measuring._refusal(twin, [slot], [torch.randn(2).as_subclass(Tagged)])
+    baseline = measuring.Baseline(graph=None, compile=None, mutated=frozenset(), cuda_graphs=False)
+    refusal = measuring._refusal(baseline, [slot], [torch.randn(2).as_subclass(Tagged)])
     assert refusal == "an input is a Tagged, which cannot be copied as a plain tensor can"
     monkeypatch.setattr(measuring, "several_processes", lambda: True)
     assert "several processes" in run(model, torch.randn(8, 64)).not_measured
@@ -187,8 +187,8 @@ def test_copies():
     tensors = [torch.randn(6, 8)[1::2, ::3], torch.randn(1, 4).expand(3, 4), torch.randn(4, 3).t(), torch.empty(0, 2)]
     activation = torch.randn(2, 2, requires_grad=True) * 2
     arguments = [parameter, changed, 7, activation, *tensors]
-    twin = measuring.Twin(graph=None, compile=None, mutated=frozenset({1}), cuda_graphs=False)
-    copies = measuring._copies(twin, arguments)
+    baseline = measuring.Baseline(graph=None, compile=None, mutated=frozenset({1}), cuda_graphs=False)
+    copies = measuring._copies(baseline, arguments)
     assert copies[2] == 7
     for copy, original in zip(copies, arguments, strict=True):
         if isinstance(original, torch.Tensor):

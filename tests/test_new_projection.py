@@ -112,22 +112,25 @@ def test_a_recipe_with_it_trains_and_is_finalized() -> None:
     assert torch.equal(compiled(x), before)
 
 
-def test_it_is_priced_with_its_own_piece(trace, small_gpt, batch, monkeypatch) -> None:
+def test_it_is_priced_with_its_own_component(trace, small_gpt, batch, monkeypatch) -> None:
     monkeypatch.setattr("sparse_compile.kernels.ops.emulation_reason", lambda device: None)
     plans, _ = decide(find(Flow(trace(small_gpt(depth=1), *batch))).sites, RECIPE, "ffn", ParameterOwners())
     asked: Counter[str] = Counter()
 
     def clock(questions):
-        asked.update(piece for pieces in questions.values() for piece in pieces)
-        slow = {"hp fprop", "hp dgrad", "hp wgrad"}
+        asked.update(component for components in questions.values() for component in components)
+        slow = {"dense fprop", "dense dgrad", "dense wgrad"}
         return {
-            question: {piece: 100.0 if piece in slow else 7.0 if piece == FIXED.cost_key else 1.0 for piece in pieces}
-            for question, pieces in questions.items()
+            question: {
+                component: 100.0 if component in slow else 7.0 if component == FIXED.cost_key else 1.0
+                for component in components
+            }
+            for question, components in questions.items()
         }
 
     kept = {plan.site.name: plan for plan in choose(plans, clock)[0]}
     assert asked[FIXED.cost_key] > 0
-    assert FIXED.cost_key in linear_costs.PIECES
+    assert FIXED.cost_key in linear_costs.COMPONENTS
     # Fused bytes aside, at a copy of 1 us: fprop, dgrad, wgrad, the cast and transpose of g and of x, the decay.
     assert kept["blocks.0.up"].price.rewritten > 6 * 1.0 + 7.0
     assert kept["blocks.0.up"].recipe.projection is FIXED

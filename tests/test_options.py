@@ -187,7 +187,7 @@ BF16 = {"fprop": Gemm.SPARSE24_BF16, "dgrad": Gemm.BF16, "wgrad": Gemm.BF16, "es
             {"dgrad": Gemm.MVUE24, "projection": IDENTITY, "fprop": Gemm.FP8},
             "dgrad is sampled only beside a pruned weight",
         ),
-        ({"dgrad": Gemm.HP}, "dgrad must be dense fp8"),
+        ({"dgrad": Gemm.DENSE}, "dgrad must be dense fp8"),
         ({"decay": 1.0}, "a decay needs a mask"),
         ({"beta_factor": 2.0, "projection": TOP2}, "a factor of beta is for a projection that has one"),
         ({"refresh": 1}, "masks are refreshed if and only if they are transposable"),

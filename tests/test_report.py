@@ -14,7 +14,7 @@ import sparse_compile
 import warm
 from sparse_compile.__main__ import main
 from sparse_compile.reporting.health import Health
-from sparse_compile.reporting.model import GraphReport, Measurement, Passes, Row, Spread
+from sparse_compile.reporting.model import GraphReport, GraphTiming, Measurement, Row, Spread
 from sparse_compile.reporting.report import Report
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
@@ -42,8 +42,8 @@ def test_rows_that_differ_in_layer_numbers_are_folded():
 
 def measurement():
     passes = {"forward": Spread(median=2.0, low=1.9, high=2.5), "backward": Spread(median=4.0, low=3.9, high=4.5)}
-    dense = Passes(**passes, peak_bytes=3 * 2**20)
-    now = Passes(forward=Spread(median=1.5, low=1.0, high=2.0), backward=None, peak_bytes=None)
+    dense = GraphTiming(**passes, peak_bytes=3 * 2**20)
+    now = GraphTiming(forward=Spread(median=1.5, low=1.0, high=2.0), backward=None, peak_bytes=None)
     return Measurement(dense=dense, rewritten=now, rounds=5, weights_ms=0.5, casts_ms=0.15, mvue_ms=None)
 
 

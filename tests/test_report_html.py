@@ -10,7 +10,7 @@ from sparse_compile.decay_search.html import as_html
 from sparse_compile.decay_search.table import DecayTable, Run
 from sparse_compile.reporting.health import Health, over_time
 from sparse_compile.reporting.html_page import render
-from sparse_compile.reporting.model import GraphReport, Measurement, Passes, Row, Spread
+from sparse_compile.reporting.model import GraphReport, GraphTiming, Measurement, Row, Spread
 from sparse_compile.reporting.report import Report
 
 HOSTILE = "<script>alert('1')</script> & \"quoted\" </style>"
@@ -148,8 +148,8 @@ def test_a_value_that_a_template_misses_is_an_error():
 
 def test_measured_times(tmp_path):
     forward, backward = Spread(median=2.0, low=1.9, high=2.1), Spread(median=6.0, low=5.9, high=6.1)
-    dense = Passes(forward=forward, backward=backward, peak_bytes=2**20)
-    now = Passes(forward=forward, backward=Spread(median=1.5, low=1.4, high=1.6), peak_bytes=2**21)
+    dense = GraphTiming(forward=forward, backward=backward, peak_bytes=2**20)
+    now = GraphTiming(forward=forward, backward=Spread(median=1.5, low=1.4, high=1.6), peak_bytes=2**21)
     measured = Measurement(dense=dense, rewritten=now, rounds=7, weights_ms=0.5, casts_ms=0.25, mvue_ms=None)
     shown = page(Report([GraphReport(rows=(), execution="kernels", measured=measured)]), tmp_path / "report.html")
     for text in ("Measured: 2.00x", "8 ms", "1 MiB", "2 MiB", "6 ms (5.9 to 6.1)", "0.25 ms, 6 %", "7 runs"):

@@ -141,7 +141,7 @@ class TestOption:
             (Gemm.MVUE24, Gemm.SPARSE24, Estimator.APPROXIMATE_MVUE),
             (Gemm.FP8, Gemm.SPARSE24, Estimator.APPROXIMATE_MVUE),
             (Gemm.FP8, Gemm.FP8, None),
-            (Gemm.FP8, Gemm.HP, None),
+            (Gemm.FP8, Gemm.DENSE, None),
         ]
         assert len({v.full_name for v in variants}) == 4
 

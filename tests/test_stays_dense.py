@@ -125,9 +125,9 @@ DENSE = {
 def test_dense_with_its_reason(x, make, why, one_process):
     """Output and gradients are dense training's."""
     model = make()
-    twin = copy.deepcopy(model)
+    baseline = copy.deepcopy(model)
     results = []
-    for step in (compiled(model), twin):
+    for step in (compiled(model), baseline):
         y = step(x)
         y.square().mean().backward()
         results.append([y, *(parameter.grad for parameter in step.parameters())])

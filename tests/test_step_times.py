@@ -11,7 +11,7 @@ from sparse_compile.reporting.model import GraphReport
 from sparse_compile.reporting.report import Report
 
 
-class FakeClock:
+class FakeTimer:
     """Marks are numbers; those beyond ``reached`` are not past."""
 
     now = 0.0
@@ -21,10 +21,10 @@ class FakeClock:
         assert device == torch.device("cpu")
 
     def mark(self):
-        return FakeClock.now
+        return FakeTimer.now
 
     def is_past(self, mark):
-        return mark <= FakeClock.reached
+        return mark <= FakeTimer.reached
 
     def between(self, start, end):
         return end - start
@@ -32,10 +32,10 @@ class FakeClock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    monkeypatch.setattr(step_times, "Clock", FakeClock)
-    monkeypatch.setattr(FakeClock, "now", 0.0)
-    monkeypatch.setattr(FakeClock, "reached", float("inf"))
-    return FakeClock
+    monkeypatch.setattr(step_times, "DeviceTimer", FakeTimer)
+    monkeypatch.setattr(FakeTimer, "now", 0.0)
+    monkeypatch.setattr(FakeTimer, "reached", float("inf"))
+    return FakeTimer
 
 
 def optimizer():

@@ -270,15 +270,18 @@ def test_a_tail_begins_with_the_masked_weights():
 def test_gradients_are_those_of_the_masked_weights():
     """All three products, but for what is rounded and sampled: dgrad reads what fprop does."""
     model = FFN()
-    twin = FFN()
-    twin.load_state_dict(model.state_dict())
+    baseline = FFN()
+    baseline.load_state_dict(model.state_dict())
     with torch.no_grad():
-        for layer in (twin.up, twin.down):
+        for layer in (baseline.up, baseline.down):
             layer.weight.mul_(dense_mask(transposable_masks(layer.weight)))
     x = torch.randn(64, 64, requires_grad=True)
     y = x.detach().clone().requires_grad_()
     compiled(model)(x).square().mean().backward()
-    twin(y).square().mean().backward()
+    baseline(y).square().mean().backward()
     assert (x.grad - y.grad).norm() < 0.2 * y.grad.norm()
-    for actual, expected in ((model.up.bias.grad, twin.up.bias.grad), (model.down.bias.grad, twin.down.bias.grad)):
+    for actual, expected in (
+        (model.up.bias.grad, baseline.up.bias.grad),
+        (model.down.bias.grad, baseline.down.bias.grad),
+    ):
         assert (actual - expected).norm() < 0.2 * expected.norm()

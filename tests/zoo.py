@@ -93,7 +93,7 @@ def examine(architecture: Architecture, outcome: Outcome) -> None:
     """Train three steps, evaluate once, and compare with a dense copy that runs eagerly."""
     torch.manual_seed(0)
     model, inputs = architecture.build().train(), architecture.inputs()
-    twin = copy.deepcopy(model)
+    baseline = copy.deepcopy(model)
     graphs = sparse_compile.report().graphs
     step = torch.compile(model, backend="sste", options=OPTIONS)
 
@@ -102,25 +102,28 @@ def examine(architecture: Architecture, outcome: Outcome) -> None:
     outcome.seconds = time.perf_counter() - start
     if not all(map(math.isfinite, losses)):
         outcome.faults.append(f"losses {losses}")
-    if all(torch.equal(now, before) for now, before in zip(model.parameters(), twin.parameters(), strict=True)):
+    if all(torch.equal(now, before) for now, before in zip(model.parameters(), baseline.parameters(), strict=True)):
         outcome.faults.append("no parameter moved")
-    _check_linears(architecture, twin, graphs, outcome)
+    _check_linears(architecture, baseline, graphs, outcome)
 
     trained = reported_flops(graphs)
-    counted = count(lambda: architecture.loss(twin(**inputs)).backward())
+    counted = count(lambda: architecture.loss(baseline(**inputs)).backward())
     _check_flops("training", trained, _times(counted, STEPS), outcome, partly=bool(architecture.eager))
-    twin.zero_grad()
+    baseline.zero_grad()
 
     if betas:
-        sparse_compile.set_beta(twin, betas)
-        sparse_compile.finalize(twin)
-    architecture.loss(twin(**inputs)).backward()
-    _check_gradients(gradients, _gradients(twin), graphs, outcome)
+        sparse_compile.set_beta(baseline, betas)
+        sparse_compile.finalize(baseline)
+    architecture.loss(baseline(**inputs)).backward()
+    _check_gradients(gradients, _gradients(baseline), graphs, outcome)
 
-    model.eval(), twin.eval().requires_grad_(False)  # the counter can't follow parameters without gradients otherwise
+    (
+        model.eval(),
+        baseline.eval().requires_grad_(False),
+    )  # the counter can't follow parameters without gradients otherwise
     with torch.no_grad():
         step(**inputs)
-        counted = count(lambda: twin(**inputs))
+        counted = count(lambda: baseline(**inputs))
     _check_flops("evaluation", reported_flops(graphs) - trained, counted, outcome, partly=bool(architecture.eager))
     outcome.faults.pop(0)
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels.formats import PAD_WORD, check_buffer, check_fp8, metadata_shape, values_shape
-from sparse_compile.kernels.launch_plan import NOTHING, Plan, plan_kernel, planned
+from sparse_compile.kernels.launch_plan import NOTHING, LaunchPlan, plan_kernel, planned
 
 _PAD_WORD = tl.constexpr(PAD_WORD)
 _APPROX_EPS = tl.constexpr(2.0**-23)
@@ -275,7 +275,7 @@ def _cast_mvue_kernel(
 def launch_cast_mvue(
     grad: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, index: int, approximate: bool, stochastic: bool,
     row: Tensor, values: Tensor, metadata: Tensor,
-) -> Plan:  # fmt: skip
+) -> LaunchPlan:  # fmt: skip
     """Cast and prune ``grad`` into the buffers, all of which are written in full.
 
     Args:

@@ -17,7 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from sparse_compile.kernels.formats import E4M3, check_buffer, check_fp8, padded
-from sparse_compile.kernels.launch_plan import NOTHING, Plan, plan_kernel, planned
+from sparse_compile.kernels.launch_plan import NOTHING, LaunchPlan, plan_kernel, planned
 from sparse_compile.kernels.tiles import (
     cast_words,
     load_tile,
@@ -87,7 +87,7 @@ def _transpose_tokens_kernel(
 
 
 @planned
-def launch_cast_transpose(x: Tensor, row_scale: Tensor, token_scale: Tensor, row: Tensor, column: Tensor) -> Plan:
+def launch_cast_transpose(x: Tensor, row_scale: Tensor, token_scale: Tensor, row: Tensor, column: Tensor) -> LaunchPlan:
     """Cast ``x`` into both buffers, which are written in full.
 
     Args:
@@ -112,7 +112,7 @@ def launch_cast_transpose(x: Tensor, row_scale: Tensor, token_scale: Tensor, row
 
 
 @planned
-def launch_transpose_tokens(x: Tensor, out: Tensor) -> Plan:
+def launch_transpose_tokens(x: Tensor, out: Tensor) -> LaunchPlan:
     """Transpose ``x`` into ``out``, which is written in full.
 
     Args:
@@ -132,7 +132,7 @@ def launch_transpose_tokens(x: Tensor, out: Tensor) -> Plan:
     return _plan(_transpose_tokens_kernel, (x, out), _TRANSPOSE_TILE)
 
 
-def _plan(kernel: Any, tensors: Sequence[Tensor], tile: tuple[int, int, int]) -> Plan:
+def _plan(kernel: Any, tensors: Sequence[Tensor], tile: tuple[int, int, int]) -> LaunchPlan:
     """Over tiles of the padded tokens of the first tensor; EVEN where all of them lie inside of it."""
     tokens, columns = tensors[0].shape
     block_t, block_c, warps = tile

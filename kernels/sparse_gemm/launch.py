@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.formats import FP8_DTYPES, PAD, check_buffer, metadata_shape
-from sparse_compile.kernels.launch_plan import NOTHING, Once, Plan, planned
+from sparse_compile.kernels.launch_plan import NOTHING, LaunchPlan, UncachedPlan, planned
 from sparse_compile.kernels.sparse_gemm.configs import STAGE_BYTES, choose, contraction_stages
 from sparse_compile.kernels.sparse_gemm.plan import PTX_DTYPES, plan_gemm, sm_count
 from sparse_compile.kernels.sparse_gemm.problem import Problem
@@ -33,7 +33,7 @@ def launch_sparse_gemm(
     out: Tensor,
     transpose: bool,
     use_fast_accum: bool,
-) -> Plan:
+) -> LaunchPlan:
     """Multiply into ``out``, which is written in full.
 
     Args:
@@ -56,7 +56,7 @@ def launch_sparse_gemm(
     if out.numel() == 0:
         return NOTHING
     if dense.numel() == 0:
-        return Once(out.zero_)
+        return UncachedPlan(out.zero_)
     rows, columns = values.shape[0], dense.shape[0]
     problem = Problem(
         rows=rows,

@@ -11,10 +11,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparse_compile.kernels.formats import E4M3, E5M2
-from sparse_compile.kernels.launch_plan import Plan, plan_kernel
+from sparse_compile.kernels.launch_plan import LaunchPlan, plan_kernel
 from sparse_compile.kernels.sparse_gemm.configs import Config, contraction_stages
 from sparse_compile.kernels.sparse_gemm.kernel import sparse_gemm_kernel
-from sparse_compile.kernels.sparse_gemm.ptx import BLOCKS, Ring
+from sparse_compile.kernels.sparse_gemm.ptx import BLOCKS, SmemPipeline
 from sparse_compile.kernels.sparse_gemm.shared_memory import resolve_places
 
 # As PTX names them.
@@ -31,7 +31,7 @@ def plan_gemm(
     dense_scale_inv: Tensor | None,
     out: Tensor,
     transpose: bool,
-) -> Plan:
+) -> LaunchPlan:
     """The plan of ``launch_sparse_gemm`` for a config; arguments as there, checked already."""
     rows, (columns, contraction) = values.shape[0], dense.shape
     # fp32 tiles leave from registers: in shared memory they would take the place of stages.
@@ -39,7 +39,9 @@ def plan_gemm(
     size = values.element_size()
     words = 2 // size
     dtypes = f"{PTX_DTYPES[values.dtype]}.{PTX_DTYPES[dense.dtype]}"
-    ring = Ring(block_d=config.block_d, stages=config.stages, cluster=config.cluster, words=words, dtypes=dtypes)
+    ring = SmemPipeline(
+        block_d=config.block_d, stages=config.stages, cluster=config.cluster, words=words, dtypes=dtypes
+    )
     varying = (
         _descriptor(values, [64, 64 // size], gl.NVMMASharedLayout(64, 8 * size, 2)),
         _descriptor(metadata.flatten(1), [1, 128 * words], gl.NVMMASharedLayout(0, 32, 2)),
@@ -63,10 +65,12 @@ def plan_gemm(
     )  # fmt: skip
 
 
-_rings: dict[tuple[object, ...], Ring] = {}
+_rings: dict[tuple[object, ...], SmemPipeline] = {}
 
 
-def _resolve(ring: Ring, varying: Sequence[Any], sizes: Sequence[int], constants: Mapping[str, Any]) -> Ring:
+def _resolve(
+    ring: SmemPipeline, varying: Sequence[Any], sizes: Sequence[int], constants: Mapping[str, Any]
+) -> SmemPipeline:
     """The ring with its place in shared memory and its descriptors, which a compilation tells."""
     # Triton also specialises on the alignment of the pointers, which changes neither.
     scaled, out = varying[4] is not None, varying[5]

@@ -19,7 +19,7 @@ _VALUES_BYTES = 64 * 64  # of 64 rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ring:
+class SmemPipeline:
     """The shape of the ring, where it lies, and what it is loaded from.
 
     Args:

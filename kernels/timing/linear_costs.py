@@ -1,6 +1,6 @@
 """What a linear costs: the times of its products, and of the ops around them, measured and kept on disk.
 
-A piece is one product or op.  Each is timed on its own, on random operands, the first time that it is asked for.
+A component is one product or op.  Each is timed on its own, on random operands, the first time that it is asked for.
 """
 
 import logging
@@ -64,14 +64,14 @@ class LinearShape:
 
 
 # A shape and the GPU that it runs on, which has kernels.
-Question = tuple[LinearShape, torch.device]
+ShapeKey = tuple[LinearShape, torch.device]
 
 
-def piece_times(questions: Mapping[Question, Iterable[str]]) -> dict[Question, dict[str, float]]:
-    """Microseconds of each piece of each linear, measured where that was not done before.
+def component_times(questions: Mapping[ShapeKey, Iterable[str]]) -> dict[ShapeKey, dict[str, float]]:
+    """Microseconds of each component of each linear, measured where that was not done before.
 
     Args:
-        questions: names among ``PIECES``, for each shape.
+        questions: names among ``COMPONENTS``, for each shape.
 
     Raises:
         ValueError: what is kept on disk is something else.
@@ -82,41 +82,42 @@ def piece_times(questions: Mapping[Question, Iterable[str]]) -> dict[Question, d
     paths = {question: path_of("linear", *measured[question]) for question in questions}
     times = {path: _read(kept(path), path) for path in paths.values()}
     missing: dict[Path, list[_Timed]] = {}
-    for question, pieces in questions.items():
+    for question, components in questions.items():
         path = paths[question]
         asked = missing.setdefault(path, [])
         asked += [
-            piece
-            for name in dict.fromkeys(pieces)
-            if name not in times[path] and (piece := _Timed(name, *measured[question])) not in asked
+            component
+            for name in dict.fromkeys(components)
+            if name not in times[path] and (component := _Timed(name, *measured[question])) not in asked
         ]
     _measure_all(missing, times)
     return {
         question: {
-            name: times[paths[question]][name] * _growth(name, question[0], measured[question][0]) for name in pieces
+            name: times[paths[question]][name] * _growth(name, question[0], measured[question][0])
+            for name in components
         }
-        for question, pieces in questions.items()
+        for question, components in questions.items()
     }
 
 
-def _measured(shape: LinearShape, device: torch.device) -> Question:
+def _measured(shape: LinearShape, device: torch.device) -> ShapeKey:
     """What is measured in place of a shape."""
     return replace(shape, tokens=min(round_up(shape.tokens), _MAX_TOKENS)), device
 
 
 def _growth(name: str, shape: LinearShape, measured: LinearShape) -> float:
-    return 1.0 if PIECES[name].of_weight else shape.tokens / measured.tokens
+    return 1.0 if COMPONENTS[name].of_weight else shape.tokens / measured.tokens
 
 
 class _Timed(NamedTuple):
-    """A piece of a linear that is to be measured."""
+    """A component of a linear that is to be measured."""
 
     name: str
     shape: LinearShape
     device: torch.device
 
     def call(self) -> Callable[[], Any]:
-        return PIECES[self.name].make(self.shape, RandomOperands(self.device))
+        return COMPONENTS[self.name].make(self.shape, RandomOperands(self.device))
 
     def compile(self) -> None:
         with undisturbed(self.device), torch.cuda.device(self.device):
@@ -128,28 +129,29 @@ class _Timed(NamedTuple):
 
 
 def _measure_all(missing: Mapping[Path, Sequence[_Timed]], times: Mapping[Path, dict[str, float]]) -> None:
-    """Add the times of the missing pieces, one by one, to what each file holds; their kernels compile side by side."""
-    pieces = [piece for asked in missing.values() for piece in asked]
-    if not pieces:
+    """Add the times of missing components, one by one, to what each file holds; kernels compile side by side."""
+    components = [component for asked in missing.values() for component in asked]
+    if not components:
         return
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"a linear {pieces[0].shape} is compiled while a CUDA graph is captured, and its products must be timed "
-            'before that: run one step with the same shapes before the capture, or compile with "sste.when": "always"'
+            f"a linear {components[0].shape} is compiled while a CUDA graph is captured, and its products must be "
+            "timed before that: run one step with the same shapes before the capture, or compile with "
+            '"sste.when": "always"'
         )
     start = perf_counter()
-    ours = [piece for piece in pieces if not PIECES[piece.name].of_library]
+    ours = [component for component in components if not COMPONENTS[component.name].of_library]
     with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as pool:
-        for compilation in tracked([pool.submit(piece.compile) for piece in ours], "compiling kernels"):
+        for compilation in tracked([pool.submit(component.compile) for component in ours], "compiling kernels"):
             compilation.result()
     compiled = perf_counter()
-    progress = iter(tracked(pieces, "measuring linears"))
+    progress = iter(tracked(components, "measuring linears"))
     for path, asked in missing.items():
-        times[path].update({piece.name: next(progress).measure() for piece in asked})
+        times[path].update({component.name: next(progress).measure() for component in asked})
         keep(path, times[path])
     logger.info(
-        "compiled %d kernels in %.1f s, measured %d pieces of %d linears in %.1f s",
-        len(ours), compiled - start, len(pieces), len(missing), perf_counter() - compiled,
+        "compiled %d kernels in %.1f s, measured %d components of %d linears in %.1f s",
+        len(ours), compiled - start, len(components), len(missing), perf_counter() - compiled,
     )  # fmt: skip
 
 
@@ -332,11 +334,11 @@ def _copy(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     return partial(torch.empty_like(source).copy_, source)
 
 
-# Returns a call that runs a piece of a linear.
+# Returns a call that runs a component of a linear.
 Maker = Callable[[LinearShape, RandomOperands], Callable[[], Any]]
 
 
-class Piece(NamedTuple):
+class Component(NamedTuple):
     """What is timed on its own.
 
     Attributes:
@@ -349,38 +351,38 @@ class Piece(NamedTuple):
     of_library: bool = False
 
 
-PIECES: dict[str, Piece] = {}
+COMPONENTS: dict[str, Component] = {}
 
 
-def add_piece(name: str, make: Maker, *, of_weight: bool = False, of_library: bool = False) -> None:
-    """Let ``piece_times`` measure something.  Its name is that of its time on disk."""
-    PIECES[name] = Piece(make, of_weight, of_library)
+def add_component(name: str, make: Maker, *, of_weight: bool = False, of_library: bool = False) -> None:
+    """Let ``component_times`` measure something.  Its name is that of its time on disk."""
+    COMPONENTS[name] = Component(make, of_weight, of_library)
 
 
-add_piece("hp fprop", _hp_fprop, of_library=True)
-add_piece("hp dgrad", _hp_dgrad, of_library=True)
-add_piece("hp wgrad", _hp_wgrad, of_library=True)
-add_piece("fp8 fprop", _fp8_fprop, of_library=True)
-add_piece("fp8 dgrad", _fp8_dgrad, of_library=True)
-add_piece("fp8 wgrad", _fp8_wgrad, of_library=True)
-add_piece("copy", _copy, of_library=True)  # of grad_output: reads it and writes as much
-add_piece("sparse24 fprop", _sparse_fprop)
-add_piece("sparse24 dgrad", _sparse_dgrad)
-add_piece("sparse24 wgrad", _sparse_wgrad)
-add_piece("mvue24 dgrad", _sampled_dgrad)
-add_piece("sparse24_bf16 fprop", _sparse_bf16_fprop)
-add_piece("bf16 dgrad", _bf16_dgrad)
-add_piece("bf16 wgrad", _bf16_wgrad)
-add_piece("transpose_tokens", _transpose_tokens)
-add_piece("cast_transpose", _cast_transpose)
-add_piece("add_masked_decay", _add_masked_decay, of_weight=True)
+add_component("dense fprop", _hp_fprop, of_library=True)
+add_component("dense dgrad", _hp_dgrad, of_library=True)
+add_component("dense wgrad", _hp_wgrad, of_library=True)
+add_component("fp8 fprop", _fp8_fprop, of_library=True)
+add_component("fp8 dgrad", _fp8_dgrad, of_library=True)
+add_component("fp8 wgrad", _fp8_wgrad, of_library=True)
+add_component("copy", _copy, of_library=True)  # of grad_output: reads it and writes as much
+add_component("sparse24 fprop", _sparse_fprop)
+add_component("sparse24 dgrad", _sparse_dgrad)
+add_component("sparse24 wgrad", _sparse_wgrad)
+add_component("mvue24 dgrad", _sampled_dgrad)
+add_component("sparse24_bf16 fprop", _sparse_bf16_fprop)
+add_component("bf16 dgrad", _bf16_dgrad)
+add_component("bf16 wgrad", _bf16_wgrad)
+add_component("transpose_tokens", _transpose_tokens)
+add_component("cast_transpose", _cast_transpose)
+add_component("add_masked_decay", _add_masked_decay, of_weight=True)
 for _approximate, _estimator in ((False, "exact"), (True, "approximate")):
     for _stochastic, _rounding in ((False, "nearest"), (True, "stochastic")):
-        add_piece(
+        add_component(
             f"cast_mvue {_estimator} {_rounding}",
             partial(_cast_mvue, approximate=_approximate, stochastic=_stochastic),
         )
-        add_piece(
+        add_component(
             f"cast_mvue for dgrad {_estimator} {_rounding}",
             partial(_cast_mvue_for_dgrad, approximate=_approximate, stochastic=_stochastic),
         )

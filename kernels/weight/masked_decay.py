@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from sparse_compile.kernels.formats import check_buffer
-from sparse_compile.kernels.launch_plan import NOTHING, Plan, plan_kernel, planned
+from sparse_compile.kernels.launch_plan import NOTHING, LaunchPlan, plan_kernel, planned
 from sparse_compile.kernels.tiles import (
     column_layout,
     join_columns,
@@ -78,7 +78,7 @@ def _decay_kernel(
 
 
 @planned
-def launch_add_masked_decay(grad: Tensor, weight: Tensor, factor: Tensor, masks: Tensor | None = None) -> Plan:
+def launch_add_masked_decay(grad: Tensor, weight: Tensor, factor: Tensor, masks: Tensor | None = None) -> LaunchPlan:
     """Add to ``grad`` in place.
 
     Args:

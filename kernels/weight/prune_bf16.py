@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from sparse_compile.kernels.formats import check_buffer, check_weight, metadata_shape, padded, values_shape
-from sparse_compile.kernels.launch_plan import Once, Plan, plan_kernel, planned
+from sparse_compile.kernels.launch_plan import LaunchPlan, UncachedPlan, plan_kernel, planned
 from sparse_compile.kernels.tiles import column_layout, join_columns, load_tile, row_layout, store_tile
 from sparse_compile.kernels.weight.groups_of_four import bits, groups, maximum, pair, project
 
@@ -80,7 +80,7 @@ def _prune_bf16_kernel(
 def launch_prune_weight_bf16(
     weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, dense: Tensor, scale_inv: Tensor,
     hard: bool = False,
-) -> Plan:  # fmt: skip
+) -> LaunchPlan:  # fmt: skip
     """Prune ``weight`` into the buffers, all of which are written in full.
 
     Args:
@@ -103,7 +103,7 @@ def launch_prune_weight_bf16(
     check_buffer("dense", dense, (n, k), torch.bfloat16, weight.device)
     check_buffer("scale_inv", scale_inv, (1,), torch.float32, weight.device)
     if weight.numel() == 0:
-        return Once(lambda: scale_inv.copy_(beta))
+        return UncachedPlan(lambda: scale_inv.copy_(beta))
     column_major = weight.stride(0) == 1 and weight.stride(1) != 1
     block_n, block_k, warps = _COLUMN_MAJOR_TILE if column_major else _ROW_MAJOR_TILE
     # Metadata is written for the padding too.

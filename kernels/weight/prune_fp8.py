@@ -33,7 +33,7 @@ from sparse_compile.kernels.formats import (
     padded,
     values_shape,
 )
-from sparse_compile.kernels.launch_plan import Once, Plan, allocator, plan_kernel, planned
+from sparse_compile.kernels.launch_plan import LaunchPlan, UncachedPlan, allocator, plan_kernel, planned
 from sparse_compile.kernels.tiles import (
     cast_words,
     column_layout,
@@ -272,7 +272,7 @@ def _correct_kernel(
 def launch_prune_weight(
     weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, weight_t: Tensor, scale_inv: Tensor,
     hard: bool = False,
-) -> Plan:  # fmt: skip
+) -> LaunchPlan:  # fmt: skip
     """Prune and cast ``weight`` into the buffers, all of which are written in full.
 
     Args:
@@ -296,7 +296,7 @@ def launch_prune_weight(
     check_buffer("weight_t", weight_t, (k, n), E4M3, weight.device)
     check_buffer("scale_inv", scale_inv, (1,), torch.float32, weight.device)
     if weight.numel() == 0:
-        return Once(scale_inv.zero_)
+        return UncachedPlan(scale_inv.zero_)
     # Metadata is written for the padding too.
     mode = _HARD if hard else _SOFT
     prune = _plan(mode, weight, beta, values, metadata, weight_t, None, None, scale_inv, (padded(n), padded(k)))
@@ -309,7 +309,7 @@ def launch_prune_weight(
 def launch_prune_transposable(
     weight: Tensor, values: Tensor, metadata: Tensor, values_t: Tensor, metadata_t: Tensor, scale_inv: Tensor,
     masks: Tensor, search: bool,
-) -> Plan:  # fmt: skip
+) -> LaunchPlan:  # fmt: skip
     """Prune ``weight`` by transposable masks, and cast it, into the buffers, which are written in full.
 
     Args:
@@ -332,7 +332,7 @@ def launch_prune_transposable(
     check_buffer("scale_inv", scale_inv, (1,), torch.float32, weight.device)
     check_buffer("masks", masks, (n // 4, k // 4), torch.int16, weight.device)
     if weight.numel() == 0:
-        return Once(scale_inv.zero_)
+        return UncachedPlan(scale_inv.zero_)
     mode, covered = _SEARCH if search else _MASKS, (padded(n), padded(k))
     prune = _plan(mode, weight, None, values, metadata, values_t, metadata_t, masks, scale_inv, covered)
     return lambda weight, values, metadata, values_t, metadata_t, scale_inv, masks: prune(
@@ -341,7 +341,7 @@ def launch_prune_transposable(
 
 
 @planned
-def launch_cast_weight(weight: Tensor, payload: Tensor, payload_t: Tensor, scale_inv: Tensor) -> Plan:
+def launch_cast_weight(weight: Tensor, payload: Tensor, payload_t: Tensor, scale_inv: Tensor) -> LaunchPlan:
     """Cast ``weight`` into the buffers, all of which are written in full.
 
     Args:
@@ -360,7 +360,7 @@ def launch_cast_weight(weight: Tensor, payload: Tensor, payload_t: Tensor, scale
     check_buffer("payload_t", payload_t, (k, n), E4M3, weight.device)
     check_buffer("scale_inv", scale_inv, (1,), torch.float32, weight.device)
     if weight.numel() == 0:
-        return Once(scale_inv.zero_)
+        return UncachedPlan(scale_inv.zero_)
     cast = _plan(_CAST, weight, None, payload, None, payload_t, None, None, scale_inv, (n, k))
     return lambda weight, payload, payload_t, scale_inv: cast(
         weight, None, payload, None, payload_t, None, None, scale_inv
@@ -370,7 +370,7 @@ def launch_cast_weight(weight: Tensor, payload: Tensor, payload_t: Tensor, scale
 def _plan(
     mode: gl.constexpr, weight: Tensor, beta: Tensor | None, payload: Tensor, metadata: Tensor | None,
     weight_t: Tensor, metadata_t: Tensor | None, masks: Tensor | None, scale_inv: Tensor, covered: tuple[int, int],
-) -> Plan:  # fmt: skip
+) -> LaunchPlan:  # fmt: skip
     """Of both launches, over tiles that cover ``covered`` rows and columns; called with all tensors' addresses."""
     column_major = weight.stride(0) == 1 and weight.stride(1) != 1
     block_n, block_k, warps, registers = _COLUMN_MAJOR_TILE if column_major else _ROW_MAJOR_TILE

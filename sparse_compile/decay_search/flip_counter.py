@@ -93,4 +93,4 @@ class FlipCounts:
 
 def _projection(slot: WeightSlot) -> Projection:
     """What prunes the weight, or would."""
-    return slot.projection if slot.projection.prunes else slot.virtual
+    return slot.projection if slot.projection.prunes else slot.shadow_projection

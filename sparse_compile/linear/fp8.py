@@ -38,8 +38,8 @@ def forward(
     scale, scale_inv = token_scale(x.abs().amax(dim=1))
     x_fp8 = cast(x, scale)
     output = _multiply(x_fp8, scale_inv, recipe.projection.fprop_operand(operands), out_dtype)
-    saved_input = (x, None) if recipe.wgrad is Gemm.HP else (x_fp8, scale_inv)
-    saved_weight = (weight,) if recipe.dgrad is Gemm.HP else recipe.projection.dgrad_operand(operands)
+    saved_input = (x, None) if recipe.wgrad is Gemm.DENSE else (x_fp8, scale_inv)
+    saved_weight = (weight,) if recipe.dgrad is Gemm.DENSE else recipe.projection.dgrad_operand(operands)
     return output, (*saved_input, *saved_weight)
 
 
@@ -54,12 +54,12 @@ def backward(
     amax = grad.abs().amax(dim=1)
     dtype = recipe.grad_format.dtype
     row_scale, row_scale_inv = token_scale(amax, torch.finfo(dtype).max)
-    if recipe.wgrad is Gemm.HP:
+    if recipe.wgrad is Gemm.DENSE:
         grad_fp8 = cast(grad, row_scale, dtype)
     else:
         grad_fp8, operand, wgrad_scale_inv = _cast_grad(ctx, grad, amax, row_scale, x_scale_inv, seed)
     if ctx.needs_input_grad[0]:
-        if recipe.dgrad is Gemm.HP:
+        if recipe.dgrad is Gemm.DENSE:
             product = grad @ (weight[0].t() if ctx.transposed else weight[0]).to(grad.dtype)
         elif recipe.dgrad is Gemm.MVUE24:
             assert seed is not None
@@ -69,7 +69,7 @@ def backward(
             product = _multiply(grad_fp8, row_scale_inv, kind(*weight), ctx.input_dtype)
         grad_input = product.to(ctx.input_dtype)
     if ctx.needs_input_grad[1]:
-        if recipe.wgrad is Gemm.HP:
+        if recipe.wgrad is Gemm.DENSE:
             x = x.to(grad.dtype)
             product = x.t() @ grad if ctx.transposed else grad.t() @ x
             grad_weight = product.to(ctx.weight_dtype)

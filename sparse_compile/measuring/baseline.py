@@ -1,4 +1,4 @@
-"""MEASURE: a rewritten graph and its dense twin, run in turns on copies of what the user's first call was given.
+"""MEASURE: a rewritten graph and its dense baseline, run in turns on copies of what the user's first call was given.
 
 Training goes on as if nothing had been measured: parameters are read through aliases that collect no gradients, all
 other tensors are copied, because a graph may write to them, and the random number generators are put back.
@@ -21,9 +21,9 @@ from torch.fx import GraphModule
 from torch.nn import Parameter
 
 from sparse_compile.kernels import ops
-from sparse_compile.measuring.device_timer import Clock
+from sparse_compile.measuring.device_timer import DeviceTimer
 from sparse_compile.progress import announced, tracked
-from sparse_compile.reporting.model import Measurement, Passes, Spread
+from sparse_compile.reporting.model import GraphTiming, Measurement, Spread
 from sparse_compile.torch_internals.distributed import several_processes
 from sparse_compile.torch_internals.dynamo import forget_examples
 from sparse_compile.torch_internals.graph import clone_graph_module, mutated
@@ -42,7 +42,7 @@ Compiler = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Twin:
+class Baseline:
     """What dynamo traced, before it is edited.
 
     Attributes:
@@ -56,7 +56,7 @@ class Twin:
     cuda_graphs: bool
 
     @classmethod
-    def of(cls, graph_module: GraphModule, compile: Compiler, *, cuda_graphs: bool) -> "Twin":
+    def of(cls, graph_module: GraphModule, compile: Compiler, *, cuda_graphs: bool) -> "Baseline":
         placeholders = graph_module.graph.find_nodes(op="placeholder")
         changed = frozenset(index for index, node in enumerate(placeholders) if mutated(node))
         graph = forget_examples(clone_graph_module(graph_module))
@@ -64,7 +64,7 @@ class Twin:
 
 
 def measure(
-    twin: Twin,
+    baseline: Baseline,
     rewritten: Callable[..., Any],
     slots: Sequence[WeightSlot],
     arguments: Sequence[Any],
@@ -75,21 +75,21 @@ def measure(
     Args:
         rewritten: the compiled graph, called with ``arguments`` and ``inputs``: seeds and operands.
     """
-    refusal = _refusal(twin, slots, arguments)
+    refusal = _refusal(baseline, slots, arguments)
     if refusal is not None:
         return refusal
     device = slots[0].device
-    clock = Clock(device)
-    logger.info("measuring a graph and its dense twin")
+    clock = DeviceTimer(device)
+    logger.info("measuring a graph and its dense baseline")
     start = perf_counter()
     try:
         # Nobody shall take what is measured for training.
         with _generators_kept(arguments), ops.observed(None):
-            with announced("compiling the dense twin of a graph, to measure it"):
-                dense = twin.compile(twin.graph, arguments)
+            with announced("compiling the dense baseline of a graph, to measure it"):
+                dense = baseline.compile(baseline.graph, arguments)
             runs = {
-                "dense": _Run(dense, _copies(twin, arguments), clock),
-                "rewritten": _Run(partial(_with_inputs, rewritten, inputs), _copies(twin, arguments), clock),
+                "dense": _Run(dense, _copies(baseline, arguments), clock),
+                "rewritten": _Run(partial(_with_inputs, rewritten, inputs), _copies(baseline, arguments), clock),
             }
             measurement = _measure(runs, clock, slots, arguments)
     except torch.OutOfMemoryError as error:
@@ -98,21 +98,21 @@ def measure(
     return measurement
 
 
-def _refusal(twin: Twin, slots: Sequence[WeightSlot], arguments: Sequence[Any]) -> str | None:
+def _refusal(baseline: Baseline, slots: Sequence[WeightSlot], arguments: Sequence[Any]) -> str | None:
     if not slots:
         return "nothing is rewritten"
     if several_processes():
         return "several processes train the model, and measuring would hold up the others"
-    if twin.cuda_graphs:
+    if baseline.cuda_graphs:
         return "the compiler runs CUDA graphs, which further calls would disturb; measure with another mode"
     tensors = {index: value for index, value in enumerate(arguments) if isinstance(value, Tensor)}
     for index, tensor in tensors.items():
         if type(tensor) not in (Tensor, Parameter):
             return f"an input is a {type(tensor).__name__}, which cannot be copied as a plain tensor can"
-        if index in twin.mutated and tensor.requires_grad and not isinstance(tensor, Parameter):
+        if index in baseline.mutated and tensor.requires_grad and not isinstance(tensor, Parameter):
             return "the graph changes an input in place that requires a gradient"
     addresses = [tensor.untyped_storage().data_ptr() for tensor in tensors.values() if tensor.numel()]
-    if twin.mutated and len(set(addresses)) < len(addresses):
+    if baseline.mutated and len(set(addresses)) < len(addresses):
         return "the graph changes inputs in place, and some of its inputs share their memory"
     return None
 
@@ -121,12 +121,12 @@ def _with_inputs(rewritten: Callable[..., Any], inputs: Sequence[Tensor], *argum
     return rewritten(*arguments, *inputs)
 
 
-def _copies(twin: Twin, arguments: Sequence[Any]) -> list[Any]:
+def _copies(baseline: Baseline, arguments: Sequence[Any]) -> list[Any]:
     """Leaves of their own: parameters that the graph only reads share their memory, other tensors are copied."""
     copies = list(arguments)
     for index, value in enumerate(arguments):
         if isinstance(value, Tensor):
-            shared = isinstance(value, Parameter) and index not in twin.mutated
+            shared = isinstance(value, Parameter) and index not in baseline.mutated
             copy = value.detach() if shared else _copy(value.detach())
             copies[index] = copy.requires_grad_(value.requires_grad)
     return copies
@@ -155,7 +155,7 @@ def _generators_kept(arguments: Sequence[Any]) -> Iterator[None]:
 class _Run:
     """A compiled graph with inputs of its own."""
 
-    def __init__(self, call: Callable[..., Any], inputs: list[Any], clock: Clock) -> None:
+    def __init__(self, call: Callable[..., Any], inputs: list[Any], clock: DeviceTimer) -> None:
         self._call, self._inputs, self._clock = call, inputs, clock
         self._leaves = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
 
@@ -186,9 +186,11 @@ class _Run:
         return torch.cuda.max_memory_allocated(self._clock.device) - before
 
 
-def _measure(runs: dict[str, _Run], clock: Clock, slots: Sequence[WeightSlot], arguments: Sequence[Any]) -> Measurement:
+def _measure(
+    runs: dict[str, _Run], clock: DeviceTimer, slots: Sequence[WeightSlot], arguments: Sequence[Any]
+) -> Measurement:
     times: dict[str, list[tuple[float, float | None]]] = {name: [] for name in runs}
-    for turn in tracked(range(-_WARM_UPS, _ROUNDS), "measuring a graph and its dense twin"):
+    for turn in tracked(range(-_WARM_UPS, _ROUNDS), "measuring a graph and its dense baseline"):
         for name, run in runs.items():
             measured = run.times()
             if turn >= 0:
@@ -204,17 +206,17 @@ def _measure(runs: dict[str, _Run], clock: Clock, slots: Sequence[WeightSlot], a
     )
 
 
-def _passes(times: list[tuple[float, float | None]], peak_bytes: int | None) -> Passes:
+def _passes(times: list[tuple[float, float | None]], peak_bytes: int | None) -> GraphTiming:
     backwards = [backward for _, backward in times if backward is not None]
     forward = _spread([forward for forward, _ in times])
-    return Passes(forward=forward, backward=_spread(backwards) if backwards else None, peak_bytes=peak_bytes)
+    return GraphTiming(forward=forward, backward=_spread(backwards) if backwards else None, peak_bytes=peak_bytes)
 
 
 def _spread(times: list[float]) -> Spread:
     return Spread(median=statistics.median(times), low=min(times), high=max(times))
 
 
-def _op_times(run: _Run, clock: Clock) -> dict[str, float]:
+def _op_times(run: _Run, clock: DeviceTimer) -> dict[str, float]:
     """Milliseconds in each of our ops in one forward and backward; nothing where they cannot be seen."""
     marks: list[tuple[str, Any, Any]] = []
 
@@ -232,7 +234,7 @@ def _op_times(run: _Run, clock: Clock) -> dict[str, float]:
     return times
 
 
-def _weights_milliseconds(slots: Sequence[WeightSlot], arguments: Sequence[Any], clock: Clock) -> float:
+def _weights_milliseconds(slots: Sequence[WeightSlot], arguments: Sequence[Any], clock: DeviceTimer) -> float:
     """Of pruning and casting all weights, in buffers that are given back."""
     total = 0.0
     for slot in slots:

@@ -11,7 +11,7 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-class Clock:
+class DeviceTimer:
     """Marks on the device's time line, and the milliseconds between them."""
 
     def __init__(self, device: torch.device) -> None:

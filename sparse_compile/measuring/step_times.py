@@ -14,7 +14,7 @@ from weakref import ref
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparse_compile.measuring.device_timer import Clock, capturing
+from sparse_compile.measuring.device_timer import DeviceTimer, capturing
 from sparse_compile.reporting.model import GraphReport
 from sparse_compile.reporting.process_report import report_so_far
 from sparse_compile.reporting.report import Report
@@ -50,7 +50,7 @@ class StepTimes:
 
     def _follow(self, optimizer: Optimizer) -> None:
         self._optimizer = ref(optimizer)
-        self._clock = Clock(optimizer.param_groups[0]["params"][0].device)
+        self._clock = DeviceTimer(optimizer.param_groups[0]["params"][0].device)
         self._last: _Mark | None = None
         self._pending: deque[tuple[Any, Any]] = deque()
         self._calls: list[Counter[int]] = []

@@ -65,7 +65,7 @@ class Projection(ABC):
             raise TypeError(f"the last operand of projection {key!r} is {self.Operands._fields[-1]!r}, not 'scale_inv'")
         self.key = key
         _by_key[key] = self
-        linear_costs.add_piece(self.cost_key, self.time, of_weight=True)
+        linear_costs.add_component(self.cost_key, self.time, of_weight=True)
 
     def __repr__(self) -> str:
         return self.key
@@ -80,7 +80,7 @@ class Projection(ABC):
 
     @property
     def cost_key(self) -> str:
-        """Of the piece of ``kernels.timing.linear_costs`` that says how long ``fill`` takes."""
+        """Of the component of ``kernels.timing.linear_costs`` that says how long ``fill`` takes."""
         return f"weight {self.key}"
 
     @abstractmethod

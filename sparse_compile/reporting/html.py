@@ -9,8 +9,8 @@ from sparse_compile.reporting.html_plot import Line, Plot
 from sparse_compile.reporting.model import (
     Gain,
     GraphReport,
+    GraphTiming,
     Measurement,
-    Passes,
     ReportData,
     Row,
     Spread,
@@ -185,7 +185,7 @@ def _dense_and_now(dense: float, now: float) -> list[Bar]:
 
 
 def _measured_bars(measurement: Measurement) -> list[Bar]:
-    def pieces(passes: Passes, colour: str, weights: float) -> list[tuple[float, str]]:
+    def pieces(passes: GraphTiming, colour: str, weights: float) -> list[tuple[float, str]]:
         backward = passes.backward.median if passes.backward else 0.0
         return [(passes.forward.median, colour), (backward, f"{colour} half"), (weights, f"{colour} faded")]
 
@@ -217,7 +217,7 @@ def _measured_times(measurement: Measurement) -> Table:
     return table(_TIMES, [_passes("dense", dense) | dict.fromkeys(parts, ""), _passes("now", now) | own])
 
 
-def _passes(name: str, passes: Passes) -> dict[str, str]:
+def _passes(name: str, passes: GraphTiming) -> dict[str, str]:
     peak = "" if passes.peak_bytes is None else f"{passes.peak_bytes / 2**20:.0f} MiB"
     return {"name": name, "forward": _spread(passes.forward), "backward": _spread(passes.backward), "peak": peak}
 

@@ -81,7 +81,7 @@ class Spread:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Passes:
+class GraphTiming:
     """One way of running a graph, measured.
 
     Attributes:
@@ -101,7 +101,7 @@ class Passes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """A graph and its dense twin, run in turns on the inputs of its first call.
+    """A graph and its dense baseline, run in turns on the inputs of its first call.
 
     Attributes:
         weights_ms: once per optimizer step: pruning, casting and compressing all weights of the graph.
@@ -109,8 +109,8 @@ class Measurement:
             the compiler fuses into other operations.  None where that can't be told.
     """
 
-    dense: Passes
-    rewritten: Passes
+    dense: GraphTiming
+    rewritten: GraphTiming
     rounds: int
     weights_ms: float
     casts_ms: float | None

@@ -8,8 +8,8 @@ from tabulate import tabulate
 from sparse_compile.reporting.health import HEALTH_LIMITS, over_time
 from sparse_compile.reporting.model import (
     GraphReport,
+    GraphTiming,
     Measurement,
-    Passes,
     ReportData,
     Row,
     Spread,
@@ -91,7 +91,7 @@ def short(location: str) -> str:
     return os.path.basename(location)
 
 
-def _passes(passes: Passes) -> str:
+def _passes(passes: GraphTiming) -> str:
     parts = [f"forward {_spread(passes.forward)}"]
     if passes.backward is not None:
         parts.append(f"backward {_spread(passes.backward)}")

@@ -24,7 +24,7 @@ class WeightSlot:
     decay: float = 0.0
     refresh: int = 0
     beta_factor: float = 1.0
-    virtual: Projection = IDENTITY  # what prunes it in another phase than this dense one
+    shadow_projection: Projection = IDENTITY  # what prunes it in another phase than this dense one
 
     def new_operands(self) -> Any:
         """Uninitialised operands, a NamedTuple of the projection; fake ones under a FakeTensorMode."""
