@@ -4,7 +4,7 @@ The interpreter must be chosen before Triton is imported, so the tests run this 
 
     TRITON_INTERPRET=1 python -m tests.interpreted_kernels {prune,prune_bf16,transposable,decay,quantize,mvue} [all]
 
-Without ``all`` it leaves out combinations, of which each pair of values is in another that it checks.
+Without ``all`` it leaves out combinations; each value of each parameter is in one that it checks.
 
 The interpreter rounds fp32 to FP8 wrongly.  So torch casts here, in place of the assembly of Gluon kernels; the other
 kernels write their payloads as fp32.

@@ -48,9 +48,10 @@ def run(folder: Path, *arguments: str) -> dict[str, int]:
     return {name: report["graphs"][0]["rows"][0]["out_features"] for name, report in reports.items()}
 
 
-def test_of_a_group_the_first_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.nightly)])
+def test_of_a_group_the_first_writes(tmp_path: Path, start: str) -> None:
     """Its group is gone when the process ends."""
-    assert run(tmp_path, "fork", "grouped") == {"report.json": 64}
+    assert run(tmp_path, start, "grouped") == {"report.json": 64}
 
 
 @pytest.mark.parametrize(("start", "name"), [("spawn", "SpawnProcess"), ("fork", "ForkProcess")])
