@@ -99,7 +99,7 @@ class Projection(ABC):
         Args:
             weight: ``[N, K]``, any strides, bf16, fp16 or fp32.
             operands: from ``new_operands``.
-            beta: fp32 ``[1]``; None for projections that have none, or for 1.
+            beta: fp32 ``[1]``, or None for 1; always None for projections that have none.
             masks: from ``new_masks``.
             search: whether masks are searched for anew, or read.
         """
@@ -123,7 +123,7 @@ class Projection(ABC):
     def time(self, shape: LinearShape, random: RandomOperands) -> Callable[[], Any]:
         """A call of ``fill``, to be timed; with masks that are there, since a search is rare."""
         n, k, device = shape.out_features, shape.in_features, random.device
-        weight, beta = random.weight(shape), random.ones(1)
+        weight, beta = random.weight(shape), random.ones(1) if self.has_beta else None
         operands, masks = self.new_operands(n, k, device), self.new_masks(n, k, device)
         if masks is not None:
             self.fill(weight, operands, beta, masks, True)
