@@ -52,8 +52,9 @@ def _build(kind: Any, value: Any, path: str) -> Any:
     members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     member = next((member for member in members if _is_accepted(member, value)), None)
     if member is None:
-        expected = " or ".join(_ACCEPTED[_base(member)][1] for member in members)
-        raise _wrong(path, f"expected {expected}, got {shortened(value)}")
+        # typing gives back a union that it has made before of the same members, in whatever order: names are sorted.
+        names = sorted((_ACCEPTED[_base(member)][1] for member in members), key=lambda name: (name == "null", name))
+        raise _wrong(path, f"expected {' or '.join(names)}, got {shortened(value)}")
     base, arguments = _base(member), get_args(member)
     if is_dataclass(member):
         return _dataclass(member, value, path)
