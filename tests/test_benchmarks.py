@@ -308,6 +308,7 @@ def test_bytes_of_an_op_and_its_check(name: str, bytes_an_element: float) -> Non
     assert "200%" in bench_kernels.memory_table([row])
 
 
+@pytest.mark.nightly
 def test_runs_side_by_side_have_a_process_each_and_take_turns_on_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
     # One after the other: what the first process was given, a second one alone can differ from.

@@ -6,6 +6,8 @@ import os
 import shlex
 from pathlib import Path
 
+import pytest
+
 import warm
 from sparse_compile.reporting.report import Report
 
@@ -37,6 +39,7 @@ def test_train_gpt(tmp_path: Path) -> None:
     assert "blocks.*.ffn.up (4)" in done.stdout, "the table is missing"
 
 
+@pytest.mark.nightly
 def test_the_report_of_one_run(tmp_path: Path) -> None:
     """As CONTRIBUTING.md makes the picture in README.md, but for sizes and device."""
     command = (REPOSITORY / "CONTRIBUTING.md").read_text().partition("python -m sparse_compile --report")[2]

@@ -60,7 +60,11 @@ def gradients(model):
 
 @pytest.mark.parametrize(
     ("device", "executor"),
-    [("cpu", "eager"), ("cpu", "inductor"), pytest.param("cuda", "inductor", marks=pytest.mark.gpu)],
+    [
+        ("cpu", "eager"),
+        pytest.param("cpu", "inductor", marks=pytest.mark.nightly),
+        pytest.param("cuda", "inductor", marks=pytest.mark.gpu),
+    ],
 )
 def test_losses_are_those_of_one_device(make, batch, device, executor):
     """To the last bit, but for what adds in any order on a GPU; and a forward leaves no operands behind."""

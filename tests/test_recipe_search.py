@@ -17,6 +17,8 @@ import train_gpt
 from sparse_compile import beta
 from sparse_compile.options import read_options
 
+pytestmark = pytest.mark.nightly  # programs of benchmarks/
+
 TINY = train_gpt.GPTConfig(layers=2, heads=2, width=64, context=16, vocabulary=64)
 TOKENS = 6 * recipe_search.BATCH * TINY.context  # of six steps
 

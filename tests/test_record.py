@@ -54,7 +54,9 @@ def test_of_a_group_the_first_writes(tmp_path: Path, start: str) -> None:
     assert run(tmp_path, start, "grouped") == {"report.json": 64}
 
 
-@pytest.mark.parametrize(("start", "name"), [("spawn", "SpawnProcess"), ("fork", "ForkProcess")])
+@pytest.mark.parametrize(
+    ("start", "name"), [("fork", "ForkProcess"), pytest.param("spawn", "SpawnProcess", marks=pytest.mark.nightly)]
+)
 def test_processes_of_their_own_write_a_file_each(tmp_path: Path, start: str, name: str) -> None:
     assert run(tmp_path, start, "single") == {f"report-{name}-1.json": 64, f"report-{name}-2.json": 128}
 

@@ -167,8 +167,15 @@ class TestOption:
             read_options(None, {"sste.dgrad": "mvue"} | options)
 
 
-@pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpoint"])
-@pytest.mark.parametrize("dynamic", [False, True], ids=["", "dynamic"])
+@pytest.mark.parametrize(
+    ("dynamic", "checkpoint"),
+    [
+        pytest.param(False, False, id="static"),
+        pytest.param(True, True, id="dynamic, checkpointed"),
+        pytest.param(False, True, id="checkpointed", marks=pytest.mark.nightly),
+        pytest.param(True, False, id="dynamic", marks=pytest.mark.nightly),
+    ],
+)
 def test_runs_through_the_backend(small_gpt, batch, checkpoint, dynamic):
     """As the report says; recomputed forwards and symbolic sizes draw the same samples."""
     gradients = []

@@ -15,6 +15,8 @@ import bench_quality
 import recipe_runs
 import task_runs
 
+pytestmark = pytest.mark.nightly  # programs of benchmarks/
+
 
 def test_no_held_out_piece_of_source_is_trained_on() -> None:
     task = task_runs.packages()
