@@ -33,7 +33,7 @@ from sparse_compile.passes.rewrite import rewrite, seed_devices
 from sparse_compile.passes.roles import TARGETS
 from sparse_compile.passes.sites import LinearSite, Rejection
 from sparse_compile.passes.verify import verify
-from sparse_compile.pipeline import Compilation, Pass, run_passes
+from sparse_compile.pipeline import Compilation, Pass, run_passes, show_durations
 from sparse_compile.progress import announced
 from sparse_compile.reporting.graph_origin import origin
 from sparse_compile.reporting.process_report import write_to
@@ -121,6 +121,7 @@ def _run_on_plans(traced: Compilation, plans: Sequence[Plan], standing: Standing
 
 def _run_on_graph(traced: Compilation, graph: GraphModule, plans: Sequence[Plan], inputs: Sequence[Any]) -> Compiled:
     rewritten = run_passes(REWRITTEN, replace(traced, graph=graph, plans=plans, inputs=inputs))
+    show_durations(rewritten)
     assert rewritten.compiled is not None
     call, fakes = rewritten.compiled
     return Compiled(call, rewritten.slots, fakes, rewritten.seed_devices)
@@ -226,10 +227,11 @@ TRACED = (
     Pass(name="expand", reads=("graph",), edits=True, run=_expand),
     Pass(name="find", reads=("graph", "traced", "names"), returns=("found",), run=_find),
 )
-# For each way in which the weights of linears may be found, at once for those whose answer is the same:
+# For each linear, and each way in which its weight may be found:
 DECIDED = (
     Pass(name="decide", reads=("sites", "standing", "options", "owners"), returns=("plans", "rejections"), run=_decide),
 )
+# For all linears with a plan whose weights are found in one way:
 PLANNED = (
     Pass(
         name="leave_without_kernels", reads=("plans", "options"), returns=("plans", "rejections"),
@@ -243,7 +245,7 @@ PLANNED = (
         name="choose", reads=("plans", "rejections", "options"), returns=("plans", "rejections"), run=_choose
     ),
 )  # fmt: skip
-# When a call needs the graph for weights that are found so:
+# When a call needs the graph for weights that are found in such ways:
 REWRITTEN = (
     Pass(name="autotune", reads=("plans", "options"), run=_autotune),
     Pass(name="follow_checkpoint_policy", reads=("plans",), run=follow_checkpoint_policy),

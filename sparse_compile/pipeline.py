@@ -89,16 +89,20 @@ def run_passes(passes: Sequence[Pass], compilation: Compilation) -> Compilation:
         result = step.run(*(getattr(compilation, name) for name in step.reads))
         milliseconds = (perf_counter() - start) * 1e3
         compilation.durations[step.name] = compilation.durations.get(step.name, 0.0) + milliseconds
-        logger.debug("pass %s: %.1f ms", step.name, milliseconds)
         if len(step.returns) == 1:
             compilation = replace(compilation, **{step.returns[0]: result})
         elif step.returns:
             compilation = replace(compilation, **dict(zip(step.returns, result, strict=True)))
         if shown:
             _show(step.name, before, _readable(compilation))
-    durations = {name: round(milliseconds, 3) for name, milliseconds in compilation.durations.items()}
-    trace_artifact("sparse_compile_passes", lambda: json.dumps(durations))
     return compilation
+
+
+def show_durations(compilation: Compilation) -> None:
+    """In the log and the trace: milliseconds of each pass, summed over what it has run on so far."""
+    durations = {name: round(milliseconds, 3) for name, milliseconds in compilation.durations.items()}
+    logger.debug("passes: %s", ", ".join(f"{name} {milliseconds:.1f} ms" for name, milliseconds in durations.items()))
+    trace_artifact("sparse_compile_passes", lambda: json.dumps(durations))
 
 
 def _readable(compilation: Compilation) -> str:

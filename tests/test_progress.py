@@ -84,7 +84,7 @@ def test_decisions_in_the_log_and_the_graph_in_the_trace(tmp_path):
     assert "sparse_compile_linear_function_linear(" not in artifacts["sparse_compile_rewrite_before"]
     assert "sparse_compile_expand_before" not in artifacts, "it left the graph as it was"
     assert list(json.loads(artifacts["sparse_compile_passes"])) == [one.name for one in backend.PASSES]
-    assert "pass find: " in done.stderr
+    assert "passes: expand " in done.stderr
     assert "graph before rewrite:" in done.stderr
     graph = json.loads(artifacts["sparse_compile_report"])
     assert [row["module"] for row in graph["rows"]] == ["0", "2"]
