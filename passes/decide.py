@@ -148,7 +148,7 @@ def _cannot(
     in_features_dim = 0 if site.transposed else 1
     if not (weight.requires_grad or pruned or (parameter is not None and is_24(parameter, in_features_dim))):
         detail = "requires_grad is False, and it was never trained pruned"
-        advice = "set requires_grad if it shall be trained; 'sste.frozen': 'sparse' if it was finalized"
+        advice = "set requires_grad to train it; 'sste.frozen': 'sparse' if it was finalized"
         return site.reject(Reason.FROZEN, detail, advice)
     # What was trained pruned goes on so, whoever else reads it by now.
     if pruned:

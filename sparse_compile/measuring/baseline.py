@@ -83,7 +83,7 @@ def measure(
     logger.info("measuring a graph and its dense baseline")
     start = perf_counter()
     try:
-        # Nobody shall take what is measured for training.
+        # What is measured must not count as training.
         with _generators_kept(arguments), ops.observed(None):
             with announced("compiling the dense baseline of a graph, to measure it"):
                 dense = baseline.compile(baseline.graph, arguments)

@@ -31,7 +31,7 @@ def write_projected(matrix: Tensor, projection: Projection, beta: float | None, 
     if matrix.shape[1] % 4 != 0:
         raise ValueError(
             f"a shard of {matrix.shape[1]} in_features ends within a group of four, so this process cannot write what "
-            "its linear computed with; shard along out_features, or leave the dense tail away"
+            "its linear computed with; shard along out_features, or remove 'sste.tail'"
         )
     for rows in matrix.split(max(1, _ELEMENTS // matrix.shape[1])):
         rows.copy_(project(rows, projection, beta, None))
