@@ -66,7 +66,7 @@ class TestOptions:
             assert (variant.rounding is Rounding.STOCHASTIC) == (variant.estimator is not None)
         dense = read_options(None, {"sste.recipe": "fp8", "sste.grad_format": "e5m2"}).recipe
         formats = {variant.full_name: variant.grad_format for variant in dense.variants()}
-        assert formats.pop("fp8/dgrad=HP/wgrad=HP") is GradFormat.E4M3
+        assert formats.pop("fp8/dgrad=DENSE/wgrad=DENSE") is GradFormat.E4M3
         assert set(formats.values()) == {GradFormat.E5M2}
 
     @pytest.mark.parametrize(
