@@ -20,7 +20,10 @@ from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.projections.base import DenseOperand, Projection, SparseOperand, projection_of
+from sparse_compile.projections.groups_of_four import TOP2
+from sparse_compile.projections.transposable import TRANSPOSABLE
 from sparse_compile.recipe import Gemm, Recipe, recipe_named
+from sparse_compile.weights.projection import project, write_projected
 
 
 class FixedWeight(NamedTuple):
@@ -151,6 +154,16 @@ def test_it_stays_what_it_is() -> None:
         FirstAndThird("first-and-third")
     with pytest.raises(ValueError, match=r"no projection 'second'; known are 'first-and-third', .* 'soft24', "):
         projection_of("second")
+
+
+@pytest.mark.parametrize("projection", [TOP2, TRANSPOSABLE, FIXED], ids=repr)
+def test_a_scale_that_another_recipe_left_changes_nothing(projection: Projection) -> None:
+    """Linears compute without it, and so does what is written into a weight."""
+    weight = torch.randn(32, 64)
+    expected = projection.project(weight, None)
+    assert torch.equal(project(weight, projection, 1.5, None), expected)
+    write_projected(weight, projection, 1.5, None)
+    assert torch.equal(weight, expected)
 
 
 def test_its_scale_comes_last() -> None:

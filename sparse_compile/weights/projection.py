@@ -15,12 +15,13 @@ def project(matrix: Tensor, projection: Projection, beta: float | None, masks: T
     """``beta * S(W)`` of ``matrix [N, K]``, fp32.
 
     Args:
-        beta: for projections that have one; None for a weight that never had any, S(W) being zero all over.
+        beta: None for a weight that never had any, S(W) being zero all over; projections that have none ignore what
+            another recipe or a checkpoint has left.
         masks: of projections that keep some; without them they are found.
     """
     w = matrix.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     projected = projection.project(w, masks)
-    return projected if beta is None else projected * beta
+    return projected if beta is None or not projection.has_beta else projected * beta
 
 
 def write_projected(matrix: Tensor, projection: Projection, beta: float | None, masks: Tensor | None) -> None:
