@@ -1,6 +1,6 @@
 """2:4 along in_features, in e4m3: S-STE's soft threshold times beta, or the two largest of each four as they are."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,18 +20,28 @@ class PrunedWeight(NamedTuple):
 
 
 class GroupsOfFour(Projection):
-    """Groups of four along in_features.
+    """Groups of four along in_features, in whatever dtype.
 
     Args:
         hard: whether the two largest magnitudes of each four stay as they are; otherwise ``beta * S(W)`` (S-STE, Hu et
             al., NeurIPS 2024, arXiv 2409.09099).
     """
 
-    Operands = PrunedWeight
-
     def __init__(self, key: str, *, hard: bool) -> None:
         self.is_hard, self.has_beta = hard, not hard
         super().__init__(key)
+
+    def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
+        return reference.hard_threshold24(weight) if self.is_hard else reference.soft_threshold24(weight)
+
+    def fprop_operand(self, operands: Any) -> SparseOperand:
+        return SparseOperand(operands.values, operands.metadata, operands.scale_inv)
+
+
+class GroupsOfFourFP8(GroupsOfFour):
+    """One scale serves both copies, and cancels beta from them."""
+
+    Operands = PrunedWeight
 
     def new_operands(self, n: int, k: int, device: torch.device) -> PrunedWeight:
         return PrunedWeight(
@@ -45,12 +55,6 @@ class GroupsOfFour(Projection):
         self, weight: Tensor, operands: PrunedWeight, beta: Tensor | None, masks: Tensor | None, search: bool
     ) -> None:
         prune_weight_(weight, ops.unit_scale(weight.device) if beta is None else beta, *operands, self.is_hard)
-
-    def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
-        return reference.hard_threshold24(weight) if self.is_hard else reference.soft_threshold24(weight)
-
-    def fprop_operand(self, operands: PrunedWeight) -> SparseOperand:
-        return SparseOperand(operands.values, operands.metadata, operands.scale_inv)
 
     def dgrad_operand(self, operands: PrunedWeight) -> DenseOperand:
         return DenseOperand(operands.weight_t, operands.scale_inv)
@@ -72,5 +76,5 @@ prune_weight_ = ops.define(
     any_strides=1,
 )
 
-SOFT = GroupsOfFour("soft24", hard=False)
-TOP2 = GroupsOfFour("top24", hard=True)
+SOFT = GroupsOfFourFP8("soft24", hard=False)
+TOP2 = GroupsOfFourFP8("top24", hard=True)

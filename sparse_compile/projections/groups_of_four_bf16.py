@@ -7,7 +7,8 @@ from torch import Tensor
 
 from sparse_compile.kernels import ops, reference
 from sparse_compile.kernels.formats import metadata_shape, values_shape
-from sparse_compile.projections.base import DenseOperand, Projection, SparseOperand
+from sparse_compile.projections.base import DenseOperand
+from sparse_compile.projections.groups_of_four import GroupsOfFour
 
 
 class PrunedWeightBF16(NamedTuple):
@@ -19,15 +20,11 @@ class PrunedWeightBF16(NamedTuple):
     scale_inv: Tensor
 
 
-class GroupsOfFourBF16(Projection):
-    """As ``GroupsOfFour``; beta is applied after the products."""
+class GroupsOfFourBF16(GroupsOfFour):
+    """beta is applied after the products."""
 
     Operands = PrunedWeightBF16
     dtype = torch.bfloat16
-
-    def __init__(self, key: str, *, hard: bool) -> None:
-        self.is_hard, self.has_beta = hard, not hard
-        super().__init__(key)
 
     def new_operands(self, n: int, k: int, device: torch.device) -> PrunedWeightBF16:
         return PrunedWeightBF16(
@@ -41,12 +38,6 @@ class GroupsOfFourBF16(Projection):
         self, weight: Tensor, operands: PrunedWeightBF16, beta: Tensor | None, masks: Tensor | None, search: bool
     ) -> None:
         prune_weight_bf16_(weight, ops.unit_scale(weight.device) if beta is None else beta, *operands, self.is_hard)
-
-    def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
-        return reference.hard_threshold24(weight) if self.is_hard else reference.soft_threshold24(weight)
-
-    def fprop_operand(self, operands: PrunedWeightBF16) -> SparseOperand:
-        return SparseOperand(operands.values, operands.metadata, operands.scale_inv)
 
     def dgrad_operand(self, operands: PrunedWeightBF16) -> DenseOperand:
         return DenseOperand(operands.dense, operands.scale_inv)
