@@ -210,16 +210,23 @@ class TestDisk:
 @pytest.mark.gpu
 def test_times_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """More than the launch, and no more than a hundred times what the slowest of its limits allows."""
-    monkeypatch.setenv("SPARSE_COMPILE_CACHE_DIR", str(tmp_path))
-    gpu_times.folder.cache_clear()
     shape = replace(SHAPE, tokens=4096, in_features=1024, out_features=2048, weight_dtype=torch.bfloat16)
     device = torch.device("cuda", torch.cuda.current_device())
     assert ops.emulation_reason(device) is None
-    times = times_of(shape, device, COMPONENTS)
-    assert times.keys() == COMPONENTS.keys()
+
+    def measured(folder: Path) -> dict[str, float]:
+        monkeypatch.setenv("SPARSE_COMPILE_CACHE_DIR", str(folder))
+        gpu_times.folder.cache_clear()
+        times = times_of(shape, device, COMPONENTS)
+        assert times.keys() == COMPONENTS.keys()
+        assert times == times_of(shape, device, COMPONENTS), "read from disk"
+        return times
+
+    # Another process on the same GPU can only make a measurement slower.
+    repeated = [measured(tmp_path / str(number)) for number in range(3)]
+    times = {component: min(found[component] for found in repeated) for component in COMPONENTS}
     for component, time in times.items():
         assert 1.0 < time < 1000.0, (component, time)
     assert times["fp8 fprop"] < times["dense fprop"]
     assert times["sparse24 fprop"] < times["dense fprop"]
-    assert times == times_of(shape, device, COMPONENTS), "read from disk"
     gpu_times.folder.cache_clear()

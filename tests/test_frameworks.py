@@ -363,5 +363,5 @@ def test_timm(device: str) -> None:
     assert decisions() == {
         "s-ste": {"blocks.0.mlp.fc1", "blocks.0.mlp.fc2"},
         "fp8": {"blocks.0.attn.qkv", "blocks.0.attn.proj"},
-        "dense": {"head"},
+        "dense": {"head", "patch_embed.proj"},  # the latter is a convolution
     }

@@ -440,6 +440,7 @@ class TestOnTheGpu:
 
     def test_the_option(self, folder, small_gpt: Callable[..., nn.Module], batch) -> None:
         model = small_gpt(width=256).cuda()
-        compiled = torch.compile(model, backend="sste", options={"sste.executor": "eager", "sste.tune": True})
+        options = {"sste.executor": "eager", "sste.tune": True, "sste.when": "always"}
+        compiled = torch.compile(model, backend="sste", options=options)
         compiled(*(ids.cuda() for ids in batch)).backward()
         assert len(list(folder.glob("*/sparse_gemm/*.json"))) == 4
