@@ -19,7 +19,12 @@ from sparse_compile.kernels.sparse_gemm.configs import configs
 from sparse_compile.projections.groups_of_four import SOFT, prune_weight_
 from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16, prune_weight_bf16_
 from sparse_compile.projections.identity import IDENTITY, cast_weight_
-from sparse_compile.projections.transposable import TRANSPOSABLE, prune_transposable_
+from sparse_compile.projections.transposable import (
+    SOFT_TRANSPOSABLE,
+    TRANSPOSABLE,
+    prune_soft_transposable_,
+    prune_transposable_,
+)
 
 DEVICE = torch.device("cuda")
 TOKENS, OUT_FEATURES, IN_FEATURES = 333, 208, 144
@@ -46,6 +51,7 @@ def weight_kernels(matrix: torch.Tensor) -> None:
     for hard in (False, True):
         prune_weight_(matrix, one, *SOFT.new_operands(*shape, DEVICE), hard)
         prune_weight_bf16_(matrix, one, *SOFT_BF16.new_operands(*shape, DEVICE), hard)
+    prune_soft_transposable_(matrix, one, *SOFT_TRANSPOSABLE.new_operands(*shape, DEVICE))
     cast_weight_(matrix, *IDENTITY.new_operands(*shape, DEVICE))
     masks, operands = TRANSPOSABLE.new_masks(*shape, DEVICE), TRANSPOSABLE.new_operands(*shape, DEVICE)
     for search in (True, False):

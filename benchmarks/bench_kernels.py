@@ -33,7 +33,12 @@ from sparse_compile.kernels.reference import saturating_cast
 from sparse_compile.projections.groups_of_four import SOFT, prune_weight_
 from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16, prune_weight_bf16_
 from sparse_compile.projections.identity import IDENTITY, cast_weight_
-from sparse_compile.projections.transposable import TRANSPOSABLE, prune_transposable_
+from sparse_compile.projections.transposable import (
+    SOFT_TRANSPOSABLE,
+    TRANSPOSABLE,
+    prune_soft_transposable_,
+    prune_transposable_,
+)
 from sparse_compile.testing import assert_same_bits
 
 DEVICE = torch.device("cuda")
@@ -81,6 +86,15 @@ def _cast_weight_inputs(n: int, k: int, device: torch.device) -> Tensors:
 
 def _cast_weight(weight: Tensor, *buffers: Tensor) -> Tensors:
     cast_weight_(weight, *buffers)
+    return buffers
+
+
+def _soft_transposable_inputs(n: int, k: int, device: torch.device) -> Tensors:
+    return _normal(n, k, device), torch.ones(1, device=device), *SOFT_TRANSPOSABLE.new_operands(n, k, device)
+
+
+def _prune_soft_transposable(weight: Tensor, beta: Tensor, *buffers: Tensor) -> Tensors:
+    prune_soft_transposable_(weight, beta, *buffers)
     return buffers
 
 
@@ -143,6 +157,7 @@ def _normal(rows: int, columns: int, device: torch.device) -> Tensor:
 WEIGHT_OPS = {
     "prune_weight_": Op(make=_prune_inputs, run=_prune),
     "prune_weight_, hard": Op(make=_prune_inputs, run=partial(_prune, hard=True)),
+    "prune_soft_transposable_": Op(make=_soft_transposable_inputs, run=_prune_soft_transposable),
     "prune_weight_bf16_": Op(make=_prune_bf16_inputs, run=_prune_bf16),
     "cast_weight_": Op(make=_cast_weight_inputs, run=_cast_weight),
 }

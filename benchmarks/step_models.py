@@ -16,6 +16,9 @@ BF16_GRAPHS = "bf16 reduce-overhead"
 SSTE = "sste"
 SSTE_UP = "sste, ffn-up"
 SSTE_HEAD = "sste, head in fp8"
+SSTE_BOTH = "sste, transposable"
+SSTE_BOTH_ALL = "sste, transposable, all linears"
+SSTE_BOTH_ALL_HEAD = "sste, transposable, all linears, head in fp8"
 SSTE_SMALL = "sste, small memory"
 SSTE_GRAPHS = "sste reduce-overhead"
 COMPILE: Mapping[str, dict[str, Any]] = {
@@ -24,6 +27,12 @@ COMPILE: Mapping[str, dict[str, Any]] = {
     SSTE: {"backend": "sste"},
     SSTE_UP: {"backend": "sste", "options": {"sste.targets": "ffn-up"}},
     SSTE_HEAD: {"backend": "sste", "options": {"sste.head": "fp8"}},
+    SSTE_BOTH: {"backend": "sste", "options": {"sste.recipe": "s-ste-transposable"}},
+    SSTE_BOTH_ALL: {"backend": "sste", "options": {"sste.recipe": "s-ste-transposable", "sste.targets": "all"}},
+    SSTE_BOTH_ALL_HEAD: {
+        "backend": "sste",
+        "options": {"sste.recipe": "s-ste-transposable", "sste.targets": "all", "sste.head": "fp8"},
+    },
     SSTE_SMALL: {"backend": "sste", "options": {"sste.memory": "small"}},
     SSTE_GRAPHS: {"backend": "sste", "mode": "reduce-overhead"},
 }
@@ -82,6 +91,23 @@ def _llama_1b_layers() -> nn.Module:
     return llama(2048, 8192, layers=8, context=2048)
 
 
+def _qwen_7b_layers() -> nn.Module:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=3,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        use_cache=False,
+        attn_implementation=_causal_attention(),
+    )
+    return Qwen2ForCausalLM(config)
+
+
 def _gpt2_small() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -99,6 +125,7 @@ def _gpt2_small() -> nn.Module:
 MODELS = {
     "llama-8b": StepModel(make=_llama_8b_layers, vocabulary=32000, batch=(4, 4096)),
     "llama-1b": StepModel(make=_llama_1b_layers, vocabulary=32000, batch=(8, 2048)),
+    "qwen-7b": StepModel(make=_qwen_7b_layers, vocabulary=152064, batch=(2, 4096)),
     "gpt2-small": StepModel(make=_gpt2_small, vocabulary=50304, batch=(16, 1024)),
     "llama-8b-checkpointed": StepModel(make=_llama_8b_layers, vocabulary=32000, batch=(4, 4096), checkpointing=True),
     "llama-8b-microbatches": StepModel(make=_llama_8b_layers, vocabulary=32000, batch=(4, 4096), microbatches=4),

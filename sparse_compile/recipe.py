@@ -12,7 +12,7 @@ from sparse_compile.projections.base import Projection, projection_of
 from sparse_compile.projections.groups_of_four import SOFT, TOP2
 from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16, TOP2_BF16
 from sparse_compile.projections.identity import IDENTITY
-from sparse_compile.projections.transposable import TRANSPOSABLE
+from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE, TRANSPOSABLE
 
 
 class Gemm(Enum):
@@ -106,7 +106,7 @@ class Recipe:
         if self.fprop is Gemm.DENSE:
             raise ValueError(f"recipe {self.name!r}: fprop must be 2:4 or dense fp8")
         if (self.dgrad is Gemm.SPARSE24) != self.projection.prunes_both_ways:
-            raise ValueError(f"recipe {self.name!r}: dgrad is 2:4 if and only if the masks are transposable")
+            raise ValueError(f"recipe {self.name!r}: dgrad is 2:4 if and only if the weight is 2:4 both ways")
         if self.dgrad is Gemm.MVUE24 and not (self.projection.prunes and self.estimator):
             raise ValueError(f"recipe {self.name!r}: dgrad is sampled only beside a pruned weight and a sampled wgrad")
         if self.dgrad is Gemm.DENSE and self.projection.prunes:
@@ -208,11 +208,10 @@ SSTE = Recipe(
 )
 SSTE_APPROXIMATE = replace(SSTE, name="s-ste-approximate", estimator=Estimator.APPROXIMATE_MVUE)
 SSTE_BOOSTED = replace(SSTE, name="s-ste-boosted", beta_factor=1.7)
+SSTE_TRANSPOSABLE = replace(SSTE, name="s-ste-transposable", projection=SOFT_TRANSPOSABLE, dgrad=Gemm.SPARSE24)
 STE = replace(SSTE, name="ste", projection=TOP2)
 SR_STE = replace(STE, name="sr-ste", decay=2e-4)
-T_SR_STE = replace(
-    SR_STE, name="t-sr-ste", projection=TRANSPOSABLE, dgrad=Gemm.SPARSE24, refresh=40
-)  # fmt: skip
+T_SR_STE = replace(SR_STE, name="t-sr-ste", projection=TRANSPOSABLE, dgrad=Gemm.SPARSE24, refresh=40)
 STE_DENSE_TAIL = replace(STE, name="ste-dense-tail", tail=1 / 6)
 FP8 = Recipe(name="fp8", projection=IDENTITY, fprop=Gemm.FP8, dgrad=Gemm.FP8, wgrad=Gemm.FP8, estimator=None)
 
@@ -226,7 +225,8 @@ STE_BF16 = replace(SSTE_BF16, name="ste-bf16", projection=TOP2_BF16)
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        SSTE, SSTE_APPROXIMATE, SSTE_BOOSTED, SSTE_BF16, STE, STE_BF16, SR_STE, T_SR_STE, STE_DENSE_TAIL, FP8
+        SSTE, SSTE_TRANSPOSABLE, SSTE_APPROXIMATE, SSTE_BOOSTED, SSTE_BF16, STE, STE_BF16, SR_STE, T_SR_STE,
+        STE_DENSE_TAIL, FP8,
     )
 }  # fmt: skip
 # What the user may say of the estimator.

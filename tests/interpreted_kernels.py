@@ -2,7 +2,7 @@
 
 The interpreter must be chosen before Triton is imported, so the tests run this file as a program of its own:
 
-    TRITON_INTERPRET=1 python -m tests.interpreted_kernels {prune,prune_bf16,transposable,decay,quantize,mvue} [all]
+    TRITON_INTERPRET=1 python -m tests.interpreted_kernels {prune,prune_bf16,transposable,soft_transposable,...} [all]
 
 Without ``all`` it leaves out combinations; each value of each parameter is in one that it checks.
 
@@ -25,7 +25,7 @@ from triton.runtime import interpreter
 from sparse_compile.kernels import reference, tiles
 from sparse_compile.kernels.activation import cast_mvue, cast_transpose
 from sparse_compile.kernels.formats import E4M3, E5M2, FP8_DTYPES, metadata_shape, padded, values_shape
-from sparse_compile.kernels.weight import groups_of_four, masked_decay, prune_bf16, prune_fp8, transposable
+from sparse_compile.kernels.weight import fp8_tiles, groups_of_four, masked_decay, prune_bf16, prune_fp8, transposable
 from sparse_compile.testing import assert_same_bits, hard_groups
 from tests.gluon_interpreter import elementwise, fp8_word, interpret, prmt
 
@@ -67,7 +67,7 @@ def interpret_weight_kernels() -> None:
         return words | (signs & -2139062144)
 
     interpret(
-        tiles, groups_of_four, transposable, masked_decay, prune_fp8, prune_bf16, cast_transpose,
+        tiles, groups_of_four, transposable, masked_decay, fp8_tiles, prune_fp8, prune_bf16, cast_transpose,
         cast_words=cast, permute_bytes=elementwise(prmt, tl.int32),
         with_layout_of=lambda x, y: x,
         _widen=widen, _cast_positive_words=cast_positive,
@@ -172,17 +172,38 @@ def check_transposable() -> None:
             expected = reference.prune_transposable(weight, wanted)
             for hint in hints(float(expected[-1]), 2 * turn + search)[:3]:
                 found = torch.full_like(masks, -1) if search else other.clone()
-                buffers = (
-                    poisoned_payload(*values_shape(n, k)),
-                    poisoned(*metadata_shape(n, k), dtype=torch.int32),
-                    poisoned_payload(*values_shape(k, n)),
-                    poisoned(*metadata_shape(k, n), dtype=torch.int32),
-                    torch.tensor([hint]),
-                )
+                buffers = (*poisoned_both_ways(n, k), torch.tensor([hint]))
                 prune_fp8.launch_prune_transposable(weight, *buffers, found, search)
                 assert torch.equal(found, wanted), f"masks, {name}, search {search}"
                 for index, (actual, right) in enumerate(zip(buffers, expected, strict=True)):
                     assert_same_bits(actual, right, f"{name}, search {search}, result {index}")
+
+
+def check_soft_transposable() -> None:
+    interpret_weight_kernels()
+    torch.manual_seed(0)
+    with_nan, with_infinity = torch.randn(32, 48), torch.randn(32, 48)
+    with_nan[3, 4], with_infinity[5, 9] = float("nan"), float("-inf")
+    weights = {**various_weights(), "NaN": with_nan, "infinity": with_infinity}
+    for turn, (name, weight) in enumerate(weights.items()):
+        n, k = weight.shape
+        beta = torch.tensor([1.5826])
+        expected = reference.prune_soft_transposable(weight, beta)
+        for hint in hints(float(expected[-1]), turn)[:3]:
+            buffers = (*poisoned_both_ways(n, k), torch.tensor([hint]))
+            prune_fp8.launch_prune_soft_transposable(weight, beta, *buffers)
+            for index, (actual, right) in enumerate(zip(buffers, expected, strict=True)):
+                assert_same_bits(actual, right, f"{name}, result {index}")
+
+
+def poisoned_both_ways(n: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values and metadata of ``[n, k]``, and of ``[k, n]``."""
+    return (
+        poisoned_payload(*values_shape(n, k)),
+        poisoned(*metadata_shape(n, k), dtype=torch.int32),
+        poisoned_payload(*values_shape(k, n)),
+        poisoned(*metadata_shape(k, n), dtype=torch.int32),
+    )
 
 
 def check_prune_bf16() -> None:
@@ -321,6 +342,7 @@ if __name__ == "__main__":
         "prune": check_prune,
         "prune_bf16": check_prune_bf16,
         "transposable": check_transposable,
+        "soft_transposable": check_soft_transposable,
         "decay": check_decay,
         "quantize": check_quantize,
         "mvue": check_mvue,

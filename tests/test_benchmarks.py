@@ -285,6 +285,7 @@ def test_accuracy_of_the_reference_is_that_of_a_sum_in_fp32(mean: float) -> None
         ("prune_weight_", 2 + 0.5 + 0.125 + 1),
         ("prune_weight_, hard", 2 + 0.5 + 0.125 + 1),
         ("prune_weight_bf16_", 2 + 1 + 0.125 + 2),
+        ("prune_soft_transposable_", 2 + 2 * (0.5 + 0.125)),
         ("prune_transposable_, search", 2 + 2 * (0.5 + 0.125) + 0.125),
         ("prune_transposable_, kept masks", 2 + 2 * (0.5 + 0.125) + 0.125),
         ("cast_weight_", 2 + 1 + 1),

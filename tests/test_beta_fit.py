@@ -6,9 +6,11 @@ from torch import nn
 
 import sparse_compile
 from sparse_compile.kernels.reference import soft_threshold24, sste_beta
-from sparse_compile.weights.beta_fit import LARGEST, PRIOR, fit_beta
+from sparse_compile.projections.groups_of_four import SOFT
+from sparse_compile.weights.beta_fit import fit_beta
 
 SHAPE = (128, 256)
+LIMITS = SOFT.beta_limits
 
 
 def normal(seed=0):
@@ -37,8 +39,8 @@ DEGENERATE = {
 
 @pytest.mark.parametrize("weight", DEGENERATE.values(), ids=DEGENERATE.keys())
 def test_what_says_nothing_keeps_the_prior(weight):
-    fit = fit_beta(weight)
-    assert (fit.value, fit.representative, fit.is_24) == (PRIOR, False, False)
+    fit = fit_beta(weight, SOFT)
+    assert (fit.value, fit.representative, fit.is_24) == (LIMITS.prior, False, False)
 
 
 REPRESENTATIVE = {
@@ -54,32 +56,33 @@ REPRESENTATIVE = {
 
 @pytest.mark.parametrize(("weight", "value"), REPRESENTATIVE.values(), ids=REPRESENTATIVE.keys())
 def test_real_distributions_are_fitted(weight, value):
-    fit = fit_beta(weight)
+    fit = fit_beta(weight, SOFT)
     assert fit.value == pytest.approx(value, rel=0.02)
     assert fit.value == sste_beta(weight)
     assert (fit.representative, fit.is_24) == (True, False)
 
 
 def test_a_24_weight_has_1():
-    assert (fit_beta(soft_threshold24(normal())).value, fit_beta(soft_threshold24(normal())).is_24) == (1.0, True)
+    fit = fit_beta(soft_threshold24(normal()), SOFT)
+    assert (fit.value, fit.is_24) == (1.0, True)
     one_bit = normal().sign() * torch.tensor([1.0, 1.0, 0.0, 0.0]).repeat(64)
-    assert fit_beta(one_bit).is_24
+    assert fit_beta(one_bit, SOFT).is_24
     nearly = soft_threshold24(normal()) + 0.01 * normal(1)
-    assert 1.0 < fit_beta(nearly).value < 1.05
+    assert 1.0 < fit_beta(nearly, SOFT).value < 1.05
 
 
 def test_outliers_do_not_decide():
     weight = normal()
     weight[3, 5] = 1e4
     assert sste_beta(weight) < 1.01
-    assert fit_beta(weight).value == pytest.approx(1.48, rel=0.02)
+    assert fit_beta(weight, SOFT).value == pytest.approx(1.48, rel=0.02)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_has_none(value):
     weight = normal()
     weight[3, 5] = value
-    assert fit_beta(weight) is None
+    assert fit_beta(weight, SOFT) is None
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -90,9 +93,9 @@ def test_whatever_the_weight_the_scale_is_in_range(seed):
     power = 10 * torch.rand(1, generator=generator) - 5
     weight = weight.sign() * weight.abs() ** power  # from nearly equal magnitudes to outliers of all sizes
     weight *= torch.rand(64, 128, generator=generator) > torch.rand(1, generator=generator)
-    fit = fit_beta(weight)
-    assert 1.0 <= fit.value <= LARGEST
-    assert (fit.value * soft_threshold24(weight)).norm() <= LARGEST * weight.norm()
+    fit = fit_beta(weight, SOFT)
+    assert 1.0 <= fit.value <= LIMITS.largest
+    assert (fit.value * soft_threshold24(weight)).norm() <= LIMITS.largest * weight.norm()
 
 
 # Training from zero.
@@ -167,7 +170,7 @@ def beginnings():
 def test_a_projection_that_begins_at_zero_trains_as_from_a_small_random_start(make, dtype, warmup):
     zero, model = losses_of(0.0, make, dtype, warmup)
     small, _ = losses_of(1e-3, make, dtype, warmup)
-    assert all(1.0 <= value <= LARGEST for value in sparse_compile.beta(model).values())
+    assert all(1.0 <= value <= LIMITS.largest for value in sparse_compile.beta(model).values())
     assert max(zero) <= 1.02 * max(zero[:3])  # batches differ
     last, expected = sum(zero[-20:]) / 20, sum(small[-20:]) / 20
     assert last == pytest.approx(expected, rel=0.05)

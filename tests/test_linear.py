@@ -12,7 +12,7 @@ from sparse_compile.linear.function import LinearSpec, linear
 from sparse_compile.projections.groups_of_four import SOFT, TOP2
 from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16, TOP2_BF16
 from sparse_compile.projections.identity import IDENTITY
-from sparse_compile.projections.transposable import TRANSPOSABLE
+from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE, TRANSPOSABLE
 from sparse_compile.recipe import (
     FP8,
     SSTE,
@@ -47,6 +47,7 @@ PROJECTIONS = {
     TOP2: reference.hard_threshold24,
     SOFT_BF16: reference.soft_threshold24,
     TOP2_BF16: reference.hard_threshold24,
+    SOFT_TRANSPOSABLE: reference.soft_threshold24_both,
     TRANSPOSABLE: lambda weight: weight * dense_mask(transposable_masks(weight)),
 }
 

@@ -12,7 +12,7 @@ from sparse_compile.kernels.formats import E4M3, E5M2, FP8_DTYPES
 from sparse_compile.projections.groups_of_four import SOFT, prune_weight_
 from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16
 from sparse_compile.projections.identity import IDENTITY
-from sparse_compile.projections.transposable import TRANSPOSABLE
+from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE, TRANSPOSABLE
 from sparse_compile.testing import DENSE_INSTRUCTION, assert_within_budget
 
 SEED = torch.tensor([1234567])
@@ -39,6 +39,8 @@ def cases():
     yield "prune_weight_bf16_", (torch.randn(80, 48).t(), torch.ones(1), *(b.clone() for b in bf16), True)
     yield "cast_weight_", (torch.randn(48, 80), *IDENTITY.new_operands(48, 80, torch.device("cpu")))
     masks, cpu = torch.full((12, 20), 0x5A5A, dtype=torch.int16), torch.device("cpu")
+    for weight in (torch.randn(48, 80), torch.randn(80, 48).t()):
+        yield "prune_soft_transposable_", (weight, torch.ones(1), *SOFT_TRANSPOSABLE.new_operands(48, 80, cpu))
     for search in (False, True):
         buffers = TRANSPOSABLE.new_operands(48, 80, cpu)
         yield "prune_transposable_", (torch.randn(80, 48).t(), *buffers, masks.clone(), search)

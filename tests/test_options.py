@@ -181,7 +181,7 @@ BF16 = {"fprop": Gemm.SPARSE24_BF16, "dgrad": Gemm.BF16, "wgrad": Gemm.BF16, "es
     [
         ({"fprop": Gemm.FP8}, "fprop is 2:4 if and only if the weight is projected"),
         ({"estimator": None}, "wgrad is 2:4 if and only if an estimator is named"),
-        ({"dgrad": Gemm.SPARSE24}, "dgrad is 2:4 if and only if the masks are transposable"),
+        ({"dgrad": Gemm.SPARSE24}, "dgrad is 2:4 if and only if the weight is 2:4 both ways"),
         ({"dgrad": Gemm.MVUE24, "wgrad": Gemm.FP8, "estimator": None}, "dgrad is sampled only beside"),
         (
             {"dgrad": Gemm.MVUE24, "projection": IDENTITY, "fprop": Gemm.FP8},

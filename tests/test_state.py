@@ -14,7 +14,6 @@ from sparse_compile.projections.groups_of_four import SOFT
 from sparse_compile.testing import assert_same_bits
 from sparse_compile.weights import operands as operands_module
 from sparse_compile.weights import registry
-from sparse_compile.weights.beta_fit import PRIOR
 from sparse_compile.weights.operands import current_operands, operand_set
 from sparse_compile.weights.optimizer_watch import watch
 from sparse_compile.weights.registry import record_of
@@ -116,7 +115,7 @@ def test_beta_is_that_of_the_weight_until_it_is_trained():
 def test_a_zero_weight_gets_its_beta_when_it_has_values():
     weight = nn.Parameter(torch.zeros(32, 64))
     operands, _ = refreshed(weight)
-    assert beta_of(weight) == PRIOR
+    assert beta_of(weight) == SOFT.beta_limits.prior
     assert not reference.decompress24(*operands[:2]).float().any()
     weight.data.normal_()
     refreshed(weight)

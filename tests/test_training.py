@@ -18,7 +18,17 @@ from sparse_compile.kernels import ops
 ARMS = {
     **{
         name: {"sste.recipe": name}
-        for name in ("s-ste", "s-ste-approximate", "ste", "sr-ste", "t-sr-ste", "s-ste-bf16", "ste-bf16", "fp8")
+        for name in (
+            "s-ste",
+            "s-ste-transposable",
+            "s-ste-approximate",
+            "ste",
+            "sr-ste",
+            "t-sr-ste",
+            "s-ste-bf16",
+            "ste-bf16",
+            "fp8",
+        )
     },
     "s-ste, 2:4 dgrad": {"sste.recipe": "s-ste", "sste.dgrad": "mvue"},
     "s-ste, e5m2, stochastic": {"sste.grad_format": "e5m2", "sste.rounding": "stochastic"},

@@ -23,20 +23,24 @@ from sparse_compile.kernels.reference.pruning import (
     hard_threshold24,
     prune_weight,
     prune_weight_bf16,
+    soft_mask24,
     soft_threshold24,
+    soft_threshold24_both,
     sste_beta,
     tensorwise_scale,
     top2_mask,
 )
 from sparse_compile.kernels.reference.transposable import (
     dense_mask,
+    prune_soft_transposable,
     prune_transposable,
     transposable_masks,
 )
 
 __all__ = [
     "add_masked_decay", "cast_mvue", "cast_transpose", "cast_weight", "compress24", "decompress24", "dense_mask",
-    "group_uniforms", "hard_threshold24", "mvue24", "philox4x32", "prune_transposable", "prune_weight",
-    "prune_weight_bf16", "rounding_uniforms", "saturating_cast", "scaled_mm", "soft_threshold24", "sparse_mm",
-    "sste_beta", "stochastic_round", "tensorwise_scale", "top2_mask", "transposable_masks", "transpose_tokens",
+    "group_uniforms", "hard_threshold24", "mvue24", "philox4x32", "prune_soft_transposable", "prune_transposable",
+    "prune_weight", "prune_weight_bf16", "rounding_uniforms", "saturating_cast", "scaled_mm", "soft_mask24",
+    "soft_threshold24", "soft_threshold24_both", "sparse_mm", "sste_beta", "stochastic_round", "tensorwise_scale",
+    "top2_mask", "transposable_masks", "transpose_tokens",
 ]  # fmt: skip

@@ -57,3 +57,14 @@ def _to_lanes(nibbles: Tensor, dtype: torch.dtype) -> Tensor:
     # row block, row // 8, row % 8, column block, part, nibble
     parts = nibbles.reshape(row_blocks, 2, 8, groups // 16, 4, 4)
     return parts.permute(3, 0, 2, 4, 1, 5).reshape(groups // 16, row_blocks, 32, 1, 8)
+
+
+def kept_positions(kept: Tensor) -> Tensor:
+    """Of the two elements of each group that are stored, ascending: int64 ``[N, K / 4, 2]``.
+
+    Args:
+        kept: bool ``[N, K]``, at most two of each four along K; where fewer are kept, the lowest of the others follow.
+    """
+    groups = kept.reshape(kept.shape[0], -1, 4).int()
+    order = groups.argsort(dim=-1, descending=True, stable=True)
+    return order[..., :2].sort(dim=-1).values

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.formats import AMAX_FLOOR
-from sparse_compile.kernels.reference.compression import compress24, saturating_cast
+from sparse_compile.kernels.reference.compression import compress24, kept_positions, saturating_cast
 
 
 def soft_threshold24(weight: Tensor) -> Tensor:
@@ -20,6 +20,24 @@ def soft_threshold24(weight: Tensor) -> Tensor:
     magnitude = group.abs()
     kept = (magnitude - _threshold(magnitude)).clamp_min(0)
     return kept.copysign(group).reshape(weight.shape)
+
+
+def soft_threshold24_both(weight: Tensor) -> Tensor:
+    """S_out(S_in(W)): ``soft_threshold24`` along the last dimension, then of what is left along the first.
+
+    At most two of each four elements stay non-zero along either dimension, and the projection is continuous in W, being
+    a composition of continuous functions.  It is idempotent, as ``soft_threshold24`` is.
+
+    Args:
+        weight: ``[N, K]``, N and K multiples of 4, any floating dtype; computed in that dtype.
+    """
+    return soft_threshold24(soft_threshold24(weight).t()).t()
+
+
+def soft_mask24(weight: Tensor) -> Tensor:
+    """Which elements exceed the threshold of ``soft_threshold24``, bool ``[..., K]``; none of a group with NaN."""
+    magnitude = weight.reshape(*weight.shape[:-1], -1, 4).abs()
+    return (magnitude > _threshold(magnitude)).reshape(weight.shape)
 
 
 def top2_mask(weight: Tensor) -> Tensor:
@@ -92,12 +110,7 @@ def prune_weight_bf16(weight: Tensor, beta: Tensor, hard: bool = False) -> tuple
 
 
 def _kept_positions(weight: Tensor, hard: bool) -> Tensor:
-    """Positions of the two elements of each group that are stored, ascending, int64 ``[N, K / 4, 2]``."""
-    magnitude = weight.reshape(weight.shape[0], -1, 4).abs()
-    # Soft: what exceeds the threshold, never more than two of four, and the lowest of the others, whose payload is 0.
-    kept = (top2_mask(weight).view_as(magnitude) if hard else magnitude > _threshold(magnitude)).int()
-    order = kept.argsort(dim=-1, descending=True, stable=True)
-    return order[..., :2].sort(dim=-1).values
+    return kept_positions(top2_mask(weight) if hard else soft_mask24(weight))
 
 
 def add_masked_decay(grad: Tensor, weight: Tensor, factor: Tensor, mask: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Eager definition of transposable pruning: masks that are 2:4 along rows and along columns.
+"""Eager definitions of transposable pruning: 2:4 along rows and along columns, by masks or by soft thresholds.
 
-Of the 90 masks of a 4 x 4 tile with two ones in each row and column, the one that keeps the largest sum of magnitudes
+Masks: of the 90 of a 4 x 4 tile with two ones in each row and column, the one that keeps the largest sum of magnitudes
 (Hubara et al., arXiv 2102.08124; Hu et al., "T-SR-STE", ICML 2024, arXiv 2404.01847).
 
 The two upper rows of such a mask say how often the two lower ones need each column.  So the best mask is the best of 19
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.reference.compression import compress24, saturating_cast
-from sparse_compile.kernels.reference.pruning import tensorwise_scale
+from sparse_compile.kernels.reference.compression import compress24, kept_positions, saturating_cast
+from sparse_compile.kernels.reference.pruning import soft_mask24, soft_threshold24, tensorwise_scale
 
 # Pairs of columns; the complement of pair p is pair 5 - p.
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
@@ -95,14 +95,30 @@ def prune_transposable(weight: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, T
     """
     w = weight.float()
     scale, scale_inv = tensorwise_scale(w)
-    payload, mask = saturating_cast(w * scale).contiguous(), dense_mask(masks)
-    compressed = compress24(payload, _positions(mask))
-    transposed = compress24(payload.t().contiguous(), _positions(mask.t()))
-    return (*compressed, *transposed, scale_inv)
+    return (*_compress_both_ways(w * scale, dense_mask(masks)), scale_inv)
 
 
-def _positions(mask: Tensor) -> Tensor:
-    """Of the two ones of each four along the last dimension, ascending."""
-    groups = mask.reshape(mask.shape[0], -1, 4)
-    positions: Tensor = groups.nonzero()[:, -1].reshape(*groups.shape[:-1], 2)
-    return positions
+def prune_soft_transposable(weight: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``W~ = beta * S(W)``, S being ``soft_threshold24_both``, in e4m3 and compressed along K and along N.
+
+    One scale serves both, and cancels beta from them, as in ``prune_weight``.
+
+    Args:
+        weight: ``[N, K]``, any strides, bf16, fp16 or fp32.
+        beta: fp32 ``[1]``.
+
+    Returns:
+        as ``prune_transposable``.
+    """
+    along_k = soft_threshold24(weight.float())
+    projected = soft_threshold24(along_k.t()).t()
+    scale, scale_inv = tensorwise_scale(projected)
+    return (*_compress_both_ways(projected * scale, soft_mask24(along_k.t()).t()), beta * scale_inv)
+
+
+def _compress_both_ways(scaled: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``values`` and ``metadata`` of ``scaled [N, K]`` in e4m3, and of it transposed; ``kept`` as of both."""
+    payload = saturating_cast(scaled).contiguous()
+    compressed = compress24(payload, kept_positions(kept))
+    transposed = compress24(payload.t().contiguous(), kept_positions(kept.t()))
+    return (*compressed, *transposed)

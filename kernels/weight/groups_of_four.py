@@ -90,6 +90,13 @@ def encode(kept1, kept2, kept3):
 
 
 @gluon.jit
+def second_smallest(b0, b1, b2, b3):
+    """NaN if one of them is."""
+    low, high = maximum(minimum(b0, b1), minimum(b2, b3)), minimum(maximum(b0, b1), maximum(b2, b3))
+    return minimum(low, high)
+
+
+@gluon.jit
 def project(b0, b1, b2, b3, HARD: gl.constexpr):
     """What pruning leaves of four magnitudes, negative for zero; the largest; which are kept, as ``encode`` says."""
     largest = maximum(maximum(b0, b1), maximum(b2, b3))
@@ -98,8 +105,7 @@ def project(b0, b1, b2, b3, HARD: gl.constexpr):
         m0, m1 = gl.where(kept0, b0, 0.0), gl.where(kept1, b1, 0.0)
         m2, m3 = gl.where(kept2, b2, 0.0), gl.where(kept3, b3, 0.0)
     else:
-        low, high = maximum(minimum(b0, b1), minimum(b2, b3)), minimum(maximum(b0, b1), maximum(b2, b3))
-        t = minimum(low, high)
+        t = second_smallest(b0, b1, b2, b3)
         # Kept is what exceeds t, never more than two of four, and the lowest of the others.
         kept1, kept2, kept3 = b1 > t, b2 > t, b3 > t
         m0, m1, m2, m3, largest = b0 - t, b1 - t, b2 - t, b3 - t, largest - t

@@ -4,12 +4,15 @@
             payload = e4m3(S * scale),  scale_inv = beta / scale,  amax = max |S|
             soft (S-STE):  S(w) = sign(w) * max(|w| - t, 0),  t the second smallest magnitude
             hard (top-2):  S(w) = w for the two largest magnitudes, of equal ones the first, and 0 for the others
+    soft transposable:  W~ = beta * S(W), the soft thresholds of each four along K, then of what is left along N;
+                        payload and amax as above, but 2:4 along rows and columns
     transposable:  W~ = mask * W, mask 2:4 along rows and columns; payload = e4m3(W * scale), amax = max |W|
     cast:   payload = e4m3(W * scale),  scale_inv = 1 / scale,  amax = max |W|
 
 ``scale`` is the largest power of two with ``amax * scale <= 448``.  ``weight [N, K]`` may have any strides.  Pruning
-writes ``values [N, padded(K) / 2]`` and ``metadata`` (see ``formats``) for fprop and the payload dense and transposed,
-``[K, N]``, for dgrad; casting writes the payload as it is and transposed.  Arithmetic is fp32.
+writes ``values [N, padded(K) / 2]`` and ``metadata`` (see ``formats``) for fprop and, transposed, the payload
+``[K, N]`` for dgrad, which is compressed as well where it is 2:4 along both dimensions.  Casting writes the payload as
+it is and transposed.  Arithmetic is fp32.
 
 The weight is read once.  Its scale hardly ever changes from one step to the next, being a power of two.  So a first
 launch casts with the scale that stands behind the old ``scale_inv`` and finds the amax of each tile; a second one finds
@@ -34,21 +37,15 @@ from sparse_compile.kernels.formats import (
     values_shape,
 )
 from sparse_compile.kernels.launch_plan import LaunchPlan, UncachedPlan, allocator, plan_kernel, planned
-from sparse_compile.kernels.tiles import (
-    cast_words,
-    column_layout,
-    load_tile,
-    row_layout,
-    split_columns,
-    split_rows,
-    store_compressed,
-    store_tile,
-    transpose_words,
-    with_layout_of,
-    word_ptr,
+from sparse_compile.kernels.tiles import load_tile
+from sparse_compile.kernels.weight.fp8_tiles import (
+    cast_tile,
+    load_layout,
+    prune_soft_transposable_tile,
+    prune_tile,
+    prune_transposable_tile,
 )
-from sparse_compile.kernels.weight.groups_of_four import bits, groups, maximum, project, reduce_amax
-from sparse_compile.kernels.weight.transposable import encode_columns, encode_rows, search
+from sparse_compile.kernels.weight.groups_of_four import bits
 
 # Rows, columns and warps of a tile, and the most registers of a thread.
 _ROW_MAJOR_TILE = (64, 128, 4, 80)
@@ -58,124 +55,13 @@ _TRANSPOSABLE_TILE = (128, 128, 8)
 # Programs of the second launch: one for each multiprocessor of an H100 or H200.
 _CORRECT_PROGRAMS = 132
 
-# What is made of the weight: those up to _HARD have a beta; transposable masks are found, or read.
-_SOFT, _HARD, _CAST, _SEARCH, _MASKS = map(gl.constexpr, range(5))
+# What is made of the weight: those before _CAST have a beta; transposable masks are found, or read.
+_SOFT, _HARD, _SOFT_TRANSPOSABLE, _CAST, _SEARCH, _MASKS = map(gl.constexpr, range(6))
 _AMAX_FLOOR_BITS = gl.constexpr(int(torch.tensor(AMAX_FLOOR).view(torch.int32)))
 _ONE_BITS = gl.constexpr(0x3F800000)
 _INFINITY_BITS = gl.constexpr(0x7F800000)
 _NAN_BITS = gl.constexpr(0x7FC00000)
 _PARTIALS_CHUNK = gl.constexpr(4096)
-
-# Negative inputs give 0; then the sign bits of the four bytes of $5.
-_CAST_POSITIVE_ASM = gl.constexpr("""{
-.reg .b16 low, high;
-.reg .b32 word;
-cvt.rn.satfinite.relu.e4m3x2.f32 low, $2, $1;
-cvt.rn.satfinite.relu.e4m3x2.f32 high, $4, $3;
-mov.b32 word, {low, high};
-lop3.b32 $0, word, $5, 0x80808080, 0xf8;
-}""")
-
-
-@gluon.constexpr_function
-def _load_layout(shape, warps, column_major):
-    """8 neighbours, 16 bytes of bf16, along the contiguous dimension of the weight; whole 4 x 4 elements."""
-    return column_layout(shape, 8, 8, warps) if column_major else row_layout(shape, 16, 8, warps)
-
-
-@gluon.constexpr_function
-def _words_layout(shape, words, warps, column_major):
-    """As loaded, ``words`` neighbours of a row a thread, or exchanged."""
-    return row_layout(shape, 1, 4, warps) if column_major else row_layout(shape, 16, words, warps)
-
-
-@gluon.constexpr_function
-def _transposed_layout(shape, warps, column_major):
-    """As loaded, two neighbours of a row a thread, or exchanged."""
-    return row_layout(shape, 8, 2, warps) if column_major else row_layout(shape, 1, 4, warps)
-
-
-@gluon.jit
-def _cast_positive_words(x0, x1, x2, x3, signs):
-    """e4m3 of ``copysign(max(x, 0), sign)``, four fp32 and the bytes of ``signs`` to a word; NaN stays NaN."""
-    return gl.inline_asm_elementwise(_CAST_POSITIVE_ASM, "=r,f,f,f,f,r", [x0, x1, x2, x3, signs], gl.int32, True, 1)
-
-
-@gluon.jit
-def _prune_tile(
-    w, row, column, values_ptr, metadata_ptr, weight_t_ptr, scale, rows, columns,
-    HARD: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
-):  # fmt: skip
-    """Prune, cast and store a tile; the bits of its amax."""
-    w0, w1, w2, w3, signs = groups(w)  # [BLOCK_N, BLOCK_K / 4]
-    b0, b1, b2, b3 = gl.abs(w0), gl.abs(w1), gl.abs(w2), gl.abs(w3)
-    m0, m1, m2, m3, amax, choice = project(b0, b1, b2, b3, HARD)
-    dense = _cast_positive_words(m0 * scale, m1 * scale, m2 * scale, m3 * scale, signs)
-    # Rows and columns beyond the weight were loaded as zeros, whose groups name positions 0 and 1: the padding word.
-    values_layout: gl.constexpr = _words_layout([dense.shape[0], dense.shape[1] // 2], 1, gl.num_warps(), COLUMN_MAJOR)
-    store_compressed(dense, choice, values_ptr, metadata_ptr, row, column, rows, columns, EVEN, values_layout)
-    transposed = transpose_words(dense)
-    transposed_layout: gl.constexpr = _transposed_layout(transposed.shape, gl.num_warps(), COLUMN_MAJOR)
-    store_tile(word_ptr(weight_t_ptr), transposed, column, row // 4, columns, rows // 4, EVEN, transposed_layout)
-    return reduce_amax(amax)
-
-
-@gluon.jit
-def _prune_transposable_tile(
-    w, row, column, values_ptr, metadata_ptr, values_t_ptr, metadata_t_ptr, masks_ptr, scale, rows, columns, layout,
-    SEARCH: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
-):  # fmt: skip
-    """Find or read the masks of a tile, cast and store it both ways; the bits of its amax."""
-    BLOCK_N: gl.constexpr = w.shape[0]
-    BLOCK_K: gl.constexpr = w.shape[1]
-    w0, w1, w2, w3, _ = groups(w)  # [BLOCK_N, BLOCK_K / 4]
-    b0, b1, b2, b3 = gl.abs(w0), gl.abs(w1), gl.abs(w2), gl.abs(w3)
-    inside = b0
-    if not EVEN:
-        offs_n = row + gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
-        offs_k = column + gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
-        inside, _, _, _ = split_columns((offs_n < rows)[:, None] & (offs_k < columns)[None, :])
-        inside, _, _, _ = split_rows(inside)
-    masks_layout: gl.constexpr = row_layout([BLOCK_N // 4, BLOCK_K // 4], 1, 4, gl.num_warps())
-    if SEARCH:
-        mask = search(b0, b1, b2, b3)
-        store_tile(
-            masks_ptr, mask.to(gl.int16), row // 4, column // 4, rows // 4, columns // 4, EVEN, masks_layout
-        )  # fmt: skip
-    else:
-        mask = load_tile(
-            masks_ptr, row // 4, column // 4, rows // 4, columns // 4, columns // 4, 1, BLOCK_N // 4, BLOCK_K // 4,
-            EVEN, masks_layout,
-        )  # fmt: skip
-        like, _, _, _ = split_rows(b0)
-        mask = with_layout_of(mask.to(gl.int32), like)
-    words = cast_words(w0 * scale, w1 * scale, w2 * scale, w3 * scale)
-    values_layout: gl.constexpr = _words_layout([BLOCK_N, BLOCK_K // 8], 1, gl.num_warps(), COLUMN_MAJOR)
-    choice = with_layout_of(encode_rows(mask, inside, EVEN), words)
-    store_compressed(words, choice, values_ptr, metadata_ptr, row, column, rows, columns, EVEN, values_layout)
-    words_t = transpose_words(words)
-    choice_t = with_layout_of(encode_columns(mask, inside, EVEN), words_t)
-    values_t_layout: gl.constexpr = _transposed_layout([BLOCK_K, BLOCK_N // 8], gl.num_warps(), COLUMN_MAJOR)
-    store_compressed(
-        words_t, choice_t, values_t_ptr, metadata_t_ptr, column, row, columns, rows, EVEN, values_t_layout
-    )  # fmt: skip
-    return reduce_amax(maximum(maximum(b0, b1), maximum(b2, b3)))
-
-
-@gluon.jit
-def _cast_tile(
-    w, row, column, payload_ptr, payload_t_ptr, scale, rows, columns, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr
-):
-    """Cast and store a tile; the bits of its amax."""
-    w0, w1, w2, w3, _ = groups(w)  # [BLOCK_N, BLOCK_K / 4]
-    amax = maximum(maximum(gl.abs(w0), gl.abs(w1)), maximum(gl.abs(w2), gl.abs(w3)))
-    words = cast_words(w0 * scale, w1 * scale, w2 * scale, w3 * scale)
-    words_layout: gl.constexpr = _words_layout(words.shape, 2, gl.num_warps(), COLUMN_MAJOR)
-    store_tile(word_ptr(payload_ptr), words, row, column // 4, rows, columns // 4, EVEN, words_layout)
-    transposed = transpose_words(words)
-    transposed_layout: gl.constexpr = _transposed_layout(transposed.shape, gl.num_warps(), COLUMN_MAJOR)
-    store_tile(word_ptr(payload_t_ptr), transposed, column, row // 4, columns, rows // 4, EVEN, transposed_layout)
-    return reduce_amax(amax)
 
 
 @gluon.jit
@@ -187,17 +73,22 @@ def _write_tile(
 ):  # fmt: skip
     """Read one tile of the weight and write all that is made of it; the bits of its amax."""
     row, column = tile // tiles_k * BLOCK_N, tile % tiles_k * BLOCK_K
-    layout: gl.constexpr = _load_layout([BLOCK_N, BLOCK_K], gl.num_warps(), COLUMN_MAJOR)
+    layout: gl.constexpr = load_layout([BLOCK_N, BLOCK_K], gl.num_warps(), COLUMN_MAJOR)
     w = load_tile(weight_ptr, row, column, rows, columns, stride_wn, stride_wk, BLOCK_N, BLOCK_K, EVEN, layout)
     if MODE == _CAST:
-        amax_bits = _cast_tile(w, row, column, payload_ptr, weight_t_ptr, scale, rows, columns, COLUMN_MAJOR, EVEN)
+        amax_bits = cast_tile(w, row, column, payload_ptr, weight_t_ptr, scale, rows, columns, COLUMN_MAJOR, EVEN)
+    elif MODE == _SOFT_TRANSPOSABLE:
+        amax_bits = prune_soft_transposable_tile(
+            w, row, column, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, scale, rows, columns,
+            COLUMN_MAJOR, EVEN,
+        )  # fmt: skip
     elif MODE <= _HARD:
-        amax_bits = _prune_tile(
+        amax_bits = prune_tile(
             w, row, column, payload_ptr, metadata_ptr, weight_t_ptr, scale, rows, columns,
             MODE == _HARD, COLUMN_MAJOR, EVEN,
         )  # fmt: skip
     else:
-        amax_bits = _prune_transposable_tile(
+        amax_bits = prune_transposable_tile(
             w, row, column, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr, scale, rows, columns,
             layout, MODE == _SEARCH, COLUMN_MAJOR, EVEN,
         )  # fmt: skip
@@ -216,7 +107,7 @@ def _speculate_kernel(
     gdc_launch_dependents()
     # beta / scale_inv, whose mantissas are equal; any other quotient will not be the true scale.
     beta_bits = _ONE_BITS
-    if MODE <= _HARD:
+    if MODE < _CAST:
         beta_bits = bits(gl.load(beta_ptr))
     scale_bits = beta_bits - bits(gl.load(scale_inv_ptr)) + _ONE_BITS & _INFINITY_BITS
     tile = gl.program_id(0)
@@ -256,7 +147,7 @@ def _correct_kernel(
         # NaN or infinity in the weight makes every product NaN.
         scale_inv_bits = gl.where(amax_bits < _INFINITY_BITS, exponent - 8 << 23, _NAN_BITS)
         scale_inv = scale_inv_bits.to(gl.float32, bitcast=True)
-        if MODE <= _HARD:
+        if MODE < _CAST:
             scale_inv = gl.load(beta_ptr) * scale_inv
         gl.store(scale_inv_ptr, scale_inv)
     if scale_bits != gl.load(partials_ptr + tiles):
@@ -323,13 +214,8 @@ def launch_prune_transposable(
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
     """
-    check_weight(weight)
+    _check_transposable(weight, values, metadata, values_t, metadata_t, scale_inv)
     n, k = weight.shape
-    check_buffer("values", values, values_shape(n, k), E4M3, weight.device)
-    check_buffer("metadata", metadata, metadata_shape(n, k), torch.int32, weight.device)
-    check_buffer("values_t", values_t, values_shape(k, n), E4M3, weight.device)
-    check_buffer("metadata_t", metadata_t, metadata_shape(k, n), torch.int32, weight.device)
-    check_buffer("scale_inv", scale_inv, (1,), torch.float32, weight.device)
     check_buffer("masks", masks, (n // 4, k // 4), torch.int16, weight.device)
     if weight.numel() == 0:
         return UncachedPlan(scale_inv.zero_)
@@ -338,6 +224,39 @@ def launch_prune_transposable(
     return lambda weight, values, metadata, values_t, metadata_t, scale_inv, masks: prune(
         weight, None, values, metadata, values_t, metadata_t, masks, scale_inv
     )
+
+
+@planned
+def launch_prune_soft_transposable(
+    weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, values_t: Tensor, metadata_t: Tensor,
+    scale_inv: Tensor,
+) -> LaunchPlan:  # fmt: skip
+    """Prune ``weight`` by soft thresholds along both dimensions, and cast it, into the buffers, written in full.
+
+    Arguments and errors as of ``launch_prune_weight`` and ``launch_prune_transposable``.
+    """
+    _check_transposable(weight, values, metadata, values_t, metadata_t, scale_inv)
+    check_buffer("beta", beta, (1,), torch.float32, weight.device)
+    if weight.numel() == 0:
+        return UncachedPlan(scale_inv.zero_)
+    n, k = weight.shape
+    mode, covered = _SOFT_TRANSPOSABLE, (padded(n), padded(k))
+    prune = _plan(mode, weight, beta, values, metadata, values_t, metadata_t, None, scale_inv, covered)
+    return lambda weight, beta, values, metadata, values_t, metadata_t, scale_inv: prune(
+        weight, beta, values, metadata, values_t, metadata_t, None, scale_inv
+    )
+
+
+def _check_transposable(
+    weight: Tensor, values: Tensor, metadata: Tensor, values_t: Tensor, metadata_t: Tensor, scale_inv: Tensor
+) -> None:
+    check_weight(weight)
+    n, k = weight.shape
+    check_buffer("values", values, values_shape(n, k), E4M3, weight.device)
+    check_buffer("metadata", metadata, metadata_shape(n, k), torch.int32, weight.device)
+    check_buffer("values_t", values_t, values_shape(k, n), E4M3, weight.device)
+    check_buffer("metadata_t", metadata_t, metadata_shape(k, n), torch.int32, weight.device)
+    check_buffer("scale_inv", scale_inv, (1,), torch.float32, weight.device)
 
 
 @planned
@@ -374,7 +293,7 @@ def _plan(
     """Of both launches, over tiles that cover ``covered`` rows and columns; called with all tensors' addresses."""
     column_major = weight.stride(0) == 1 and weight.stride(1) != 1
     block_n, block_k, warps, registers = _COLUMN_MAJOR_TILE if column_major else _ROW_MAJOR_TILE
-    if masks is not None:
+    if metadata_t is not None:
         (block_n, block_k, warps), registers = _TRANSPOSABLE_TILE, None if mode == _SEARCH else 128
     tiles_n, tiles_k = triton.cdiv(covered[0], block_n), triton.cdiv(covered[1], block_k)
     tiles = tiles_n * tiles_k

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -32,6 +33,23 @@ class DenseOperand(NamedTuple):
     scale_inv: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class BetaLimits:
+    """What the least-squares scale beta is for weights of real distributions; see ``weights.beta_fit``.
+
+    Attributes:
+        prior: of normal weights.
+        smallest: below it outliers decide the fit.
+        largest: above what real distributions give.
+        least_energy: share of a tile's energy that ``beta * S(W)`` holds in any weight that says something.
+    """
+
+    prior: float
+    smallest: float
+    largest: float
+    least_energy: float
+
+
 class Projection(ABC):
     """One way of projecting a weight ``[N, K]``: out_features N, in_features K.
 
@@ -41,19 +59,19 @@ class Projection(ABC):
         key: its name in graphs and on disk.
         prunes: whether the weight becomes 2:4 along K; fprop is 2:4 then.
         prunes_both_ways: whether it is 2:4 along N, too; dgrad is 2:4 then.
-        has_beta: whether a scale of each weight is found once and kept.
+        beta_limits: of the scale that is found once for each weight, and kept; None for projections without one.
         keeps_masks: whether masks are searched for, and kept for some optimizer steps.
         is_hard: whether what it keeps stays as it is; what it drops can decay then.
-        rows_alone: whether each row is projected for itself.
+        rows: how many rows, from the first, are projected together: 1, or 4 where tiles are.
         dtype: of the payload.
     """
 
     prunes: bool = True
     prunes_both_ways: bool = False
-    has_beta: bool = False
+    beta_limits: BetaLimits | None = None
     keeps_masks: bool = False
     is_hard: bool = False
-    rows_alone: bool = True
+    rows: int = 1
     dtype: torch.dtype = E4M3
     # A NamedTuple of tensors.  The last is ``scale_inv``, which stays where the others give their memory back.
     Operands: ClassVar[type[Any]]
@@ -72,6 +90,10 @@ class Projection(ABC):
 
     def __reduce__(self) -> tuple[Callable[[str], "Projection"], tuple[str]]:
         return projection_of, (self.key,)
+
+    @property
+    def has_beta(self) -> bool:
+        return self.beta_limits is not None
 
     @property
     def is_bf16(self) -> bool:

@@ -7,7 +7,11 @@ from torch import Tensor
 
 from sparse_compile.kernels import ops, reference
 from sparse_compile.kernels.formats import E4M3, metadata_shape, values_shape
-from sparse_compile.projections.base import DenseOperand, Projection, SparseOperand
+from sparse_compile.projections.base import BetaLimits, DenseOperand, Projection, SparseOperand
+
+# beta is 1 for a 2:4 weight, 1.3 for heavy tails, 1.48 for normal weights, 1.75 for uniform ones.  beta * S(W) holds
+# 0.74 of the energy of normal weights, 0.61 of uniform ones, 0.5 of weights of three magnitudes.
+_BETA_LIMITS = BetaLimits(prior=1.48, smallest=1.25, largest=2.0, least_energy=0.55)
 
 
 class PrunedWeight(NamedTuple):
@@ -28,7 +32,7 @@ class GroupsOfFour(Projection):
     """
 
     def __init__(self, key: str, *, hard: bool) -> None:
-        self.is_hard, self.has_beta = hard, not hard
+        self.is_hard, self.beta_limits = hard, None if hard else _BETA_LIMITS
         super().__init__(key)
 
     def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:

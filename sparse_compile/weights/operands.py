@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.torch_internals.tensors import is_held, versions_kept
-from sparse_compile.weights.beta_fit import PRIOR, Fit, fit_beta
+from sparse_compile.weights.beta_fit import Fit, fit_beta
 from sparse_compile.weights.edit_detection import find_edited, take_samples
 from sparse_compile.weights.optimizer_watch import watch
 from sparse_compile.weights.pattern_24 import is_24
@@ -248,7 +248,7 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: WeightRecord
         record.refit_due = False
         fit = _fit(matrix, slot)
         if fit.may_replace_prior():
-            logger.info("beta of %s: %.3f, fitted, in place of the prior %.3f", slot.name, fit.value, PRIOR)
+            logger.info("beta of %s: %.3f, fitted, in place of the prior %.3f", slot.name, fit.value, fit.prior)
             record.adopt(fit.value * slot.beta_factor, BetaSource.FITTED)
             record.refit_due = False
     return record.beta
@@ -279,7 +279,7 @@ def _provisional(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: Weigh
 
 
 def _fit(matrix: Tensor, slot: WeightSlot) -> Fit:
-    fit = fit_beta(matrix)
+    fit = fit_beta(matrix, slot.projection)
     if fit is None:
         raise ValueError(
             f"the weight of {slot.name!r} holds NaN or infinite values at its first use, so it has no S-STE scale "

@@ -26,16 +26,17 @@ def project(matrix: Tensor, projection: Projection, beta: float | None, masks: T
 
 def write_projected(matrix: Tensor, projection: Projection, beta: float | None, masks: Tensor | None) -> None:
     """Overwrite ``matrix [N, K]``, of any strides, with its projection, rounded once; arguments as of ``project``."""
-    if not projection.rows_alone:
-        matrix.copy_(project(matrix, projection, beta, masks))
-        return
-    if matrix.shape[1] % 4 != 0:
+    n, k = matrix.shape
+    if k % 4 != 0 or n % projection.rows != 0:
         raise ValueError(
-            f"a shard of {matrix.shape[1]} in_features ends within a group of four, so this process cannot write what "
-            "its linear computed with; shard along out_features, or remove 'sste.tail'"
+            f"a shard of {n} out_features and {k} in_features ends within a tile of {projection.rows} x 4, so this "
+            f"process cannot write what its linear computed with; shard along {'out' if k % 4 else 'in'}_features, or "
+            "among another number of processes, or remove 'sste.tail'"
         )
-    for rows in matrix.split(max(1, _ELEMENTS // matrix.shape[1])):
-        rows.copy_(project(rows, projection, beta, None))
+    step = max(1, _ELEMENTS // k // 4) * 4
+    for first in range(0, n, step):
+        rows, tiles = matrix[first : first + step], slice(first // 4, (first + step) // 4)
+        rows.copy_(project(rows, projection, beta, None if masks is None else masks[tiles]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

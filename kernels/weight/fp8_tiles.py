@@ -1,0 +1,184 @@
+"""What is made of one tile of a weight in e4m3: pruned and compressed one way or both, or cast as it is.
+
+For ``prune_fp8``, which describes what is computed.  Each function stores its results, and returns the bits of the
+largest magnitude of what it has cast.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from sparse_compile.kernels.tiles import (
+    cast_words,
+    column_layout,
+    join_rows,
+    load_tile,
+    row_layout,
+    split_columns,
+    split_rows,
+    store_compressed,
+    store_tile,
+    transpose_words,
+    with_layout_of,
+    word_ptr,
+)
+from sparse_compile.kernels.weight.groups_of_four import encode, groups, maximum, project, reduce_amax, second_smallest
+from sparse_compile.kernels.weight.transposable import encode_columns, encode_rows, search
+
+# Negative inputs give 0; then the sign bits of the four bytes of $5.
+_CAST_POSITIVE_ASM = gl.constexpr("""{
+.reg .b16 low, high;
+.reg .b32 word;
+cvt.rn.satfinite.relu.e4m3x2.f32 low, $2, $1;
+cvt.rn.satfinite.relu.e4m3x2.f32 high, $4, $3;
+mov.b32 word, {low, high};
+lop3.b32 $0, word, $5, 0x80808080, 0xf8;
+}""")
+
+
+@gluon.constexpr_function
+def load_layout(shape, warps, column_major):
+    """8 neighbours, 16 bytes of bf16, along the contiguous dimension of the weight; whole 4 x 4 elements."""
+    return column_layout(shape, 8, 8, warps) if column_major else row_layout(shape, 16, 8, warps)
+
+
+@gluon.constexpr_function
+def _words_layout(shape, words, warps, column_major):
+    """As loaded, ``words`` neighbours of a row a thread, or exchanged."""
+    return row_layout(shape, 1, 4, warps) if column_major else row_layout(shape, 16, words, warps)
+
+
+@gluon.constexpr_function
+def _transposed_layout(shape, warps, column_major):
+    """As loaded, two neighbours of a row a thread, or exchanged."""
+    return row_layout(shape, 8, 2, warps) if column_major else row_layout(shape, 1, 4, warps)
+
+
+@gluon.jit
+def _cast_positive_words(x0, x1, x2, x3, signs):
+    """e4m3 of ``copysign(max(x, 0), sign)``, four fp32 and the bytes of ``signs`` to a word; NaN stays NaN."""
+    return gl.inline_asm_elementwise(_CAST_POSITIVE_ASM, "=r,f,f,f,f,r", [x0, x1, x2, x3, signs], gl.int32, True, 1)
+
+
+@gluon.jit
+def prune_tile(
+    w, row, column, values_ptr, metadata_ptr, weight_t_ptr, scale, rows, columns,
+    HARD: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """Prune, cast and store a tile; the bits of its amax."""
+    w0, w1, w2, w3, signs = groups(w)  # [BLOCK_N, BLOCK_K / 4]
+    b0, b1, b2, b3 = gl.abs(w0), gl.abs(w1), gl.abs(w2), gl.abs(w3)
+    m0, m1, m2, m3, amax, choice = project(b0, b1, b2, b3, HARD)
+    dense = _cast_positive_words(m0 * scale, m1 * scale, m2 * scale, m3 * scale, signs)
+    # Rows and columns beyond the weight were loaded as zeros, whose groups name positions 0 and 1: the padding word.
+    values_layout: gl.constexpr = _words_layout([dense.shape[0], dense.shape[1] // 2], 1, gl.num_warps(), COLUMN_MAJOR)
+    store_compressed(dense, choice, values_ptr, metadata_ptr, row, column, rows, columns, EVEN, values_layout)
+    transposed = transpose_words(dense)
+    transposed_layout: gl.constexpr = _transposed_layout(transposed.shape, gl.num_warps(), COLUMN_MAJOR)
+    store_tile(word_ptr(weight_t_ptr), transposed, column, row // 4, columns, rows // 4, EVEN, transposed_layout)
+    return reduce_amax(amax)
+
+
+@gluon.jit
+def prune_transposable_tile(
+    w, row, column, values_ptr, metadata_ptr, values_t_ptr, metadata_t_ptr, masks_ptr, scale, rows, columns, layout,
+    SEARCH: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """Find or read the masks of a tile, cast and store it both ways; the bits of its amax."""
+    BLOCK_N: gl.constexpr = w.shape[0]
+    BLOCK_K: gl.constexpr = w.shape[1]
+    w0, w1, w2, w3, _ = groups(w)  # [BLOCK_N, BLOCK_K / 4]
+    b0, b1, b2, b3 = gl.abs(w0), gl.abs(w1), gl.abs(w2), gl.abs(w3)
+    inside = b0
+    if not EVEN:
+        offs_n = row + gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
+        offs_k = column + gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
+        inside, _, _, _ = split_columns((offs_n < rows)[:, None] & (offs_k < columns)[None, :])
+        inside, _, _, _ = split_rows(inside)
+    masks_layout: gl.constexpr = row_layout([BLOCK_N // 4, BLOCK_K // 4], 1, 4, gl.num_warps())
+    if SEARCH:
+        mask = search(b0, b1, b2, b3)
+        store_tile(
+            masks_ptr, mask.to(gl.int16), row // 4, column // 4, rows // 4, columns // 4, EVEN, masks_layout
+        )  # fmt: skip
+    else:
+        mask = load_tile(
+            masks_ptr, row // 4, column // 4, rows // 4, columns // 4, columns // 4, 1, BLOCK_N // 4, BLOCK_K // 4,
+            EVEN, masks_layout,
+        )  # fmt: skip
+        like, _, _, _ = split_rows(b0)
+        mask = with_layout_of(mask.to(gl.int32), like)
+    words = cast_words(w0 * scale, w1 * scale, w2 * scale, w3 * scale)
+    values_layout: gl.constexpr = _words_layout([BLOCK_N, BLOCK_K // 8], 1, gl.num_warps(), COLUMN_MAJOR)
+    choice = with_layout_of(encode_rows(mask, inside, EVEN), words)
+    store_compressed(words, choice, values_ptr, metadata_ptr, row, column, rows, columns, EVEN, values_layout)
+    words_t = transpose_words(words)
+    choice_t = with_layout_of(encode_columns(mask, inside, EVEN), words_t)
+    values_t_layout: gl.constexpr = _transposed_layout([BLOCK_K, BLOCK_N // 8], gl.num_warps(), COLUMN_MAJOR)
+    store_compressed(
+        words_t, choice_t, values_t_ptr, metadata_t_ptr, column, row, columns, rows, EVEN, values_t_layout
+    )  # fmt: skip
+    return reduce_amax(maximum(maximum(b0, b1), maximum(b2, b3)))
+
+
+@gluon.jit
+def _threshold_rows(m):
+    """Of each four rows of magnitudes [R, C]: the second smallest, and which exceed it, as ``encode`` says.
+
+    [R, C], [R / 4, C]
+    """
+    m0, m1, m2, m3 = split_rows(m)
+    t = second_smallest(m0, m1, m2, m3)
+    return with_layout_of(join_rows(t, t, t, t), m), encode(m1 > t, m2 > t, m3 > t)
+
+
+@gluon.jit
+def prune_soft_transposable_tile(
+    w, row, column, values_ptr, metadata_ptr, values_t_ptr, metadata_t_ptr, scale, rows, columns,
+    COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """Soft thresholds along rows, then along columns; cast and stored both ways."""
+    BLOCK_N: gl.constexpr = w.shape[0]
+    BLOCK_K: gl.constexpr = w.shape[1]
+    w0, w1, w2, w3, signs = groups(w)  # [BLOCK_N, BLOCK_K / 4]
+    b0, b1, b2, b3 = gl.abs(w0), gl.abs(w1), gl.abs(w2), gl.abs(w3)
+    t = second_smallest(b0, b1, b2, b3)
+    m0, m1, m2, m3 = maximum(b0 - t, 0.0), maximum(b1 - t, 0.0), maximum(b2 - t, 0.0), maximum(b3 - t, 0.0)
+    t0, choice_t0 = _threshold_rows(m0)
+    t1, choice_t1 = _threshold_rows(m1)
+    t2, choice_t2 = _threshold_rows(m2)
+    t3, choice_t3 = _threshold_rows(m3)
+    # What exceeds both thresholds: never more than two of four, either way.  Zeros beyond the weight exceed none, and
+    # name positions 0 and 1, as padding does.
+    choice = encode(m1 > t1, m2 > t2, m3 > t3)
+    m0, m1, m2, m3 = m0 - t0, m1 - t1, m2 - t2, m3 - t3
+    words = _cast_positive_words(m0 * scale, m1 * scale, m2 * scale, m3 * scale, signs)
+    values_layout: gl.constexpr = _words_layout([BLOCK_N, BLOCK_K // 8], 1, gl.num_warps(), COLUMN_MAJOR)
+    store_compressed(words, choice, values_ptr, metadata_ptr, row, column, rows, columns, EVEN, values_layout)
+    words_t = transpose_words(words)
+    choice_t = join_rows(
+        gl.permute(choice_t0, [1, 0]), gl.permute(choice_t1, [1, 0]),
+        gl.permute(choice_t2, [1, 0]), gl.permute(choice_t3, [1, 0]),
+    )  # fmt: skip
+    values_t_layout: gl.constexpr = _transposed_layout([BLOCK_K, BLOCK_N // 8], gl.num_warps(), COLUMN_MAJOR)
+    store_compressed(
+        words_t, with_layout_of(choice_t, words_t), values_t_ptr, metadata_t_ptr, column, row, columns, rows, EVEN,
+        values_t_layout,
+    )  # fmt: skip
+    # Below zero is what the second threshold drops.
+    return reduce_amax(maximum(maximum(maximum(m0, m1), maximum(m2, m3)), 0.0))
+
+
+@gluon.jit
+def cast_tile(
+    w, row, column, payload_ptr, payload_t_ptr, scale, rows, columns, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr
+):
+    """Cast and store a tile; the bits of its amax."""
+    w0, w1, w2, w3, _ = groups(w)  # [BLOCK_N, BLOCK_K / 4]
+    amax = maximum(maximum(gl.abs(w0), gl.abs(w1)), maximum(gl.abs(w2), gl.abs(w3)))
+    words = cast_words(w0 * scale, w1 * scale, w2 * scale, w3 * scale)
+    words_layout: gl.constexpr = _words_layout(words.shape, 2, gl.num_warps(), COLUMN_MAJOR)
+    store_tile(word_ptr(payload_ptr), words, row, column // 4, rows, columns // 4, EVEN, words_layout)
+    transposed = transpose_words(words)
+    transposed_layout: gl.constexpr = _transposed_layout(transposed.shape, gl.num_warps(), COLUMN_MAJOR)
+    store_tile(word_ptr(payload_t_ptr), transposed, column, row // 4, columns, rows // 4, EVEN, transposed_layout)
+    return reduce_amax(amax)
