@@ -28,7 +28,7 @@ ARMS = {
             "s-ste-bf16",
             "ste-bf16",
             "fp8",
-        )  # fmt: skip
+        )
     },
     "s-ste, 2:4 dgrad": {"sste.recipe": "s-ste", "sste.dgrad": "mvue"},
     "s-ste, e5m2, stochastic": {"sste.grad_format": "e5m2", "sste.rounding": "stochastic"},
