@@ -61,6 +61,7 @@ def pytest_collection_finish() -> None:
     import_module("torch._inductor.compile_fx")
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)  # a compilation makes many objects, few of which are garbage
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +115,7 @@ class SmallGPT(nn.Module):
         layer: Callable[[int, int], nn.Module] = nn.Linear,
         *,
         width: int = 64,
-        depth: int = 2,
+        depth: int = 1,
         vocabulary: int = 128,
         gated: bool = False,
         tied: bool = False,

@@ -13,8 +13,10 @@ from torch.nn import Module
 
 def instances_of(kind: type) -> Iterator[Any]:
     """All that are alive, by a walk over the heap; of frozen ones (``gc.freeze``) those that a script can reach."""
-    # type(), because isinstance() would wake lazy proxies that pretend to be of the kind.
-    listed = [found for found in gc.get_objects() if issubclass(type(found), kind)]
+    objects = gc.get_objects()
+    # type(), because isinstance() would wake lazy proxies that pretend to be of the kind; of few classes many objects.
+    kinds = {found for found in set(map(type, objects)) if issubclass(found, kind)}
+    listed = [found for found in objects if type(found) in kinds]
     known = set(map(id, listed))
     yield from listed
     yield from (found for found in _frozen_objects() if issubclass(type(found), kind) and id(found) not in known)
