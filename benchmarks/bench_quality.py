@@ -4,12 +4,13 @@
     python benchmarks/bench_quality.py head       what does a vocabulary head in FP8 cost?  65,536 tokens, three seeds
     python benchmarks/bench_quality.py recipes    each recipe against dense training, by tokens of a byte-pair encoding
     python benchmarks/bench_quality.py clock      the same time for dense and pruned training of a wide model
+    python benchmarks/bench_quality.py rates      each arm at its own best learning rate and scale, in two settings
     python benchmarks/bench_quality.py search     why pruned training trails, in many short runs of a small model
     python benchmarks/bench_quality.py tasks      each recipe on handwritten digits, and on naming the package of
                                                   source; also without a GPU
 
 ``recipes`` trains what ``--arms``, ``--seeds`` and ``--tokens`` say, and adds it to the runs that the results hold;
-so do ``tasks`` with ``--arms`` and ``search`` with ``--trials``.
+so do ``tasks`` with ``--arms``, ``search`` with ``--trials``, and ``rates`` with ``--settings`` and ``--rated``.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import fair_runs
 import recipe_runs
 import recipe_search
 import task_runs
@@ -167,6 +169,15 @@ def search_part(
     return _kept("search", _runs_in(folder, "search"), new, recipe_search.merged, recipe_search.table, folder)
 
 
+def rates_part(
+    settings: Sequence[str], arms: Sequence[str], factors: Sequence[float], rates: Sequence[float],
+    seeds: Sequence[int], at_least: int, jobs: int, folder: Path,
+) -> Report:  # fmt: skip
+    """Losses of each arm, factor and learning rate, beside those that the results hold already."""
+    new = fair_runs.train_all(settings, arms, factors, rates, seeds, at_least, str(DEVICE), jobs)
+    return _kept("rates", _runs_in(folder, "rates"), new, fair_runs.merged, fair_runs.table, folder)
+
+
 def _runs_in(folder: Path, part: str) -> list[Run]:
     """The runs of earlier calls."""
     path = folder / "bench_quality.json"
@@ -207,7 +218,7 @@ def tasks_part(arms: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["loss", "head", "recipes", "clock", "search", "tasks"])
+    parser.add_argument("parts", nargs="+", choices=["loss", "head", "recipes", "clock", "rates", "search", "tasks"])
     every = [recipe_runs.DENSE, recipe_runs.TORCHAO, *recipe_runs.ARMS]
     parser.add_argument(
         "--arms", nargs="*", choices=every, default=every, metavar="ARM",
@@ -218,9 +229,18 @@ def main() -> None:
         help=f"of search: {'; '.join(recipe_search.TRIALS)}",
     )  # fmt: skip
     parser.add_argument("--tasks", nargs="+", choices=task_runs.TASKS, default=[*task_runs.TASKS])
-    parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3, 2e-3], help="of the trials")
+    parser.add_argument("--settings", nargs="+", choices=fair_runs.SETTINGS, default=[*fair_runs.SETTINGS])
     parser.add_argument(
-        "--jobs", type=int, default=4, help="runs of recipes, search and tasks side by side, on all GPUs"
+        "--rated", nargs="+", choices=fair_runs.ARMS, default=[*fair_runs.ARMS], metavar="ARM",
+        help=f"arms of rates: {'; '.join(fair_runs.ARMS)}",
+    )  # fmt: skip
+    parser.add_argument("--factors", nargs="+", type=float, default=[], help="of rates; default: those of each arm")
+    parser.add_argument(
+        "--learning-rates", nargs="+", type=float, default=[],
+        help="of search (default: 1e-3 2e-3), and of rates (default: those of each setting)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=int, default=4, help="runs of recipes, rates, search and tasks side by side, on all GPUs"
     )
     parser.add_argument(
         "--speeds", nargs="+", choices=every, default=[], metavar="ARM", help="arms to time alone, after all runs"
@@ -234,7 +254,20 @@ def main() -> None:
         "head": head_part,
         "recipes": partial(recipes_part, args.arms, args.seeds, args.tokens, args.jobs, args.speeds, args.out),
         "clock": partial(clock_part, args.arms, args.out),
-        "search": partial(search_part, args.trials, args.learning_rates, args.seeds, args.tokens, args.jobs, args.out),
+        "rates": partial(
+            rates_part,
+            args.settings,
+            args.rated,
+            args.factors,
+            args.learning_rates,
+            args.seeds,
+            args.tokens,
+            args.jobs,
+            args.out,
+        ),
+        "search": partial(
+            search_part, args.trials, args.learning_rates or [1e-3, 2e-3], args.seeds, args.tokens, args.jobs, args.out
+        ),
         "tasks": partial(tasks_part, args.arms, args.tasks, args.seeds, args.jobs, args.out),
     }
     keep_parts("bench_quality", {part: parts[part] for part in args.parts}, args.out)

@@ -30,16 +30,32 @@ from harness import RESULTS, Run, side_by_side, write
 from recipe_search import compared, merged
 
 import sparse_compile  # noqa: F401 - registers the backend where it is not installed
-from sparse_compile.kernels.reference import sste_beta
 from sparse_compile.projections.base import Projection
 from sparse_compile.projections.groups_of_four import SOFT, TOP2
 from sparse_compile.projections.identity import IDENTITY
+from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE, SoftTransposable
 from sparse_compile.weights.projection import project
 from sparse_compile.weights.schedule import Schedule
 
 SHAPE = train_gpt.GPTConfig(layers=3, heads=4, width=96, context=64)
 STEPS, BATCH = 1600, 16
 DENSE = "dense"
+
+
+class _LargerThreshold(SoftTransposable):
+    """Of both thresholds of an element, along in_features and along out_features, the larger one."""
+
+    def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
+        threshold = torch.maximum(_thresholds(weight), _thresholds(weight.t()).t())
+        return (weight.abs() - threshold).clamp_min(0).copysign(weight)
+
+
+def _thresholds(weight: Tensor) -> Tensor:
+    groups = weight.abs().reshape(len(weight), -1, 4)
+    return groups.sort(dim=-1).values[..., 1:2].expand_as(groups).reshape(weight.shape)
+
+
+LARGER_THRESHOLD = _LargerThreshold("larger-threshold24")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +68,7 @@ class Trial:
         beta: the S-STE scale; None for the one that follows from each weight at its first use.
         beta_of: which linears of an FFN have that scale; the others their own.
         layers: which linears of an FFN are pruned.
-        across: whether their groups of four run along out_features, which makes dgrad 2:4 instead of fprop.
+        across: whether the weight is pruned transposed: groups of four run along out_features, or do so first.
         weight_decay: of all matrices.
         grad: what the gradients of pruned weights are multiplied with, before they are clipped.
         backend: options of the backend to train through, besides which nothing else counts; None for the emulation.
@@ -93,6 +109,13 @@ def _trials() -> Iterator[tuple[str, Trial]]:
     for name, layers in (("", ("up", "down")), (", ffn.up alone", ("up",)), (", ffn.down alone", ("down",))):
         across = Trial(projection=SOFT, beta=2.5, layers=layers, across=True)
         yield f"s-ste, beta 2.5{name}, along out_features", across
+    for factor, betas in (("", (None, None)), (", 1.7 x beta", (2.69, 2.97))):
+        yield f"s-ste both ways{factor}", Trial(projection=SOFT_TRANSPOSABLE, beta=betas[0])
+        yield (
+            f"s-ste both ways{factor}, out_features first",
+            Trial(projection=SOFT_TRANSPOSABLE, beta=betas[0], across=True),
+        )
+        yield f"s-ste both ways{factor}, larger threshold", Trial(projection=LARGER_THRESHOLD, beta=betas[1])
     yield "s-ste, beta 2.5 of ffn.up", Trial(projection=SOFT, beta=2.5, beta_of=("up",))
     yield "ste, kept x 1.5", Trial(projection=TOP2, gain=1.5)
     # Is it the scale alone?
@@ -134,7 +157,9 @@ class PrunedLinear(nn.Linear):
             return self.weight.detach() * self.gain
         matrix = self.weight.t() if self.across else self.weight
         if self.projection.has_beta and self.beta is None:
-            self.beta = sste_beta(matrix.detach())
+            exact = matrix.detach().double()
+            kept = self.projection.project(exact, None)
+            self.beta = float((exact * kept).sum() / kept.square().sum())
         pruned = project(matrix, self.projection, self.beta, None)
         pruned = pruned.t() if self.across else pruned
         return pruned if self.projection.has_beta else pruned * self.gain

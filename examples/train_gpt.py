@@ -205,15 +205,17 @@ def train(
     data: tuple[Tensor, Tensor],
     device: torch.device,
     compiled: Callable[[nn.Module], Callable[[Tensor, Tensor], Tensor]],
+    make_model: Callable[[GPTConfig], nn.Module] = GPT,
+    make_optimizer: Callable[[nn.Module, TrainConfig], Any] = optimizer_of,
 ) -> TrainResult:
     """Train a fresh GPT and measure it.  ``compiled`` turns the model into what is called in each step."""
     # What an earlier run compiled must neither help this one nor hold memory.
     torch.compiler.reset()
     gc.collect()
     torch.manual_seed(config.seed)
-    model = GPT(model_config).to(device)
+    model = make_model(model_config).to(device)
     step_model = compiled(model)
-    optimizer = optimizer_of(model, config)
+    optimizer = make_optimizer(model, config)
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     shape: dict[str, Any] = {"batch": config.batch, "context": model_config.context, "device": device}
     if device.type == "cuda":

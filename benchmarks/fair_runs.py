@@ -1,0 +1,203 @@
+"""Arms compared each at its own best learning rate and scale, in two settings.
+
+A factor of S-STE's beta acts like a learning rate, and so does a factor of the FFN's weights in a dense model.  So
+dense training has one, too, and every arm is tried at several rates, a factor of two apart, before arms are compared.
+"""
+
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import recipe_runs
+import torch
+import torch.nn.functional as F
+from harness import Run, latest, side_by_side
+from modern_gpt import ModernGPT, MuonAndAdamW
+from source_text import tokens
+from tabulate import tabulate
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import train_gpt
+
+DENSE = "dense"
+FIELDS = ("setting", "arm", "factor", "learning_rate", "seed", "steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A model and its optimizer.
+
+    Args:
+        rates: learning rates around the best one of dense training.
+    """
+
+    make_model: Callable[[train_gpt.GPTConfig], nn.Module]
+    make_optimizer: Callable[[nn.Module, train_gpt.TrainConfig], Any]
+    rates: tuple[float, ...]
+
+
+SETTINGS: Mapping[str, Setting] = {
+    "gpt2": Setting(
+        make_model=train_gpt.GPT, make_optimizer=train_gpt.optimizer_of, rates=(6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
+    ),
+    "modern": Setting(make_model=ModernGPT, make_optimizer=MuonAndAdamW, rates=(1.5e-3, 3e-3, 6e-3, 1.2e-2)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """How a model trains.
+
+    Args:
+        options: of the backend, but the factor; None trains in bf16 without it.
+        factors: of beta, or of the FFN's weights in a dense model.
+    """
+
+    options: Mapping[str, Any] | None = field(default_factory=dict)
+    factors: tuple[float, ...] = (1.0,)
+
+
+def _arms() -> Iterator[tuple[str, Arm]]:
+    yield DENSE, Arm(options=None, factors=(1.0, 1.25, 1.5))
+    yield "fp8", Arm(options={"sste.recipe": "fp8"})
+    yield "fp8, head", Arm(options={"sste.recipe": "fp8", "sste.head": "fp8"})
+    # The second factor keeps the norm of normal weights.
+    for recipe, factors in (("s-ste", (1.0, 1.16, 1.7, 2.3)), ("s-ste-transposable", (1.0, 1.25, 1.7, 2.3))):
+        for name, options in (
+            ("", {}),
+            (", no MVUE", {"sste.mvue": "off"}),
+            (", ffn-up", {"sste.targets": "ffn-up"}),
+            (", all", {"sste.targets": "all"}),
+            (", all, head", {"sste.targets": "all", "sste.head": "fp8"}),
+        ):
+            yield f"{recipe}{name}", Arm(options={"sste.recipe": recipe, **options}, factors=factors)
+    yield "t-sr-ste", Arm(options={"sste.recipe": "t-sr-ste"})
+
+
+ARMS: Mapping[str, Arm] = dict(_arms())
+
+
+def train_all(
+    settings: Sequence[str], arms: Sequence[str], factors: Sequence[float], rates: Sequence[float],
+    seeds: Sequence[int], at_least: int, device: str, jobs: int,
+) -> Iterator[Run]:  # fmt: skip
+    """One run for each setting, arm, factor, rate and seed, ``jobs`` at a time, each in a process of its own.
+
+    Args:
+        factors, rates: empty for those of the arms and settings.
+        at_least: tokens that each run reads.
+    """
+    tokens(recipe_runs.VOCABULARY, at_least)  # made once, for all processes
+    wanted = [
+        (setting, arm, factor, rate, seed, at_least, device)
+        for seed, setting in product(seeds, settings)
+        for rate in rates or SETTINGS[setting].rates
+        for arm in arms
+        for factor in factors or ARMS[arm].factors
+    ]
+    for run in side_by_side(train_one, wanted, jobs):
+        print(
+            "{setting}, {arm} x {factor:g}, {learning_rate:g}, seed {seed}: {validation_loss:.4f}".format(**run),
+            flush=True,
+        )
+        yield run
+
+
+def train_one(
+    setting: str, arm: str, factor: float, rate: float, seed: int, at_least: int, device: str,
+    shape: train_gpt.GPTConfig | None = None, steps: int | None = None,
+) -> Run:  # fmt: skip
+    """One run; by default of GPT-2 small's shape, and as many steps as there are tokens asked for."""
+    preset, config = train_gpt.PRESETS["gpt2-small"]
+    shape = shape or replace(preset, vocabulary=recipe_runs.VOCABULARY)
+    steps = steps or -(-at_least // (config.batch * shape.context))
+    config = replace(config, steps=steps, learning_rate=rate, seed=seed, validation_batches=64)
+    data = tokens(recipe_runs.VOCABULARY, at_least)
+    chosen = SETTINGS[setting]
+    result = train_gpt.train(
+        f"{setting}, {arm} x {factor:g}, {rate:g}, {seed}", shape, config, data, torch.device(device),
+        lambda model: compiled(model, ARMS[arm], factor), chosen.make_model, chosen.make_optimizer,
+    )  # fmt: skip
+    return {
+        "setting": setting, "arm": arm, "factor": factor, "learning_rate": rate, "seed": seed, "steps": steps,
+        "tokens_a_step": config.batch * shape.context, "text": f"{zlib.crc32(data[0].numpy()):08x}",
+        "training": asdict(config), "validation_loss": result.validation_loss, "training_loss": result.training_loss,
+    }  # fmt: skip
+
+
+def compiled(model: nn.Module, arm: Arm, factor: float) -> Callable[[Tensor, Tensor], Tensor]:
+    if arm.options is None:
+        for name, module in model.named_modules():
+            if factor != 1.0 and name.endswith(("ffn.up", "ffn.down")):
+                module.__class__ = ScaledLinear
+                module.factor = factor
+        return recipe_runs.compiled_dense(model)
+    factors = {"sste.beta": factor} if factor != 1.0 else {}
+    return recipe_runs.compiled_sste(model, {**arm.options, **factors})
+
+
+class ScaledLinear(nn.Linear):
+    """A linear that multiplies with a multiple of its weight."""
+
+    factor: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.factor, self.bias)
+
+
+def merged(old: Sequence[Run], new: Sequence[Run]) -> list[Run]:
+    """The new runs in place of old ones of the same setting, arm, factor, rate, seed and length."""
+    runs = latest(old, new, FIELDS)
+    return sorted(runs, key=lambda run: [list(SETTINGS).index(run["setting"]), run["steps"], *_order(run)])
+
+
+def _order(run: Run) -> list[Any]:
+    return [list(ARMS).index(run["arm"]), run["factor"], run["learning_rate"], run["seed"]]
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Of each arm the rate and factor of the lowest mean loss over seeds, against the best of dense training.
+
+    A best rate at the edge of those that were tried is marked: the arm may do better.
+    """
+    rows = []
+    groups = sorted({(list(SETTINGS).index(run["setting"]), run["steps"]) for run in runs})
+    for setting, steps in ((list(SETTINGS)[index], steps) for index, steps in groups):
+        of_group = [run for run in runs if (run["setting"], run["steps"]) == (setting, steps)]
+        best = {arm: _best([run for run in of_group if run["arm"] == arm]) for arm in ARMS}
+        dense = best[DENSE]
+        for arm, found in best.items():
+            if found is None:
+                continue
+            losses, factor, rate, edge = found
+            percent = 100 * (mean(losses) / mean(dense[0]) - 1) if dense else None
+            spread = stdev(losses) if len(losses) > 1 else None
+            shown = f"{rate:g}{' (edge)' if edge else ''}"
+            rows.append((setting, steps, arm, shown, factor, len(losses), mean(losses), spread, percent))
+    headers = (
+        "setting", "steps", "arm", "best rate", "factor", "seeds", "validation loss", "+-", "% over the best dense"
+    )  # fmt: skip
+    formats = ("", "", "", "", "g", "", ".4f", ".4f", "+.2f")
+    return tabulate(rows, headers=headers, floatfmt=formats, missingval="-", tablefmt="github")
+
+
+def _best(runs: Sequence[Run]) -> tuple[list[float], float, float, bool] | None:
+    """Losses, factor and rate of the lowest mean among those with the most seeds, and whether the rate is an edge."""
+    losses: dict[tuple[float, float], list[float]] = {}
+    for run in runs:
+        losses.setdefault((run["factor"], run["learning_rate"]), []).append(run["validation_loss"])
+    if not losses:
+        return None
+    most = max(map(len, losses.values()))
+    (factor, rate), found = min(
+        ((key, of_key) for key, of_key in losses.items() if len(of_key) == most), key=lambda item: mean(item[1])
+    )
+    rates = [of_factor for of_factor in losses if of_factor[0] == factor]
+    return found, factor, rate, rate in (min(rates)[1], max(rates)[1])

@@ -1,0 +1,91 @@
+"""The comparison at each arm's best learning rate: its table, its arms, and the model and optimizers of its own."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import fair_runs
+import modern_gpt
+import train_gpt
+
+from sparse_compile.options import read_options
+
+SHAPE = train_gpt.GPTConfig(layers=1, heads=1, width=64, context=16, vocabulary=64)
+
+
+def run(
+    arm: str, rate: float, loss: float, seed: int = 0, factor: float = 1.0, setting: str = "gpt2"
+) -> dict[str, Any]:
+    return {
+        "setting": setting, "arm": arm, "factor": factor, "learning_rate": rate, "seed": seed, "steps": 10,
+        "validation_loss": loss,
+    }  # fmt: skip
+
+
+def test_each_arm_is_compared_at_its_own_best() -> None:
+    dense = [run("dense", 1e-3, 2.0), run("dense", 2e-3, 1.9), run("dense", 4e-3, 2.5)]
+    dense += [run("dense", rate, loss, factor=1.5) for rate, loss in ((1e-3, 2.6), (2e-3, 2.2), (4e-3, 2.1))]
+    pruned = [run("s-ste", 1e-3, 2.4), run("s-ste", 2e-3, 2.0), run("s-ste", 4e-3, 1.938)]
+    lines = [line.split("|") for line in fair_runs.table([*pruned, *dense]).splitlines()[2:]]
+    found = {cells[3].strip(): [cell.strip() for cell in cells[4:-1]] for cells in lines}
+    assert found["dense"] == ["0.002", "1", "1", "1.9000", "-", "+0.00"]
+    assert found["s-ste"] == ["0.004 (edge)", "1", "1", "1.9380", "-", "+2.00"]
+
+
+def test_more_seeds_count_before_a_lucky_one() -> None:
+    runs = [run("dense", 2e-3, loss, seed) for seed, loss in enumerate((2.0, 2.1, 2.2))] + [run("dense", 1e-3, 1.0)]
+    (line,) = fair_runs.table(runs).splitlines()[2:]
+    assert [cell.strip() for cell in line.split("|")[6:9]] == ["3", "2.1000", "0.1000"]
+
+
+def test_a_run_takes_the_place_of_an_older_one() -> None:
+    merged = fair_runs.merged([run("s-ste", 1e-3, 3.0), run("dense", 1e-3, 2.0)], [run("s-ste", 1e-3, 2.5)])
+    assert [(each["arm"], each["validation_loss"]) for each in merged] == [("dense", 2.0), ("s-ste", 2.5)]
+
+
+def test_options_of_all_arms_are_right() -> None:
+    for arm in fair_runs.ARMS.values():
+        for factor in arm.factors:
+            if arm.options is not None:
+                beta = {"sste.beta": factor} if factor != 1.0 else {}
+                assert read_options(None, {**arm.options, **beta}).recipe.beta_factor == factor
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_a_dense_model_multiplies_with_a_multiple_of_the_ffn_s_weights(
+    monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    monkeypatch.setattr("recipe_runs.compiled_dense", lambda model: model)
+    torch.manual_seed(0)
+    plain, scaled = modern_gpt.FeedForward(SHAPE), nn.ModuleDict({"ffn": modern_gpt.FeedForward(SHAPE)})
+    scaled["ffn"].load_state_dict(plain.state_dict())
+    fair_runs.compiled(scaled, fair_runs.ARMS["dense"], factor)
+    x = torch.randn(4, 64)
+    torch.testing.assert_close(scaled["ffn"](x), factor**3 * plain(x))  # the square of a ReLU lies between them
+
+
+def test_the_modern_setting_learns() -> None:
+    """Also that output projections begin at zero, and that both optimizers follow the schedule."""
+    torch.manual_seed(0)
+    model = modern_gpt.ModernGPT(SHAPE)
+    optimizer = modern_gpt.MuonAndAdamW(model, train_gpt.TrainConfig(steps=20, batch=4, learning_rate=1e-2, seed=0))
+    tokens = torch.randint(0, 64, (4, 17))
+    losses = []
+    for _ in range(20):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(torch.log(torch.tensor(64.0)).item(), abs=1e-4), "the head begins at zero"
+    assert losses[-1] < 0.7 * losses[0]
+    rates = [group["lr"] for each in optimizer._optimizers for group in each.param_groups]
+    assert rates == pytest.approx([1e-2, 3e-2])
