@@ -2,7 +2,7 @@
 
 The interpreter must be chosen before Triton is imported, so the tests run this file as a program of its own:
 
-    TRITON_INTERPRET=1 python -m tests.interpreted_kernels {prune,prune_bf16,transposable,soft_transposable,...} [all]
+    TRITON_INTERPRET=1 python -m tests.interpreted_kernels {prune,prune_bf16,transposable,...}... [all]
 
 Without ``all`` it leaves out combinations; each value of each parameter is in one that it checks.
 
@@ -29,7 +29,7 @@ from sparse_compile.kernels.weight import fp8_tiles, groups_of_four, masked_deca
 from sparse_compile.testing import assert_same_bits, hard_groups
 from tests.gluon_interpreter import elementwise, fp8_word, interpret, prmt
 
-ALL = sys.argv[2:] == ["all"]
+ALL = sys.argv[-1] == "all"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -90,22 +90,24 @@ def round_in_torch() -> None:
     interpreter._convert_float = corrected
 
 
-def hints(scale_inv: float, turn: int) -> tuple[float, ...]:
+def hints(scale_inv: float, *turns: int) -> tuple[float, ...]:
     """What may stand in ``scale_inv`` before a call: the right value, others, and what uninitialised memory holds.
 
-    Unless all are wanted: the right one and, by turns, one of the seven others.
+    Unless all are wanted, one for each turn: the right one at even turns, at odd ones the seven others one by one.
     """
     others = (2 * scale_inv, 0.9 * scale_inv, -scale_inv, 0.0, float("nan"), float("inf"), 1e-42)
-    return scale_inv, *(others if ALL else (others[turn % len(others)],))
+    if ALL:
+        return scale_inv, *others
+    return tuple(others[turn // 2 % len(others)] if turn % 2 else scale_inv for turn in turns)
 
 
 def various_weights() -> dict[str, torch.Tensor]:
     """Of all dtypes, with tails, of any strides; with groups that tie, and without anything in them."""
+    shapes = ((16, 16), (80, 144), (128, 256))
     return {
         **{
             f"random {shape} {dtype}": torch.randn(shape).to(dtype)
-            for shape in ((16, 16), (80, 144), (128, 256))
-            for dtype in DTYPES
+            for shape, dtype in (product(shapes, DTYPES) if ALL else zip(shapes, DTYPES, strict=True))
         },
         "transposed": torch.randn(144, 80).bfloat16().t(),
         "strided": torch.randn(96, 160).bfloat16()[::2, ::2],
@@ -137,7 +139,7 @@ def check_prune() -> None:
         n, k = weight.shape
         for hard in (False, True):
             expected = reference.prune_weight(weight, beta, hard)
-            for hint in hints(float(expected[-1]), 2 * index + hard):
+            for hint in hints(float(expected[-1]), index + hard):
                 values, weight_t = poisoned_payload(*values_shape(n, k)), poisoned_payload(k, n)
                 metadata = poisoned(*metadata_shape(n, k), dtype=torch.int32)
                 scale_inv = torch.tensor([hint])
@@ -164,19 +166,19 @@ def check_transposable() -> None:
     with_nan = torch.randn(32, 48)
     with_nan[3, 4] = float("nan")
     weights = {**various_weights(), "NaN": with_nan}
-    for turn, (name, weight) in enumerate(weights.items()):
+    for index, (name, weight) in enumerate(weights.items()):
         n, k = weight.shape
         masks = reference.transposable_masks(weight)
         other = reference.transposable_masks(torch.randn(n, k))
         for search, wanted in ((True, masks), (False, other)):
             expected = reference.prune_transposable(weight, wanted)
-            for hint in hints(float(expected[-1]), 2 * turn + search)[:3]:
+            for hint in hints(float(expected[-1]), index + 7 * search)[:3]:
                 found = torch.full_like(masks, -1) if search else other.clone()
                 buffers = (*poisoned_both_ways(n, k), torch.tensor([hint]))
                 prune_fp8.launch_prune_transposable(weight, *buffers, found, search)
                 assert torch.equal(found, wanted), f"masks, {name}, search {search}"
-                for index, (actual, right) in enumerate(zip(buffers, expected, strict=True)):
-                    assert_same_bits(actual, right, f"{name}, search {search}, result {index}")
+                for result, (actual, right) in enumerate(zip(buffers, expected, strict=True)):
+                    assert_same_bits(actual, right, f"{name}, search {search}, result {result}")
 
 
 def check_soft_transposable() -> None:
@@ -185,15 +187,15 @@ def check_soft_transposable() -> None:
     with_nan, with_infinity = torch.randn(32, 48), torch.randn(32, 48)
     with_nan[3, 4], with_infinity[5, 9] = float("nan"), float("-inf")
     weights = {**various_weights(), "NaN": with_nan, "infinity": with_infinity}
-    for turn, (name, weight) in enumerate(weights.items()):
+    for index, (name, weight) in enumerate(weights.items()):
         n, k = weight.shape
         beta = torch.tensor([1.5826])
         expected = reference.prune_soft_transposable(weight, beta)
-        for hint in hints(float(expected[-1]), turn)[:3]:
+        for hint in hints(float(expected[-1]), 2 * index, 2 * index + 1)[:3]:
             buffers = (*poisoned_both_ways(n, k), torch.tensor([hint]))
             prune_fp8.launch_prune_soft_transposable(weight, beta, *buffers)
-            for index, (actual, right) in enumerate(zip(buffers, expected, strict=True)):
-                assert_same_bits(actual, right, f"{name}, result {index}")
+            for result, (actual, right) in enumerate(zip(buffers, expected, strict=True)):
+                assert_same_bits(actual, right, f"{name}, result {result}")
 
 
 def poisoned_both_ways(n: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -248,7 +250,8 @@ def check_decay() -> None:
                 factor = torch.tensor([0.37])
                 grad = torch.randn(weight.t().shape).to(dtype).t() if transposed else torch.randn_like(weight).to(dtype)
                 masks = reference.transposable_masks(weight) if weight.shape[0] % 4 == 0 else None
-                for given in {None, masks}:
+                # By turns, where not all are wanted.
+                for given in {None, masks} if ALL else {(None, masks)[(index + transposed) % 2]}:
                     mask = reference.top2_mask(weight) if given is None else reference.dense_mask(given)
                     decayed = grad.clone()
                     masked_decay.launch_add_masked_decay(decayed, weight, factor, given)
@@ -311,6 +314,8 @@ def check_mvue() -> None:
     round_in_torch()
     torch.manual_seed(0)
     shapes = ((1, 16, torch.bfloat16), (15, 80, torch.float32), (257, 144, torch.bfloat16), (256, 128, torch.float16))
+    if not ALL:  # two tiles at most, which are what takes the time
+        shapes = (shapes[0], (15, 144, torch.float32), (129, 80, torch.bfloat16), (128, 128, torch.float16))
     for approximate, stochastic, fp8 in product((False, True), (False, True), FP8_DTYPES):
         for index, (tokens, columns, dtype) in enumerate(shapes):
             # Two of the eight for each shape, so that any two of the four values meet.
@@ -338,7 +343,7 @@ def check_mvue() -> None:
 if __name__ == "__main__":
     # NaN and infinity are among the inputs.
     warnings.simplefilter("ignore", RuntimeWarning)
-    {
+    checks = {
         "prune": check_prune,
         "prune_bf16": check_prune_bf16,
         "transposable": check_transposable,
@@ -346,4 +351,6 @@ if __name__ == "__main__":
         "decay": check_decay,
         "quantize": check_quantize,
         "mvue": check_mvue,
-    }[sys.argv[1]]()
+    }
+    for name in sys.argv[1 : -1 if ALL else None]:
+        checks[name]()

@@ -73,9 +73,17 @@ def compiled_by(what, model):
     return model
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("make_copy", [copy.deepcopy, saved])
-@pytest.mark.parametrize("what", ["torch.compile", "module.compile"])
+def copies():
+    """In a night all; by day those in which any two of the values meet."""
+    for what in ("torch.compile", "module.compile"):
+        for make_copy in (copy.deepcopy, saved):
+            for when in ("before", "after"):
+                odd = (what == "torch.compile") ^ (make_copy is saved) ^ (when == "before")
+                marks = pytest.mark.nightly if odd else ()
+                yield pytest.param(what, make_copy, when, id=f"{what}-{make_copy.__name__}-{when}", marks=marks)
+
+
+@pytest.mark.parametrize(("what", "make_copy", "when"), list(copies()))
 def test_copies_train_on_their_own(x, what, make_copy, when):
     """Of the compiled model, or of the module whose forward is compiled."""
     model = FFN()

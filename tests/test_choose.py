@@ -41,12 +41,22 @@ def kernels(monkeypatch):
     monkeypatch.setattr(ops, "emulation_reason", lambda device: None)
 
 
+@pytest.fixture(scope="module")
+def traced():
+    """Models by what they were made with, and their graphs, which no pass of these tests changes."""
+    return {}
+
+
 @pytest.fixture
-def plans(trace, small_gpt, batch):
+def plans(traced, trace, small_gpt, batch):
     """Of the linears qkv, proj, up and down."""
 
-    def make(targets="ffn", **model):
-        return decide(find(Flow(trace(small_gpt(depth=1, **model), *batch))).sites, SSTE, targets, ParameterOwners())[0]
+    def make(targets="ffn", recipe=SSTE, **model):
+        key = tuple(model.items())
+        if key not in traced:
+            made = small_gpt(**model)
+            traced[key] = made, trace(made, *batch)
+        return decide(find(Flow(traced[key][1])).sites, recipe, targets, ParameterOwners())[0]
 
     return make
 
@@ -81,7 +91,7 @@ def test_the_recipe_where_it_is_fastest(kernels, plans):
 
 @pytest.mark.parametrize("recipe", [SSTE_BF16, STE_BF16], ids=lambda recipe: recipe.name)
 def test_bf16_casts_nothing(kernels, trace, small_gpt, batch, recipe):
-    graph = trace(small_gpt(depth=1), *batch)
+    graph = trace(small_gpt(), *batch)
     plans, rejections = decide(find(Flow(graph)).sites, recipe, "ffn", ParameterOwners())
     assert {r.name: r.reason for r in rejections if r.reason is not Reason.HEAD} == dict.fromkeys(
         ["blocks.0.qkv", "blocks.0.proj"], Reason.NOT_A_TARGET
@@ -90,28 +100,28 @@ def test_bf16_casts_nothing(kernels, trace, small_gpt, batch, recipe):
     assert [plan.price.rewritten for plan in kept] == [60.0 + 100.0 + 100.0 + 2.0] * 2
 
 
-def test_transposable_masks_make_dgrad_sparse(kernels, trace, small_gpt, batch):
-    plans, _ = decide(find(Flow(trace(small_gpt(depth=1), *batch))).sites, T_SR_STE, "ffn", ParameterOwners())
-    kept = {plan.site.name: plan for plan in choose(plans, clock())[0]}
+def test_transposable_masks_make_dgrad_sparse(kernels, plans):
+    planned = plans(recipe=T_SR_STE)
+    kept = {plan.site.name: plan for plan in choose(planned, clock())[0]}
     assert kept["blocks.0.up"].recipe is T_SR_STE
     assert kept["blocks.0.up"].price.rewritten == 3 * 40.0 + 10.0 + 8.0 + 2.0 + 3.0
-    slow = {plan.site.name: plan for plan in choose(plans, clock(**{"cast_mvue exact nearest": 100.0}))[0]}
+    slow = {plan.site.name: plan for plan in choose(planned, clock(**{"cast_mvue exact nearest": 100.0}))[0]}
     assert (slow["blocks.0.up"].recipe.dgrad, slow["blocks.0.up"].recipe.wgrad) == (Gemm.SPARSE24, Gemm.FP8)
 
 
-def test_a_sampled_dgrad_pays_for_its_cast(kernels, trace, small_gpt, batch):
+def test_a_sampled_dgrad_pays_for_its_cast(kernels, plans):
     sampled = SSTE.with_sampled_dgrad()
-    plans, _ = decide(find(Flow(trace(small_gpt(depth=1), *batch))).sites, sampled, "ffn", ParameterOwners())
-    kept = {plan.site.name: plan for plan in choose(plans, clock())[0]}
+    planned = plans(recipe=sampled)
+    kept = {plan.site.name: plan for plan in choose(planned, clock())[0]}
     assert kept["blocks.0.up"].recipe is sampled
     assert kept["blocks.0.up"].price.rewritten == 3 * 40.0 + 10.0 + 10.0 + 8.0 + 2.0
     # A copy of grad_output at 2 units an element and byte: it is read in fp32 and written, transposed, in fp32.
-    slower = {plan.site.name: plan for plan in choose(plans, clock(copy=1.0, dense_fprop=1000.0))[0]}
+    slower = {plan.site.name: plan for plan in choose(planned, clock(copy=1.0, dense_fprop=1000.0))[0]}
     up, tokens = slower["blocks.0.up"].site, 64
     byte = 1.0 / (2 * 4 * tokens * up.out_features)
     fused = tokens * (up.in_features + up.out_features + 2 * up.in_features + 8 * up.out_features) * byte
     assert slower["blocks.0.up"].price.rewritten == pytest.approx(150.0 + fused)
-    dense = {p.site.name: p for p in choose(plans, clock(**{"cast_mvue for dgrad exact nearest": 31.0}))[0]}
+    dense = {p.site.name: p for p in choose(planned, clock(**{"cast_mvue for dgrad exact nearest": 31.0}))[0]}
     recipe = dense["blocks.0.up"].recipe
     assert (recipe.dgrad, recipe.wgrad, recipe.estimator) == (Gemm.FP8, Gemm.SPARSE24, SSTE.estimator)
 
@@ -231,7 +241,7 @@ def test_processes_choose_the_same(kernels, trace, small_gpt, batch):
     store = torch.distributed.HashStore()
 
     def plans(ids):
-        sites = find(Flow(trace(small_gpt(depth=1), *ids))).sites
+        sites = find(Flow(trace(small_gpt(), *ids))).sites
         return decide(sites, SSTE, "ffn", ParameterOwners())[0]
 
     fast, slow = clock(dense_wgrad=30.0), clock(dense_fprop=1.0, dense_dgrad=1.0, dense_wgrad=1.0)

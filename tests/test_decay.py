@@ -130,8 +130,15 @@ def assert_weights(model, expected):
         torch.testing.assert_close(actual.data, wanted)
 
 
-@pytest.mark.parametrize("microbatches", [1, 3])
-@pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "Conv1D"])
+@pytest.mark.parametrize(
+    ("transposed", "microbatches"),
+    [
+        pytest.param(False, 1, id="Linear"),
+        pytest.param(True, 3, id="Conv1D, accumulated"),
+        pytest.param(False, 3, id="Linear, accumulated", marks=pytest.mark.nightly),
+        pytest.param(True, 1, id="Conv1D", marks=pytest.mark.nightly),
+    ],
+)
 def test_once_per_step_whatever_is_accumulated(conv1d, microbatches, transposed):
     model = FFN(conv1d) if transposed else FFN()
     expected = expected_weights(model, 0.1, microbatches)
@@ -184,8 +191,15 @@ def test_a_closure_computes_the_gradients_first(named):
     assert_weights(model, expected)
 
 
-@pytest.mark.parametrize("unscale", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("fused", "unscale"),
+    [
+        (True, False),
+        (False, True),
+        pytest.param(False, False, marks=pytest.mark.nightly),
+        pytest.param(True, True, marks=pytest.mark.nightly),
+    ],
+)
 def test_gradient_scalers_do_not_change_it(fused, unscale):
     """Also where a fused optimizer unscales by itself."""
     model = FFN()

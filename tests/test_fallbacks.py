@@ -13,13 +13,20 @@ from sparse_compile.reporting.report import Report
 from sparse_compile.torch_internals.dynamo import RecompileLimit
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always", "sste.recipe": "fp8"}
-ADVICE = "recompile limit 8; say dynamic=True or raise it"
+LIMIT = 3
+ADVICE = f"recompile limit {LIMIT}; say dynamic=True or raise it"
 
 
 @pytest.fixture(autouse=True)
 def nothing_reached_so_far():
     watch_fallbacks()._limits.clear()
     gc.collect()  # modules of other tests, which count as long as they are alive
+
+
+@pytest.fixture
+def low_limit():
+    with torch._dynamo.config.patch(recompile_limit=LIMIT):
+        yield
 
 
 class Block(nn.Module):
@@ -58,31 +65,33 @@ def train(model, call=None, steps=2, tokens=(8,), optimizer=torch.optim.SGD, **z
     return sparse_compile.report().fallbacks
 
 
+@pytest.mark.usefixtures("low_limit")
 @pytest.mark.parametrize(
     "compile_block", [lambda block: block.compile, lambda block: None], ids=["in place", "wrapped"]
 )
 def test_blocks_beyond_the_recompile_limit(compile_block):
-    blocks = [Block(str(index)) for index in range(12)]
+    blocks = [Block(str(index)) for index in range(5)]
     if compile_block(blocks[0]) is None:
         blocks = [torch.compile(block, backend="sste", options=OPTIONS) for block in blocks]
     else:
         for block in blocks:
             block.compile(backend="sste", options=OPTIONS)
-    expected = f"4 of 12 compiled modules of class Block fell back to eager: {ADVICE}"
+    expected = f"2 of 5 compiled modules of class Block fell back to eager: {ADVICE}"
     assert train(Blocks(blocks)) == [expected]
     report = sparse_compile.report()
     assert str(report).endswith(expected)
     assert Report.from_json(report.to_json()).fallbacks == [expected]
 
 
+@pytest.mark.usefixtures("low_limit")
 def test_a_model_whose_shapes_vary():
     model = Block()
     call = torch.compile(model, backend="sste", options=OPTIONS, dynamic=False)
-    lengths = range(8, 26)
-    (line,) = train(model, call, steps=9, tokens=lengths)
+    lengths = range(8, 8 + LIMIT + 5)
+    (line,) = train(model, call, steps=LIMIT + 1, tokens=lengths)
     assert "test_fallbacks.py" in line
     assert line.endswith(f"has reached {ADVICE.replace(';', ': calls that fit none of its graphs run eagerly;')}")
-    assert train(model, call, steps=2, tokens=lengths[9:]) == [
+    assert train(model, call, steps=2, tokens=lengths[LIMIT + 1 :]) == [
         f"1 of 1 compiled modules of class Block fell back to eager: {ADVICE}"
     ]
     # With a graph again there is nothing to tell but the limit.
@@ -99,7 +108,16 @@ def test_parts_that_are_disabled():
     assert train(model, call) == [f"{name} of Blocks runs eagerly, {why}" for name in ("blocks.*.down (2)", "head")]
 
 
-@pytest.mark.parametrize("named", [{}, {"set_to_none": False}, {"many": True}], ids=str)
+@pytest.mark.parametrize(
+    "named",
+    [
+        {},
+        {"set_to_none": False, "many": True},
+        pytest.param({"set_to_none": False}, marks=pytest.mark.nightly),
+        pytest.param({"many": True}, marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
 def test_nothing_is_told_where_all_is_in_graphs(named):
     """With a head that nobody compiled, graph breaks between linears, and several optimizers that step in turns."""
     model = Blocks([Block(), Block()])

@@ -1,15 +1,15 @@
 """finalize: weights become their own projections; what holds exactly, what to rounding, and what is refused."""
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import sparse_compile
 import warm
@@ -19,6 +19,29 @@ from sparse_compile.weights.pattern_24 import is_24, share_of_groups
 from sparse_compile.weights.registry import find_record
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
+
+
+class Residual(nn.Module):
+    """An FFN beside its input, and the loss if targets are given."""
+
+    def __init__(self, layer: Any = nn.Linear) -> None:
+        super().__init__()
+        self.up, self.down = layer(64, 128), layer(128, 64)
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        out = x + self.down(F.gelu(self.up(x)))
+        return out if targets is None else F.mse_loss(out, targets)
+
+
+PRUNED = ["up.weight", "down.weight"]
+
+
+@pytest.fixture
+def examples() -> tuple[Tensor, Tensor]:
+    """Inputs and targets, ``[2, 32, 64]``."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 32, 64, generator=generator)
+    return x, x.roll(1, -1)
 
 
 def train(model: Any, optimizer: torch.optim.Optimizer, batch: Any, steps: int = 3) -> list[float]:
@@ -45,32 +68,36 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def trained(small_gpt, batch):
+def trained(examples):
     """A model, its compiled form and its optimizer after three steps."""
-    model = small_gpt(depth=1)
+    model = Residual()
     optimizer = optimizer_of(model)
     call = compiled(model)
-    train(call, optimizer, batch)
+    train(call, optimizer, examples)
     return model, call, optimizer
 
 
-PRUNED = ["blocks.0.up.weight", "blocks.0.down.weight"]
-
-
 @pytest.mark.parametrize(
-    ("dtype", "stored", "tied"),
-    [(torch.float32, "linear", False), (torch.bfloat16, "linear", True), (torch.float32, "conv1d", True)],
+    ("kind", "dtype", "stored"),
+    [
+        ("FFN", torch.float32, "linear"),
+        ("FFN", torch.float32, "conv1d"),
+        ("tied GPT", torch.bfloat16, "linear"),
+        pytest.param("tied GPT", torch.float32, "conv1d", marks=pytest.mark.nightly),
+    ],
 )
-def test_the_weights_are_those_that_training_used(small_gpt, conv1d, batch, dtype, stored, tied) -> None:
+def test_the_weights_are_those_that_training_used(small_gpt, conv1d, examples, batch, kind, dtype, stored) -> None:
     """To the bit: beta * S(W), in the weight's dtype.  To e4m3's rounding: what the GEMMs of training read."""
-    model = small_gpt(conv1d if stored == "conv1d" else nn.Linear, depth=1, tied=tied).to(dtype)
+    layer = conv1d if stored == "conv1d" else nn.Linear
+    model, given = (Residual(layer), examples) if kind == "FFN" else (small_gpt(layer, tied=True).to(dtype), batch)
     call = compiled(model)
-    train(call, optimizer_of(model), batch)
+    train(call, optimizer_of(model), given)
     with torch.no_grad():
-        call(*batch)
+        call(*given)
     before, betas = weights_of(model), sparse_compile.beta(model)
     operands = {name: states(model.get_parameter(name)) for name in betas}
-    assert sparse_compile.finalize(call) == list(betas) == PRUNED
+    expected_names = PRUNED if kind == "FFN" else [f"blocks.0.{name}" for name in PRUNED]
+    assert sparse_compile.finalize(call) == list(betas) == expected_names
     after = weights_of(model)
     for name, weight in after.items():
         if name not in betas:
@@ -94,15 +121,15 @@ def states(weight: nn.Parameter) -> list[torch.Tensor]:
     return [operand.clone() for operand in only.operands]
 
 
-def test_the_plain_model_computes_what_training_computed(trained, batch) -> None:
+def test_the_plain_model_computes_what_training_computed(trained, examples) -> None:
     """To FP8's rounding of activations and weights, where the trained weights as they are would not."""
     model, call, _ = trained
     with torch.no_grad():
-        expected = call(batch[0])
-        dense = model(batch[0])
+        expected = call(examples[0])
+        dense = model(examples[0])
         sparse_compile.finalize(model)
-        plain = model(batch[0])
-        again = call(batch[0])
+        plain = model(examples[0])
+        again = call(examples[0])
 
     def error(actual: torch.Tensor) -> float:
         return float((actual - expected).norm() / expected.norm())
@@ -119,7 +146,8 @@ def test_s_of_a_24_weight_is_the_weight_and_beta_is_one() -> None:
     assert reference.sste_beta(weight) == 1.0
 
 
-def test_a_second_call_changes_nothing(trained, batch) -> None:
+def test_a_second_call_changes_nothing(trained, examples) -> None:
+    """Nor one after the weights changed, if they are 2:4 still."""
     model, call, _ = trained
     names = sparse_compile.finalize(model)
     assert sparse_compile.beta(model) == dict.fromkeys(names, 1.0)
@@ -127,22 +155,26 @@ def test_a_second_call_changes_nothing(trained, batch) -> None:
     versions = [parameter._version for parameter in model.parameters()]
     assert sparse_compile.finalize(model) == names
     with torch.no_grad():
-        call(*batch)
-    call(*batch)  # which records gradients, but nothing steps
+        call(*examples)
+    call(*examples)  # which records gradients, but nothing steps
     assert sparse_compile.finalize(model) == names
     assert [parameter._version for parameter in model.parameters()] == versions
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+    with torch.no_grad():
+        model.up.weight.mul_(2.0)
+    assert sparse_compile.finalize(model) == names
+    assert torch.equal(model.up.weight, 2.0 * before["up.weight"])
 
 
-def test_weights_that_changed_without_the_backend_are_refused(trained, batch) -> None:
+def test_weights_that_changed_without_the_backend_are_refused(trained, examples) -> None:
     model, call, _ = trained
     sparse_compile.finalize(model)
-    train(model, optimizer_of(model), batch, steps=1)  # dense
+    train(model, optimizer_of(model), examples, steps=1)  # dense
     before = weights_of(model)
-    with pytest.raises(ValueError, match=r"'blocks.0.up.weight' was finalized, then changed without the backend"):
+    with pytest.raises(ValueError, match=r"'up.weight' was finalized, then changed without the backend"):
         sparse_compile.finalize(model)
     with torch.no_grad():
-        call(*batch)
+        call(*examples)
     with pytest.raises(ValueError, match="changed without the backend"):
         sparse_compile.finalize(model)
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
@@ -150,47 +182,37 @@ def test_weights_that_changed_without_the_backend_are_refused(trained, batch) ->
     assert sparse_compile.finalize(model) == PRUNED, "as the error says"
 
 
-def test_weights_that_changed_and_are_24_still_are_fine(trained) -> None:
-    model, _, _ = trained
-    sparse_compile.finalize(model)
-    with torch.no_grad():
-        model.blocks[0].up.weight.mul_(2.0)
-    before = model.blocks[0].up.weight.clone()
-    assert sparse_compile.finalize(model) == PRUNED
-    assert torch.equal(model.blocks[0].up.weight, before)
-
-
-def test_training_goes_on(trained, batch) -> None:
+def test_training_goes_on(trained, examples) -> None:
     """With beta = 1 from the loss where it was; off the pattern in the weights, on it in what is multiplied."""
     model, call, optimizer = trained
     with torch.no_grad():
-        before = float(call(*batch))
+        before = float(call(*examples))
     sparse_compile.finalize(model)
-    losses = train(call, optimizer, batch, steps=8)
+    losses = train(call, optimizer, examples, steps=8)
     assert losses[0] == pytest.approx(before, rel=2e-3)
     assert losses[-1] < losses[0]
     assert sparse_compile.beta(model) == dict.fromkeys(PRUNED, 1.0), "frozen"
     assert optimizer.state_dict()["state"][list(dict(model.named_parameters())).index(PRUNED[0])]["sste_beta"] == 1.0
-    weight = model.blocks[0].up.weight
+    weight = model.up.weight
     assert share_of_groups(weight, 1) < 0.1, "gradients are straight through"
     with torch.no_grad():
-        expected = call(batch[0])
+        expected = call(examples[0])
         assert sparse_compile.finalize(model) == PRUNED
-        assert (model(batch[0]) - expected).norm() < 0.03 * expected.norm()
+        assert (model(examples[0]) - expected).norm() < 0.03 * expected.norm()
     assert is_24(weight, 1)
 
 
 @pytest.mark.parametrize("finalized", [True, False], ids=["finalized", "dense"])
-def test_training_from_a_checkpoint_computes_beta_anew(trained, batch, finalized: bool) -> None:
+def test_training_from_a_checkpoint_computes_beta_anew(trained, examples, finalized: bool) -> None:
     """Without an optimizer's state: of a finalized model beta is 1 and the loss goes on; of a dense one it is new."""
     model, call, _ = trained
     if finalized:
         sparse_compile.finalize(model)
-    with torch.no_grad():
-        before = float(call(*batch))
+        with torch.no_grad():
+            before = float(call(*examples))
     loaded = copy.deepcopy(model)
     expected = {name: reference.sste_beta(loaded.get_parameter(name)) for name in PRUNED}
-    first, *_, last = train(compiled(loaded), optimizer_of(loaded), batch)
+    first, *_, last = train(compiled(loaded), optimizer_of(loaded), examples)
     assert sparse_compile.beta(loaded) == expected
     assert last < first
     if finalized:
@@ -200,12 +222,12 @@ def test_training_from_a_checkpoint_computes_beta_anew(trained, batch, finalized
         assert min(expected.values()) > 1.2
 
 
-def test_a_copy_with_its_scales_and_a_model_with_its_optimizer(trained, small_gpt) -> None:
+def test_a_copy_with_its_scales_and_a_model_with_its_optimizer(trained) -> None:
     """What was never called in this process: averages, and checkpoints of a run."""
     model, _, optimizer = trained
     average = torch.optim.swa_utils.AveragedModel(model)
     sparse_compile.set_beta(average, sparse_compile.beta(model))
-    resumed = small_gpt(depth=1)
+    resumed = Residual()
     resumed.load_state_dict(model.state_dict())
     with pytest.raises(ValueError, match="no weight of this model was trained pruned"):
         sparse_compile.finalize(resumed)
@@ -219,121 +241,99 @@ def test_a_copy_with_its_scales_and_a_model_with_its_optimizer(trained, small_gp
         assert torch.equal(average.module.get_parameter(name), weight)
 
 
-def test_an_optimizer_from_before_beside_weights_from_after_is_an_error(trained, small_gpt, batch) -> None:
+def test_an_optimizer_from_before_beside_weights_from_after_is_an_error(trained, examples) -> None:
     model, _, optimizer = trained
     before = copy.deepcopy(optimizer.state_dict())
     sparse_compile.finalize(model)
     for saved, fits in ((before, False), (optimizer.state_dict(), True)):
         torch._dynamo.reset()
-        resumed = small_gpt(depth=1)
+        resumed = Residual()
         resumed.load_state_dict(model.state_dict())
         again = optimizer_of(resumed)
         again.load_state_dict(saved)
         if fits:
-            compiled(resumed)(*batch)
+            compiled(resumed)(*examples)
             assert sparse_compile.beta(resumed) == dict.fromkeys(PRUNED, 1.0)
         else:
-            with pytest.raises(ValueError, match=r"'blocks.0.up' is 2:4 already, .* the weight was saved after finali"):
-                compiled(resumed)(*batch)
+            with pytest.raises(ValueError, match=r"'up' is 2:4 already, .* the weight was saved after finali"):
+                compiled(resumed)(*examples)
 
 
-def test_a_copy_whose_layout_nothing_tells(small_gpt, conv1d, batch) -> None:
-    model = small_gpt(conv1d, depth=1)
-    train(compiled(model), optimizer_of(model), batch, steps=1)
+def test_a_copy_whose_layout_nothing_tells(conv1d, examples) -> None:
+    model = Residual(conv1d)
+    train(compiled(model), optimizer_of(model), examples, steps=1)
     average = copy.deepcopy(model)
     sparse_compile.set_beta(average, sparse_compile.beta(model))
-    with pytest.raises(ValueError, match=r"which dimension 'blocks.0.up.weight' of a Conv1D is pruned; call the comp"):
+    with pytest.raises(ValueError, match=r"which dimension 'up.weight' of a Conv1D is pruned; call the comp"):
         sparse_compile.finalize(average)
     with torch.no_grad():
-        compiled(average)(*batch)
+        compiled(average)(*examples)
     sparse_compile.finalize(average)
     sparse_compile.finalize(model)
-    assert torch.equal(average.blocks[0].up.weight, model.blocks[0].up.weight)
+    assert torch.equal(average.up.weight, model.up.weight)
 
 
-def test_a_weight_that_is_projected_to_zero_becomes_zero(small_gpt, batch) -> None:
-    model = small_gpt(depth=1)
+def test_a_weight_that_is_projected_to_zero_becomes_zero(examples) -> None:
+    model = Residual()
     with torch.no_grad():
-        model.blocks[0].down.weight.fill_(0.01)
+        model.down.weight.fill_(0.01)
     with torch.no_grad():
-        compiled(model)(*batch)
+        compiled(model)(*examples)
     assert sparse_compile.finalize(model) == PRUNED
-    assert not model.blocks[0].down.weight.any()
+    assert not model.down.weight.any()
 
 
-def test_models_of_the_dense_recipe_are_refused(small_gpt, batch) -> None:
-    model = small_gpt(depth=1)
-    train(compiled(model, **{"sste.recipe": "fp8"}), optimizer_of(model), batch, steps=1)
+def test_of_several_compilations_the_latest_training_counts(examples) -> None:
+    """One in the dense recipe prunes nothing; as an evaluation, it does not hide that the model was trained pruned."""
+    model = Residual()
+    train(compiled(model, **{"sste.recipe": "fp8"}), optimizer_of(model), examples, steps=1)
     with pytest.raises(ValueError, match="no weight of this model was trained pruned"):
         sparse_compile.finalize(model)
-
-
-def test_of_several_compilations_the_latest_training_counts(small_gpt, batch) -> None:
-    model = small_gpt(depth=1)
-    train(compiled(model), optimizer_of(model), batch)
+    torch._dynamo.reset()
+    train(compiled(model), optimizer_of(model), examples)
     torch._dynamo.reset()
     with torch.no_grad():
-        compiled(model, **{"sste.recipe": "fp8"})(*batch)
+        compiled(model, **{"sste.recipe": "fp8"})(*examples)
     assert sparse_compile.finalize(model) == PRUNED
 
 
 def test_an_error_leaves_all_weights_as_they_were(trained) -> None:
+    """Of weights that are shared since training, or of values that are no numbers."""
     model, _, _ = trained
-    model.blocks[0].down.weight.data[3, 5] = float("nan")
     before = weights_of(model)
-    with pytest.raises(ValueError, match=r"'blocks.0.down.weight' to torch.float32 holds NaN or infinite"):
+    model.other = nn.Linear(64, 128)
+    model.other.weight = model.up.weight
+    with pytest.raises(ValueError, match=r"'up.weight' was trained pruned and is now shared with 'other.weig"):
         sparse_compile.finalize(model)
-    assert torch.equal(model.blocks[0].up.weight, before["blocks.0.up.weight"])
+    del model.other
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+    model.down.weight.data[3, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"'down.weight' to torch.float32 holds NaN or infinite"):
+        sparse_compile.finalize(model)
+    assert torch.equal(model.up.weight, before["up.weight"])
 
 
-def test_a_projection_beyond_fp16_is_refused(small_gpt, batch) -> None:
-    model = small_gpt(depth=1)
-    compiled(model)(*batch)
+def test_a_projection_beyond_fp16_is_refused(examples) -> None:
+    model = Residual()
+    compiled(model)(*examples)
     model.half()
     sparse_compile.set_beta(model, {PRUNED[0]: E4M3_MAX * 2**20})
-    with pytest.raises(ValueError, match=r"'blocks.0.up.weight' to torch.float16 holds NaN or infinite"):
+    with pytest.raises(ValueError, match=r"'up.weight' to torch.float16 holds NaN or infinite"):
         sparse_compile.finalize(model)
 
 
-def test_weights_that_are_shared_afterwards_are_refused(trained) -> None:
-    model, _, _ = trained
-    model.other = nn.Linear(64, 256)
-    model.other.weight = model.blocks[0].up.weight
-    with pytest.raises(ValueError, match=r"'blocks.0.up.weight' was trained pruned and is now shared with 'other.weig"):
-        sparse_compile.finalize(model)
-
-
-SHARDED = """
-import sys, torch, torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-import sparse_compile
-from conftest import SmallGPT
-
-dist.init_process_group("gloo")
-mesh = dist.init_device_mesh("cpu", (1,))
-model = SmallGPT(depth=1)
-model.blocks[0].compile(backend="sste", options={"sste.executor": "eager", "sste.when": "always"})
-fully_shard(model.blocks[0], mesh=mesh)
-fully_shard(model, mesh=mesh)
-ids = torch.randint(0, 128, (2, 33))
-model(ids[:, :-1], ids[:, 1:]).backward()
-assert sparse_compile.beta(model)
-try:
-    sparse_compile.finalize(model)
-except ValueError as error:
-    print(error)
-dist.destroy_process_group()
-"""
-
-
-def test_sharded_weights_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "sharded.py").write_text(SHARDED)
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "sharded.py"]
-    environment = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "'blocks.0.up.weight' is a DTensor; only a weight that is whole can be finalized" in done.stdout
+def test_sharded_weights_are_refused() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = Residual()
+        call = compiled(model)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        call(torch.randn(2, 32, 64)).sum().backward()
+        assert sparse_compile.beta(model)
+        with pytest.raises(ValueError, match=r"'up.weight' is a DTensor; only a weight that is whole can be finalized"):
+            sparse_compile.finalize(model)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def tiny(architecture: str) -> Any:
@@ -351,8 +351,16 @@ def tiny(architecture: str) -> Any:
     return transformers.GPT2LMHeadModel(config)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        pytest.param("gpt2", torch.float32, marks=pytest.mark.nightly),
+        ("gpt2", torch.bfloat16),
+        ("llama", torch.float32),
+        pytest.param("llama", torch.bfloat16, marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
 def test_models_of_transformers_are_saved_and_loaded(tmp_path: Path, batch, architecture: str, dtype) -> None:
     model = tiny(architecture).to(dtype)
     model.compile(backend="sste", options=OPTIONS)
@@ -370,20 +378,20 @@ def test_models_of_transformers_are_saved_and_loaded(tmp_path: Path, batch, arch
     assert all(torch.equal(weight, loaded.get_parameter(name)) for name, weight in weights_of(model).items())
     for name in names:
         assert is_24(loaded.get_parameter(name), 0 if architecture == "gpt2" else 1)
-    with torch.no_grad():
-        plain, expected = loaded(input_ids=ids).logits, model(input_ids=ids).logits
-        assert (plain - expected).norm() < 0.03 * expected.norm()
+    # With labels, as that is compiled by now.
+    plain, expected = (each(input_ids=ids, labels=ids).logits.detach() for each in (loaded, model))
+    assert (plain - expected).norm() < 0.03 * expected.norm()
     globs = [f"--weights={name}" for name in names]
     done = warm.python("-m", "sparse_compile", "check", tmp_path, *globs)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_safetensors_files(tmp_path: Path, trained, small_gpt, batch) -> None:
+def test_safetensors_files(tmp_path: Path, trained, examples) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     model, _, _ = trained
     sparse_compile.finalize(model)
     safetensors.save_model(model, str(tmp_path / "model.safetensors"))
-    loaded = small_gpt(depth=1)
+    loaded = Residual()
     safetensors.load_model(loaded, str(tmp_path / "model.safetensors"))
     with torch.no_grad():
-        assert torch.equal(loaded(*batch), model(*batch))
+        assert torch.equal(loaded(*examples), model(*examples))

@@ -6,11 +6,13 @@ every step and fall as far, and not be equal from the first one on: equal losses
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparse_compile
@@ -23,10 +25,31 @@ OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 # At losses of 4 to 5, which fall by 0.4 to 1.2.
 BAND = 0.2
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-FFN = {"blocks.0.up", "blocks.0.down"}
-ATTENTION = {"blocks.0.qkv", "blocks.0.proj"}
+GPT = {"s-ste": {"blocks.0.up", "blocks.0.down"}, "fp8": {"blocks.0.qkv", "blocks.0.proj"}, "dense": {"head"}}
+SMALLEST = {"s-ste": {"up", "down"}, "fp8": {"mix"}, "dense": {"head"}}
 
 Way = Callable[[nn.Module], Any]
+
+
+class Smallest(nn.Module):
+    """A linear of each decision, and no attention: each token follows from the one before.  It compiles soon."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.mix = nn.Embedding(128, 64), nn.Linear(64, 64)
+        self.up, self.down, self.head = nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(64, 128, bias=False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        x = F.layer_norm(x + self.mix(x), (64,))
+        x = F.layer_norm(x + self.down(F.gelu(self.up(x))), (64,))
+        return F.cross_entropy(self.head(x).float().flatten(0, 1), labels.flatten())
+
+
+@pytest.fixture
+def chosen(small_gpt: type[nn.Module], device: str) -> tuple[Callable[[], nn.Module], dict[str, set[str]]]:
+    """What makes the model of a device, and how its linears are decided."""
+    return (small_gpt, GPT) if device == "cuda" else (Smallest, SMALLEST)
 
 
 @pytest.fixture(autouse=True)
@@ -85,15 +108,22 @@ def tokens(count: int, length: int = 33) -> Tensor:
 # --- nanoGPT's loop ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("dtype", "device"),
+    [
+        pytest.param(torch.float16, "cpu", id="fp16-cpu"),
+        pytest.param(torch.bfloat16, "cpu", id="bf16-cpu", marks=pytest.mark.nightly),
+        pytest.param(torch.float16, "cuda", id="fp16-cuda", marks=pytest.mark.gpu),
+        pytest.param(torch.bfloat16, "cuda", id="bf16-cuda", marks=pytest.mark.gpu),
+    ],
+)
 def test_a_loop_as_nanogpt_s(small_gpt: type[nn.Module], device: str, dtype: torch.dtype) -> None:
     """Autocast, a gradient scaler, accumulation over microbatches, clipping, warm-up and cosine decay, evaluation."""
     batches = tokens(4 * 12).to(device).split(4)
 
     def train(way: Way) -> tuple[list[float], float]:
         torch.manual_seed(0)
-        model: Any = small_gpt(depth=1).to(device)
+        model: Any = small_gpt().to(device)
         way(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -124,10 +154,17 @@ def test_a_loop_as_nanogpt_s(small_gpt: type[nn.Module], device: str, dtype: tor
     losses, sparse_validation = train(in_place)
     assert_close_but_not_equal(losses, expected)
     assert abs(sparse_validation - validation) < BAND
-    assert decisions() == {"s-ste": FFN, "fp8": ATTENTION, "dense": {"head"}}
+    assert decisions() == GPT
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
+
+
+class SmallestForTrainer(Smallest):
+    """With the loss where the trainer looks for it, and its targets, as transformers' models have them."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"loss": super().forward(input_ids[:, :-1].contiguous(), labels[:, 1:].contiguous())}
 
 
 def hugging_face_trainer(folder: Path, device: str, way: Way, architecture: str, **arguments: Any) -> Any:
@@ -140,6 +177,8 @@ def hugging_face_trainer(folder: Path, device: str, way: Way, architecture: str,
             num_key_value_heads=2, max_position_embeddings=64,
         )  # fmt: skip
         model = transformers.LlamaForCausalLM(config)
+    elif architecture == "smallest":
+        model = SmallestForTrainer()
     else:
         config = transformers.GPT2Config(
             vocab_size=128, n_embd=64, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0,
@@ -194,16 +233,25 @@ def test_hugging_face_trainer(
     assert decisions() == expected
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_hugging_face_trainer_resumes(tmp_path: Path, device: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "expected", "device"),
+    [
+        pytest.param("smallest", SMALLEST, "cpu", id="smallest-cpu"),
+        pytest.param("llama", LLAMA, "cpu", id="llama-cpu", marks=pytest.mark.nightly),
+        pytest.param("llama", LLAMA, "cuda", id="llama-cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_hugging_face_trainer_resumes(
+    tmp_path: Path, architecture: str, expected: dict[str, set[str]], device: str
+) -> None:
     """With Module.compile, which needs neither launcher nor argument."""
-    without = hugging_face_losses(hugging_face_trainer(tmp_path, device, dense, "llama", bf16=True))
-    trainer = hugging_face_trainer(tmp_path, device, in_place, "llama", bf16=True, save_strategy="steps", save_steps=3)
-    losses = hugging_face_losses(trainer)
+    make = partial(hugging_face_trainer, tmp_path, device, architecture=architecture, bf16=True)
+    without = hugging_face_losses(make(dense))
+    losses = hugging_face_losses(make(in_place, save_strategy="steps", save_steps=3))
     assert_close_but_not_equal(losses, without)
-    assert decisions() == LLAMA
+    assert decisions() == expected
     torch.compiler.reset()
-    resumed = hugging_face_trainer(tmp_path, device, in_place, "llama", bf16=True)
+    resumed = make(in_place)
     assert hugging_face_losses(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-3")) == losses
 
 
@@ -212,8 +260,9 @@ def test_hugging_face_trainer_resumes(tmp_path: Path, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("way", ["Module.compile", "--auto", "dynamo_backend"])
-def test_accelerate(small_gpt: type[nn.Module], tmp_path: Path, device: str, way: str) -> None:
+def test_accelerate(chosen: Any, tmp_path: Path, device: str, way: str) -> None:
     """Mixed precision, for which Accelerate replaces ``model.forward``, accumulation and clipping; and resuming."""
+    make, expected = chosen
     accelerate = library("accelerate")
 
     def train(way: str, *, resume: bool = False) -> list[float]:
@@ -223,7 +272,7 @@ def test_accelerate(small_gpt: type[nn.Module], tmp_path: Path, device: str, way
             cpu=device == "cpu", mixed_precision="bf16", gradient_accumulation_steps=2, **named
         )
         torch.manual_seed(0)
-        model: Any = small_gpt(depth=1)
+        model: Any = make()
         {"Module.compile": in_place, "--auto": automatic}.get(way, dense)(model)
         model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
         if resume:
@@ -252,7 +301,7 @@ def test_accelerate(small_gpt: type[nn.Module], tmp_path: Path, device: str, way
         route()
     losses = train(way)
     assert_close_but_not_equal(losses, without)
-    assert decisions() == {"s-ste": FFN, "fp8": ATTENTION, "dense": {"head"}}
+    assert decisions() == expected
     if way == "Module.compile":
         torch.compiler.reset()
         assert train(way, resume=True) == losses[6:]
@@ -263,14 +312,15 @@ def test_accelerate(small_gpt: type[nn.Module], tmp_path: Path, device: str, way
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("way", [in_place, automatic], ids=["Module.compile", "--auto"])
-def test_lightning(small_gpt: type[nn.Module], tmp_path: Path, device: str, way: Way) -> None:
+def test_lightning(chosen: Any, tmp_path: Path, device: str, way: Way) -> None:
     """Evaluation comes first, as Lightning's sanity check; then training, clipping, and resuming from a checkpoint."""
+    make, expected = chosen
     lightning = library("lightning")
 
     class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self.model, self.losses = small_gpt(depth=1), []
+            self.model, self.losses = make(), []
 
         def on_train_batch_start(self, batch: Tensor, number: int) -> None:
             torch.manual_seed(self.global_step)  # Lightning's checkpoints do not hold the state of the generators
@@ -307,7 +357,7 @@ def test_lightning(small_gpt: type[nn.Module], tmp_path: Path, device: str, way:
         file.unlink()
     losses = train(way)
     assert_close_but_not_equal(losses, without)
-    assert decisions() == {"s-ste": FFN, "fp8": ATTENTION, "dense": {"head"}}
+    assert decisions() == expected
     if way is in_place:
         assert train(way, tmp_path / "epoch=0.ckpt") == losses[4:]
 

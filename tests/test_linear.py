@@ -132,21 +132,24 @@ def test_pruned_is_exact_on_small_integers_but_for_the_sampling(recipe):
     assert error.norm() < 1.5 * (grad_output.t() @ x).norm()
 
 
+def weight_gradients(x, weight, grad_output, recipe, seeds=20, copies=20):
+    """``[seeds * copies, *weight.shape]``: out_features that are alike have samples of their own, as seeds have."""
+    repeated, grads = weight.repeat(copies, 1), []
+    operands = operands_of(repeated, recipe)
+    for seed in range(seeds):
+        parameter = repeated.clone().requires_grad_()
+        arguments = (torch.tensor([seed]), LinearSpec(recipe.full_name, 0, False, torch.float32), operands)
+        linear(x, parameter, None, *arguments).backward(grad_output.repeat(1, copies))
+        grads.append(parameter.grad)
+    return torch.cat(grads).reshape(seeds * copies, *weight.shape)
+
+
 @pytest.mark.parametrize("recipe", [SSTE, SSTE_APPROXIMATE], ids=lambda recipe: recipe.full_name)
 def test_weight_gradient_is_unbiased(recipe):
-    """The mean over many seeds approaches the exact gradient as 1 / sqrt(samples)."""
-    samples = 400
+    """The mean of many samples approaches the exact gradient as 1 / sqrt(samples)."""
     x, weight, grad_output = torch.randn(64, 64), torch.randn(16, 64), torch.randn(64, 16)
-    operands = operands_of(weight, recipe)
-    grads = []
-    for sample in range(samples):
-        parameter = weight.clone().requires_grad_()
-        y = linear(
-            x, parameter, None, torch.tensor([sample]), LinearSpec(recipe.full_name, 0, False, torch.float32), operands
-        )
-        y.backward(grad_output)
-        grads.append(parameter.grad)
-    stacked = torch.stack(grads)
+    stacked = weight_gradients(x, weight, grad_output, recipe)
+    samples = len(stacked)
     bias = stacked.mean(0) - grad_output.t() @ x
     # Rounding x and the samples to e4m3 moves each product by a relative 2^-4 / sqrt(3) at random, whatever the seed.
     rounding = 2 * (2.0**-4 / 3**0.5) ** 2 * (grad_output.square().t() @ x.square())
@@ -157,20 +160,12 @@ def test_weight_gradient_is_unbiased(recipe):
 
 def test_stochastic_rounding_leaves_the_weight_gradient_no_bias():
     """The mean of many draws is off by what sampling explains; where samples are rounded to nearest, by far more."""
-    samples = 400
     x, weight, grad_output = small_integers(64, 64), torch.randn(16, 64), torch.randn(64, 16)
     beyond = {}
     for rounding in Rounding:
-        recipe = replace(SSTE, grad_format=E5M2, rounding=rounding)
-        operands, grads = operands_of(weight, recipe), []
-        for sample in range(samples):
-            parameter = weight.clone().requires_grad_()
-            arguments = (torch.tensor([sample]), LinearSpec(recipe.full_name, 0, False, torch.float32), operands)
-            linear(x, parameter, None, *arguments).backward(grad_output)
-            grads.append(parameter.grad)
-        stacked = torch.stack(grads)
+        stacked = weight_gradients(x, weight, grad_output, replace(SSTE, grad_format=E5M2, rounding=rounding))
         bias = stacked.mean(0) - grad_output.t() @ x
-        beyond[rounding] = float((bias.square() / (stacked.var(0) / samples)).mean())
+        beyond[rounding] = float((bias.square() / (stacked.var(0) / len(stacked))).mean())
     assert beyond[Rounding.STOCHASTIC] < 1.3
     assert beyond[Rounding.NEAREST] > 1.8
 

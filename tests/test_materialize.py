@@ -87,7 +87,15 @@ def test_a_broadcast_of_unknown_size(trace):
     assert len(kept(graph)) == 1
 
 
-@pytest.mark.parametrize("options", [{}, {"checkpointed": True}, {"checkpointed": True, "table_inside": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"checkpointed": True, "table_inside": True},
+        pytest.param({"checkpointed": True}, marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
 def test_training_is_bit_equal(monkeypatch, options):
     """Against the same backend without the pass."""
 

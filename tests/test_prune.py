@@ -149,13 +149,7 @@ def test_kept_are_the_two_largest_then_the_lowest() -> None:
 @pytest.mark.parametrize("cases", [(), pytest.param(("all",), marks=pytest.mark.nightly)], ids=["pairs", "all"])
 def test_interpreted_kernels_match_the_reference(cases: tuple[str, ...]) -> None:
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "tests.interpreted_kernels", "prune", *cases]
-    subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
-
-
-def test_interpreted_bf16_kernel_matches_the_reference() -> None:
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "tests.interpreted_kernels", "prune_bf16"]
+    command = [sys.executable, "-m", "tests.interpreted_kernels", "prune", "prune_bf16", *cases]
     subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
 

@@ -102,8 +102,15 @@ def test_a_seed_makes_training_repeat():
     assert same(train(), train())
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("where", ["in the graph", "around the compiled module"])
+@pytest.mark.parametrize(
+    ("where", "reentrant"),
+    [
+        ("in the graph", False),
+        ("around the compiled module", True),
+        pytest.param("in the graph", True, marks=pytest.mark.nightly),
+        pytest.param("around the compiled module", False, marks=pytest.mark.nightly),
+    ],
+)
 def test_recomputation_sees_the_same_samples(where, reentrant):
     module = ffn()
     x = X.clone().requires_grad_()

@@ -100,7 +100,13 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Kernel], Kernel]]
     return install
 
 
-def test_a_right_product_passes_once_per_variant(use) -> None:
+def zeros(values: Tensor, _: Tensor, dense: Tensor, *others: Any) -> Tensor:
+    """Where the product itself does not matter."""
+    shape = (dense.shape[0], values.shape[0])
+    return torch.zeros(shape if others[3] else shape[::-1], dtype=others[2])
+
+
+def test_a_right_product_passes_once_per_variant(use, monkeypatch) -> None:
     kernel = use(Kernel())
     check_variant(CONFIG, PROBLEM, CPU)
     assert (len(kernel.plans), kernel.launches) == (2, 4)
@@ -113,6 +119,8 @@ def test_a_right_product_passes_once_per_variant(use) -> None:
         {"dtype": torch.bfloat16, "dense_dtype": torch.bfloat16}, {"use_fast_accum": True}, {"dtype": E5M2},
         {"dense_dtype": E5M2},
     )  # fmt: skip
+    monkeypatch.setattr(selfcheck, "sparse_mm", zeros)
+    kernel.multiply = zeros
     for number, other in enumerate(others, 2):
         check_variant(CONFIG, replace(PROBLEM, **other), CPU)
         assert kernel.launches == 4 * number
@@ -130,10 +138,6 @@ def test_a_wrong_variant_is_never_taken_for_checked(use) -> None:
 
 @pytest.mark.parametrize(("config", "problem"), VARIANTS, ids=name)
 def test_the_product_has_tails_and_fills_what_it_should(use, monkeypatch, config, problem) -> None:
-    def zeros(values: Tensor, _: Tensor, dense: Tensor, *others: Any) -> Tensor:
-        """The product itself does not matter here."""
-        return torch.zeros(dense.shape[0], values.shape[0], dtype=others[2])
-
     monkeypatch.setattr(selfcheck, "sparse_mm", zeros)
     kernel = use(Kernel(multiply=zeros))
     for rows, columns in ((4096, 1001), (3, 8), (6, 12)):

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -182,25 +182,46 @@ INSTRUCTION = {
 }
 
 
-@pytest.mark.parametrize(
-    ("dtypes", "out_dtype", "rows", "columns", "scaled", "transpose", "store"),
-    [
-        ((E4M3, E4M3), torch.bfloat16, 64, 48, True, True, "UTMASTG"),
-        ((E4M3, E4M3), torch.float16, 64, 48, False, False, "UTMASTG"),
-        ((E4M3, E4M3), torch.float32, 64, 48, False, False, "STG"),
-        ((E4M3, E4M3), torch.bfloat16, 65, 49, True, True, "STG"),
-        ((E5M2, E4M3), torch.float16, 64, 48, False, False, "UTMASTG"),
-        ((E4M3, E5M2), torch.bfloat16, 64, 48, True, True, "UTMASTG"),
-        ((torch.bfloat16, torch.bfloat16), torch.bfloat16, 64, 48, False, True, "UTMASTG"),
-    ],
-    ids=["fprop", "wgrad", "wgrad fp32", "odd rows", "wgrad e5m2", "dgrad e5m2", "bf16"],
-)
-@pytest.mark.parametrize(("config", "accurate"), CONFIGS, ids=config_id)
-def test_compiles_for_hopper(
-    compile_plan, config, accurate, dtypes, out_dtype, rows, columns, scaled, transpose, store
-) -> None:
-    if accurate and (torch.bfloat16 in dtypes or transpose):
-        return  # bf16 needs none, and fprop asks for none
+class Product(NamedTuple):
+    dtypes: tuple[torch.dtype, torch.dtype]
+    out_dtype: torch.dtype
+    rows: int
+    columns: int
+    scaled: bool
+    transpose: bool
+    store: str
+
+
+PRODUCTS = {
+    "fprop": Product((E4M3, E4M3), torch.bfloat16, 64, 48, True, True, "UTMASTG"),
+    "wgrad": Product((E4M3, E4M3), torch.float16, 64, 48, False, False, "UTMASTG"),
+    "wgrad fp32": Product((E4M3, E4M3), torch.float32, 64, 48, False, False, "STG"),
+    "odd rows": Product((E4M3, E4M3), torch.bfloat16, 65, 49, True, True, "STG"),
+    "wgrad e5m2": Product((E5M2, E4M3), torch.float16, 64, 48, False, False, "UTMASTG"),
+    "dgrad e5m2": Product((E4M3, E5M2), torch.bfloat16, 64, 48, True, True, "UTMASTG"),
+    "bf16": Product((torch.bfloat16, torch.bfloat16), torch.bfloat16, 64, 48, False, True, "UTMASTG"),
+}
+
+
+def compilations() -> Iterator[Any]:
+    """Each config with one product, each product with one config; in a night all with all."""
+    kinds = list(configs.configs())
+    for accurate in (False, True):
+        # bf16 needs no accurate accumulation, and fprop asks for none.
+        products = {name: p for name, p in PRODUCTS.items() if not (accurate and p.transpose)}
+        for turn, config in enumerate(kinds):
+            for index, (name, product) in enumerate(products.items()):
+                chosen = turn % len(products) == index or index % len(kinds) == turn
+                marks = () if chosen else pytest.mark.nightly
+                accumulation = "accurate" if accurate else "fast"
+                yield pytest.param(
+                    config, accurate, product, id=f"{config_id(config)}-{accumulation}-{name}", marks=marks
+                )
+
+
+@pytest.mark.parametrize(("config", "accurate", "product"), list(compilations()))
+def test_compiles_for_hopper(compile_plan, config, accurate, product) -> None:
+    dtypes, out_dtype, rows, columns, scaled, transpose, store = product
     compiled = compile_plan(config, accurate, *dtypes, rows, columns, out_dtype, scaled=scaled, transpose=transpose)
     sass = get_sass(compiled.asm["cubin"])
     # Two warpgroups, two sets of metadata registers, two instructions a stage.

@@ -6,12 +6,14 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_compile import backend
 from sparse_compile.errors import SparseCompileError
@@ -297,6 +299,16 @@ class TestDisk:
         assert len(names) == 4 + 3
 
 
+def half_in_a_day() -> Iterator[Any]:
+    """Combinations of gradients' format, stored layout, checkpoint and autocast: any three values meet by day."""
+    names = (("e4m3", "e5m2"), ("linear", "conv1d"), ("", "checkpoint"), ("", "autocast"))
+    for choice in product((0, 1), repeat=4):
+        grad_format, stored, checkpoint, autocast = (pair[index] for pair, index in zip(names, choice, strict=True))
+        marks = pytest.mark.nightly if sum(choice) % 2 else ()
+        name = "-".join((grad_format, stored, checkpoint, autocast))
+        yield pytest.param(grad_format, stored, bool(checkpoint), bool(autocast), id=name, marks=marks)
+
+
 class TestGraph:
     """What the backend asks for, against what the compiled graph multiplies."""
 
@@ -345,30 +357,36 @@ class TestGraph:
         with ops.observed(recorded):
             yield seen
 
-    @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-    @pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpoint"])
-    @pytest.mark.parametrize("stored", ["linear", "conv1d"])
-    @pytest.mark.parametrize("grad_format", ["e4m3", "e5m2"])
+    @pytest.fixture
+    def x(self) -> Tensor:
+        """Of 144 tokens, which are padded; dgrad of the first linear is computed too."""
+        return torch.randn(3, 48, 64, requires_grad=True)
+
+    @pytest.mark.parametrize(("grad_format", "stored", "checkpoint", "autocast"), list(half_in_a_day()))
     def test_the_products_of_the_graph(
-        self, asked, multiplied, small_gpt, conv1d, batch, grad_format, stored, checkpoint, autocast
+        self, asked, multiplied, ffn, conv1d, x, grad_format, stored, checkpoint, autocast
     ) -> None:
-        model = small_gpt(nn.Linear if stored == "linear" else conv1d, depth=1, checkpoint=checkpoint)
+        model = ffn()
+        if stored == "conv1d":
+            model.up, model.down = conv1d(64, 128), conv1d(128, 64)
+        call = partial(torch.utils.checkpoint.checkpoint, model, use_reentrant=False) if checkpoint else model
         options = {"sste.executor": "eager", "sste.tune": True, "sste.grad_format": grad_format}
-        compiled = torch.compile(model, backend="sste", options=options)
+        # A sum's gradient would be one number, of stride zero.
+        compiled = torch.compile(lambda x: call(x).square().sum(), backend="sste", options=options)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = compiled(*batch)
+            loss = compiled(x)
         loss.backward()
         # up and down, fprop and wgrad, tokens padded where they are contracted.
         assert len(asked) == 4
         assert set(asked) == multiplied
-        assert {problem.contraction for problem in asked} == {64, 256, padded(64)}
+        assert sorted(problem.contraction for problem in asked) == [64, 128, padded(144), padded(144)]
 
     @pytest.mark.parametrize("grad_format", ["e4m3", "e5m2"])
-    def test_a_dgrad_that_is_24_by_its_weight(self, asked, multiplied, small_gpt, batch, grad_format) -> None:
+    def test_a_dgrad_that_is_24_by_its_weight(self, asked, multiplied, ffn, x, grad_format) -> None:
         options = {
             "sste.executor": "eager", "sste.tune": True, "sste.recipe": "t-sr-ste", "sste.grad_format": grad_format
         }  # fmt: skip
-        torch.compile(small_gpt(depth=1), backend="sste", options=options)(*batch).backward()
+        torch.compile(ffn(), backend="sste", options=options)(x).square().sum().backward()
         assert set(asked) == multiplied
         # Where all operands are e4m3, dgrad of one linear is fprop of the other.
         assert len(asked) == (6 if grad_format == "e5m2" else 4)
@@ -377,45 +395,53 @@ class TestGraph:
 
     @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
     @pytest.mark.parametrize("grad_format", ["e4m3", "e5m2"])
-    def test_a_sampled_dgrad(self, asked, multiplied, small_gpt, batch, grad_format, autocast) -> None:
+    def test_a_sampled_dgrad(self, asked, multiplied, ffn, x, grad_format, autocast) -> None:
         """Tokens are its rows, padded, and the scales leave after it."""
         options = {
             "sste.executor": "eager", "sste.tune": True, "sste.dgrad": "mvue", "sste.grad_format": grad_format
         }  # fmt: skip
-        compiled = torch.compile(small_gpt(depth=1), backend="sste", options=options)
+        compiled = torch.compile(ffn(), backend="sste", options=options)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = compiled(*batch)
+            loss = compiled(x).square().sum()
         loss.backward()
         assert len(asked) == 6
         assert set(asked) == multiplied
-        assert sum(problem.rows == padded(64) and not problem.transpose for problem in asked) == 2
+        assert sum(problem.rows == padded(144) and not problem.transpose for problem in asked) == 2
 
-    def test_symbolic_tokens_use_their_hint(self, asked, small_gpt, batch) -> None:
-        model = small_gpt()
+    def test_symbolic_tokens_use_their_hint(self, asked, ffn, x) -> None:
+        model = nn.Sequential(ffn(), nn.LayerNorm(64), ffn())
         options = {"sste.executor": "eager", "sste.tune": True}
         compiled = torch.compile(model, backend="sste", dynamic=True, options=options)
-        compiled(*batch).backward()
+        compiled(x).square().sum().backward()
         first = list(asked)
-        assert len(first) == 4, "two products of two linears; in two blocks, but tuned once"
+        assert len(first) == 4, "two products of two linears; in two FFNs, but tuned once"
         assert all(type(problem.columns) is int and type(problem.contraction) is int for problem in first)
-        assert {problem.columns for problem in first if problem.transpose} == {64}
+        assert {problem.columns for problem in first if problem.transpose} == {144}
         with torch.compiler.set_stance("fail_on_recompile"):
-            compiled(*(ids[:, :24].contiguous() for ids in batch)).backward()
+            compiled(x[:, :44].contiguous()).square().sum().backward()
         assert asked == first
 
+    def test_a_transformer_has_its_ffns_tuned_alone(self, asked, multiplied, small_gpt, batch) -> None:
+        """Its other linears, in dense FP8, ask for nothing."""
+        options = {"sste.executor": "eager", "sste.tune": True}
+        torch.compile(small_gpt(), backend="sste", options=options)(*batch).backward()
+        assert len(asked) == 4
+        assert set(asked) == multiplied
+        assert {problem.contraction for problem in asked} == {64, 256, padded(64)}
+
     @pytest.mark.parametrize("options", [{}, {"sste.tune": False}, {"sste.tune": True, "sste.recipe": "fp8"}], ids=str)
-    def test_nothing_else_is_asked_for(self, asked, small_gpt, batch, options) -> None:
+    def test_nothing_else_is_asked_for(self, asked, ffn, x, options) -> None:
         options = {"sste.executor": "eager", **options}
-        torch.compile(small_gpt(depth=1), backend="sste", options=options)(*batch).backward()
+        torch.compile(ffn(), backend="sste", options=options)(x).square().sum().backward()
         assert asked == []
 
-    def test_without_a_hopper_gpu_it_changes_nothing(self, small_gpt, batch, monkeypatch) -> None:
+    def test_without_a_hopper_gpu_it_changes_nothing(self, ffn, x, monkeypatch) -> None:
         def refuse(*_: Any) -> None:
             raise AssertionError
 
         monkeypatch.setattr(tuning, "tune", refuse)
         options = {"sste.executor": "eager", "sste.tune": True}
-        torch.compile(small_gpt(depth=1), backend="sste", options=options)(*batch).backward()
+        torch.compile(ffn(), backend="sste", options=options)(x).square().sum().backward()
 
 
 @pytest.mark.gpu

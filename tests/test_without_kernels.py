@@ -46,7 +46,7 @@ def decisions():
     return {row.module: row.decision.split()[0] for row in sparse_compile.report().graphs[-1].rows}
 
 
-@pytest.mark.parametrize("targets", ["ffn", "all", "[02]"])
+@pytest.mark.parametrize("targets", ["ffn", "[02]", pytest.param("all", marks=pytest.mark.nightly)])
 def test_it_is_dense_with_one_warning_and_a_reason(targets):
     """Also where the user names linears: that says which ones, not that they be emulated."""
     model, dense = ffn(), ffn()

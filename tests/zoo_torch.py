@@ -165,7 +165,6 @@ ARCHITECTURES = [
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(**ENCODER), 2),
         LINEARS,
         {"src": tokens},
-        sample=True,
     ),
     own(
         "nn.TransformerEncoder norm_first",
@@ -186,6 +185,7 @@ ARCHITECTURES = [
         lambda: nn.Transformer(**ENCODER, num_encoder_layers=1, num_decoder_layers=1),
         LINEARS,
         {"src": tokens, "tgt": tokens},
+        sample=True,
     ),
     own("blocks", partial(Blocks, partial(plain_ffn, nn.GELU())), (r"ffn\.0", r"ffn\.2"), X),
     own(
@@ -193,7 +193,6 @@ ARCHITECTURES = [
         partial(Blocks, partial(plain_ffn, nn.GELU()), checkpointed=True),
         (r"ffn\.0", r"ffn\.2"),
         X,
-        sample=True,
     ),
     own("blocks in place", partial(Blocks, partial(plain_ffn, nn.ReLU(inplace=True))), (r"ffn\.0", r"ffn\.2"), X),
     own("blocks of experts", partial(Blocks, Experts), (r"experts\.\d+\.0", r"experts\.\d+\.2"), X),

@@ -153,14 +153,14 @@ def hf(
 
 ARCHITECTURES = [
     # Decoders with gated FFNs, in two matrices or one.
-    hf("LlamaForCausalLM", GATED, num_hidden_layers=2, sample=True),
+    hf("LlamaForCausalLM", GATED, num_hidden_layers=2),
     hf("MistralForCausalLM", GATED, head_dim=32, num_key_value_heads=2),
     hf("Qwen2ForCausalLM", GATED),
     hf("Qwen3ForCausalLM", GATED, head_dim=32, num_key_value_heads=2),
     hf("GemmaForCausalLM", GATED),
     hf("Gemma2ForCausalLM", GATED),
     hf("Gemma3ForCausalLM", GATED),
-    hf("Phi3ForCausalLM", MERGED, sample=True),
+    hf("Phi3ForCausalLM", MERGED),
     hf("Glm4ForCausalLM", MERGED),
     hf("CohereForCausalLM", GATED),
     hf("OlmoForCausalLM", GATED),
@@ -180,8 +180,8 @@ ARCHITECTURES = [
     hf("GPTNeoForCausalLM", GPT2, TEXT, attention_types=[[["global", "local"], 1]], num_hidden_layers=2),
     hf("GPTNeoXForCausalLM", NEOX),
     hf("PersimmonForCausalLM", NEOX),
-    hf("BloomForCausalLM", NEOX, sample=True),
-    hf("FalconForCausalLM", NEOX, TEXT, ffn_hidden_size=128, sample=True),
+    hf("BloomForCausalLM", NEOX),
+    hf("FalconForCausalLM", NEOX, TEXT, ffn_hidden_size=128),
     hf("MptForCausalLM", ("ffn.up_proj", "ffn.down_proj")),
     hf("NemotronForCausalLM", ("mlp.up_proj", "mlp.down_proj")),
     hf("GPTJForCausalLM", GPTJ, TEXT, rotary_dim=8),
@@ -191,7 +191,7 @@ ARCHITECTURES = [
     hf("XGLMForCausalLM", FC, TEXT, ffn_dim=128, num_layers=1, attention_heads=4),
     hf("CTRLLMHeadModel", ("ffn.0", "ffn.2"), TEXT, dff=128),
     # Experts: in three dimensions, which no stage prunes; some beside dense FFNs.
-    hf("MixtralForCausalLM", NONE, **EXPERTS, sample=True),
+    hf("MixtralForCausalLM", NONE, **EXPERTS),
     hf("Qwen3MoeForCausalLM", NONE, **EXPERTS),
     hf("OlmoeForCausalLM", NONE, **EXPERTS),
     hf("GraniteMoeForCausalLM", NONE, **EXPERTS),
@@ -237,7 +237,7 @@ ARCHITECTURES = [
         dtype=torch.bfloat16, num_experts=4, use_mamba_kernels=False, mamba_d_state=16, mamba_dt_rank=16,
     ),
     # Encoders.
-    hf("BertForMaskedLM", BERT, TEXT, sample=True),
+    hf("BertForMaskedLM", BERT, TEXT),
     hf("RobertaForMaskedLM", BERT, TEXT, max_position_embeddings=66),
     hf("AlbertForMaskedLM", ("ffn", "ffn_output"), TEXT, num_hidden_layers=2, embedding_size=64, sample=True),
     hf("ElectraForMaskedLM", BERT, TEXT, embedding_size=64),
@@ -266,7 +266,7 @@ ARCHITECTURES = [
         embedding_size=64, true_hidden_size=64, intra_bottleneck_size=64,
     ),
     # An encoder and a decoder.
-    hf("T5ForConditionalGeneration", ("DenseReluDense.wi", "DenseReluDense.wo"), T5, two_texts, sample=True),
+    hf("T5ForConditionalGeneration", ("DenseReluDense.wi", "DenseReluDense.wo"), T5, two_texts),
     hf("MT5ForConditionalGeneration", ("DenseReluDense.wi_[01]", "DenseReluDense.wo"), T5, two_texts),
     hf("BartForConditionalGeneration", FC, TWO_STACKS, two_texts),
     hf("MBartForConditionalGeneration", FC, TWO_STACKS, two_texts),
@@ -340,7 +340,7 @@ ARCHITECTURES = [
         },
     ),
     # Pairs, and other inputs.
-    hf("CLIPModel", FC, PAIR, text_and_pixels, projection_dim=64, sample=True),
+    hf("CLIPModel", FC, PAIR, text_and_pixels, projection_dim=64),
     hf("SiglipModel", FC, PAIR, text_and_pixels),
     hf(
         "BlipModel",
