@@ -72,6 +72,7 @@ class Recipe:
         projection: what the weight becomes before its cast.
         fprop, dgrad, wgrad: how the products run.
         estimator: what prunes grad_output for wgrad.
+        grad_format, rounding: of grad_output; no named recipe has others than the defaults.
 
     Raises:
         ValueError: the parts do not go together.
@@ -154,10 +155,6 @@ class Recipe:
         if estimator is None:
             return next(v for v in self.variants() if (v.dgrad, v.wgrad) == (self.dgrad, Gemm.FP8))
         return replace(self, estimator=estimator)
-
-    def with_sampled_dgrad(self) -> "Recipe":
-        """This recipe with a dgrad that is 2:4 by its estimator.  Only of recipes that have one and a dense dgrad."""
-        return replace(self, dgrad=Gemm.MVUE24)
 
     def unpruned(self) -> "Recipe":
         """What linears get that are none of its targets, and its own in a dense phase: dense FP8."""
