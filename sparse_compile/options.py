@@ -27,6 +27,7 @@ from sparse_compile.option_kinds import (
 )
 from sparse_compile.passes.roles import TARGETS
 from sparse_compile.recipe import (
+    HEAD,
     MVUE,
     RECIPES,
     SR_STE,
@@ -109,7 +110,10 @@ class UserOptions:
         "ffn",
     )
     head: str = _option(
-        choice(["dense", "fp8"]), "precision of the vocabulary head; a head with a tied weight stays dense", "dense"
+        choice(HEAD),
+        "precision of the vocabulary head; a head with a tied weight stays dense. "
+        '`"fp8-backward"`: its logits stay as precise as they are',
+        "dense",
     )
     frozen: str = _option(
         choice(["dense", "sparse"]),
@@ -184,7 +188,7 @@ class Options:
         recipe: arithmetic of the targeted linears; the others get dense FP8.
         schedule: the optimizer steps in which the recipe prunes; None for all.
         targets: ``"ffn"``, ``"ffn-up"``, ``"all"``, or a glob of module names such as ``"*.mlp.*"``.
-        head: whether the vocabulary head gets dense FP8.
+        head: what the vocabulary head gets; None leaves it dense.
         frozen: whether frozen weights that are 2:4 are treated as if they were trained.
         measure: whether only what measured times predict to be faster is rewritten, and nothing without kernels.
         recompute: whether backward makes FP8 copies of activations again, where forward could keep them.
@@ -199,7 +203,7 @@ class Options:
     recipe: Recipe
     schedule: Schedule | None
     targets: str
-    head: bool
+    head: Recipe | None
     frozen: bool
     measure: bool
     recompute: bool
@@ -231,7 +235,7 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
         recipe=recipe,
         schedule=_schedule(user, recipe),
         targets=user.targets,
-        head=user.head == "fp8",
+        head=HEAD[user.head],
         frozen=user.frozen == "sparse",
         measure=user.when == "faster",
         recompute=user.memory == "small",
