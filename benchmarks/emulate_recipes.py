@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -34,6 +34,7 @@ from sparse_compile.projections.base import Projection
 from sparse_compile.projections.groups_of_four import SOFT, TOP2
 from sparse_compile.projections.identity import IDENTITY
 from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE, SoftTransposable
+from sparse_compile.recipe import SSTE_BOOSTED, GradFormat, Rounding
 from sparse_compile.weights.projection import project
 from sparse_compile.weights.schedule import Schedule
 
@@ -127,8 +128,8 @@ def _trials() -> Iterator[tuple[str, Trial]]:
         ("fp8", {"sste.recipe": "fp8"}),
         ("s-ste-boosted", {"sste.recipe": "s-ste-boosted"}),
         ("s-ste-boosted, no MVUE", {"sste.recipe": "s-ste-boosted", "sste.mvue": "off"}),
-        ("s-ste-boosted, stochastic rounding", {"sste.recipe": "s-ste-boosted", "sste.rounding": "stochastic"}),
-        ("s-ste-boosted, e5m2 gradients", {"sste.recipe": "s-ste-boosted", "sste.grad_format": "e5m2"}),
+        ("s-ste-boosted, stochastic rounding", {"sste.recipe": replace(SSTE_BOOSTED, rounding=Rounding.STOCHASTIC)}),
+        ("s-ste-boosted, e5m2 gradients", {"sste.recipe": replace(SSTE_BOOSTED, grad_format=GradFormat.E5M2)}),
         ("s-ste-boosted, ffn-up", {"sste.recipe": "s-ste-boosted", "sste.targets": "ffn-up"}),
     ):
         yield f"{name}, by the backend", Trial(backend=options)

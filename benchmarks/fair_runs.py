@@ -67,7 +67,8 @@ class Arm:
 def _arms() -> Iterator[tuple[str, Arm]]:
     yield DENSE, Arm(options=None, factors=(1.0, 1.25, 1.5))
     yield "fp8", Arm(options={"sste.recipe": "fp8"})
-    yield "fp8, head", Arm(options={"sste.recipe": "fp8", "sste.head": "fp8"})
+    for head in ("fp8", "fp8-backward"):
+        yield f"fp8, head {head}", Arm(options={"sste.recipe": "fp8", "sste.head": head})
     # The second factor keeps the norm of normal weights.
     for recipe, factors in (("s-ste", (1.0, 1.16, 1.7, 2.3)), ("s-ste-transposable", (1.0, 1.25, 1.7, 2.3))):
         for name, options in (
@@ -75,7 +76,8 @@ def _arms() -> Iterator[tuple[str, Arm]]:
             (", no MVUE", {"sste.mvue": "off"}),
             (", ffn-up", {"sste.targets": "ffn-up"}),
             (", all", {"sste.targets": "all"}),
-            (", all, head", {"sste.targets": "all", "sste.head": "fp8"}),
+            (", all, head fp8", {"sste.targets": "all", "sste.head": "fp8"}),
+            (", all, head fp8-backward", {"sste.targets": "all", "sste.head": "fp8-backward"}),
         ):
             yield f"{recipe}{name}", Arm(options={"sste.recipe": recipe, **options}, factors=factors)
     yield "t-sr-ste", Arm(options={"sste.recipe": "t-sr-ste"})

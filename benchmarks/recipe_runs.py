@@ -21,6 +21,7 @@ import train_gpt
 
 import sparse_compile  # noqa: F401 - registers the backend where it is not installed
 from sparse_compile.options import read_options
+from sparse_compile.recipe import SSTE, Gemm, GradFormat, Rounding
 
 DENSE = "bf16"
 TORCHAO = "torchao tensorwise"
@@ -30,9 +31,9 @@ ARMS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "s-ste": lambda steps: {"sste.recipe": "s-ste"},
     "s-ste, no MVUE": lambda steps: {"sste.recipe": "s-ste", "sste.mvue": "off"},
     "s-ste, approximate MVUE": lambda steps: {"sste.recipe": "s-ste", "sste.mvue": "approximate"},
-    "s-ste, 2:4 dgrad": lambda steps: {"sste.recipe": "s-ste", "sste.dgrad": "mvue"},
-    "s-ste, e5m2 gradients": lambda steps: {"sste.recipe": "s-ste", "sste.grad_format": "e5m2"},
-    "s-ste, stochastic rounding": lambda steps: {"sste.recipe": "s-ste", "sste.rounding": "stochastic"},
+    "s-ste, 2:4 dgrad": lambda steps: {"sste.recipe": replace(SSTE, dgrad=Gemm.MVUE24)},
+    "s-ste, e5m2 gradients": lambda steps: {"sste.recipe": replace(SSTE, grad_format=GradFormat.E5M2)},
+    "s-ste, stochastic rounding": lambda steps: {"sste.recipe": replace(SSTE, rounding=Rounding.STOCHASTIC)},
     "s-ste, bf16": lambda steps: {"sste.recipe": "s-ste-bf16"},
     "s-ste, dense tail": lambda steps: {"sste.recipe": "s-ste", "sste.tail": 1 / 6, "sste.total_steps": steps},
     "s-ste, dense half": lambda steps: {"sste.recipe": "s-ste", "sste.tail": 1 / 2, "sste.total_steps": steps},

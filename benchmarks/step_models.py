@@ -19,6 +19,7 @@ SSTE_HEAD = "sste, head in fp8"
 SSTE_BOTH = "sste, transposable"
 SSTE_BOTH_ALL = "sste, transposable, all linears"
 SSTE_BOTH_ALL_HEAD = "sste, transposable, all linears, head in fp8"
+SSTE_HEAD_BACKWARD = "sste, head's backward in fp8"
 SSTE_SMALL = "sste, small memory"
 SSTE_GRAPHS = "sste reduce-overhead"
 COMPILE: Mapping[str, dict[str, Any]] = {
@@ -33,6 +34,7 @@ COMPILE: Mapping[str, dict[str, Any]] = {
         "backend": "sste",
         "options": {"sste.recipe": "s-ste-transposable", "sste.targets": "all", "sste.head": "fp8"},
     },
+    SSTE_HEAD_BACKWARD: {"backend": "sste", "options": {"sste.head": "fp8-backward"}},
     SSTE_SMALL: {"backend": "sste", "options": {"sste.memory": "small"}},
     SSTE_GRAPHS: {"backend": "sste", "mode": "reduce-overhead"},
 }

@@ -42,7 +42,7 @@ _TRANSPOSE_BYTES = 4.0  # the fp32 copy of the gradient that a sampled dgrad rea
 _PRODUCT_BYTES = 2.0  # the scale of each token is applied by the reader, or in another pass
 
 
-_warned: set[str] = set()  # of which devices
+warned: set[str] = set()  # of which devices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +67,8 @@ def leave_without_kernels(plans: Sequence[Plan]) -> tuple[list[Plan], list[Rejec
             kept.append(plan)
             continue
         rejections.append(plan.site.reject(Reason.NO_KERNELS, missing, "'sste.when': 'always' emulates"))
-        if missing not in _warned:
-            _warned.add(missing)
+        if missing not in warned:
+            warned.add(missing)
             warnings.warn(
                 f"sparse_compile: {missing}: the model runs dense; 'sste.when': 'always' emulates", stacklevel=2
             )

@@ -51,7 +51,7 @@ def decide(
     targets: str,
     owners: ParameterOwners,
     *,
-    head: bool = False,
+    head: Recipe | None = None,
     is_pruned: Callable[[Parameter], bool] = lambda _: False,
     is_24: Callable[[Parameter, int], bool] = lambda *_: False,
 ) -> tuple[list[Plan], list[Rejection]]:
@@ -61,7 +61,7 @@ def decide(
         recipe: what the targeted linears get; the other linears get dense FP8.
         targets: ``"ffn"``, ``"ffn-up"``, ``"all"``, or a glob of module names.
         owners: what modules hold, to tell shared weights and the head.
-        head: whether the vocabulary head gets dense FP8, too.
+        head: what the vocabulary head gets; None leaves it dense.
         is_pruned: whether a weight has been pruned in training: then it goes on, frozen or not.
         is_24: whether a frozen weight that was not is 2:4 along a dimension, that of in_features: then pruning changes
             nothing, and it is treated as if it were trained.
@@ -76,9 +76,10 @@ def decide(
         pruned = (parameter := real_parameter(site.weight)) is not None and is_pruned(parameter)
         refusal = _cannot(site, owners, pruned, is_24) or (None if named else _should_not(site, owners, head))
         if refusal is None:
-            everywhere = targets == "all" and not _is_head(site, owners)
+            is_head = _is_head(site, owners)
+            everywhere = targets == "all" and not is_head
             targeted = named or everywhere or site.role in TARGETS.get(targets, ())
-            chosen = recipe if targeted else recipe.unpruned()
+            chosen = recipe if targeted else recipe.unpruned(head if is_head else None)
             if recipe.is_bf16 and not targeted:
                 detail = f"recipe {recipe.name!r} has no FP8 for it"
                 advice = f"for 2:4, which costs loss, {_names(site, targets)}"
@@ -177,9 +178,9 @@ def _make_plain(value: Any) -> str:
     return f"keep the linear free of {type(value).__name__}, for instance by leaving it out of tensor parallelism"
 
 
-def _should_not(site: LinearSite, owners: ParameterOwners, head: bool) -> Rejection | None:
+def _should_not(site: LinearSite, owners: ParameterOwners, head: Recipe | None) -> Rejection | None:
     """What is left dense unless the user names it."""
-    if not head and _is_head(site, owners):
+    if head is None and _is_head(site, owners):
         why = "its output goes to the loss"
         if site.role is Role.LAST:
             why = "its output leaves the graph and it has an embedding's shape"

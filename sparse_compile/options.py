@@ -27,16 +27,14 @@ from sparse_compile.option_kinds import (
 )
 from sparse_compile.passes.roles import TARGETS
 from sparse_compile.recipe import (
+    HEAD,
     MVUE,
     RECIPES,
     SR_STE,
     SSTE,
     SSTE_BOOSTED,
     T_SR_STE,
-    Gemm,
-    GradFormat,
     Recipe,
-    Rounding,
 )
 from sparse_compile.torch_internals.inductor import inductor_option_names, inductor_patches
 from sparse_compile.weights.schedule import Schedule
@@ -79,21 +77,6 @@ class UserOptions:
         'estimator that makes the gradient 2:4 for wgrad; `"off"` runs wgrad in dense FP8',
         "the recipe's",
     )
-    rounding: str | None = _optional(
-        choice(each.value for each in Rounding),
-        'rounding of sampled gradients to FP8; `"stochastic"` rounds up or down at random, without bias',
-        '`"nearest"`',
-    )
-    dgrad: str | None = _optional(
-        choice(["dense", "mvue"]),
-        '`"mvue"`, an experiment, samples another copy of the gradient along out_features, so that dgrad is 2:4 too',
-        '`"dense"`',
-    )
-    grad_format: str | None = _optional(
-        choice(each.value for each in GradFormat),
-        'FP8 format of gradients in dgrad and wgrad; `"e5m2"` has a larger range and twice the rounding error',
-        '`"e4m3"`',
-    )
     beta: float | None = _optional(
         FACTOR,
         "factor applied to β, the fitted scale of S-STE weights, when training begins; for training from scratch only",
@@ -127,7 +110,10 @@ class UserOptions:
         "ffn",
     )
     head: str = _option(
-        choice(["dense", "fp8"]), "precision of the vocabulary head; a head with a tied weight stays dense", "dense"
+        choice(HEAD),
+        "precision of the vocabulary head; a head with a tied weight stays dense. "
+        '`"fp8-backward"`: its logits stay as precise as they are',
+        "dense",
     )
     frozen: str = _option(
         choice(["dense", "sparse"]),
@@ -202,7 +188,7 @@ class Options:
         recipe: arithmetic of the targeted linears; the others get dense FP8.
         schedule: the optimizer steps in which the recipe prunes; None for all.
         targets: ``"ffn"``, ``"ffn-up"``, ``"all"``, or a glob of module names such as ``"*.mlp.*"``.
-        head: whether the vocabulary head gets dense FP8.
+        head: what the vocabulary head gets; None leaves it dense.
         frozen: whether frozen weights that are 2:4 are treated as if they were trained.
         measure: whether only what measured times predict to be faster is rewritten, and nothing without kernels.
         recompute: whether backward makes FP8 copies of activations again, where forward could keep them.
@@ -217,7 +203,7 @@ class Options:
     recipe: Recipe
     schedule: Schedule | None
     targets: str
-    head: bool
+    head: Recipe | None
     frozen: bool
     measure: bool
     recompute: bool
@@ -249,7 +235,7 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
         recipe=recipe,
         schedule=_schedule(user, recipe),
         targets=user.targets,
-        head=user.head == "fp8",
+        head=HEAD[user.head],
         frozen=user.frozen == "sparse",
         measure=user.when == "faster",
         recompute=user.memory == "small",
@@ -268,22 +254,6 @@ def _recipe(user: UserOptions) -> Recipe:
         if recipe.estimator is None:
             raise ValueError(f"recipe {recipe.name!r} samples no gradients, so that 'sste.mvue' would change nothing")
         recipe = recipe.with_estimator(MVUE[user.mvue])
-    if user.dgrad is not None:
-        if recipe.dgrad is Gemm.SPARSE24:
-            raise ValueError(f"dgrad of recipe {recipe.name!r} is 2:4 by its masks; leave 'sste.dgrad' out")
-        if user.dgrad == "mvue":
-            if recipe.estimator is None:
-                raise ValueError(f"option 'sste.dgrad' is 'mvue', {_why_not_sampled(user, recipe)}")
-            recipe = recipe.with_sampled_dgrad()
-    if user.grad_format is not None:
-        if not recipe.has_fp8_gradients:
-            raise ValueError(f"recipe {recipe.name!r} has no FP8, so that 'sste.grad_format' would change nothing")
-        recipe = replace(recipe, grad_format=GradFormat(user.grad_format))
-    if user.rounding is not None:
-        if recipe.estimator is None:
-            why = "'sste.mvue' is 'off'" if user.mvue is not None else f"recipe {recipe.name!r} samples no gradients"
-            raise ValueError(f"{why}, so that 'sste.rounding', of what MVUE keeps, would change nothing")
-        recipe = replace(recipe, rounding=Rounding(user.rounding))
     if user.beta is not None:
         if not recipe.projection.has_beta:
             with_beta = listed(name for name, other in RECIPES.items() if other.projection.has_beta)
@@ -299,13 +269,6 @@ def _recipe(user: UserOptions) -> Recipe:
             raise ValueError(f"recipe {recipe.name!r} has no masks that are kept; 'sste.refresh' is for 't-sr-ste'")
         recipe = replace(recipe, refresh=user.refresh)
     return recipe
-
-
-def _why_not_sampled(user: UserOptions, recipe: Recipe) -> str:
-    if user.mvue is not None:
-        return "but 'sste.mvue' is 'off': its estimator prunes for dgrad, too; say 'exact' or 'approximate'"
-    could = listed(name for name, other in RECIPES.items() if other.estimator and other.dgrad is Gemm.FP8)
-    return f"but recipe {recipe.name!r} samples no gradients; it is for {could}"
 
 
 def _schedule(user: UserOptions, recipe: Recipe) -> Schedule | None:

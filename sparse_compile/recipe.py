@@ -72,6 +72,7 @@ class Recipe:
         projection: what the weight becomes before its cast.
         fprop, dgrad, wgrad: how the products run.
         estimator: what prunes grad_output for wgrad.
+        grad_format, rounding: of grad_output; no named recipe has others than the defaults.
 
     Raises:
         ValueError: the parts do not go together.
@@ -103,8 +104,11 @@ class Recipe:
             raise ValueError(
                 f"recipe {self.name!r}: its products and projection {self.projection} have different dtypes"
             )
-        if self.fprop is Gemm.DENSE:
-            raise ValueError(f"recipe {self.name!r}: fprop must be 2:4 or dense fp8")
+        if self.fprop is Gemm.DENSE and (self.projection.prunes or self.dgrad is Gemm.DENSE):
+            raise ValueError(
+                f"recipe {self.name!r}: fprop must be 2:4 or dense fp8, or dense where dgrad is dense fp8 and the "
+                "weight is not projected"
+            )
         if (self.dgrad is Gemm.SPARSE24) != self.projection.prunes_both_ways:
             raise ValueError(f"recipe {self.name!r}: dgrad is 2:4 if and only if the weight is 2:4 both ways")
         if self.dgrad is Gemm.MVUE24 and not (self.projection.prunes and self.estimator):
@@ -155,13 +159,9 @@ class Recipe:
             return next(v for v in self.variants() if (v.dgrad, v.wgrad) == (self.dgrad, Gemm.FP8))
         return replace(self, estimator=estimator)
 
-    def with_sampled_dgrad(self) -> "Recipe":
-        """This recipe with a dgrad that is 2:4 by its estimator.  Only of recipes that have one and a dense dgrad."""
-        return replace(self, dgrad=Gemm.MVUE24)
-
-    def unpruned(self) -> "Recipe":
-        """What linears get that are none of its targets, and its own in a dense phase: dense FP8."""
-        return replace(FP8, grad_format=self.grad_format)
+    def unpruned(self, dense: "Recipe | None" = None) -> "Recipe":
+        """What linears get that are none of its targets, and its own in a dense phase: dense FP8, or ``dense``."""
+        return replace(dense or FP8, grad_format=self.grad_format)
 
     def short_str(self) -> str:
         """Its products, and what else differs from the default, in a few characters, for the report."""
@@ -181,7 +181,7 @@ class Recipe:
             return (self,)
         dgrad = Gemm.FP8 if self.dgrad is Gemm.MVUE24 else self.dgrad
         backward = [(dgrad, self.wgrad), (dgrad, Gemm.FP8), (dgrad, Gemm.DENSE)]
-        if not self.projection.prunes:
+        if not self.projection.prunes and self.fprop is not Gemm.DENSE:
             backward.append((Gemm.DENSE, Gemm.DENSE))
         others = (
             replace(
@@ -214,6 +214,7 @@ SR_STE = replace(STE, name="sr-ste", decay=2e-4)
 T_SR_STE = replace(SR_STE, name="t-sr-ste", projection=TRANSPOSABLE, dgrad=Gemm.SPARSE24, refresh=40)
 STE_DENSE_TAIL = replace(STE, name="ste-dense-tail", tail=1 / 6)
 FP8 = Recipe(name="fp8", projection=IDENTITY, fprop=Gemm.FP8, dgrad=Gemm.FP8, wgrad=Gemm.FP8, estimator=None)
+FP8_BACKWARD = replace(FP8, name="fp8-backward", fprop=Gemm.DENSE)
 
 SSTE_BF16 = replace(
     SSTE, name="s-ste-bf16", projection=SOFT_BF16, fprop=Gemm.SPARSE24_BF16, dgrad=Gemm.BF16, wgrad=Gemm.BF16,
@@ -226,9 +227,11 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         SSTE, SSTE_TRANSPOSABLE, SSTE_APPROXIMATE, SSTE_BOOSTED, SSTE_BF16, STE, STE_BF16, SR_STE, T_SR_STE,
-        STE_DENSE_TAIL, FP8,
+        STE_DENSE_TAIL, FP8, FP8_BACKWARD,
     )
 }  # fmt: skip
+# What the user may say of the head.
+HEAD = {"dense": None, "fp8": FP8, "fp8-backward": FP8_BACKWARD}
 # What the user may say of the estimator.
 MVUE = {"exact": Estimator.EXACT_MVUE, "approximate": Estimator.APPROXIMATE_MVUE, "off": None}
 

@@ -56,7 +56,7 @@ def test_all_linears_but_the_head(trace, small_gpt, batch):
 @pytest.mark.parametrize("targets", ["ffn", "all"])
 def test_the_head_in_dense_fp8_if_asked_for(trace, small_gpt, batch, targets):
     sites, _ = found(trace(small_gpt(depth=1), *batch))
-    plans, rejections = decide(sites, SSTE, targets, ParameterOwners(), head=True)
+    plans, rejections = decide(sites, SSTE, targets, ParameterOwners(), head=FP8)
     assert plans[-1].site.name == "head"
     assert plans[-1].recipe == FP8
     assert rejections == []
@@ -64,7 +64,7 @@ def test_the_head_in_dense_fp8_if_asked_for(trace, small_gpt, batch, targets):
 
 def test_a_tied_head_stays_dense_also_if_asked_for(trace, small_gpt, batch):
     sites, _ = found(trace(small_gpt(depth=1, tied=True), *batch))
-    _, rejections = decide(sites, SSTE, "ffn", ParameterOwners(), head=True)
+    _, rejections = decide(sites, SSTE, "ffn", ParameterOwners(), head=FP8)
     assert [rejection.reason for rejection in rejections] == [Reason.TIED]
 
 

@@ -29,7 +29,7 @@ def test_defaults():
     assert (options.recipe, options.targets, options.executor) == (SSTE, "ffn", Executor.INDUCTOR)
     assert options.tune is False
     assert options.inductor == {"triton.multi_kernel": 1}
-    assert (options.head, options.measure) == (False, True)
+    assert (options.head, options.measure) == (None, True)
 
 
 def test_ours_and_inductors_are_told_apart():
@@ -131,7 +131,7 @@ def test_modes_are_inductors():
     ("options", "message"),
     [
         ({"sste.recipy": "fp8"}, r"unknown option 'sste.recipy'; did you mean 'sste.recipe'\?"),
-        ({"sste.recipe": "sste"}, r"option 'sste.recipe' is 'sste'; did you mean 's-ste'\? allowed are 'fp8', 's-ste'"),
+        ({"sste.recipe": "sste"}, r"option 'sste.recipe' is 'sste'; did you mean 's-ste'\? allowed are 'fp8', 'fp8-ba"),
         ({"sste.recipe": None}, r"option 'sste.recipe' is None; .*allowed are"),
         (
             {"sste.mvue": "of"},

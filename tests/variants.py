@@ -17,6 +17,11 @@ from sparse_compile.recipe import (
 )
 
 
+def sampled(recipe: Recipe) -> Recipe:
+    """With a dgrad that is 2:4 by its estimator."""
+    return replace(recipe, dgrad=Gemm.MVUE24)
+
+
 def _chosen() -> Iterator[Recipe]:
     for recipe in RECIPES.values():
         yield recipe
@@ -25,11 +30,11 @@ def _chosen() -> Iterator[Recipe]:
                 chosen = recipe.with_estimator(estimator)
                 yield chosen
                 if chosen.estimator is not None and chosen.dgrad is Gemm.FP8:
-                    yield chosen.with_sampled_dgrad()
+                    yield sampled(chosen)
     # One of each form: how gradients are cast depends on nothing else.
-    for recipe in (SSTE, SSTE.with_sampled_dgrad(), T_SR_STE, FP8):
+    for recipe in (SSTE, sampled(SSTE), T_SR_STE, FP8):
         yield replace(recipe, grad_format=GradFormat.E5M2)
-    for recipe in (SSTE, SSTE_APPROXIMATE.with_sampled_dgrad()):
+    for recipe in (SSTE, sampled(SSTE_APPROXIMATE)):
         for grad_format in GradFormat:
             yield replace(recipe, rounding=Rounding.STOCHASTIC, grad_format=grad_format)
 

@@ -15,10 +15,10 @@ from sparse_compile.recipe import Recipe
 
 
 def forward(
-    recipe: Recipe, x: Tensor, weight: Tensor, operands: Any, out_dtype: torch.dtype
+    recipe: Recipe, x: Tensor, weight: Tensor, operands: Any, transposed: bool, out_dtype: torch.dtype
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """fprop of ``x [T, K]``, and what ``backward`` reads."""
-    del weight  # its gradient is straight through
+    del weight, transposed  # its gradient is straight through
     tokens = x.to(torch.bfloat16).contiguous()
     pruned = recipe.projection.fprop_operand(operands)
     assert isinstance(pruned, SparseOperand)  # dense products stay without us

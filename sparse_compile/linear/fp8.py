@@ -32,12 +32,16 @@ DGRAD_DRAWS = 2**30
 
 
 def forward(
-    recipe: Recipe, x: Tensor, weight: Tensor, operands: Any, out_dtype: torch.dtype
+    recipe: Recipe, x: Tensor, weight: Tensor, operands: Any, transposed: bool, out_dtype: torch.dtype
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """fprop of ``x [T, K]``, and what ``backward`` reads."""
+    """fprop of ``x [T, K]``, and what ``backward`` reads; ``weight`` as it is stored."""
     scale, scale_inv = token_scale(x.abs().amax(dim=1))
     x_fp8 = cast(x, scale)
-    output = _multiply(x_fp8, scale_inv, recipe.projection.fprop_operand(operands), out_dtype)
+    if recipe.fprop is Gemm.DENSE:
+        matrix = weight if transposed else weight.t()
+        output = x.to(out_dtype) @ matrix.to(out_dtype)
+    else:
+        output = _multiply(x_fp8, scale_inv, recipe.projection.fprop_operand(operands), out_dtype)
     saved_input = (x, None) if recipe.wgrad is Gemm.DENSE else (x_fp8, scale_inv)
     saved_weight = (weight,) if recipe.dgrad is Gemm.DENSE else recipe.projection.dgrad_operand(operands)
     return output, (*saved_input, *saved_weight)

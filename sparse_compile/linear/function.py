@@ -72,7 +72,8 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         recipe = recipe_named(spec.recipe)
         forward = bf16.forward if recipe.is_bf16 else fp8.forward
-        output, saved = forward(recipe, x, weight, recipe.projection.Operands(*operands), spec.out_dtype)
+        operands = recipe.projection.Operands(*operands)
+        output, saved = forward(recipe, x, weight, operands, spec.transposed, spec.out_dtype)
         if bias is not None:
             output = output + bias.to(spec.out_dtype)
         # What the backward products read, and nothing more.

@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from sparse_compile.kernels.formats import padded
 from sparse_compile.measuring.device_timer import capturing
@@ -56,11 +55,95 @@ class _Watched:
         return weight is not None and weight.device == self.device
 
 
-_watched: WeakKeyDictionary[OperandSet, _Watched] = WeakKeyDictionary()
-_listeners: list[Listener] = []
-_noise = GradNoise()
-_gradients_left = False
-_noise_until = 0  # the optimizer step up to which it was asked for
+class HealthMonitor:
+    """The pruned weights that are watched, who hears of their samples, and whose gradients are compared.
+
+    Attributes:
+        watched: what is known of each weight, by its operands.
+        listeners: called with every sample.
+        noise: of the gradients of the step at hand.
+    """
+
+    def __init__(self) -> None:
+        self.watched: WeakKeyDictionary[OperandSet, _Watched] = WeakKeyDictionary()
+        self.listeners: list[Listener] = []
+        self.noise = GradNoise()
+        self._gradients_left = False
+        self._noise_until = 0  # the optimizer step up to which it was asked for
+
+    def watch(self, slot: WeightSlot, weight: Tensor, operands: OperandSet, every: int) -> None:
+        if not slot.projection.prunes:
+            return
+        watched = self.watched.get(operands)
+        if watched is None:
+            # A weight that was moved keeps its name.
+            taken = {other.name for other in self.watched.values() if other.is_there() or other.weight() is not weight}
+            names = (slot.name if number == 1 else f"{slot.name} ({number})" for number in range(1, len(taken) + 2))
+            name = next(name for name in names if name not in taken)
+            self.watched[operands] = _Watched(name, slot, weight, every)
+        elif every:
+            watched.every = min(watched.every or every, every)
+        self.watch_gradients()
+
+    def leave_gradients(self) -> None:
+        self._gradients_left = True
+        self.watch_gradients()
+
+    def sample_all(self) -> dict[str, Health]:
+        """One of each weight; the gradients of the next optimizer step are compared."""
+        samples = self.sample(list(self.watched))
+        self._noise_until = optimizer_watch.count + max(1, optimizer_watch.stepped)
+        self.watch_gradients()
+        return samples
+
+    def sample(self, sets: Iterable[OperandSet]) -> dict[str, Health]:
+        """One of each weight that has been pruned; also kept for the report, and handed to the listeners."""
+        counts, gradients = {}, self.noise.take()
+        with torch.no_grad():
+            for state in sets:
+                watched = self.watched[state]
+                counted, watched.taken = watched.taken, None
+                if not state.freed:
+                    counted = _take(state, watched)
+                if counted is not None and watched.is_there():
+                    count, watched.last, address = counted
+                    counts[watched] = count, gradients.get(address)
+        # One wait for the device, when all of the work is queued.
+        samples = {
+            watched: _health(watched, count.tolist(), None if sums is None else sums.tolist())
+            for watched, (count, sums) in counts.items()
+        }
+        for watched, taken in samples.items():
+            record_health(watched.name, taken)
+            for quantity, value in asdict(taken).items():
+                if value is not None and (quantity in HEALTH_LIMITS or quantity == "zeros"):
+                    for listener in self.listeners:
+                        listener(f"sste/{quantity}/{watched.name}", value, taken.step)
+        return {watched.name: taken for watched, taken in samples.items()}
+
+    def after_step(self, weights: Sequence[Tensor]) -> None:
+        """Sample what an optimizer has stepped, where that is due."""
+        if any(watched.every for watched in self.watched.values()) and not capturing():
+            stepped = {id(find_record(weight)) for weight in weights}
+            due = [state for state, watched in self.watched.items() if _is_due(watched, 0, stepped)]
+            if due:
+                self.sample(due)
+        self.watch_gradients()
+
+    def before_freeing(self, operands: OperandSet) -> None:
+        """What FSDP2 frees before the optimizer steps is counted before."""
+        watched = self.watched.get(operands)
+        if watched is not None and _is_due(watched, 1) and not capturing():
+            with torch.no_grad():
+                watched.taken = _take(operands, watched)
+
+    def watch_gradients(self) -> None:
+        """Whether a backward that now comes belongs to a sample."""
+        due = any(_is_due(watched, 1) for watched in self.watched.values())
+        self.noise.watch((due or optimizer_watch.count < self._noise_until) and not self._gradients_left)
+
+
+monitor = HealthMonitor()
 
 
 def watch(slot: WeightSlot, weight: Tensor, operands: OperandSet, every: int) -> None:
@@ -69,17 +152,7 @@ def watch(slot: WeightSlot, weight: Tensor, operands: OperandSet, every: int) ->
     Args:
         every: take one each so many steps of its optimizer; of several graphs' wishes, the most frequent.  0: none.
     """
-    if not slot.projection.prunes:
-        return
-    watched = _watched.get(operands)
-    if watched is None:
-        # A weight that was moved keeps its name.
-        taken = {other.name for other in _watched.values() if other.is_there() or other.weight() is not weight}
-        names = (slot.name if number == 1 else f"{slot.name} ({number})" for number in range(1, len(taken) + 2))
-        watched = _watched[operands] = _Watched(next(name for name in names if name not in taken), slot, weight, every)
-    elif every:
-        watched.every = min(watched.every or every, every)
-    _watch_gradients()
+    monitor.watch(slot, weight, operands, every)
 
 
 def on_health(listener: Listener) -> None:
@@ -87,15 +160,13 @@ def on_health(listener: Listener) -> None:
 
     Tags are ``sste/flips/<module>`` and alike, for each quantity of ``Health``.
     """
-    if listener not in _listeners:
-        _listeners.append(listener)
+    if listener not in monitor.listeners:
+        monitor.listeners.append(listener)
 
 
 def leave_gradients() -> None:
     """Watch none from now on: what CUDA graphs allocate in a backward is theirs, and nobody may keep it."""
-    global _gradients_left
-    _gradients_left = True
-    _watch_gradients()
+    monitor.leave_gradients()
 
 
 def health() -> dict[str, Health]:
@@ -106,37 +177,7 @@ def health() -> dict[str, Health]:
     are not among them: the option looks at these before they are given back.  Waits for the GPU.  A graph that several
     blocks share names their weights ``up``, ``up (2)``, ...
     """
-    global _noise_until
-    samples = sample(list(_watched))
-    _noise_until = optimizer_watch.count + max(1, optimizer_watch.stepped)
-    _watch_gradients()
-    return samples
-
-
-def sample(sets: Iterable[OperandSet]) -> dict[str, Health]:
-    """One of each weight that has been pruned; also kept for the report, and handed to the listeners."""
-    counts, gradients = {}, _noise.take()
-    with torch.no_grad():
-        for state in sets:
-            watched = _watched[state]
-            counted, watched.taken = watched.taken, None
-            if not state.freed:
-                counted = _take(state, watched)
-            if counted is not None and watched.is_there():
-                count, watched.last, address = counted
-                counts[watched] = count, gradients.get(address)
-    # One wait for the device, when all of the work is queued.
-    samples = {
-        watched: _health(watched, count.tolist(), None if sums is None else sums.tolist())
-        for watched, (count, sums) in counts.items()
-    }
-    for watched, taken in samples.items():
-        record_health(watched.name, taken)
-        for quantity, value in asdict(taken).items():
-            if value is not None and (quantity in HEALTH_LIMITS or quantity == "zeros"):
-                for listener in _listeners:
-                    listener(f"sste/{quantity}/{watched.name}", value, taken.step)
-    return {watched.name: taken for watched, taken in samples.items()}
+    return monitor.sample_all()
 
 
 def _take(state: OperandSet, watched: _Watched) -> tuple[Tensor, Tensor, int] | None:
@@ -205,16 +246,6 @@ def _health(watched: _Watched, counts: list[int], sums: list[float] | None) -> H
     )
 
 
-def _after_step(optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
-    del optimizer
-    if any(watched.every for watched in _watched.values()) and not capturing():
-        stepped = {id(find_record(weight)) for weight in weights}
-        due = [state for state, watched in _watched.items() if _is_due(watched, 0, stepped)]
-        if due:
-            sample(due)
-    _watch_gradients()
-
-
 def _is_due(watched: _Watched, later: int, stepped: set[int] | None = None) -> bool:
     """Whether a weight is sampled after so many further steps of its optimizer.
 
@@ -227,19 +258,5 @@ def _is_due(watched: _Watched, later: int, stepped: set[int] | None = None) -> b
     return (record.steps + later) % watched.every == 0
 
 
-def _watch_gradients() -> None:
-    """Whether a backward that now comes belongs to a sample."""
-    due = any(_is_due(watched, 1) for watched in _watched.values())
-    _noise.watch((due or optimizer_watch.count < _noise_until) and not _gradients_left)
-
-
-def _before_freeing(operands: OperandSet) -> None:
-    """What FSDP2 frees before the optimizer steps is counted before."""
-    watched = _watched.get(operands)
-    if watched is not None and _is_due(watched, 1) and not capturing():
-        with torch.no_grad():
-            watched.taken = _take(operands, watched)
-
-
-before_freeing.append(_before_freeing)
-optimizer_watch.subscribe(Stage.HEALTH, after=_after_step)
+before_freeing.append(lambda operands: monitor.before_freeing(operands))
+optimizer_watch.subscribe(Stage.HEALTH, after=lambda optimizer, weights: monitor.after_step(weights))

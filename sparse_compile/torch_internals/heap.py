@@ -48,14 +48,15 @@ def _reachable(kinds: tuple[type, ...]) -> list[Any]:
     found = []
     while pending:
         held = pending.pop()
+        kind = type(held)  # not isinstance(), which asks weak proxies for their class, dead ones, too
         # What belongs to modules of Python, and its classes, is no script's.
-        if id(held) in seen or isinstance(held, (str, bytes, int, float, type, ModuleType, torch.Tensor, FrameType)):
+        if id(held) in seen or issubclass(kind, (str, bytes, int, float, type, ModuleType, torch.Tensor, FrameType)):
             continue
         seen.add(id(held))
-        if isinstance(held, FunctionType):
+        if kind is FunctionType:
             pending += held.__closure__ or ()
             continue
-        if issubclass(type(held), kinds):
+        if issubclass(kind, kinds):
             found.append(held)
         pending += gc.get_referents(held)
     return found

@@ -1,0 +1,45 @@
+"""Finding what is alive, also where the collector does not list it and where a script holds odd objects."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+from torch import nn
+
+from sparse_compile.torch_internals.heap import instances_of
+
+
+class Marked(nn.Linear):
+    """Found among all modules that other tests have left."""
+
+
+class LazyProxy:
+    """Pretends to be a module, which it would have to make first."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        raise AssertionError("asked for its class")
+
+
+@pytest.fixture
+def frozen() -> Iterator[None]:
+    """All objects that there are by now; what is made later thaws with them."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_dead_and_lazy_proxies_are_passed_over(frozen: None, freeze: bool) -> None:
+    model, referent = Marked(4, 4), Marked(4, 4)
+    held = {"model": model, "dead": weakref.proxy(referent), "lazy": LazyProxy()}
+    del referent
+    gc.collect()
+    if freeze:
+        gc.freeze()
+    found = [module for module in instances_of(nn.Module) if type(module) is Marked]
+    if freeze:
+        gc.unfreeze()
+    assert [id(module) for module in found] == [id(model)]
+    assert held["model"] is model
