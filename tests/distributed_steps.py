@@ -31,10 +31,23 @@ from sparse_compile.weights import record
 STEPS, SEQUENCES, TOKENS = 3, 4, 32
 
 
+class FeedForward(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
 def build(case: dict[str, Any], device: torch.device) -> nn.Module:
-    """SmallGPT, wrapped and compiled as the case says."""
+    """SmallGPT with or without attention, wrapped and compiled as the case says."""
     torch.manual_seed(0)
-    model = SmallGPT(width=case.get("width", 64), checkpoint=case.get("checkpoint") == "outside").to(device)
+    width, recomputes = case.get("width", 64), case.get("checkpoint") == "outside"
+    model = SmallGPT(width=width, depth=2, checkpoint=recomputes)
+    if not case["attention"]:
+        model.blocks = nn.ModuleList(FeedForward(width) for _ in model.blocks)
+    model = model.to(device)
     executor = "inductor" if device.type == "cuda" else "eager"
     options = {"sste.executor": executor, "sste.when": "always", **case.get("options", {})}
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))

@@ -110,7 +110,7 @@ def test_transposable_masks_make_dgrad_sparse(kernels, plans):
 
 
 def test_a_sampled_dgrad_pays_for_its_cast(kernels, plans):
-    sampled = SSTE.with_sampled_dgrad()
+    sampled = dataclasses.replace(SSTE, dgrad=Gemm.MVUE24)
     planned = plans(recipe=sampled)
     kept = {plan.site.name: plan for plan in choose(planned, clock())[0]}
     assert kept["blocks.0.up"].recipe is sampled

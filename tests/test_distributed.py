@@ -11,7 +11,7 @@ import pytest
 import warm
 
 SCRIPT = Path(__file__).parent / "distributed_steps.py"
-LAYERS = 8  # that are rewritten, four of them in an FFN
+PRUNED = 4  # the linears of two FFNs
 SHARDED = {"wrap": "fsdp2", "compile": "blocks"}
 FSDP2 = {
     "blocks": SHARDED,
@@ -38,7 +38,7 @@ ONE = {"wrap": "none", "compile": "whole"}
 
 
 def devices(*few):
-    """On GPUs all cases run; on CPUs these few, and all of them in a night."""
+    """On GPUs all cases run, with attention; on CPUs these few without it, and all of them in a night."""
     return pytest.mark.parametrize(
         ("device", "few"),
         [
@@ -50,7 +50,9 @@ def devices(*few):
 
 
 def chosen(cases, few):
-    return cases if few is None else {name: cases[name] for name in few}
+    """The cases, and how many linears are rewritten: without attention those that are pruned alone."""
+    cases = {name: {**cases[name], "attention": few is None} for name in few or cases}
+    return cases, 2 * PRUNED if few is None else PRUNED
 
 
 def torchrun(processes, *arguments, **more):
@@ -79,10 +81,11 @@ def near(expected, device, exact=0.0):
 @devices("buckets, two microbatches")
 def test_ddp_trains_as_one_process(tmp_path, device, few):
     """Losses but for the samples of gradients and reduction order; every rank has the same weights and betas."""
-    wide, cases = {**ONE, "width": 256}, chosen(DDP, few)
+    cases, layers = chosen(DDP, few)
+    wide = {**ONE, "width": 256, "attention": few is None}
     dense = {"fp8": {**wide, **DENSE}} if "buckets, fp8" in cases else {}
     (one,) = train(tmp_path / "one", 1, device, {"": wide, **dense})
-    two = train(tmp_path / "two", 2, device, cases, launch=torchrun)
+    two = train(tmp_path / "two", 2, device, cases, launch=warm.group if few else torchrun)
     for name in cases:
         first, second = (rank[name] for rank in two)
         assert first == second, name
@@ -94,15 +97,16 @@ def test_ddp_trains_as_one_process(tmp_path, device, few):
         assert first["betas"] == expected["betas"], name
         if name.startswith("buckets"):
             assert len(first["rewritten"]) > 1, "the model was meant to be cut"
-            assert (sum(first["rewritten"]), first["sparse"]) == (LAYERS, len(first["betas"])), name
+            assert (sum(first["rewritten"]), first["sparse"]) == (layers, len(first["betas"])), name
 
 
 @devices("two microbatches", "resumed")
 def test_fsdp2_trains_as_one_process(tmp_path, device, few):
     """And keeps of resharded weights no operands; beta is the same on every rank, by the shards' names, and saved."""
-    (one,) = train(tmp_path / "one", 1, device, {"": ONE})
+    cases, layers = chosen(FSDP2, few)
+    (one,) = train(tmp_path / "one", 1, device, {"": {**ONE, "attention": few is None}})
     one = one[""]
-    first, second = train(tmp_path / "two", 2, device, chosen(FSDP2, few))
+    first, second = train(tmp_path / "two", 2, device, cases)
     answers = [rank.pop("answers") for rank in (first, second)]
     assert answers[0]["asked by all"] == answers[1]["asked by all"]
     assert answers[0]["asked by one"] == "rank 0"
@@ -110,7 +114,7 @@ def test_fsdp2_trains_as_one_process(tmp_path, device, few):
     for rank in resumed:
         assert rank["resumed"] == near(rank["uninterrupted"], device)
         assert rank["betas"] == rank["expected"]
-        assert len(rank["betas"]) == LAYERS // 2
+        assert len(rank["betas"]) == PRUNED
     for name in others:
         for rank in (first, second):
             result, bf16 = rank[name], name == "bf16"
@@ -130,7 +134,7 @@ def test_fsdp2_trains_as_one_process(tmp_path, device, few):
         assert set(result["after_forward"]) == {everything if kept else 0}, name
         assert result["after_backward"][microbatches - 1 :: microbatches] == [0] * len(result["losses"]), name
         # Once in each forward and once in each backward, or once while FSDP2 keeps the weights.
-        assert set(result["made"]) == {LAYERS if kept else 2 * LAYERS * microbatches}, name
+        assert set(result["made"]) == {layers if kept else 2 * layers * microbatches}, name
     if few is not None:
         return
     # What backward makes again is what forward had, to the last bit, and so is the recomputed forward.

@@ -180,10 +180,26 @@ class Attention(nn.Module):
         return out if probabilities is None else out + probabilities.float().mean()
 
 
-WAYS = ["plain", "dropout", "checkpointed", "autocast inside", "checkpointed in autocast", "no_grad inside"]
+# By day those of which the others have a part.
+WAYS = {
+    "dropout": [True, False],
+    "checkpointed in autocast": [False],
+    "no_grad inside": [False],
+    "plain": [False, True],
+    "checkpointed": [False],
+    "autocast inside": [False],
+}
+BY_DAY = [("dropout", True), ("checkpointed in autocast", False), ("no_grad inside", False)]
 
 
-@pytest.mark.parametrize(("how", "need_weights"), [*((way, False) for way in WAYS), ("plain", True), ("dropout", True)])
+@pytest.mark.parametrize(
+    ("how", "need_weights"),
+    [
+        pytest.param(how, need_weights, marks=() if (how, need_weights) in BY_DAY else pytest.mark.nightly)
+        for how, all_of_them in WAYS.items()
+        for need_weights in all_of_them
+    ],
+)
 def test_expanded_graphs_compute_the_same(monkeypatch, how, need_weights):
     """In the modes that the graph itself sets, and with the same randomness."""
     model = Attention(how, need_weights=need_weights)
@@ -232,7 +248,7 @@ def test_projections_are_linears():
     ("settings", "masked", "mode"),
     [
         ({}, "", torch.inference_mode),
-        ({}, "causal", torch.no_grad),
+        pytest.param({}, "causal", torch.no_grad, marks=pytest.mark.nightly),
         ({"norm_first": True}, "padded", torch.no_grad),
         ({"activation": "gelu"}, "causal and padded", torch.no_grad),
     ],
@@ -240,7 +256,7 @@ def test_projections_are_linears():
 def test_encoder_evaluates_as_it_trained(settings, masked, mode):
     """PyTorch's fast path would multiply with weights that are not pruned."""
     layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True, **settings)
-    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
     step, x, kwargs = compiled(model), torch.randn(2, 16, 64), {}
     if "causal" in masked:
         kwargs |= {"mask": nn.Transformer.generate_square_subsequent_mask(16), "is_causal": True}

@@ -6,6 +6,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -28,12 +29,14 @@ def one_process():
 
 
 @pytest.fixture
-def make(small_gpt):
-    """A model whose blocks are compiled and sharded, and its optimizer."""
+def make(small_gpt, ffn):
+    """A model whose two blocks, which have no attention, are compiled and sharded, and its optimizer."""
 
     def run(sharded=True, device="cpu", **options):
         torch.manual_seed(0)
-        model = small_gpt().to(device)
+        model = small_gpt()
+        model.blocks = nn.ModuleList(ffn() for _ in range(2))
+        model.to(device)
         for block in model.blocks:
             block.compile(backend="sste", options={"sste.executor": "eager", "sste.when": "always", **options})
         for module in (*model.blocks, model) if sharded else ():
@@ -138,7 +141,7 @@ def test_a_backward_without_the_weight_says_so(make, batch):
 def test_health_is_sampled_before_operands_are_freed(make, batch, monkeypatch):
     healths = []
     for sharded in (True, False):
-        weight_health._watched.clear()
+        weight_health.monitor.watched.clear()
         model, optimizer = make(sharded, **{"sste.health": 1})
         for _ in range(2):
             model(*batch).backward()

@@ -1,5 +1,7 @@
 """Health: flips, zeros, underflow and saturation against dense masks; samples at steps; listeners."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from sparse_compile.options import read_options
 from sparse_compile.projections.groups_of_four import SOFT
 from sparse_compile.projections.groups_of_four_bf16 import TOP2_BF16
 from sparse_compile.projections.transposable import TRANSPOSABLE
+from sparse_compile.recipe import SSTE, Gemm
 from sparse_compile.reporting.health import Health
 from sparse_compile.reporting.process_report import record_health
 
@@ -21,12 +24,8 @@ EAGER = {"sste.executor": "eager", "sste.when": "always"}
 
 @pytest.fixture(autouse=True)
 def nothing_watched(monkeypatch):
-    health._watched.clear()
-    monkeypatch.setattr(health, "_listeners", [])
-    monkeypatch.setattr(health, "_noise_until", 0)
-    monkeypatch.setattr(health, "_noise", GradNoise())
-    monkeypatch.setattr(health, "_gradients_left", False)
-    monkeypatch.setattr(ops, "_observer", None)
+    health.monitor.noise.watch(False)
+    monkeypatch.setattr(health, "monitor", health.HealthMonitor())
 
 
 def pruned(weight):
@@ -142,8 +141,8 @@ def test_noise_where_dgrad_is_24():
 def test_noise_where_dgrad_is_sampled():
     """Its product is told from wgrad's: the noise is that of the weight's gradient, as with a dense dgrad."""
     noises = []
-    for options in ({}, {"sste.dgrad": "mvue"}):
-        health._noise.take()
+    for options in ({}, {"sste.recipe": replace(SSTE, dgrad=Gemm.MVUE24)}):
+        health.monitor.noise.take()
         torch.compiler.reset()
         torch.manual_seed(0)
         model = ffn(64)
@@ -156,7 +155,7 @@ def test_noise_where_dgrad_is_sampled():
             optimizer.step()
         (first, second) = sparse_compile.report().health.values()
         noises.append([(sample.noise, sample.grad_underflow) for sample in (*first, *second)][-6:])
-        assert health._noise._payloads == health._noise._values == {}
+        assert health.monitor.noise._payloads == health.monitor.noise._values == {}
     dense, sampled = noises
     assert all(noise is not None and 0.05 < noise < 1.0 for noise, _ in dense + sampled)
     # The last linear has the same gradient either way; the first one's comes from a sampled dgrad.

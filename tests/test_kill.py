@@ -4,18 +4,17 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+
+import warm
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24
 # Saves everything after every step, in one file that is replaced at once, and goes on from it when started again.
 TRAIN = """
-import json, os, sys
+import json, os, signal, sys
 from pathlib import Path
 import torch
 import sparse_compile
@@ -28,7 +27,7 @@ class FFN(nn.Module):
     def forward(self, x):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
-file, steps, device = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+file, steps, device, last, moment = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], *map(float, sys.argv[4:])
 torch.use_deterministic_algorithms(True)
 torch.manual_seed(0)
 model = FFN().to(device)
@@ -56,24 +55,27 @@ while len(losses) < steps:
     )
     os.replace(file.with_suffix(".new"), file)
     print(len(losses), flush=True)
+    if len(losses) == last:
+        # As by SIGKILL, the kernel ends the process, wherever it is then.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, moment)
 print(json.dumps(losses))
 """
 
 
-def start(folder: Path, file: str, device: str) -> subprocess.Popen[str]:
+def start(folder: Path, file: str, device: str, last: int = 0, moment: float = 0.0) -> tuple[int, str, str]:
+    """Exit status, output and errors; the run ends ``moment`` seconds after step ``last``, if there is one."""
     (folder / "train.py").write_text(TRAIN)
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     # The last is what cuBLAS needs to be deterministic.
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    command = [sys.executable, "train.py", file, str(STEPS), device]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
+    done = warm.python("train.py", file, STEPS, device, last, moment, cwd=folder, env=environment)
+    return done.returncode, done.stdout, done.stderr
 
 
-def finish(run: subprocess.Popen[str]) -> tuple[int, list[float]]:
+def finish(status: int, output: str, errors: str) -> tuple[int, list[float]]:
     """The first step of the run, and all losses."""
-    output, errors = run.communicate(timeout=300)
-    assert run.returncode == 0, errors
+    assert status == 0, errors
     assert "2 of 2 linears rewritten" in errors
     assert "beta" not in errors, "a warning that it is missing"
     first, *_, losses = output.splitlines()
@@ -83,23 +85,16 @@ def finish(run: subprocess.Popen[str]) -> tuple[int, list[float]]:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_killed_and_resumed_is_uninterrupted(tmp_path: Path, device: str) -> None:
     """To the last bit, on a GPU with deterministic algorithms."""
-    whole = start(tmp_path, "whole.pt", device)
-    killed = start(tmp_path, "killed.pt", device)
     seed = random.randrange(2**32)
     chance = random.Random(seed)
     last = chance.randrange(1, STEPS - 2)
-    assert killed.stdout is not None
-    for line in killed.stdout:
-        if int(line) == last:
-            break
-    time.sleep(chance.random() * 0.02)  # anywhere in a step, or in saving
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL, f"seed {seed}"
-    first, losses = finish(whole)
+    moment = 1e-6 + chance.random() * 0.02  # anywhere in a step, or in saving
+    status, _, errors = start(tmp_path, "killed.pt", device, last, moment)
+    assert status == -signal.SIGALRM, f"seed {seed}: {errors}"
+    first, losses = finish(*start(tmp_path, "whole.pt", device))
     assert first == 1
     assert len(losses) == STEPS
     assert losses[-1] < losses[0]
-    first, resumed = finish(start(tmp_path, "killed.pt", device))
+    first, resumed = finish(*start(tmp_path, "killed.pt", device))
     assert first > last
     assert resumed == losses, f"seed {seed}"

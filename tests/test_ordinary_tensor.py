@@ -193,20 +193,26 @@ def compare(program, x, *, recipe="fp8", tolerance=0.1, **arguments):
             assert (value - expected).norm() <= tolerance * expected.norm()
 
 
-LEADS, BIASES = {"(8,)": (8,), "(2, 4)": (2, 4)}, {"bias": True, "no bias": False}
+LAYOUTS = {
+    "no bias-(8,)": (False, (8,)),
+    "bias-(8,)": (True, (8,)),
+    "bias-(2, 4)": (True, (2, 4)),
+    "no bias-(2, 4)": (False, (2, 4)),
+}
+
+
+def in_turn(index, count):
+    """Marks of as many values, of which the one whose turn it is runs by day."""
+    return [() if index % count == place else pytest.mark.nightly for place in range(count)]
 
 
 def in_any_layout(*programs):
     """With and without a bias, of inputs of two and three dimensions: each pair of them in turn, in a night all."""
     return [
-        pytest.param(
-            *program, bias, lead, id=f"{name}-{bias_name}-{lead_name}",
-            marks=() if (index + bias + len(lead)) % 2 else pytest.mark.nightly,
-        )
+        pytest.param(*program, bias, lead, id=f"{name}-{layout}", marks=marks)
         for index, (name, *program) in enumerate(programs)
-        for bias_name, bias in BIASES.items()
-        for lead_name, lead in LEADS.items()
-    ]  # fmt: skip
+        for (layout, (bias, lead)), marks in zip(LAYOUTS.items(), in_turn(index, len(LAYOUTS)), strict=True)
+    ]
 
 
 @pytest.mark.parametrize(("program", "bias", "lead"), in_any_layout(*PROGRAMS.items()))
@@ -243,8 +249,14 @@ def test_what_a_graph_returns_belongs_to_its_caller(program, after, bias, lead):
     compare(program, torch.randn(*lead, WIDTH), bias=bias, after=after)
 
 
-@pytest.mark.parametrize("recipe", ["s-ste-bf16", "s-ste", "t-sr-ste"])
-@pytest.mark.parametrize("program", [added_in_place, written_by_index, PROGRAMS["views written"]])
+@pytest.mark.parametrize(
+    ("program", "recipe"),
+    [
+        pytest.param(PROGRAMS[name], recipe, id=f"{name}-{recipe}", marks=marks)
+        for index, name in enumerate(("added_in_place", "written_by_index", "views written"))
+        for recipe, marks in zip(("s-ste-bf16", "s-ste", "t-sr-ste"), in_turn(index, 3), strict=True)
+    ],
+)
 def test_pruned_linears_too(program, recipe):
     """Of a weight that is 2:4 already, by all of these masks: the values are those of dense products."""
 
@@ -275,14 +287,26 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS.keys())
+@pytest.mark.parametrize(
+    ("make", "bias"),
+    [
+        pytest.param(make, bias, id=f"{name}-{'bias' if bias else 'no bias'}", marks=marks)
+        for index, (name, make) in enumerate(INPUTS.items())
+        for bias, marks in zip((True, False), in_turn(index, 2), strict=True)
+    ],
+)
 def test_of_inputs_of_any_layout(make, bias):
     compare(lambda linear, x: linear(x).mul_(2), make(), bias=bias)
 
 
-@pytest.mark.parametrize("kind", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(
+    ("kind", "bias"),
+    [
+        pytest.param(kind, bias, id=f"{kind.__name__}-{'bias' if bias else 'no bias'}", marks=marks)
+        for index, kind in enumerate((torch.no_grad, torch.inference_mode))
+        for bias, marks in zip((True, False), in_turn(index, 2), strict=True)
+    ],
+)
 def test_without_gradients(kind, bias):
     x = torch.randn(2, 4, WIDTH)
     results = []
@@ -298,8 +322,14 @@ def test_without_gradients(kind, bias):
     assert (rewritten - dense).norm() < 0.1 * dense.norm()
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("inside", [False, True], ids=["around the compiled module", "in the graph"])
+@pytest.mark.parametrize(
+    ("inside", "reentrant"),
+    [
+        pytest.param(inside, reentrant, id=f"{where}-{reentrant}", marks=marks)
+        for inside, where in enumerate(("around the compiled module", "in the graph"))
+        for reentrant, marks in zip((True, False), in_turn(inside, 2), strict=True)
+    ],
+)
 def test_in_checkpointed_regions(inside, reentrant):
     def gradients(compiler):
         torch._dynamo.reset()
@@ -394,6 +424,8 @@ LLAMA_4 = {
 }  # fmt: skip
 
 
+# By day ``added_in_place`` does, to one pruned linear, what these models do.
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("model", "config", "more"),
     [

@@ -1,5 +1,7 @@
 """dgrad that is 2:4 by MVUE along out_features, an experiment: its definition, no bias, draws of its own, refusals."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -10,10 +12,11 @@ from sparse_compile.kernels import ops, reference
 from sparse_compile.linear.fp8 import DGRAD_DRAWS
 from sparse_compile.linear.function import LinearSpec, linear
 from sparse_compile.options import read_options
-from sparse_compile.recipe import RECIPES, SSTE, SSTE_APPROXIMATE, STE, Estimator, Gemm
+from sparse_compile.recipe import FP8, RECIPES, SSTE, SSTE_APPROXIMATE, STE, T_SR_STE, Estimator, Gemm
 from test_backend import sampled
+from variants import with_sampled_dgrad
 
-SAMPLED = [recipe.with_sampled_dgrad() for recipe in (SSTE, SSTE_APPROXIMATE, STE)]
+SAMPLED = [with_sampled_dgrad(recipe) for recipe in (SSTE, SSTE_APPROXIMATE, STE)]
 
 
 def pruned(weight, recipe):
@@ -100,7 +103,7 @@ def test_draws_are_its_own(monkeypatch):
 
     monkeypatch.setattr(ops, "cast_mvue", recorded)
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
-    options = {"sste.executor": "eager", "sste.when": "always", "sste.targets": "all", "sste.dgrad": "mvue"}
+    options = {"sste.executor": "eager", "sste.when": "always", "sste.targets": "all", "sste.recipe": SAMPLED[0]}
     compiled = torch.compile(model, backend="sste", options=options)
     compiled(torch.randn(8, 64, requires_grad=True)).sum().backward()
     assert sorted(indices) == [0, 1, 2, *(DGRAD_DRAWS + index for index in range(3))]
@@ -129,17 +132,7 @@ def test_nothing_is_sampled_for_an_input_without_gradient(monkeypatch):
     assert calls == [2]
 
 
-class TestOption:
-    @pytest.mark.parametrize("mvue", ["exact", "approximate"])
-    @pytest.mark.parametrize("name", ["s-ste", "s-ste-approximate", "ste", "sr-ste", "ste-dense-tail"])
-    def test_changes_dgrad_alone(self, name, mvue):
-        given = {"sste.recipe": name, "sste.mvue": mvue, "sste.total_steps": 6, "sste.tail": 1}
-        dense = read_options(None, given | {"sste.dgrad": "dense"}).recipe
-        assert dense == read_options(None, given).recipe
-        recipe = read_options(None, given | {"sste.dgrad": "mvue"}).recipe
-        assert recipe == dense.with_sampled_dgrad()
-        assert (recipe.dgrad, recipe.wgrad, recipe.estimator) == (Gemm.MVUE24, Gemm.SPARSE24, dense.estimator)
-
+class TestRecipe:
     def test_choosing_may_make_it_precise_again(self):
         variants = SAMPLED[1].variants()
         assert [(v.dgrad, v.wgrad, v.estimator) for v in variants] == [
@@ -153,23 +146,15 @@ class TestOption:
     def test_no_recipe_has_it_by_itself(self):
         assert all(recipe.dgrad is not Gemm.MVUE24 for recipe in RECIPES.values())
 
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"sste.dgrad": "mvu"}, r"'sste.dgrad' is 'mvu'; did you mean 'mvue'\? allowed are 'dense', 'mvue'"),
-            ({"sste.dgrad": True}, r"option 'sste.dgrad' is True; allowed are 'dense', 'mvue'"),
-            ({"sste.dgard": "mvue"}, r"unknown option 'sste.dgard'; did you mean 'sste.dgrad'\?"),
-            ({"sste.mvue": "off"}, r"'sste.dgrad' is 'mvue', but 'sste.mvue' is 'off'.*say 'exact' or 'approximate'"),
-            ({"sste.recipe": "fp8"}, r"but recipe 'fp8' samples no gradients; it is for 's-ste', 's-ste-approximate'"),
-            ({"sste.recipe": "s-ste-bf16"}, r"but recipe 's-ste-bf16' samples no gradients; it is for 's-ste'"),
-            ({"sste.recipe": "ste-bf16"}, r"but recipe 'ste-bf16' samples no gradients"),
-            ({"sste.recipe": "t-sr-ste"}, r"dgrad of recipe 't-sr-ste' is 2:4 by its masks; leave 'sste.dgrad' out"),
-            ({"sste.recipe": "t-sr-ste", "sste.dgrad": "dense"}, r"dgrad of recipe 't-sr-ste' is 2:4 by its masks"),
-        ],
-    )
-    def test_refusals(self, options, message):
-        with pytest.raises(ValueError, match=message):
-            read_options(None, {"sste.dgrad": "mvue"} | options)
+    def test_options_of_the_estimator_go_with_it(self):
+        recipe = read_options(None, {"sste.recipe": SAMPLED[0], "sste.mvue": "approximate"}).recipe
+        assert (recipe.dgrad, recipe.estimator) == (Gemm.MVUE24, Estimator.APPROXIMATE_MVUE)
+
+    def test_it_needs_an_estimator_and_a_dgrad_that_is_not_24_by_the_weight(self):
+        with pytest.raises(ValueError, match="dgrad is sampled only beside a pruned weight and a sampled wgrad"):
+            replace(FP8, dgrad=Gemm.MVUE24)
+        with pytest.raises(ValueError, match="dgrad is 2:4 if and only if the weight is 2:4 both ways"):
+            replace(T_SR_STE, dgrad=Gemm.MVUE24)
 
 
 class Model(nn.Module):
@@ -203,7 +188,7 @@ def test_runs_through_the_backend(ffn, checkpointed, dynamic):
             model,
             backend="sste",
             dynamic=symbolic,
-            options={"sste.executor": "eager", "sste.when": "always", "sste.dgrad": "mvue"},
+            options={"sste.executor": "eager", "sste.when": "always", "sste.recipe": SAMPLED[0]},
         )
         torch.manual_seed(1)
         compiled(x).square().mean().backward()

@@ -1,10 +1,14 @@
 """The samples of a backward are those that its forward drew the seed of, whenever and however often it runs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch._functorch.config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from sparse_compile.recipe import SSTE, Gemm, Rounding
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 X = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
@@ -30,7 +34,15 @@ def same(these, those):
     return all(torch.equal(a, b) for a, b in zip(these, those, strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"dgrad": "mvue"}, {"memory": "small"}, {"rounding": "stochastic"}], ids=str)
+ARMS = {
+    "default": {},
+    "2:4 dgrad": {"recipe": replace(SSTE, dgrad=Gemm.MVUE24)},
+    "small memory": {"memory": "small"},
+    "stochastic rounding": {"recipe": replace(SSTE, rounding=Rounding.STOCHASTIC)},
+}
+
+
+@pytest.mark.parametrize("options", ARMS.values(), ids=ARMS.keys())
 @torch._functorch.config.patch(donated_buffer=False)
 def test_a_second_backward_draws_the_same(options):
     module = ffn()

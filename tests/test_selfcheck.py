@@ -88,7 +88,7 @@ class Kernel:
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Kernel], Kernel]]:
-    monkeypatch.setattr(selfcheck, "_checked", set())
+    monkeypatch.setattr(selfcheck, "passed", set())
     properties = SimpleNamespace(multi_processor_count=4)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -343,13 +343,13 @@ def test_random_metadata_is_legal_and_holds_every_pair() -> None:
     ids=["fprop", "odd sizes in fp32"],
 )
 def test_every_config_on_the_gpu(monkeypatch, config, problem, form) -> None:
-    monkeypatch.setattr(selfcheck, "_checked", set())
+    monkeypatch.setattr(selfcheck, "passed", set())
     check_variant(config, replace(problem, **form), GPU)
 
 
 @pytest.mark.gpu
 def test_a_wrong_kernel_is_caught_on_the_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(selfcheck, "_checked", set())
+    monkeypatch.setattr(selfcheck, "passed", set())
     plan = plan_module.plan_gemm
 
     def one_stage_fewer(
@@ -366,7 +366,7 @@ def test_a_wrong_kernel_is_caught_on_the_gpu(monkeypatch) -> None:
 
 @pytest.mark.gpu
 def test_capture_is_noticed_on_the_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(selfcheck, "_checked", set())
+    monkeypatch.setattr(selfcheck, "passed", set())
     with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="before the capture"):
         check_variant(CONFIG, PROBLEM, GPU)
 
@@ -374,7 +374,7 @@ def test_capture_is_noticed_on_the_gpu(monkeypatch) -> None:
 @pytest.mark.gpu
 def test_memory_is_given_back_on_the_gpu(monkeypatch) -> None:
     check_variant(CONFIG, PROBLEM, GPU)  # the workspace of cuBLAS stays
-    monkeypatch.setattr(selfcheck, "_checked", set())
+    monkeypatch.setattr(selfcheck, "passed", set())
     before, state = torch.cuda.memory_allocated(), torch.cuda.get_rng_state()
     check_variant(CONFIG, PROBLEM, GPU)
     assert torch.cuda.memory_allocated() == before

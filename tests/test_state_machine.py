@@ -262,7 +262,7 @@ class Scripts(RuleBasedStateMachine):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("examples", [8, pytest.param(100, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("examples", [5, pytest.param(100, marks=pytest.mark.nightly)])
 def test_scripts_in_any_order(examples):
     run_state_machine_as_test(
         Scripts,

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 import sparse_compile
 from sparse_compile import backend
 from sparse_compile.kernels import ops
+from sparse_compile.recipe import SSTE, Gemm, GradFormat, Rounding
 
 ARMS = {
     **{
@@ -30,8 +32,10 @@ ARMS = {
             "fp8",
         )
     },
-    "s-ste, 2:4 dgrad": {"sste.recipe": "s-ste", "sste.dgrad": "mvue"},
-    "s-ste, e5m2, stochastic": {"sste.grad_format": "e5m2", "sste.rounding": "stochastic"},
+    "s-ste, 2:4 dgrad": {"sste.recipe": replace(SSTE, dgrad=Gemm.MVUE24)},
+    "s-ste, e5m2, stochastic": {
+        "sste.recipe": replace(SSTE, grad_format=GradFormat.E5M2, rounding=Rounding.STOCHASTIC)
+    },
 }
 
 

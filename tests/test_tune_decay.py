@@ -115,11 +115,22 @@ def flips_by_hand(folder, mask):
     return [[int((before[i] != after[i]).sum()) for before, after in pairs] for i in range(2)]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("recipe", ["sr-ste", "t-sr-ste"])
-@pytest.mark.parametrize("decay", [None, 6e-3], ids=["dense", "pruned"])
+def runs_on_each_device():
+    """On a CPU one by day: ``test_the_dense_run_is_dense_and_decays_nothing`` counts those of a dense one, too."""
+    for device, recipe, (name, decay) in product(
+        ("cpu", "cuda"), ("sr-ste", "t-sr-ste"), {"dense": None, "pruned": 6e-3}.items()
+    ):
+        by_day = () if (recipe, name) == ("t-sr-ste", "pruned") else pytest.mark.nightly
+        marks = pytest.mark.gpu if device == "cuda" else by_day
+        yield pytest.param(recipe, decay, device, id=f"{name}-{recipe}-{device}", marks=marks)
+
+
+@pytest.mark.parametrize(("recipe", "decay", "device"), list(runs_on_each_device()))
 def test_flips_are_those_of_masks_by_hand(tmp_path, recipe, decay, device):
-    done = run(tmp_path, decay, recipe, device=device)
+    assert_counted(tmp_path, run(tmp_path, decay, recipe, device=device), recipe)
+
+
+def assert_counted(tmp_path, done, recipe):
     by_hand = flips_by_hand(tmp_path, top2 if recipe == "sr-ste" else transposable)
     assert [len(flips) for flips in by_hand] == [6, 6]
     assert min(map(min, by_hand)) > 0
@@ -132,6 +143,7 @@ def test_flips_are_those_of_masks_by_hand(tmp_path, recipe, decay, device):
 def test_the_dense_run_is_dense_and_decays_nothing(tmp_path):
     """What ``fp8`` trains, to the bit."""
     dense = run(tmp_path, None)
+    assert_counted(tmp_path, dense, "sr-ste")
     trained = torch.load(tmp_path / "weights.pt")
     options = f"torch.compile(model, backend='sste', options={OPTIONS | {'sste.recipe': 'fp8'}})"
     with pytest.raises(RunFailed, match=r"dense run no weight is or would be pruned(.|\n)*fp8"):
@@ -159,22 +171,22 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     """Options of the script that each run sets itself do not count; larger decays flip less."""
     monkeypatch.chdir(tmp_path)
     own = "torch.compile(model, options={'sste.recipe': 's-ste', 'sste.decay': 1e-4, 'sste.report': 'report.txt'})"
-    arguments = ["--decays", "1e-1,1e-30,1e-2", "--steps", "10", "--option", "sste.executor=eager"]
+    arguments = ["--decays", "1e-1,1e-30", "--steps", "10", "--option", "sste.executor=eager"]
     exited = status(*arguments, "--out", "out.json", "--out", "out.html", *script(tmp_path, own))
     written = json.loads((tmp_path / "out.json").read_text())
     printed, said = capsys.readouterr()
     dense, *runs = written["runs"]
-    assert [run["decay"] for run in (dense, *runs)] == [None, 1e-30, 1e-2, 1e-1]
+    assert [run["decay"] for run in (dense, *runs)] == [None, 1e-30, 1e-1]
     assert all(len(run["flip_rates"]) == 10 and run["stopped"] for run in (dense, *runs))
     assert dense["mean"] == pytest.approx(sum(dense["flip_rates"][5:]) / 5)
     mus = [run["mu"] for run in runs]
     assert mus == [pytest.approx(run["mean"] / dense["mean"]) for run in runs]
-    assert mus[0] > mus[1] > mus[2]
+    assert mus[0] > mus[1]
     assert written["accepted"] == [run["decay"] for run in runs if 0.60 <= run["mu"] <= 0.95]
     assert exited == (0 if written["accepted"] else 1)
     rows = [line.split() for line in printed.splitlines()]
     assert ["1e-30", f"{100 * runs[0]['mean']:.3g}", "%", f"{mus[0]:.3f}"] in [row[:4] for row in rows]
-    assert said.splitlines()[-1] == "sparse_compile: run 4 of 4, decay 0.1"
+    assert said.splitlines()[-1] == "sparse_compile: run 3 of 3, decay 0.1"
     assert "came to its end" not in printed
     assert not (tmp_path / "report.txt").exists()
     assert "Flip rate in each optimizer step" in (tmp_path / "out.html").read_text()

@@ -25,6 +25,7 @@ from sparse_compile.kernels.sparse_gemm.configs import Config, configs
 from sparse_compile.kernels.sparse_gemm.problem import Problem
 from sparse_compile.kernels.sparse_gemm.tuning import lookup, tune
 from sparse_compile.kernels.timing import gpu_times
+from sparse_compile.recipe import SSTE, T_SR_STE, Gemm, GradFormat
 
 DEVICE = torch.device("cuda", 0)
 PROBLEM = Problem(
@@ -370,7 +371,11 @@ class TestGraph:
         if stored == "conv1d":
             model.up, model.down = conv1d(64, 128), conv1d(128, 64)
         call = partial(torch.utils.checkpoint.checkpoint, model, use_reentrant=False) if checkpoint else model
-        options = {"sste.executor": "eager", "sste.tune": True, "sste.grad_format": grad_format}
+        options = {
+            "sste.executor": "eager",
+            "sste.tune": True,
+            "sste.recipe": replace(SSTE, grad_format=GradFormat(grad_format)),
+        }
         # A sum's gradient would be one number, of stride zero.
         compiled = torch.compile(lambda x: call(x).square().sum(), backend="sste", options=options)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -384,7 +389,8 @@ class TestGraph:
     @pytest.mark.parametrize("grad_format", ["e4m3", "e5m2"])
     def test_a_dgrad_that_is_24_by_its_weight(self, asked, multiplied, ffn, x, grad_format) -> None:
         options = {
-            "sste.executor": "eager", "sste.tune": True, "sste.recipe": "t-sr-ste", "sste.grad_format": grad_format
+            "sste.executor": "eager", "sste.tune": True,
+            "sste.recipe": replace(T_SR_STE, grad_format=GradFormat(grad_format)),
         }  # fmt: skip
         torch.compile(ffn(), backend="sste", options=options)(x).square().sum().backward()
         assert set(asked) == multiplied
@@ -398,7 +404,8 @@ class TestGraph:
     def test_a_sampled_dgrad(self, asked, multiplied, ffn, x, grad_format, autocast) -> None:
         """Tokens are its rows, padded, and the scales leave after it."""
         options = {
-            "sste.executor": "eager", "sste.tune": True, "sste.dgrad": "mvue", "sste.grad_format": grad_format
+            "sste.executor": "eager", "sste.tune": True,
+            "sste.recipe": replace(SSTE, dgrad=Gemm.MVUE24, grad_format=GradFormat(grad_format)),
         }  # fmt: skip
         compiled = torch.compile(ffn(), backend="sste", options=options)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

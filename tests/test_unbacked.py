@@ -1,5 +1,7 @@
 """Sizes that are known at run time alone: no branch on them, whatever the recipe, and none, one or many tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch._dynamo.config
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparse_compile
+from sparse_compile.recipe import SSTE, Gemm
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 RECIPES = ["s-ste", "t-sr-ste", "s-ste-bf16"]
@@ -123,7 +126,7 @@ def test_any_number_of_tokens(way):
     [
         *({"sste.recipe": name} for name in RECIPES),
         *(pytest.param({"sste.recipe": name}, marks=pytest.mark.nightly) for name in OTHERS),
-        {"sste.dgrad": "mvue"},
+        {"sste.recipe": replace(SSTE, dgrad=Gemm.MVUE24)},
     ],
     ids=str,
 )

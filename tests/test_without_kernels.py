@@ -23,7 +23,7 @@ X = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(autouse=True)
 def nobody_was_warned(monkeypatch):
-    monkeypatch.setattr(choose, "_warned", set())
+    monkeypatch.setattr(choose, "warned", set())
 
 
 def ffn():

@@ -17,7 +17,7 @@ from sparse_compile.recipe import (
 )
 
 
-def sampled(recipe: Recipe) -> Recipe:
+def with_sampled_dgrad(recipe: Recipe) -> Recipe:
     """With a dgrad that is 2:4 by its estimator."""
     return replace(recipe, dgrad=Gemm.MVUE24)
 
@@ -30,11 +30,11 @@ def _chosen() -> Iterator[Recipe]:
                 chosen = recipe.with_estimator(estimator)
                 yield chosen
                 if chosen.estimator is not None and chosen.dgrad is Gemm.FP8:
-                    yield sampled(chosen)
+                    yield with_sampled_dgrad(chosen)
     # One of each form: how gradients are cast depends on nothing else.
-    for recipe in (SSTE, sampled(SSTE), T_SR_STE, FP8):
+    for recipe in (SSTE, with_sampled_dgrad(SSTE), T_SR_STE, FP8):
         yield replace(recipe, grad_format=GradFormat.E5M2)
-    for recipe in (SSTE, sampled(SSTE_APPROXIMATE)):
+    for recipe in (SSTE, with_sampled_dgrad(SSTE_APPROXIMATE)):
         for grad_format in GradFormat:
             yield replace(recipe, rounding=Rounding.STOCHASTIC, grad_format=grad_format)
 

@@ -117,6 +117,9 @@ def serve() -> dict[str, Any] | None:
     installed = sys.path[1:]  # without this folder
     for name in ("torch._dynamo", "torch._inductor.compile_fx"):
         import_module(name)
+    # The patterns of Inductor's passes over joint graphs.  With a GPU they would begin to use it.
+    if not import_module("torch").cuda.is_available():
+        import_module("torch._inductor.fx_passes.joint_graph").lazy_init()
     gc.collect()
     gc.freeze()
     for line in sys.stdin:

@@ -13,13 +13,17 @@ from torch.nn import Module
 
 def instances_of(kind: type) -> Iterator[Any]:
     """All that are alive, by a walk over the heap; of frozen ones (``gc.freeze``) those that a script can reach."""
-    objects = gc.get_objects()
-    # type(), because isinstance() would wake lazy proxies that pretend to be of the kind; of few classes many objects.
-    kinds = {found for found in set(map(type, objects)) if issubclass(found, kind)}
-    listed = [found for found in objects if type(found) in kinds]
+    listed = _listed(kind)
     known = set(map(id, listed))
     yield from listed
     yield from (found for found in _frozen_objects() if issubclass(type(found), kind) and id(found) not in known)
+
+
+def _listed(kind: type) -> list[Any]:
+    objects = gc.get_objects()
+    # type(), because isinstance() would wake lazy proxies that pretend to be of the kind; of few classes many objects.
+    kinds = {found for found in set(map(type, objects)) if issubclass(found, kind)}
+    return [found for found in objects if type(found) in kinds]
 
 
 _frozen: "list[ref[Any]]" = []
@@ -37,12 +41,13 @@ def _frozen_objects() -> list[Any]:
 
 
 def _reachable(kinds: tuple[type, ...]) -> list[Any]:
-    """What of some classes the running frames and the main module hold, directly or through other objects."""
+    """What of some classes the frames of others and the main module hold, directly or through other objects."""
     pending: list[Any] = list(vars(sys.modules["__main__"]).values())
     for frame in sys._current_frames().values():
         caller: FrameType | None = frame
         while caller is not None:
-            pending += caller.f_locals.values()
+            if caller.f_code.co_filename != __file__:
+                pending += caller.f_locals.values()
             caller = caller.f_back
     seen: set[int] = set()
     found = []
