@@ -24,9 +24,11 @@ use_environment() {
   PYTHON=.venv/bin/python
   if ! cat constraints.txt pyproject.toml | cmp -s - "$stamp"; then
     echo "installing torch, then sparse_compile[$extra], into .venv (minutes where torch must be downloaded)"
-    # torch first and pinned, so that no later requirement can pull in another build of it.
-    "$PYTHON" -m pip install --quiet --quiet --constraint constraints.txt torch setuptools
-    "$PYTHON" -m pip install --quiet --quiet --constraint constraints.txt --no-build-isolation --editable ".[$extra]"
+    # torch first and pinned, so that no later requirement can pull in another build of it.  Not compiled: most modules
+    # are never imported, and those that are, Python compiles then.
+    local install=("$PYTHON" -m pip install --quiet --quiet --no-compile --constraint constraints.txt)
+    "${install[@]}" torch setuptools
+    "${install[@]}" --no-build-isolation --editable ".[$extra]"
     cat constraints.txt pyproject.toml > "$stamp"
   fi
 }

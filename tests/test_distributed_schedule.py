@@ -127,6 +127,7 @@ def test_fsdp2_shards_decay_and_follow_a_schedule(tmp_path):
         assert float(close.double().mean()) > 0.9
 
 
+@pytest.mark.nightly
 def test_buckets_of_ddp_follow_a_schedule(tmp_path):
     schedule = '"sste.recipe": "ste", "sste.targets": "all", "sste.warmup": 1, "sste.tail": 1, "sste.total_steps": 3'
     script = BUCKETS.replace('"sste.executor": "eager"', f'"sste.executor": "eager", "sste.when": "always", {schedule}')

@@ -82,7 +82,9 @@ def finish(status: int, output: str, errors: str) -> tuple[int, list[float]]:
     return int(first), json.loads(losses)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.nightly), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 def test_killed_and_resumed_is_uninterrupted(tmp_path: Path, device: str) -> None:
     """To the last bit, on a GPU with deterministic algorithms."""
     seed = random.randrange(2**32)

@@ -1,8 +1,6 @@
 """The report: a row for each linear, what stands in the way of more, as text, as JSON, and read again."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -255,7 +253,7 @@ def test_written_to_stderr_when_the_process_ends():
         "f = torch.compile(lambda x: ffn(x), backend='sste', options=options)\n"
         "f(torch.randn(8, 64)).sum().backward()"
     )
-    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    result = warm.python("-c", code, check=True)
     assert "graph 0: 2 of 2 linears rewritten, emulated: no kernels for cpu" in result.stderr
     assert result.stdout == ""
 

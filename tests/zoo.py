@@ -39,7 +39,6 @@ class Architecture:
         up, down: patterns of the FFN linears' names, matched at their end; empty if it has no FFN of plain matrices.
         exceptions: patterns of linears that are an FFN by name and not found to be one, or the other way, and why.
         eager: why some of its products reach no graph, if they do not.
-        sample: whether the default run has it, too.
         library: that must be there.
     """
 
@@ -51,7 +50,6 @@ class Architecture:
     down: str = ""
     exceptions: Mapping[str, str] = field(default_factory=dict)
     eager: str = ""
-    sample: bool = False
     library: str = "torch"
 
 

@@ -185,7 +185,6 @@ ARCHITECTURES = [
         lambda: nn.Transformer(**ENCODER, num_encoder_layers=1, num_decoder_layers=1),
         LINEARS,
         {"src": tokens, "tgt": tokens},
-        sample=True,
     ),
     own("blocks", partial(Blocks, partial(plain_ffn, nn.GELU())), (r"ffn\.0", r"ffn\.2"), X),
     own(
@@ -196,9 +195,7 @@ ARCHITECTURES = [
     ),
     own("blocks in place", partial(Blocks, partial(plain_ffn, nn.ReLU(inplace=True))), (r"ffn\.0", r"ffn\.2"), X),
     own("blocks of experts", partial(Blocks, Experts), (r"experts\.\d+\.0", r"experts\.\d+\.2"), X),
-    own(
-        "MLP-Mixer", Mixer, (r"mlps\.\d+\.0", r"mlps\.\d+\.2"), {"x": partial(tokens, BATCH, WIDTH, WIDTH)}, sample=True
-    ),
+    own("MLP-Mixer", Mixer, (r"mlps\.\d+\.0", r"mlps\.\d+\.2"), {"x": partial(tokens, BATCH, WIDTH, WIDTH)}),
     own("ConvNeXt blocks", ConvBlocks, (r"ups\.\d+", r"downs\.\d+"), {"x": partial(tokens, BATCH, WIDTH, 4, 4)}),
     images("timm.models.vision_transformer.VisionTransformer", FC, img_size=32, patch_size=8, **VIT),
     images("timm.models.eva.Eva", FC, img_size=32, patch_size=8, **VIT, use_rot_pos_emb=True, swiglu_mlp=True),

@@ -124,7 +124,6 @@ def hf(
     loss: Callable[[Any], Tensor] = lambda output: output.loss,
     exceptions: Mapping[str, str] | None = None,
     eager: str = "",
-    sample: bool = False,
     without: str = "",
     dtype: torch.dtype = torch.float32,
     **config: Any,
@@ -146,7 +145,6 @@ def hf(
         down=ffn[1],
         exceptions=exceptions or {},
         eager=eager,
-        sample=sample,
         library="transformers",
     )
 
@@ -174,7 +172,7 @@ ARCHITECTURES = [
     hf("Lfm2ForCausalLM", ("feed_forward.(w1|w3)", "feed_forward.w2")),
     # Decoders with plain FFNs.
     hf("PhiForCausalLM", FC),
-    hf("GPT2LMHeadModel", GPT2, sample=True),
+    hf("GPT2LMHeadModel", GPT2),
     hf("GPTBigCodeForCausalLM", GPT2),
     hf("Starcoder2ForCausalLM", GPT2),
     hf("GPTNeoForCausalLM", GPT2, TEXT, attention_types=[[["global", "local"], 1]], num_hidden_layers=2),
@@ -202,7 +200,6 @@ ARCHITECTURES = [
         ("shared_expert.(gate_proj|up_proj)", "shared_expert.down_proj"),
         intermediate_size_mlp=128,
         **EXPERTS,
-        sample=True,
     ),
     hf(
         "DeepseekV3ForCausalLM",
@@ -239,7 +236,7 @@ ARCHITECTURES = [
     # Encoders.
     hf("BertForMaskedLM", BERT, TEXT),
     hf("RobertaForMaskedLM", BERT, TEXT, max_position_embeddings=66),
-    hf("AlbertForMaskedLM", ("ffn", "ffn_output"), TEXT, num_hidden_layers=2, embedding_size=64, sample=True),
+    hf("AlbertForMaskedLM", ("ffn", "ffn_output"), TEXT, num_hidden_layers=2, embedding_size=64),
     hf("ElectraForMaskedLM", BERT, TEXT, embedding_size=64),
     hf("DebertaV2ForMaskedLM", BERT, TEXT, relative_attention=True, pos_att_type=["c2p", "p2c"]),
     hf("DistilBertForMaskedLM", ("ffn.lin1", "ffn.lin2"), TEXT, hidden_dim=128),
@@ -303,7 +300,7 @@ ARCHITECTURES = [
     hf("HubertForCTC", SPEECH, WAVE, wave),
     hf("WavLMForCTC", SPEECH, WAVE, wave),
     # Vision.
-    hf("ViTForImageClassification", FC, IMAGE, pixels, sample=True),
+    hf("ViTForImageClassification", FC, IMAGE, pixels),
     hf("DeiTForImageClassification", FC, IMAGE, pixels, num_hidden_layers=2),
     hf("BeitForImageClassification", FC, IMAGE, pixels),
     hf("Dinov2ForImageClassification", FC, IMAGE, pixels),
