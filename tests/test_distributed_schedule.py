@@ -128,6 +128,17 @@ def test_fsdp2_shards_decay_and_follow_a_schedule(tmp_path):
 
 
 @pytest.mark.nightly
+def test_fsdp2_shards_what_is_pruned_both_ways(tmp_path):
+    """Nothing is searched for or kept, so gathered weights are as good; in the tail each process writes its tiles."""
+    options = {"sste.recipe": "s-ste-transposable", "sste.mvue": "off", "sste.tail": 1, "sste.total_steps": 4}
+    one, two = one_and_two(tmp_path, options)
+    for result in two:
+        assert result["losses"] == pytest.approx(one["losses"], abs=0.01)
+        close = (torch.tensor(result["up"]) - torch.tensor(one["up"])).abs() < 1e-4
+        assert float(close.double().mean()) > 0.9
+
+
+@pytest.mark.nightly
 def test_buckets_of_ddp_follow_a_schedule(tmp_path):
     schedule = '"sste.recipe": "ste", "sste.targets": "all", "sste.warmup": 1, "sste.tail": 1, "sste.total_steps": 3'
     script = BUCKETS.replace('"sste.executor": "eager"', f'"sste.executor": "eager", "sste.when": "always", {schedule}')
