@@ -30,6 +30,7 @@ from harness import RESULTS, Run, side_by_side, write
 from recipe_search import compared, merged
 
 import sparse_compile  # noqa: F401 - registers the backend where it is not installed
+from sparse_compile.kernels.reference import soft_threshold24
 from sparse_compile.projections.base import Projection
 from sparse_compile.projections.groups_of_four import SOFT, TOP2
 from sparse_compile.projections.identity import IDENTITY
@@ -47,13 +48,8 @@ class _LargerThreshold(SoftTransposable):
     """Of both thresholds of an element, along in_features and along out_features, the larger one."""
 
     def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
-        threshold = torch.maximum(_thresholds(weight), _thresholds(weight.t()).t())
-        return (weight.abs() - threshold).clamp_min(0).copysign(weight)
-
-
-def _thresholds(weight: Tensor) -> Tensor:
-    groups = weight.abs().reshape(len(weight), -1, 4)
-    return groups.sort(dim=-1).values[..., 1:2].expand_as(groups).reshape(weight.shape)
+        along_k, along_n = soft_threshold24(weight), soft_threshold24(weight.t()).t()
+        return along_k.where(along_k.abs() <= along_n.abs(), along_n)
 
 
 LARGER_THRESHOLD = _LargerThreshold("larger-threshold24")

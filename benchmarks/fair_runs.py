@@ -112,14 +112,11 @@ def train_all(
         yield run
 
 
-def train_one(
-    setting: str, arm: str, factor: float, rate: float, seed: int, at_least: int, device: str,
-    shape: train_gpt.GPTConfig | None = None, steps: int | None = None,
-) -> Run:  # fmt: skip
-    """One run; by default of GPT-2 small's shape, and as many steps as there are tokens asked for."""
+def train_one(setting: str, arm: str, factor: float, rate: float, seed: int, at_least: int, device: str) -> Run:
+    """One run of GPT-2 small's shape, of as many steps as there are tokens asked for."""
     preset, config = train_gpt.PRESETS["gpt2-small"]
-    shape = shape or replace(preset, vocabulary=recipe_runs.VOCABULARY)
-    steps = steps or -(-at_least // (config.batch * shape.context))
+    shape = replace(preset, vocabulary=recipe_runs.VOCABULARY)
+    steps = -(-at_least // (config.batch * shape.context))
     config = replace(config, steps=steps, learning_rate=rate, seed=seed, validation_batches=64)
     data = tokens(recipe_runs.VOCABULARY, at_least)
     chosen = SETTINGS[setting]

@@ -118,6 +118,12 @@ def join_rows(x0, x1, x2, x3):
 
 
 @gluon.jit
+def join_columns_transposed(x0, x1, x2, x3):
+    """Columns 0, 1, 2 and 3 of each four, [R, C] each, as rows: [4 * C, R]."""
+    return join_rows(gl.permute(x0, [1, 0]), gl.permute(x1, [1, 0]), gl.permute(x2, [1, 0]), gl.permute(x3, [1, 0]))
+
+
+@gluon.jit
 def with_layout_of(x, y):
     """``x``, held by the threads as ``y`` is."""
     return gl.convert_layout(x, y.type.layout)

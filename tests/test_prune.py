@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu_weights import in_layout
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import E4M3, E4M3_MAX, PAD_WORD, metadata_shape, values_shape
 from sparse_compile.kernels.weight import prune_bf16, prune_fp8
@@ -222,13 +223,7 @@ def assert_kernels_match_the_reference(weight: Tensor) -> None:
 def test_kernels_match_the_reference(size, dtype, layout) -> None:
     torch.manual_seed(0)
     n, k = size
-    if layout == "contiguous":
-        weight = torch.randn(n, k, device="cuda").to(dtype)
-    elif layout == "transposed":
-        weight = torch.randn(k, n, device="cuda").to(dtype).t()
-    else:
-        weight = torch.randn(2 * n, 3 * k, device="cuda").to(dtype)[::2, ::3]
-    assert_kernels_match_the_reference(weight)
+    assert_kernels_match_the_reference(in_layout(layout, n, k, dtype))
 
 
 def special_weight(kind: str, n: int = 80, k: int = 144) -> Tensor:

@@ -5,9 +5,10 @@ The kernel in Triton's interpreter: ``test_transposable.py``.
 
 import pytest
 import torch
-from torch import nn
 
 import sparse_compile
+from conftest import FFN
+from gpu_weights import in_layout, poisoned, special
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import E4M3, metadata_shape, values_shape
 from sparse_compile.kernels.reference import prune_soft_transposable, soft_threshold24, soft_threshold24_both
@@ -64,7 +65,7 @@ def test_density_and_energy_of_normal_weights():
     assert float(beta) == pytest.approx(limits.prior, rel=0.01)
     energy = (beta * projected * weight).sum() / weight.square().sum()
     assert float(energy) == pytest.approx(0.64, abs=0.01)
-    # Its mirror image holds as much, and the smaller one of both soft thresholds no more with a larger scale.
+    # Its mirror image holds as much.
     mirrored = soft_threshold24_both(weight.t()).t()
     assert float((mirrored * weight).sum() ** 2 / mirrored.square().sum()) == pytest.approx(
         float((projected * weight).sum() ** 2 / projected.square().sum()), rel=5e-3
@@ -88,28 +89,13 @@ def test_a_bad_element_makes_every_product_nan(value):
     assert prune_soft_transposable(weight, torch.ones(1))[-1].isnan()
 
 
-def poisoned(n, k):
-    def payload(rows, columns):
-        return torch.full(values_shape(rows, columns), 0x7F, dtype=torch.uint8, device="cuda").view(E4M3)
-
-    def words(rows, columns):
-        return torch.full(metadata_shape(rows, columns), -559038737, dtype=torch.int32, device="cuda")
-
-    return [payload(n, k), words(n, k), payload(k, n), words(k, n), torch.full((1,), float("nan"), device="cuda")]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("size", [(16, 16), (48, 80), (3072, 768), (1600, 6400)], ids=str)
 def test_kernel_matches_the_reference(size, dtype, layout):
     n, k = size
-    if layout == "contiguous":
-        weight = torch.randn(n, k, device="cuda").to(dtype)
-    elif layout == "transposed":
-        weight = torch.randn(k, n, device="cuda").to(dtype).t()
-    else:
-        weight = torch.randn(2 * n, 3 * k, device="cuda").to(dtype)[::2, ::3]
+    weight = in_layout(layout, n, k, dtype)
     beta, buffers = torch.rand(1, device="cuda") + 1, poisoned(n, k)
     expected = prune_soft_transposable(weight, beta)
     for _ in range(2):  # with a wrong scale, then with the right one
@@ -121,13 +107,7 @@ def test_kernel_matches_the_reference(size, dtype, layout):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["ties", "zero", "NaN", "tiny", "huge"])
 def test_kernel_matches_the_reference_on_special_values(kind):
-    weight = torch.randn(80, 144, device="cuda")
-    if kind == "ties":
-        weight = torch.randint(-3, 4, (80, 144), device="cuda").float()
-    elif kind == "NaN":
-        weight[3, 4:7] = torch.tensor([float("-inf"), float("nan"), float("nan")])
-    else:
-        weight *= {"zero": 0.0, "tiny": 1e-38, "huge": 1e37}[kind]
+    weight = special(kind)
     beta, buffers = torch.ones(1, device="cuda"), poisoned(80, 144)
     prune_fp8.launch_prune_soft_transposable(weight, beta, *buffers)
     for actual, expected in zip(buffers, prune_soft_transposable(weight, beta), strict=True):
@@ -163,15 +143,6 @@ def test_a_shard_is_written_where_it_holds_whole_tiles():
     assert torch.equal(torch.cat(shards), whole)
     with pytest.raises(ValueError, match=r"a shard of 6 out_features and 64 in_features ends within a tile of 4 x 4"):
         write_projected(weight[:6], SOFT_TRANSPOSABLE, 1.5, None)
-
-
-class FFN(nn.Module):
-    def __init__(self, layer=nn.Linear):
-        super().__init__()
-        self.up, self.down = layer(64, 128), layer(128, 64)
-
-    def forward(self, x):
-        return self.down(self.up(x).relu())
 
 
 def projected(model):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import sparse_compile
+from gpu_weights import in_layout, poisoned, special
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import E4M3, metadata_shape, values_shape
 from sparse_compile.kernels.reference.transposable import (
@@ -90,28 +91,13 @@ def test_interpreted_kernels_match_the_reference(cases):
     subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
 
-def poisoned(n, k):
-    def payload(rows, columns):
-        return torch.full(values_shape(rows, columns), 0x7F, dtype=torch.uint8, device="cuda").view(E4M3)
-
-    def words(rows, columns):
-        return torch.full(metadata_shape(rows, columns), -559038737, dtype=torch.int32, device="cuda")
-
-    return [payload(n, k), words(n, k), payload(k, n), words(k, n), torch.full((1,), float("nan"), device="cuda")]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("size", [(16, 16), (48, 80), (3072, 768), (768, 3072), (1600, 6400)], ids=str)
 def test_kernel_matches_the_reference(size, dtype, layout):
     n, k = size
-    if layout == "contiguous":
-        weight = torch.randn(n, k, device="cuda").to(dtype)
-    elif layout == "transposed":
-        weight = torch.randn(k, n, device="cuda").to(dtype).t()
-    else:
-        weight = torch.randn(2 * n, 3 * k, device="cuda").to(dtype)[::2, ::3]
+    weight = in_layout(layout, n, k, dtype)
     best = transposable_masks(weight)
     other = transposable_masks(torch.randn(n, k, device="cuda"))
     buffers = poisoned(n, k)
@@ -126,13 +112,7 @@ def test_kernel_matches_the_reference(size, dtype, layout):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["ties", "zero", "NaN", "tiny", "huge"])
 def test_kernel_matches_the_reference_on_special_values(kind):
-    weight = torch.randn(80, 144, device="cuda")
-    if kind == "ties":
-        weight = torch.randint(-3, 4, (80, 144), device="cuda").float()
-    elif kind == "NaN":
-        weight[3, 4:7] = torch.tensor([float("-inf"), float("nan"), float("nan")])
-    else:
-        weight *= {"zero": 0.0, "tiny": 1e-38, "huge": 1e37}[kind]
+    weight = special(kind)
     buffers, masks = poisoned(80, 144), transposable_masks(torch.zeros_like(weight))
     prune_fp8.launch_prune_transposable(weight, *buffers, masks, True)
     wanted = transposable_masks(weight)

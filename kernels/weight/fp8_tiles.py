@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from sparse_compile.kernels.tiles import (
     cast_words,
     column_layout,
+    join_columns_transposed,
     join_rows,
     load_tile,
     row_layout,
@@ -79,6 +80,25 @@ def prune_tile(
 
 
 @gluon.jit
+def _store_both_ways(
+    words, choice, choice_t, values_ptr, metadata_ptr, values_t_ptr, metadata_t_ptr, row, column, rows, columns,
+    COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """Store a tile compressed along rows and, transposed, along columns; ``choice`` of either as ``encode`` says."""
+    R: gl.constexpr = words.shape[0]
+    C: gl.constexpr = words.shape[1] * 4
+    values_layout: gl.constexpr = _words_layout([R, C // 8], 1, gl.num_warps(), COLUMN_MAJOR)
+    choice = with_layout_of(choice, words)
+    store_compressed(words, choice, values_ptr, metadata_ptr, row, column, rows, columns, EVEN, values_layout)
+    words_t = transpose_words(words)
+    choice_t = with_layout_of(choice_t, words_t)
+    values_t_layout: gl.constexpr = _transposed_layout([C, R // 8], gl.num_warps(), COLUMN_MAJOR)
+    store_compressed(
+        words_t, choice_t, values_t_ptr, metadata_t_ptr, column, row, columns, rows, EVEN, values_t_layout
+    )  # fmt: skip
+
+
+@gluon.jit
 def prune_transposable_tile(
     w, row, column, values_ptr, metadata_ptr, values_t_ptr, metadata_t_ptr, masks_ptr, scale, rows, columns, layout,
     SEARCH: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
@@ -108,14 +128,9 @@ def prune_transposable_tile(
         like, _, _, _ = split_rows(b0)
         mask = with_layout_of(mask.to(gl.int32), like)
     words = cast_words(w0 * scale, w1 * scale, w2 * scale, w3 * scale)
-    values_layout: gl.constexpr = _words_layout([BLOCK_N, BLOCK_K // 8], 1, gl.num_warps(), COLUMN_MAJOR)
-    choice = with_layout_of(encode_rows(mask, inside, EVEN), words)
-    store_compressed(words, choice, values_ptr, metadata_ptr, row, column, rows, columns, EVEN, values_layout)
-    words_t = transpose_words(words)
-    choice_t = with_layout_of(encode_columns(mask, inside, EVEN), words_t)
-    values_t_layout: gl.constexpr = _transposed_layout([BLOCK_K, BLOCK_N // 8], gl.num_warps(), COLUMN_MAJOR)
-    store_compressed(
-        words_t, choice_t, values_t_ptr, metadata_t_ptr, column, row, columns, rows, EVEN, values_t_layout
+    _store_both_ways(
+        words, encode_rows(mask, inside, EVEN), encode_columns(mask, inside, EVEN), values_ptr, metadata_ptr,
+        values_t_ptr, metadata_t_ptr, row, column, rows, columns, COLUMN_MAJOR, EVEN,
     )  # fmt: skip
     return reduce_amax(maximum(maximum(b0, b1), maximum(b2, b3)))
 
@@ -137,8 +152,6 @@ def prune_soft_transposable_tile(
     COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """Soft thresholds along rows, then along columns; cast and stored both ways."""
-    BLOCK_N: gl.constexpr = w.shape[0]
-    BLOCK_K: gl.constexpr = w.shape[1]
     w0, w1, w2, w3, signs = groups(w)  # [BLOCK_N, BLOCK_K / 4]
     b0, b1, b2, b3 = gl.abs(w0), gl.abs(w1), gl.abs(w2), gl.abs(w3)
     t = second_smallest(b0, b1, b2, b3)
@@ -152,17 +165,9 @@ def prune_soft_transposable_tile(
     choice = encode(m1 > t1, m2 > t2, m3 > t3)
     m0, m1, m2, m3 = m0 - t0, m1 - t1, m2 - t2, m3 - t3
     words = _cast_positive_words(m0 * scale, m1 * scale, m2 * scale, m3 * scale, signs)
-    values_layout: gl.constexpr = _words_layout([BLOCK_N, BLOCK_K // 8], 1, gl.num_warps(), COLUMN_MAJOR)
-    store_compressed(words, choice, values_ptr, metadata_ptr, row, column, rows, columns, EVEN, values_layout)
-    words_t = transpose_words(words)
-    choice_t = join_rows(
-        gl.permute(choice_t0, [1, 0]), gl.permute(choice_t1, [1, 0]),
-        gl.permute(choice_t2, [1, 0]), gl.permute(choice_t3, [1, 0]),
-    )  # fmt: skip
-    values_t_layout: gl.constexpr = _transposed_layout([BLOCK_K, BLOCK_N // 8], gl.num_warps(), COLUMN_MAJOR)
-    store_compressed(
-        words_t, with_layout_of(choice_t, words_t), values_t_ptr, metadata_t_ptr, column, row, columns, rows, EVEN,
-        values_t_layout,
+    _store_both_ways(
+        words, choice, join_columns_transposed(choice_t0, choice_t1, choice_t2, choice_t3), values_ptr, metadata_ptr,
+        values_t_ptr, metadata_t_ptr, row, column, rows, columns, COLUMN_MAJOR, EVEN,
     )  # fmt: skip
     # Below zero is what the second threshold drops.
     return reduce_amax(maximum(maximum(maximum(m0, m1), maximum(m2, m3)), 0.0))

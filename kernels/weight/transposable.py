@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from sparse_compile.kernels.tiles import join_rows, split_rows
+from sparse_compile.kernels.tiles import join_columns_transposed, join_rows, split_rows
 from sparse_compile.kernels.weight.groups_of_four import encode
 
 
@@ -91,7 +91,7 @@ def encode_rows(mask, inside, EVEN: gl.constexpr):
 @gluon.jit
 def encode_columns(mask, inside, EVEN: gl.constexpr):
     """For each group of four rows of a column which are kept: [R / 4, C] -> [4 * C, R / 4]."""
-    return join_rows(
-        gl.permute(_encoded(mask, 0, 4, inside, EVEN), [1, 0]), gl.permute(_encoded(mask, 1, 4, inside, EVEN), [1, 0]),
-        gl.permute(_encoded(mask, 2, 4, inside, EVEN), [1, 0]), gl.permute(_encoded(mask, 3, 4, inside, EVEN), [1, 0]),
+    return join_columns_transposed(
+        _encoded(mask, 0, 4, inside, EVEN), _encoded(mask, 1, 4, inside, EVEN),
+        _encoded(mask, 2, 4, inside, EVEN), _encoded(mask, 3, 4, inside, EVEN),
     )  # fmt: skip
