@@ -149,14 +149,20 @@ class PrunedLinear(nn.Linear):
         if trial.grad != 1.0:
             self.weight.register_hook(lambda grad: grad * trial.grad if self.prunes else grad)
 
+    def fitted_beta(self) -> float:
+        """Of least squares; where the weight is zero all over, of normal weights."""
+        exact = self.weight.detach().double()
+        exact = exact if exact.any() else torch.randn_like(exact)
+        exact = exact.t() if self.across else exact
+        kept = self.projection.project(exact, None)
+        return float((exact * kept).sum() / kept.square().sum())
+
     def projected(self) -> Tensor:
         if not self.projection.prunes:
             return self.weight.detach() * self.gain
         matrix = self.weight.t() if self.across else self.weight
         if self.projection.has_beta and self.beta is None:
-            exact = matrix.detach().double()
-            kept = self.projection.project(exact, None)
-            self.beta = float((exact * kept).sum() / kept.square().sum())
+            self.beta = self.fitted_beta()
         pruned = project(matrix, self.projection, self.beta, None)
         pruned = pruned.t() if self.across else pruned
         return pruned if self.projection.has_beta else pruned * self.gain

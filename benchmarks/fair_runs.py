@@ -16,6 +16,7 @@ from typing import Any
 import recipe_runs
 import torch
 import torch.nn.functional as F
+from emulate_recipes import TRIALS, PrunedLinear, Trial
 from harness import Run, latest, side_by_side
 from modern_gpt import ModernGPT, MuonAndAdamW
 from source_text import tokens
@@ -27,7 +28,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import train_gpt
 
 DENSE = "dense"
-FIELDS = ("setting", "arm", "factor", "learning_rate", "seed", "steps")
+# What every run draws its windows from, however few it reads: else a short run would see each of them more than once.
+_TEXT = 50_000_000  # tokens
+FIELDS = ("setting", "arm", "factor", "learning_rate", "seed", "steps", "text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +60,12 @@ class Arm:
 
     Args:
         options: of the backend, but the factor; None trains in bf16 without it.
+        emulated: how the weights of FFNs are pruned in bf16, without the backend: with it ``options`` is None.
         factors: of beta, or of the FFN's weights in a dense model.
     """
 
     options: Mapping[str, Any] | None = field(default_factory=dict)
+    emulated: Trial | None = None
     factors: tuple[float, ...] = (1.0,)
 
 
@@ -81,6 +86,13 @@ def _arms() -> Iterator[tuple[str, Arm]]:
         ):
             yield f"{recipe}{name}", Arm(options={"sste.recipe": recipe, **options}, factors=factors)
     yield "t-sr-ste", Arm(options={"sste.recipe": "t-sr-ste"})
+    for form in (
+        "s-ste",
+        "s-ste both ways",
+        "s-ste both ways, out_features first",
+        "s-ste both ways, larger threshold",
+    ):
+        yield f"{form}, emulated", Arm(options=None, emulated=TRIALS[form], factors=(1.0, 1.7))
 
 
 ARMS: Mapping[str, Arm] = dict(_arms())
@@ -96,7 +108,7 @@ def train_all(
         factors, rates: empty for those of the arms and settings.
         at_least: tokens that each run reads.
     """
-    tokens(recipe_runs.VOCABULARY, at_least)  # made once, for all processes
+    text(at_least)  # made once, for all processes
     wanted = [
         (setting, arm, factor, rate, seed, at_least, device)
         for seed, setting in product(seeds, settings)
@@ -112,13 +124,18 @@ def train_all(
         yield run
 
 
+def text(at_least: int) -> tuple[Tensor, Tensor]:
+    """Training and held-out tokens of a run that reads so many."""
+    return tokens(recipe_runs.VOCABULARY, max(at_least, _TEXT))
+
+
 def train_one(setting: str, arm: str, factor: float, rate: float, seed: int, at_least: int, device: str) -> Run:
     """One run of GPT-2 small's shape, of as many steps as there are tokens asked for."""
     preset, config = train_gpt.PRESETS["gpt2-small"]
     shape = replace(preset, vocabulary=recipe_runs.VOCABULARY)
     steps = -(-at_least // (config.batch * shape.context))
     config = replace(config, steps=steps, learning_rate=rate, seed=seed, validation_batches=64)
-    data = tokens(recipe_runs.VOCABULARY, at_least)
+    data = text(at_least)
     chosen = SETTINGS[setting]
     result = train_gpt.train(
         f"{setting}, {arm} x {factor:g}, {rate:g}, {seed}", shape, config, data, torch.device(device),
@@ -132,11 +149,16 @@ def train_one(setting: str, arm: str, factor: float, rate: float, seed: int, at_
 
 
 def compiled(model: nn.Module, arm: Arm, factor: float) -> Callable[[Tensor, Tensor], Tensor]:
+    ffn = [module for name, module in model.named_modules() if name.endswith(("ffn.up", "ffn.down"))]
+    if arm.emulated is not None:
+        for module in ffn:
+            module.__class__ = PrunedLinear
+            module.become(arm.emulated, "")
+            module.beta, module.prunes = factor * module.fitted_beta(), True
+    elif arm.options is None and factor != 1.0:
+        for module in ffn:
+            module.__class__, module.factor = ScaledLinear, factor
     if arm.options is None:
-        for name, module in model.named_modules():
-            if factor != 1.0 and name.endswith(("ffn.up", "ffn.down")):
-                module.__class__ = ScaledLinear
-                module.factor = factor
         return recipe_runs.compiled_dense(model)
     factors = {"sste.beta": factor} if factor != 1.0 else {}
     return recipe_runs.compiled_sste(model, {**arm.options, **factors})
@@ -152,9 +174,13 @@ class ScaledLinear(nn.Linear):
 
 
 def merged(old: Sequence[Run], new: Sequence[Run]) -> list[Run]:
-    """The new runs in place of old ones of the same setting, arm, factor, rate, seed and length."""
-    runs = latest(old, new, FIELDS)
-    return sorted(runs, key=lambda run: [list(SETTINGS).index(run["setting"]), run["steps"], *_order(run)])
+    """The new runs in place of old ones of the same setting, arm, factor, rate, seed, length and text."""
+    return sorted(latest(old, new, FIELDS), key=lambda run: [*_compared(run), *_order(run)])
+
+
+def _compared(run: Run) -> tuple[int, int, str]:
+    """What runs share that are compared: the place of their setting, their length and their text."""
+    return list(SETTINGS).index(run["setting"]), run["steps"], run["text"]
 
 
 def _order(run: Run) -> list[Any]:
@@ -167,9 +193,9 @@ def table(runs: Sequence[Run]) -> str:
     A best rate at the edge of those that were tried is marked: the arm may do better.
     """
     rows = []
-    groups = sorted({(list(SETTINGS).index(run["setting"]), run["steps"]) for run in runs})
-    for setting, steps in ((list(SETTINGS)[index], steps) for index, steps in groups):
-        of_group = [run for run in runs if (run["setting"], run["steps"]) == (setting, steps)]
+    for group in sorted(set(map(_compared, runs))):
+        of_group = [run for run in runs if _compared(run) == group]
+        setting, steps = of_group[0]["setting"], of_group[0]["steps"]
         best = {arm: _best([run for run in of_group if run["arm"] == arm]) for arm in ARMS}
         dense = best[DENSE]
         for arm, found in best.items():

@@ -76,7 +76,8 @@ def require_close(actual: Tensor, expected: Tensor) -> None:
 def side_by_side(run: Callable[..., R], wanted: Iterable[Sequence[Any]], jobs: int) -> Iterator[R]:
     """What ``run`` returns for each sequence of arguments, as it ends; ``jobs`` at a time, each in its own process.
 
-    Each process sees one GPU, of several the next in turn.  The first that fails is raised when all have ended.
+    Each process sees one GPU, of several the next in turn.  An error is printed when it comes, and the first is raised
+    when all have ended.
     """
     spawned = get_context("spawn")
     turn = (spawned.Value("i", 0), _gpus())
@@ -84,11 +85,13 @@ def side_by_side(run: Callable[..., R], wanted: Iterable[Sequence[Any]], jobs: i
         jobs, mp_context=spawned, max_tasks_per_child=1, initializer=_take_a_gpu, initargs=turn
     ) as pool:
         errors = []
-        for future in as_completed([pool.submit(run, *arguments) for arguments in wanted]):
+        started = {pool.submit(run, *arguments): arguments for arguments in wanted}
+        for future in as_completed(started):
             error = future.exception()
             if error is None:
                 yield future.result()
             else:
+                print(f"{started[future]} failed: {error!r}", file=sys.stderr, flush=True)
                 errors.append(error)
     if errors:
         raise errors[0]

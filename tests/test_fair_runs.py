@@ -20,11 +20,11 @@ SHAPE = train_gpt.GPTConfig(layers=1, heads=1, width=64, context=16, vocabulary=
 
 
 def run(
-    arm: str, rate: float, loss: float, seed: int = 0, factor: float = 1.0, setting: str = "gpt2"
+    arm: str, rate: float, loss: float, seed: int = 0, factor: float = 1.0, setting: str = "gpt2", text: str = "a"
 ) -> dict[str, Any]:
     return {
         "setting": setting, "arm": arm, "factor": factor, "learning_rate": rate, "seed": seed, "steps": 10,
-        "validation_loss": loss,
+        "text": text, "validation_loss": loss,
     }  # fmt: skip
 
 
@@ -36,6 +36,14 @@ def test_each_arm_is_compared_at_its_own_best() -> None:
     found = {cells[3].strip(): [cell.strip() for cell in cells[4:-1]] for cells in lines}
     assert found["dense"] == ["0.002", "1", "1", "1.9000", "-", "+0.00"]
     assert found["s-ste"] == ["0.004 (edge)", "1", "1", "1.9380", "-", "+2.00"]
+
+
+def test_runs_on_another_text_are_not_compared() -> None:
+    runs = [run("dense", 1e-3, 2.0), run("dense", 1e-3, 1.0, text="b"), run("s-ste", 1e-3, 2.0)]
+    lines = [line.split("|") for line in fair_runs.table(runs).splitlines()[2:]]
+    assert [(cells[3].strip(), cells[-2].strip()) for cells in lines] == [
+        ("dense", "+0.00"), ("s-ste", "+0.00"), ("dense", "+0.00"),
+    ]  # fmt: skip
 
 
 def test_more_seeds_count_before_a_lucky_one() -> None:
@@ -68,6 +76,23 @@ def test_a_dense_model_multiplies_with_a_multiple_of_the_ffn_s_weights(
     fair_runs.compiled(scaled, fair_runs.ARMS["dense"], factor)
     x = torch.randn(4, 64)
     torch.testing.assert_close(scaled["ffn"](x), factor**3 * plain(x))  # the square of a ReLU lies between them
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.7])
+def test_an_emulated_arm_multiplies_with_pruned_weights(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    monkeypatch.setattr("recipe_runs.compiled_dense", lambda model: model)
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"ffn": modern_gpt.FeedForward(SHAPE)})
+    nn.init.zeros_(model["ffn"].down.weight)  # as output projections begin
+    fair_runs.compiled(model, fair_runs.ARMS["s-ste both ways, emulated"], factor)
+    up, weight, x = model["ffn"].up, model["ffn"].up.weight.detach(), torch.randn(4, 64)
+    pruned = up(torch.eye(64)).detach().t()
+    torch.testing.assert_close(up(x), x @ pruned.t())
+    for groups in (pruned.unflatten(1, (-1, 4)), pruned.t().unflatten(1, (-1, 4))):
+        assert int((groups != 0).sum(dim=-1).max()) == 2
+    # The least squares of what is kept, times the factor.
+    assert float((weight * pruned).sum() / pruned.square().sum()) == pytest.approx(1 / factor, rel=1e-3)
+    assert model["ffn"].down.beta == pytest.approx(factor * 1.58, rel=0.05)  # that of normal weights
 
 
 def test_the_modern_setting_learns() -> None:
