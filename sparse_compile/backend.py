@@ -181,6 +181,11 @@ def _autotune(plans: Sequence[Plan], options: Options) -> None:
         autotune(plans)
 
 
+def _keep_rotary_tables(graph: GraphModule, options: Options) -> None:
+    if options.keep_rotary_tables:
+        keep_rotary_tables(graph)
+
+
 def _rewrite(graph: GraphModule, plans: Sequence[Plan]) -> tuple[list[torch.device], list[WeightSlot]]:
     return seed_devices(plans), rewrite(graph, plans)
 
@@ -249,7 +254,7 @@ PLANNED = (
 REWRITTEN = (
     Pass(name="autotune", reads=("plans", "options"), run=_autotune),
     Pass(name="follow_checkpoint_policy", reads=("plans",), run=follow_checkpoint_policy),
-    Pass(name="keep_rotary_tables", reads=("graph",), edits=True, run=keep_rotary_tables),
+    Pass(name="keep_rotary_tables", reads=("graph", "options"), edits=True, run=_keep_rotary_tables),
     Pass(name="rewrite", reads=("graph", "plans"), returns=("seed_devices", "slots"), edits=True, run=_rewrite),
     Pass(name="verify", reads=("graph", "plans"), run=verify),
     Pass(

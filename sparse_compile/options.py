@@ -131,6 +131,12 @@ class UserOptions:
         '`"fast"` keeps the FP8 copies of activations for backward; `"small"` recomputes them there',
         "fast",
     )
+    rotary_tables: str = _option(
+        choice(["kept", "inlined"]),
+        '`"kept"` computes sines and cosines of rotary embeddings once, `"inlined"` in each kernel that reads them, as '
+        "Inductor does; this has nothing to do with sparsity or FP8",
+        "kept",
+    )
     executor: str = _option(
         choice(each.value for each in Executor),
         '`"inductor"` generates code, `"eager"` runs the traced operators one by one, for tests and without a compiler',
@@ -192,6 +198,7 @@ class Options:
         frozen: whether frozen weights that are 2:4 are treated as if they were trained.
         measure: whether only what measured times predict to be faster is rewritten, and nothing without kernels.
         recompute: whether backward makes FP8 copies of activations again, where forward could keep them.
+        keep_rotary_tables: whether tables of sines and cosines that are broadcast get memory of their own.
         executor: what runs the rewritten graph.
         tune: whether the 2:4 GEMMs are timed, those that no earlier run has timed, while the graph is compiled.
         report: the file that the report is written to when the process ends.
@@ -207,6 +214,7 @@ class Options:
     frozen: bool
     measure: bool
     recompute: bool
+    keep_rotary_tables: bool
     executor: Executor
     tune: bool
     report: Path | None
@@ -239,6 +247,7 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
         frozen=user.frozen == "sparse",
         measure=user.when == "faster",
         recompute=user.memory == "small",
+        keep_rotary_tables=user.rotary_tables == "kept",
         executor=Executor(user.executor),
         tune=user.tune,
         report=user.report,
