@@ -134,31 +134,77 @@ def word_ptr(ptr):
     return ptr.to(gl.pointer_type(gl.int32), bitcast=True)
 
 
+# By index: the positions of the two that a group keeps, a byte ``first | second << 4``, and its nibble of metadata.
+_POSITIONS = gl.constexpr((0x21201010, 0x32323130))
+_METADATA = gl.constexpr((0x09080404, 0x0E0E0D0C))
+
+
+@gluon.jit
+def join_indices(indices, BITS: gl.constexpr):
+    """Two neighbours in one, the second so many bits higher: [R, 2 * C] -> [R, C]."""
+    first, second = gl.split(gl.reshape(indices, [indices.shape[0], indices.shape[1] // 2, 2]))
+    return second * (1 << BITS) + first
+
+
+@gluon.jit
+def _selector(indices):
+    """At most four indices of four bits, fp32 or int32, as ``permute_bytes`` takes them."""
+    if indices.dtype == gl.float32:
+        # What is added to 2^23 stands in the low bits of the sum.
+        selector = (indices + 8388608.0).to(gl.int32, bitcast=True)
+    else:
+        selector = indices
+    return selector
+
+
+@gluon.jit
+def kept_positions(indices):
+    """The positions that groups keep, a byte ``first | second << 4`` each."""
+    return permute_bytes(_POSITIONS[0], _POSITIONS[1], _selector(indices))
+
+
+@gluon.jit
+def store_metadata(indices, metadata_ptr, row, column, rows, columns, EVEN: gl.constexpr):
+    """Store, at (row, column) of an int32 matrix [rows, columns], the metadata of pairs of groups in its order.
+
+    Args:
+        indices: of a pair each, as ``join_indices`` joins them: [R, C], at least 8 a thread.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [1, gl.num_warps()], [1, 0])
+    words_layout: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [1, gl.num_warps()], [1, 0])
+    # Looked up when a thread holds neighbours: two pairs at once.
+    both = join_indices(gl.convert_layout(indices, layout), 8)
+    nibbles = permute_bytes(_METADATA[0], _METADATA[1], _selector(both))
+    nibbles |= nibbles >> 4
+    low, high = gl.split(gl.reshape(nibbles, [indices.shape[0], indices.shape[1] // 4, 2]))
+    store_tile(
+        metadata_ptr, permute_bytes(low, high, 0x6420), row, column, rows, columns, EVEN, words_layout
+    )  # fmt: skip
+
+
 @gluon.jit
 def store_compressed(
-    words, choice, values_ptr, metadata_ptr, row, column, rows, columns, EVEN: gl.constexpr, LAYOUT: gl.constexpr
+    words, index, values_ptr, metadata_ptr, row, column, rows, columns, EVEN: gl.constexpr, LAYOUT: gl.constexpr
 ):
     """Store two of each four columns, and where they stood, of the tile at (row, column) of a matrix [rows, columns].
 
     Args:
         words: [R, C / 4], of four columns each, C a multiple of 128.
-        choice: which two of a word are kept, as ``groups.encode`` says; of padding the first two.
+        index: which two of a word are kept, fp32 or int32: 1, 2 and 4 for the elements 1, 2 and 3, in sum.  Of fewer
+            than two, element 0 is one, or the first two are kept, as of padding.
         LAYOUT: of the values, words [R, C / 8].
     """
     R: gl.constexpr = words.shape[0]
     C: gl.constexpr = words.shape[1] * 4
     words_a, words_b = gl.split(gl.reshape(words, [R, C // 8, 2]))
-    choice_a, choice_b = gl.split(gl.reshape(choice, [R, C // 8, 2]))
-    choices = choice_a + choice_b * 256
-    values = permute_bytes(words_a, words_b, choices + 0x4400)  # the second group's bytes are 4 to 7
-    nibbles = (choices >> 16 | choices >> 20).to(gl.int8)
+    pairs = join_indices(index, 4)
+    values = permute_bytes(words_a, words_b, kept_positions(pairs) + 0x4400)  # the second group's bytes are 4 to 7
     store_tile(word_ptr(values_ptr), values, row, column // 8, rows, gl.cdiv(columns, 128) * 16, EVEN, LAYOUT)
-    blocks = gl.reshape(nibbles, [R // 16, 2, 8, C // 128, 2, 2, 4])  # r // 16, r // 8 % 2, r % 8, block, p // 2, p % 2
+    # r // 16, r // 8 % 2, r % 8, block, p // 2, p % 2
+    blocks = gl.reshape(pairs, [R // 16, 2, 8, C // 128, 2, 2, 4])
     blocks = gl.reshape(gl.permute(blocks, [3, 0, 2, 5, 1, 4, 6]), [C // 128, R * 16])
-    metadata_layout: gl.constexpr = gl.BlockedLayout([1, 16], [1, 32], [1, gl.num_warps()], [1, 0])
-    store_tile(
-        metadata_ptr.to(gl.pointer_type(gl.int8), bitcast=True), blocks, column // 128, row * 16,
-        gl.cdiv(columns, 128), gl.cdiv(rows, 128) * 2048, EVEN, metadata_layout,
+    store_metadata(
+        blocks, metadata_ptr, column // 128, row * 4, gl.cdiv(columns, 128), gl.cdiv(rows, 128) * 512, EVEN
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def elementwise(function: Callable[..., np.ndarray], dtype: tl.dtype) -> Callabl
         arrays = np.broadcast_arrays(
             *(x.handle.data if isinstance(x, tl.tensor) else np.int64(tl.core._unwrap_if_constexpr(x)) for x in tensors)
         )
-        return tl.tensor(TensorHandle(function(*arrays), dtype), tl.block_type(dtype, list(tensors[0].shape)))
+        return tl.tensor(TensorHandle(function(*arrays), dtype), tl.block_type(dtype, list(arrays[0].shape)))
 
     return run
 

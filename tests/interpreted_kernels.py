@@ -70,7 +70,8 @@ def interpret_weight_kernels() -> None:
         tiles, groups_of_four, transposable, masked_decay, fp8_tiles, prune_fp8, prune_bf16, cast_transpose,
         cast_words=cast, permute_bytes=elementwise(prmt, tl.int32),
         with_layout_of=lambda x, y: x,
-        _widen=widen, _cast_positive_words=cast_positive,
+        _widen=widen, _cast_positive_words=cast_positive, magnitude=elementwise(np.abs, tl.float32),
+        _is_positive=elementwise(lambda x: (x > 0).astype(np.float32), tl.float32),
         gdc_launch_dependents=lambda: None, gdc_wait=lambda: None,  # one launch after the other
     )  # fmt: skip
 

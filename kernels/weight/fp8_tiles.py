@@ -22,8 +22,16 @@ from sparse_compile.kernels.tiles import (
     with_layout_of,
     word_ptr,
 )
-from sparse_compile.kernels.weight.groups_of_four import encode, groups, maximum, project, reduce_amax, second_smallest
-from sparse_compile.kernels.weight.transposable import encode_columns, encode_rows, search
+from sparse_compile.kernels.weight.groups_of_four import (
+    groups,
+    index_of_positive,
+    magnitude,
+    maximum,
+    project,
+    reduce_amax,
+    second_smallest,
+)
+from sparse_compile.kernels.weight.transposable import index_columns, index_rows, search
 
 # Negative inputs give 0; then the sign bits of the four bytes of $5.
 _CAST_POSITIVE_ASM = gl.constexpr("""{
@@ -67,12 +75,12 @@ def prune_tile(
 ):  # fmt: skip
     """Prune, cast and store a tile; the bits of its amax."""
     w0, w1, w2, w3, signs = groups(w)  # [BLOCK_N, BLOCK_K / 4]
-    b0, b1, b2, b3 = gl.abs(w0), gl.abs(w1), gl.abs(w2), gl.abs(w3)
-    m0, m1, m2, m3, amax, choice = project(b0, b1, b2, b3, HARD)
+    b0, b1, b2, b3 = magnitude(w0), magnitude(w1), magnitude(w2), magnitude(w3)
+    m0, m1, m2, m3, amax, index = project(b0, b1, b2, b3, HARD)
     dense = _cast_positive_words(m0 * scale, m1 * scale, m2 * scale, m3 * scale, signs)
     # Rows and columns beyond the weight were loaded as zeros, whose groups name positions 0 and 1: the padding word.
     values_layout: gl.constexpr = _words_layout([dense.shape[0], dense.shape[1] // 2], 1, gl.num_warps(), COLUMN_MAJOR)
-    store_compressed(dense, choice, values_ptr, metadata_ptr, row, column, rows, columns, EVEN, values_layout)
+    store_compressed(dense, index, values_ptr, metadata_ptr, row, column, rows, columns, EVEN, values_layout)
     transposed = transpose_words(dense)
     transposed_layout: gl.constexpr = _transposed_layout(transposed.shape, gl.num_warps(), COLUMN_MAJOR)
     store_tile(word_ptr(weight_t_ptr), transposed, column, row // 4, columns, rows // 4, EVEN, transposed_layout)
@@ -81,20 +89,20 @@ def prune_tile(
 
 @gluon.jit
 def _store_both_ways(
-    words, choice, choice_t, values_ptr, metadata_ptr, values_t_ptr, metadata_t_ptr, row, column, rows, columns,
+    words, index, index_t, values_ptr, metadata_ptr, values_t_ptr, metadata_t_ptr, row, column, rows, columns,
     COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
-    """Store a tile compressed along rows and, transposed, along columns; ``choice`` of either as ``encode`` says."""
+    """Store a tile compressed along rows and, transposed, along columns, by the index of either."""
     R: gl.constexpr = words.shape[0]
     C: gl.constexpr = words.shape[1] * 4
     values_layout: gl.constexpr = _words_layout([R, C // 8], 1, gl.num_warps(), COLUMN_MAJOR)
-    choice = with_layout_of(choice, words)
-    store_compressed(words, choice, values_ptr, metadata_ptr, row, column, rows, columns, EVEN, values_layout)
+    index = with_layout_of(index, words)
+    store_compressed(words, index, values_ptr, metadata_ptr, row, column, rows, columns, EVEN, values_layout)
     words_t = transpose_words(words)
-    choice_t = with_layout_of(choice_t, words_t)
+    index_t = with_layout_of(index_t, words_t)
     values_t_layout: gl.constexpr = _transposed_layout([C, R // 8], gl.num_warps(), COLUMN_MAJOR)
     store_compressed(
-        words_t, choice_t, values_t_ptr, metadata_t_ptr, column, row, columns, rows, EVEN, values_t_layout
+        words_t, index_t, values_t_ptr, metadata_t_ptr, column, row, columns, rows, EVEN, values_t_layout
     )  # fmt: skip
 
 
@@ -107,19 +115,20 @@ def prune_transposable_tile(
     BLOCK_N: gl.constexpr = w.shape[0]
     BLOCK_K: gl.constexpr = w.shape[1]
     w0, w1, w2, w3, _ = groups(w)  # [BLOCK_N, BLOCK_K / 4]
-    b0, b1, b2, b3 = gl.abs(w0), gl.abs(w1), gl.abs(w2), gl.abs(w3)
-    inside = b0
-    if not EVEN:
-        offs_n = row + gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
-        offs_k = column + gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
-        inside, _, _, _ = split_columns((offs_n < rows)[:, None] & (offs_k < columns)[None, :])
-        inside, _, _, _ = split_rows(inside)
+    b0, b1, b2, b3 = magnitude(w0), magnitude(w1), magnitude(w2), magnitude(w3)
     masks_layout: gl.constexpr = row_layout([BLOCK_N // 4, BLOCK_K // 4], 1, 4, gl.num_warps())
     if SEARCH:
         mask = search(b0, b1, b2, b3)
         store_tile(
             masks_ptr, mask.to(gl.int16), row // 4, column // 4, rows // 4, columns // 4, EVEN, masks_layout
         )  # fmt: skip
+        if not EVEN:
+            # Beyond the weight, as where masks are read.
+            offs_n = row + gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
+            offs_k = column + gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
+            inside, _, _, _ = split_columns((offs_n < rows)[:, None] & (offs_k < columns)[None, :])
+            inside, _, _, _ = split_rows(inside)
+            mask = gl.where(inside, mask, 0)
     else:
         mask = load_tile(
             masks_ptr, row // 4, column // 4, rows // 4, columns // 4, columns // 4, 1, BLOCK_N // 4, BLOCK_K // 4,
@@ -129,21 +138,24 @@ def prune_transposable_tile(
         mask = with_layout_of(mask.to(gl.int32), like)
     words = cast_words(w0 * scale, w1 * scale, w2 * scale, w3 * scale)
     _store_both_ways(
-        words, encode_rows(mask, inside, EVEN), encode_columns(mask, inside, EVEN), values_ptr, metadata_ptr,
-        values_t_ptr, metadata_t_ptr, row, column, rows, columns, COLUMN_MAJOR, EVEN,
+        words, index_rows(mask), index_columns(mask), values_ptr, metadata_ptr, values_t_ptr, metadata_t_ptr,
+        row, column, rows, columns, COLUMN_MAJOR, EVEN,
     )  # fmt: skip
     return reduce_amax(maximum(maximum(b0, b1), maximum(b2, b3)))
 
 
 @gluon.jit
 def _threshold_rows(m):
-    """Of each four rows of magnitudes [R, C]: the second smallest, and which exceed it, as ``encode`` says.
+    """The soft threshold of each four rows, [R, C], of magnitudes or what is below zero.
 
-    [R, C], [R / 4, C]
+    What exceeds it, [R, C], not above zero for none; the largest and the index of those that do, [R / 4, C].
     """
     m0, m1, m2, m3 = split_rows(m)
-    t = second_smallest(m0, m1, m2, m3)
-    return with_layout_of(join_rows(t, t, t, t), m), encode(m1 > t, m2 > t, m3 > t)
+    # The second smallest of what is not below zero.
+    t = maximum(second_smallest(m0, m1, m2, m3), 0.0)
+    largest = maximum(maximum(m0, m1), maximum(m2, m3)) - t
+    m0, m1, m2, m3 = m0 - t, m1 - t, m2 - t, m3 - t
+    return with_layout_of(join_rows(m0, m1, m2, m3), m), largest, index_of_positive(m1, m2, m3)
 
 
 @gluon.jit
@@ -153,24 +165,21 @@ def prune_soft_transposable_tile(
 ):  # fmt: skip
     """Soft thresholds along rows, then along columns; cast and stored both ways."""
     w0, w1, w2, w3, signs = groups(w)  # [BLOCK_N, BLOCK_K / 4]
-    b0, b1, b2, b3 = gl.abs(w0), gl.abs(w1), gl.abs(w2), gl.abs(w3)
+    b0, b1, b2, b3 = magnitude(w0), magnitude(w1), magnitude(w2), magnitude(w3)
     t = second_smallest(b0, b1, b2, b3)
-    m0, m1, m2, m3 = maximum(b0 - t, 0.0), maximum(b1 - t, 0.0), maximum(b2 - t, 0.0), maximum(b3 - t, 0.0)
-    t0, choice_t0 = _threshold_rows(m0)
-    t1, choice_t1 = _threshold_rows(m1)
-    t2, choice_t2 = _threshold_rows(m2)
-    t3, choice_t3 = _threshold_rows(m3)
+    m0, largest0, index_t0 = _threshold_rows(b0 - t)
+    m1, largest1, index_t1 = _threshold_rows(b1 - t)
+    m2, largest2, index_t2 = _threshold_rows(b2 - t)
+    m3, largest3, index_t3 = _threshold_rows(b3 - t)
+    words = _cast_positive_words(m0 * scale, m1 * scale, m2 * scale, m3 * scale, signs)
     # What exceeds both thresholds: never more than two of four, either way.  Zeros beyond the weight exceed none, and
     # name positions 0 and 1, as padding does.
-    choice = encode(m1 > t1, m2 > t2, m3 > t3)
-    m0, m1, m2, m3 = m0 - t0, m1 - t1, m2 - t2, m3 - t3
-    words = _cast_positive_words(m0 * scale, m1 * scale, m2 * scale, m3 * scale, signs)
     _store_both_ways(
-        words, choice, join_columns_transposed(choice_t0, choice_t1, choice_t2, choice_t3), values_ptr, metadata_ptr,
-        values_t_ptr, metadata_t_ptr, row, column, rows, columns, COLUMN_MAJOR, EVEN,
+        words, index_of_positive(m1, m2, m3), join_columns_transposed(index_t0, index_t1, index_t2, index_t3),
+        values_ptr, metadata_ptr, values_t_ptr, metadata_t_ptr, row, column, rows, columns, COLUMN_MAJOR, EVEN,
     )  # fmt: skip
-    # Below zero is what the second threshold drops.
-    return reduce_amax(maximum(maximum(maximum(m0, m1), maximum(m2, m3)), 0.0))
+    # Below zero where the first threshold drops all four rows of a column.
+    return reduce_amax(maximum(maximum(maximum(largest0, largest1), maximum(largest2, largest3)), 0.0))
 
 
 @gluon.jit
@@ -179,7 +188,7 @@ def cast_tile(
 ):
     """Cast and store a tile; the bits of its amax."""
     w0, w1, w2, w3, _ = groups(w)  # [BLOCK_N, BLOCK_K / 4]
-    amax = maximum(maximum(gl.abs(w0), gl.abs(w1)), maximum(gl.abs(w2), gl.abs(w3)))
+    amax = maximum(maximum(magnitude(w0), magnitude(w1)), maximum(magnitude(w2), magnitude(w3)))
     words = cast_words(w0 * scale, w1 * scale, w2 * scale, w3 * scale)
     words_layout: gl.constexpr = _words_layout(words.shape, 2, gl.num_warps(), COLUMN_MAJOR)
     store_tile(word_ptr(payload_ptr), words, row, column // 4, rows, columns // 4, EVEN, words_layout)

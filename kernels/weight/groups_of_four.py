@@ -28,6 +28,12 @@ def maximum(x, y):
 
 
 @gluon.jit
+def magnitude(x):
+    """|x|.  In assembly, where it costs nothing: Triton's own would be an integer instruction."""
+    return gl.inline_asm_elementwise("abs.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
+
+
+@gluon.jit
 def bits(x):
     """fp32 as int32; magnitudes are ordered like their bits, with NaN above infinity."""
     return x.to(gl.int32, bitcast=True)
@@ -79,14 +85,15 @@ def keep_top2(b0, b1, b2, b3):
 
 
 @gluon.jit
-def encode(kept1, kept2, kept3):
-    """Which two of a group are kept, the first if none says otherwise.
+def _is_positive(x):
+    """1.0 or 0.0, which it is for NaN.  By the units that multiply: these kernels wait for those that compare."""
+    return gl.inline_asm_elementwise("mul.sat.f32 $0, $1, 0f7F800000;", "=f,f", [x], gl.float32, True, 1)
 
-    The low byte holds the two positions, ascending from its low half, the bits from 16 on the nibble of metadata.
-    """
-    with_3 = gl.where(kept2, 0xE0032, gl.where(kept1, 0xD0031, 0xC0030))
-    without_3 = gl.where(kept2, gl.where(kept1, 0x90021, 0x80020), 0x40010)
-    return gl.where(kept3, with_3, without_3)
+
+@gluon.jit
+def index_of_positive(x1, x2, x3):
+    """Which of the elements 1, 2 and 3 of a group are kept, those above zero: fp32, see ``store_compressed``."""
+    return _is_positive(x1) + 2.0 * _is_positive(x2) + 4.0 * _is_positive(x3)
 
 
 @gluon.jit
@@ -98,18 +105,19 @@ def second_smallest(b0, b1, b2, b3):
 
 @gluon.jit
 def project(b0, b1, b2, b3, HARD: gl.constexpr):
-    """What pruning leaves of four magnitudes, negative for zero; the largest; which are kept, as ``encode`` says."""
+    """What pruning leaves of four magnitudes, not above zero for none; the largest; the index of what is kept."""
     largest = maximum(maximum(b0, b1), maximum(b2, b3))
     if HARD:
         kept0, kept1, kept2, kept3 = keep_top2(b0, b1, b2, b3)
         m0, m1 = gl.where(kept0, b0, 0.0), gl.where(kept1, b1, 0.0)
         m2, m3 = gl.where(kept2, b2, 0.0), gl.where(kept3, b3, 0.0)
+        index = gl.where(kept1, 1, 0) | gl.where(kept2, 2, 0) | gl.where(kept3, 4, 0)
     else:
         t = second_smallest(b0, b1, b2, b3)
-        # Kept is what exceeds t, never more than two of four, and the lowest of the others.
-        kept1, kept2, kept3 = b1 > t, b2 > t, b3 > t
         m0, m1, m2, m3, largest = b0 - t, b1 - t, b2 - t, b3 - t, largest - t
-    return m0, m1, m2, m3, largest, encode(kept1, kept2, kept3)
+        # Kept is what exceeds t, never more than two of four, and the lowest of the others.
+        index = index_of_positive(m1, m2, m3)
+    return m0, m1, m2, m3, largest, index
 
 
 @gluon.jit

@@ -15,8 +15,17 @@ from triton.experimental.gluon import language as gl
 
 from sparse_compile.kernels.formats import check_buffer, check_weight, metadata_shape, padded, values_shape
 from sparse_compile.kernels.launch_plan import LaunchPlan, UncachedPlan, plan_kernel, planned
-from sparse_compile.kernels.tiles import column_layout, join_columns, load_tile, row_layout, store_tile
-from sparse_compile.kernels.weight.groups_of_four import bits, groups, maximum, pair, project
+from sparse_compile.kernels.tiles import (
+    column_layout,
+    join_columns,
+    join_indices,
+    kept_positions,
+    load_tile,
+    row_layout,
+    store_metadata,
+    store_tile,
+)
+from sparse_compile.kernels.weight.groups_of_four import bits, groups, magnitude, maximum, pair, project
 
 # Rows, columns and warps of a tile.
 _ROW_MAJOR_TILE = (64, 128, 4)
@@ -48,12 +57,13 @@ def _prune_bf16_kernel(
     layout: gl.constexpr = _load_layout([BLOCK_N, BLOCK_K], gl.num_warps(), COLUMN_MAJOR)
     w = load_tile(weight_ptr, row, column, rows, columns, stride_wn, stride_wk, BLOCK_N, BLOCK_K, EVEN, layout)
     w0, w1, w2, w3, _ = groups(w)  # [BLOCK_N, BLOCK_K / 4]
-    m0, m1, m2, m3, _, choice = project(gl.abs(w0), gl.abs(w1), gl.abs(w2), gl.abs(w3), HARD)
+    m0, m1, m2, m3, _, index = project(magnitude(w0), magnitude(w1), magnitude(w2), magnitude(w3), HARD)
     s0, s1, s2, s3 = _signed(m0, w0), _signed(m1, w1), _signed(m2, w2), _signed(m3, w3)
     dense_layout: gl.constexpr = row_layout([BLOCK_N, BLOCK_K], 2, 8, gl.num_warps())
     store_tile(dense_ptr, join_columns(s0, s1, s2, s3), row, column, rows, columns, EVEN, dense_layout)
 
-    first, second = choice & 3, choice >> 4 & 3
+    both = kept_positions(index)
+    first, second = both & 3, both >> 4 & 3
     values = pair(
         gl.where(first == 0, s0, gl.where(first == 1, s1, s2)), gl.where(second == 3, s3, gl.where(second == 2, s2, s1))
     )
@@ -62,15 +72,11 @@ def _prune_bf16_kernel(
     store_tile(values_ptr, values, row, column // 4, rows, gl.cdiv(columns, 128) * 32, EVEN, values_layout)
 
     # Rows and columns beyond the weight were loaded as zeros, whose groups name positions 0 and 1: the padding word.
-    low, high = gl.split(gl.reshape(choice >> 16, [BLOCK_N, BLOCK_K // 8, 2]))
-    nibbles = (low | high << 4).to(gl.int8)
     # r // 16, r // 8 % 2, r % 8, block, part, half of the part
-    blocks = gl.reshape(nibbles, [BLOCK_N // 16, 2, 8, BLOCK_K // 64, 4, 2])
+    blocks = gl.reshape(join_indices(index, 4), [BLOCK_N // 16, 2, 8, BLOCK_K // 64, 4, 2])
     blocks = gl.reshape(gl.permute(blocks, [3, 0, 2, 4, 1, 5]), [BLOCK_K // 64, BLOCK_N * 8])
-    metadata_layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [1, gl.num_warps()], [1, 0])
-    store_tile(
-        metadata_ptr.to(gl.pointer_type(gl.int8), bitcast=True), blocks, column // 64, row * 8,
-        gl.cdiv(columns, 128) * 2, gl.cdiv(rows, 128) * 1024, EVEN, metadata_layout,
+    store_metadata(
+        blocks, metadata_ptr, column // 64, row * 2, gl.cdiv(columns, 128) * 2, gl.cdiv(rows, 128) * 256, EVEN
     )  # fmt: skip
     if gl.program_id(0) == 0:
         gl.store(scale_inv_ptr, gl.load(beta_ptr))

@@ -4,7 +4,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from sparse_compile.kernels.tiles import join_columns_transposed, join_rows, split_rows
-from sparse_compile.kernels.weight.groups_of_four import encode
 
 
 @gluon.constexpr_function
@@ -70,28 +69,19 @@ def search(b0, b1, b2, b3):
 
 
 @gluon.jit
-def _encoded(mask, first: gl.constexpr, step: gl.constexpr, inside, EVEN: gl.constexpr):
-    """What ``encode`` says of four bits of the masks: ``first`` and each ``step``-th after it."""
-    code = encode(
-        mask >> (first + step) & 1 != 0, mask >> (first + 2 * step) & 1 != 0, mask >> (first + 3 * step) & 1 != 0
-    )
-    # As everywhere, padding names positions 0 and 1.
-    return code if EVEN else gl.where(inside, code, 0x40010)
+def index_rows(mask):
+    """The index, as of ``store_compressed``, of each group of four columns of a row: [R / 4, C] -> [R, C]."""
+    return join_rows(mask >> 1 & 7, mask >> 5 & 7, mask >> 9 & 7, mask >> 13 & 7)
 
 
 @gluon.jit
-def encode_rows(mask, inside, EVEN: gl.constexpr):
-    """For each group of four columns of a row which are kept: [R / 4, C] -> [R, C]."""
-    return join_rows(
-        _encoded(mask, 0, 1, inside, EVEN), _encoded(mask, 4, 1, inside, EVEN),
-        _encoded(mask, 8, 1, inside, EVEN), _encoded(mask, 12, 1, inside, EVEN),
-    )  # fmt: skip
+def _index_column(mask, column: gl.constexpr):
+    return (mask >> column + 4 & 1) | (mask >> column + 7 & 2) | (mask >> column + 10 & 4)
 
 
 @gluon.jit
-def encode_columns(mask, inside, EVEN: gl.constexpr):
-    """For each group of four rows of a column which are kept: [R / 4, C] -> [4 * C, R / 4]."""
+def index_columns(mask):
+    """The index of each group of four rows of a column: [R / 4, C] -> [4 * C, R / 4]."""
     return join_columns_transposed(
-        _encoded(mask, 0, 4, inside, EVEN), _encoded(mask, 1, 4, inside, EVEN),
-        _encoded(mask, 2, 4, inside, EVEN), _encoded(mask, 3, 4, inside, EVEN),
-    )  # fmt: skip
+        _index_column(mask, 0), _index_column(mask, 1), _index_column(mask, 2), _index_column(mask, 3)
+    )
