@@ -23,6 +23,8 @@ from source_text import tokens
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from sparse_compile.recipe import FP8, FP8_BACKWARD, Gemm, Recipe
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import train_gpt
@@ -69,11 +71,21 @@ class Arm:
     factors: tuple[float, ...] = (1.0,)
 
 
+# By which of its products are in FP8.
+_HEADS: Mapping[str, str | Recipe] = {
+    "fp8": "fp8",
+    "fp8-backward": "fp8-backward",
+    "fp8 fprop": replace(FP8, name="fp8-fprop", dgrad=Gemm.DENSE, wgrad=Gemm.DENSE),
+    "fp8 fprop, dgrad": replace(FP8, name="fp8-fprop-dgrad", wgrad=Gemm.DENSE),
+    "fp8 dgrad": replace(FP8_BACKWARD, name="fp8-dgrad", wgrad=Gemm.DENSE),
+}
+
+
 def _arms() -> Iterator[tuple[str, Arm]]:
     yield DENSE, Arm(options=None, factors=(1.0, 1.25, 1.5))
     yield "fp8", Arm(options={"sste.recipe": "fp8"})
-    for head in ("fp8", "fp8-backward"):
-        yield f"fp8, head {head}", Arm(options={"sste.recipe": "fp8", "sste.head": head})
+    for name, head in _HEADS.items():
+        yield f"fp8, head {name}", Arm(options={"sste.recipe": "fp8", "sste.head": head})
     # The second factor keeps the norm of normal weights.
     for recipe, factors in (("s-ste", (1.0, 1.16, 1.7, 2.3)), ("s-ste-transposable", (1.0, 1.25, 1.7, 2.3))):
         for name, options in (

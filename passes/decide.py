@@ -79,7 +79,7 @@ def decide(
             is_head = _is_head(site, owners)
             everywhere = targets == "all" and not is_head
             targeted = named or everywhere or site.role in TARGETS.get(targets, ())
-            chosen = recipe if targeted else recipe.unpruned(head if is_head else None)
+            chosen = recipe if targeted else (is_head and head) or recipe.unpruned()
             if recipe.is_bf16 and not targeted:
                 detail = f"recipe {recipe.name!r} has no FP8 for it"
                 advice = f"for 2:4, which costs loss, {_names(site, targets)}"

@@ -109,8 +109,8 @@ class UserOptions:
         '`"ffn-up"`: only the first linears of FFNs and their gates',
         "ffn",
     )
-    head: str = _option(
-        choice(HEAD),
+    head: str | Recipe = _option(  # noqa: RUF009, it is a field
+        choice_or(HEAD, Recipe),
         "precision of the vocabulary head; a head with a tied weight stays dense. "
         '`"fp8-backward"`: its logits stay as precise as they are',
         "dense",
@@ -243,7 +243,7 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
         recipe=recipe,
         schedule=_schedule(user, recipe),
         targets=user.targets,
-        head=HEAD[user.head],
+        head=_head(user.head, recipe),
         frozen=user.frozen == "sparse",
         measure=user.when == "faster",
         recompute=user.memory == "small",
@@ -278,6 +278,19 @@ def _recipe(user: UserOptions) -> Recipe:
             raise ValueError(f"recipe {recipe.name!r} has no masks that are kept; 'sste.refresh' is for 't-sr-ste'")
         recipe = replace(recipe, refresh=user.refresh)
     return recipe
+
+
+def _head(given: str | Recipe, recipe: Recipe) -> Recipe | None:
+    """What the head gets beside ``recipe``: a named one its format of gradients."""
+    if not isinstance(given, Recipe):
+        named = HEAD[given]
+        return named and replace(named, grad_format=recipe.grad_format)
+    if given.projection.prunes:
+        raise ValueError(
+            f"option 'sste.head' is the recipe {given.name!r}, which prunes; allowed is one whose weight is not "
+            "projected. A head is pruned where 'sste.targets' names it"
+        )
+    return given
 
 
 def _schedule(user: UserOptions, recipe: Recipe) -> Schedule | None:

@@ -159,9 +159,9 @@ class Recipe:
             return next(v for v in self.variants() if (v.dgrad, v.wgrad) == (self.dgrad, Gemm.FP8))
         return replace(self, estimator=estimator)
 
-    def unpruned(self, dense: "Recipe | None" = None) -> "Recipe":
-        """What linears get that are none of its targets, and its own in a dense phase: dense FP8, or ``dense``."""
-        return replace(dense or FP8, grad_format=self.grad_format)
+    def unpruned(self) -> "Recipe":
+        """What linears get that are none of its targets, and its own in a dense phase: dense FP8."""
+        return replace(FP8, grad_format=self.grad_format)
 
     def short_str(self) -> str:
         """Its products, and what else differs from the default, in a few characters, for the report."""

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import sparse_compile
-from sparse_compile.recipe import FP8_BACKWARD, SSTE, Gemm
+from sparse_compile.options import read_options
+from sparse_compile.recipe import FP8, FP8_BACKWARD, SSTE, Gemm, GradFormat
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 
@@ -41,7 +42,18 @@ def test_outputs_are_the_dense_ones_and_gradients_near_them(ffn, conv1d, stored,
     assert decisions == dict.fromkeys(("up", "down"), "fp8-backward (dense, fp8, fp8)")
 
 
-@pytest.mark.parametrize(("option", "products"), [("fp8", ["fp8"] * 3), ("fp8-backward", ["fp32", "fp8", "fp8"])])
+FP8_FPROP = replace(FP8, name="fprop-alone", dgrad=Gemm.DENSE, wgrad=Gemm.DENSE)
+
+
+@pytest.mark.parametrize(
+    ("option", "products"),
+    [
+        ("fp8", ["fp8"] * 3),
+        ("fp8-backward", ["fp32", "fp8", "fp8"]),
+        (FP8_FPROP, ["fp8", "fp32", "fp32"]),
+    ],
+    ids=str,
+)
 def test_the_head(small_gpt, batch, option, products):
     model = small_gpt()
     run = torch.compile(model, backend="sste", options=EAGER | {"sste.head": option})
@@ -49,6 +61,20 @@ def test_the_head(small_gpt, batch, option, products):
     rows = {row.module: row for row in sparse_compile.report().rows}
     assert [rows["head"].fprop, rows["head"].dgrad, rows["head"].wgrad] == products
     assert rows["blocks.0.up"].decision == "s-ste (2:4 fp8, fp8, 2:4 fp8)"
+
+
+def test_a_named_head_has_the_recipe_s_format_of_gradients_and_a_composed_one_its_own():
+    e5m2 = replace(SSTE, grad_format=GradFormat.E5M2)
+    formats = [
+        read_options(None, {"sste.recipe": e5m2, "sste.head": head}).head.grad_format
+        for head in ("fp8", FP8, replace(FP8, grad_format=GradFormat.E5M2))
+    ]
+    assert formats == [GradFormat.E5M2, GradFormat.E4M3, GradFormat.E5M2]
+
+
+def test_a_head_that_prunes_is_named_as_a_target_instead():
+    with pytest.raises(ValueError, match=r"'sste.head' is the recipe 's-ste', which prunes; .*'sste.targets' names it"):
+        read_options(None, {"sste.head": SSTE})
 
 
 def test_it_may_become_more_precise_but_not_dense():
