@@ -10,7 +10,7 @@ import json
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 from math import prod
 
@@ -23,13 +23,14 @@ from sparse_compile.passes.agreement import agreed
 from sparse_compile.passes.decide import Plan, Price
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
 from sparse_compile.recipe import Gemm, Recipe
+from sparse_compile.reporting.model import Choice
 from sparse_compile.torch_internals.graph import example_value
 from sparse_compile.torch_internals.sizes import hint
 
 # Microseconds of components by name, for each linear that it is asked about.
 ComponentTimer = Callable[[Mapping[ShapeKey, Collection[str]]], Mapping[ShapeKey, Mapping[str, float]]]
-# Answers a question for all processes, with what the second argument returns if nobody has answered it before.
-Agreement = Callable[[str, Callable[[], str]], str]
+# Answers a question, asked for a number of tokens; by itself, or by what the last argument returns.
+Agreement = Callable[[str, int, Callable[[], str]], str]
 
 _DENSE_COMPONENTS = ("dense fprop", "dense dgrad", "dense wgrad")
 _DENSE = (Gemm.DENSE, Gemm.BF16)
@@ -43,15 +44,6 @@ _PRODUCT_BYTES = 2.0  # the scale of each token is applied by the reader, or in 
 
 
 warned: set[str] = set()  # of which devices
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Fastest:
-    """The fastest variant of a recipe, and the microseconds of the linear in it and dense."""
-
-    variant: str
-    rewritten: float
-    dense: float
 
 
 def leave_without_kernels(plans: Sequence[Plan]) -> tuple[list[Plan], list[Rejection]]:
@@ -75,8 +67,18 @@ def leave_without_kernels(plans: Sequence[Plan]) -> tuple[list[Plan], list[Rejec
     return kept, rejections
 
 
+def for_all_processes(question: str, tokens: int, answer: Callable[[], str]) -> str:
+    """What the first process of the job answered, whatever its number of tokens was."""
+    del tokens
+    return agreed(question, answer)
+
+
 def choose(
-    plans: Sequence[Plan], clock: ComponentTimer = component_times, agree: Agreement = agreed, *, training: bool = True
+    plans: Sequence[Plan],
+    clock: ComponentTimer = component_times,
+    agree: Agreement = for_all_processes,
+    *,
+    training: bool = True,
 ) -> tuple[list[Plan], list[Rejection]]:
     """The fastest variant of each plan, with its price; a rejection where dense products are faster.
 
@@ -84,7 +86,7 @@ def choose(
     data.  A linear that the user named, or whose weight was trained pruned, is priced, and rewritten whatever it costs.
 
     Args:
-        agree: lets the processes that train a model together choose the same.
+        agree: lets the processes that train a model together choose the same, or what an earlier run chose.
         training: price forward, backward and the casts of the weight; otherwise forward alone.
     """
     inputs = Counter(plan.site.input for plan in plans)
@@ -96,20 +98,20 @@ def choose(
     # Asked when the first answer is needed: processes that find the others' choices measure nothing.
     times = cache(lambda: clock(components))
 
-    priced: list[tuple[Plan, _Fastest | None]] = []
+    priced: list[tuple[Plan, Choice | None]] = []
     for plan, question in zip(plans, asked, strict=True):
         if question is None:
             priced.append((plan, None))
             continue
         (shape, _), sharing = question, inputs[plan.site.input]
         answer = partial(_find, plan, question, sharing, times, training)
-        told = agree(_agreed_on(plan, shape, sharing, training), answer)
-        priced.append((plan, from_json(_Fastest, told)))
+        told = agree(_agreed_on(plan, shape, sharing, training), shape.tokens, answer)
+        priced.append((plan, from_json(Choice, told)))
 
     gains: dict[Node, float] = defaultdict(float)  # of each weight, whose linears are rewritten together or not at all
     for plan, fastest in priced:
         if fastest is not None:
-            gains[plan.site.weight] += fastest.dense * (1 - _MARGIN) - fastest.rewritten
+            gains[plan.site.weight] += gain(fastest)
     chosen: list[Plan] = []
     rejections: list[Rejection] = []
     for plan, fastest in priced:
@@ -128,6 +130,11 @@ def choose(
             advice = "more tokens in a call may change that; 'sste.when': 'always' rewrites it all the same"
             rejections.append(replace(plan.site.reject(Reason.SLOWER, detail, advice), dense_us=fastest.dense))
     return chosen, rejections
+
+
+def gain(choice: Choice) -> float:
+    """Microseconds by which a linear is faster than it must be to be rewritten."""
+    return choice.dense * (1 - _MARGIN) - choice.rewritten
 
 
 def _agreed_on(plan: Plan, shape: LinearShape, sharing: int, training: bool) -> str:
@@ -160,7 +167,7 @@ def _find(
         dense = measured["dense fprop"]
         prices[plan.recipe.full_name] = _forward(shape, plan.recipe, measured, sharing)
     variant = min(prices, key=prices.__getitem__)
-    return json.dumps(asdict(_Fastest(variant=variant, rewritten=prices[variant], dense=dense)))
+    return json.dumps(asdict(Choice(variant=variant, rewritten=prices[variant], dense=dense)))
 
 
 def _question(plan: Plan) -> ShapeKey | None:

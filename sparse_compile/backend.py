@@ -20,7 +20,7 @@ from sparse_compile.options import Executor, Options, read_options
 from sparse_compile.passes.apply_schedule import apply_schedule
 from sparse_compile.passes.autotune import autotune
 from sparse_compile.passes.checkpoint_policy import follow_checkpoint_policy
-from sparse_compile.passes.choose import choose, leave_without_kernels
+from sparse_compile.passes.choose import choose, for_all_processes, leave_without_kernels
 from sparse_compile.passes.decide import Plan, decide
 from sparse_compile.passes.expand import expand
 from sparse_compile.passes.find import Found, find
@@ -29,6 +29,7 @@ from sparse_compile.passes.keep_rotary_tables import keep_rotary_tables
 from sparse_compile.passes.live_modules import LiveModules
 from sparse_compile.passes.module_names import ModuleNames
 from sparse_compile.passes.parameter_owners import ParameterOwners
+from sparse_compile.passes.replay import noting, read_plan
 from sparse_compile.passes.rewrite import rewrite, seed_devices
 from sparse_compile.passes.roles import TARGETS
 from sparse_compile.passes.sites import LinearSite, Rejection
@@ -36,7 +37,7 @@ from sparse_compile.passes.verify import verify
 from sparse_compile.pipeline import Compilation, Pass, run_passes, show_durations
 from sparse_compile.progress import announced
 from sparse_compile.reporting.graph_origin import origin
-from sparse_compile.reporting.process_report import write_to
+from sparse_compile.reporting.process_report import report_so_far, write_to
 from sparse_compile.runtime import Chooser
 from sparse_compile.torch_internals.dynamo import graph_before_cut, trace_artifact
 from sparse_compile.torch_internals.fake import backend_fake_mode
@@ -172,7 +173,9 @@ def _choose(
 ) -> tuple[Sequence[Plan], Sequence[Rejection]]:
     if not options.measure:
         return plans, rejections
-    plans, slower = choose(plans, training=torch.is_grad_enabled())
+    agree = read_plan(options.plan) if options.plan is not None else for_all_processes
+    agree = noting(report_so_far().choices, agree)
+    plans, slower = choose(plans, agree=agree, training=torch.is_grad_enabled())
     return plans, (*rejections, *slower)
 
 

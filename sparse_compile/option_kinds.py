@@ -150,6 +150,14 @@ def _report_file(value: object) -> Path | None:
     return Path(value)
 
 
+def _plan_file(value: object) -> Path | None:
+    if value is None:
+        return None
+    if not isinstance(value, (str, PathLike)) or not Path(value).is_file():
+        raise NotAllowed
+    return Path(value)
+
+
 def _parse_switch(text: str) -> object:
     return {"true": True, "false": False}.get(text.lower(), text)
 
@@ -180,3 +188,4 @@ STEPS_OR_SHARE = Kind(
     read=_count_or_share, parse=_parse_count_or_share, others="a number of optimizer steps, or a share below 1.0"
 )  # fmt: skip
 REPORT_FILE = Kind(read=_report_file, others=f"the path of a file that ends in {', '.join(FORMATS)}")
+PLAN_FILE = Kind(read=_plan_file, others="the path of a report that was written as JSON")

@@ -14,6 +14,7 @@ from sparse_compile.option_kinds import (
     FACTOR,
     INTERVAL,
     NUMBER,
+    PLAN_FILE,
     REPORT_FILE,
     STEPS,
     STEPS_OR_SHARE,
@@ -147,6 +148,9 @@ class UserOptions:
         "`True` times every configuration of new 2:4 GEMMs while a graph is compiled, and keeps the fastest",
         False,
     )
+    plan: Path | None = _optional(  # noqa: RUF009, it is a field
+        PLAN_FILE, "the report of an earlier run, as JSON: linears run as it chose, and nothing is measured", "none"
+    )
     report: Path | None = _optional(  # noqa: RUF009, it is a field
         REPORT_FILE, "the file that the report is written to when the process ends", "stderr"
     )
@@ -201,6 +205,7 @@ class Options:
         keep_rotary_tables: whether tables of sines and cosines that are broadcast get memory of their own.
         executor: what runs the rewritten graph.
         tune: whether the 2:4 GEMMs are timed, those that no earlier run has timed, while the graph is compiled.
+        plan: the report whose choices are made again.
         report: the file that the report is written to when the process ends.
         report_measure: whether each graph and its dense baseline are timed at its first call.
         health: optimizer steps between two samples of the pruned weights' health; 0 takes none.
@@ -217,6 +222,7 @@ class Options:
     keep_rotary_tables: bool
     executor: Executor
     tune: bool
+    plan: Path | None
     report: Path | None
     report_measure: bool
     health: int
@@ -250,6 +256,7 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
         keep_rotary_tables=user.rotary_tables == "kept",
         executor=Executor(user.executor),
         tune=user.tune,
+        plan=_plan(user),
         report=user.report,
         report_measure=user.report_measure,
         health=user.health,
@@ -291,6 +298,12 @@ def _head(given: str | Recipe, recipe: Recipe) -> Recipe | None:
             "projected. A head is pruned where 'sste.targets' names it"
         )
     return given
+
+
+def _plan(user: UserOptions) -> Path | None:
+    if user.plan is not None and user.when == "always":
+        raise ValueError("'sste.when': 'always' chooses nothing, so that 'sste.plan' would change nothing")
+    return user.plan
 
 
 def _schedule(user: UserOptions, recipe: Recipe) -> Schedule | None:

@@ -112,7 +112,7 @@ def test_kernels_train_like_their_definitions(small_gpt, arm):
 def test_generated_code_trains_in_every_mode(small_gpt, mode, monkeypatch):
     """CUDA graphs among them: the operands keep their addresses, and the samples differ from step to step."""
     # torch.compile takes no options beside a mode, and so small a model would stay dense.
-    monkeypatch.setattr(backend, "choose", lambda plans, training: (plans, []))
+    monkeypatch.setattr(backend, "choose", lambda plans, **_: (plans, []))
     torch.manual_seed(0)
     curve = losses(small_gpt(width=128).bfloat16(), "cuda", 40, backend="sste", mode=mode)
     assert curve[-1] < 0.8 * curve[0]

@@ -310,7 +310,7 @@ def test_cuda_graphs_see_every_update(how, monkeypatch):
     At each of these moments another model, without graphs, is given the same weights.
     """
 
-    def without_randomness(plans, training):
+    def without_randomness(plans, **_):
         return [dataclasses.replace(plan, recipe=plan.recipe.variants()[1]) for plan in plans], []
 
     monkeypatch.setattr(backend, "choose", without_randomness)

@@ -316,7 +316,7 @@ class TestGraph:
     @pytest.fixture
     def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
         problems: list[Problem] = []
-        monkeypatch.setattr(backend, "choose", lambda plans, training: (plans, []))  # there is nothing to measure with
+        monkeypatch.setattr(backend, "choose", lambda plans, **_: (plans, []))  # there is nothing to measure with
 
         def tune(problem: Problem, device: torch.device) -> None:
             assert device.type == "cpu"

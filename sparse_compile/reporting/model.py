@@ -187,6 +187,20 @@ class GraphReport:
         return sum((row.flops() for row in self.rows), Counter(self.others))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """How a linear runs, chosen by measured time.
+
+    Attributes:
+        variant: ``full_name`` of the fastest variant of its recipe.
+        rewritten, dense: microseconds of a step in that variant, and with dense products.
+    """
+
+    variant: str
+    rewritten: float
+    dense: float
+
+
 @dataclass(slots=True)
 class ReportData:
     """All graphs that a process compiled so far.
@@ -196,6 +210,7 @@ class ReportData:
         step_ms: milliseconds of the last training steps, from a step of an optimizer to its next; without those in
             which a graph was compiled or measured.
         fallbacks: what dynamo runs eagerly of the modules that were compiled, a sentence each.
+        choices: what was chosen by measured time, for each question and number of tokens, see ``sste.plan``.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
@@ -204,6 +219,7 @@ class ReportData:
     fallbacks: list[str] = field(default_factory=list)
     torch: str = ""
     device: str = ""
+    choices: dict[str, dict[str, Choice]] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[Row]:
@@ -272,9 +288,13 @@ class ReportData:
         gains = [asdict(gain) for gain in self.gains()]
         graphs = [asdict(graph) for graph in self.graphs]
         health = {name: [asdict(sample) for sample in samples] for name, samples in self.health.items()}
+        choices = {
+            question: {tokens: asdict(choice) for tokens, choice in by_tokens.items()}
+            for question, by_tokens in self.choices.items()
+        }
         return {
             "version": VERSION, "torch": self.torch, "device": self.device,
-            "coverage": self.coverage(), "gains": gains, "graphs": graphs, "health": health, "step_ms": self.step_ms,
+            "coverage": self.coverage(), "gains": gains, "graphs": graphs, "choices": choices, "health": health, "step_ms": self.step_ms,
             "fallbacks": self.fallbacks,
         }  # fmt: skip
 

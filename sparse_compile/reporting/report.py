@@ -29,7 +29,9 @@ class Report(ReportData):
             raise ValueError(f"this is no report of sparse_compile: {error!r}") from error
         if version != VERSION:
             raise ValueError(f"the report is of version {version}; this sparse_compile reads version {VERSION}")
-        read.setdefault("fallbacks", [])  # older files of this version have none
+        # Older files of this version have none.
+        read.setdefault("fallbacks", [])
+        read.setdefault("choices", {})
         names = [field.name for field in fields(cls)]  # what else is there follows from these
         if missing := [name for name in names if name not in read]:
             raise ValueError(f"the report is damaged: {missing[0]!r} is missing")
