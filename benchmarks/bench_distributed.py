@@ -50,7 +50,7 @@ def candidate(model: StepModel, parallelism: str, kind: str, device: torch.devic
     """A step that returns the mean of all processes' losses."""
     torch.manual_seed(0)
     network = model.make().to(device).train()
-    compiling = dict(COMPILE.get(kind, {}))
+    compiling = dict(COMPILE.get(kind, COMPILE[BF16]))
     if device.type == "cpu":
         compiling = (
             {"backend": "aot_eager"}
