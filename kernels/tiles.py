@@ -164,8 +164,10 @@ def kept_positions(indices):
 
 
 @gluon.jit
-def store_metadata(indices, metadata_ptr, row, column, rows, columns, EVEN: gl.constexpr):
-    """Store, at (row, column) of an int32 matrix [rows, columns], the metadata of pairs of groups in its order.
+def store_metadata(
+    indices, metadata_ptr, row, column, rows, columns, stride_row, stride_column, EVEN: gl.constexpr
+):  # fmt: skip
+    """Store, at (row, column) of an int32 matrix [rows, columns] of any strides, metadata of pairs in its order.
 
     Args:
         indices: of a pair each, as ``join_indices`` joins them: [R, C], at least 8 a thread.
@@ -177,8 +179,9 @@ def store_metadata(indices, metadata_ptr, row, column, rows, columns, EVEN: gl.c
     nibbles = permute_bytes(_METADATA[0], _METADATA[1], _selector(both))
     nibbles |= nibbles >> 4
     low, high = gl.split(gl.reshape(nibbles, [indices.shape[0], indices.shape[1] // 4, 2]))
-    store_tile(
-        metadata_ptr, permute_bytes(low, high, 0x6420), row, column, rows, columns, EVEN, words_layout
+    store_strided(
+        metadata_ptr, permute_bytes(low, high, 0x6420), row, column, rows, columns, stride_row, stride_column, EVEN,
+        words_layout,
     )  # fmt: skip
 
 
@@ -189,7 +192,7 @@ def store_compressed(
     """Store two of each four columns, and where they stood, of the tile at (row, column) of a matrix [rows, columns].
 
     Args:
-        words: [R, C / 4], of four columns each, C a multiple of 128.
+        words: [R, C / 4], of four columns each, C 64 or a multiple of 128.
         index: which two of a word are kept, fp32 or int32: 1, 2 and 4 for the elements 1, 2 and 3, in sum.  Of fewer
             than two, element 0 is one, or the first two are kept, as of padding.
         LAYOUT: of the values, words [R, C / 8].
@@ -199,13 +202,22 @@ def store_compressed(
     words_a, words_b = gl.split(gl.reshape(words, [R, C // 8, 2]))
     pairs = join_indices(index, 4)
     values = permute_bytes(words_a, words_b, kept_positions(pairs) + 0x4400)  # the second group's bytes are 4 to 7
-    store_tile(word_ptr(values_ptr), values, row, column // 8, rows, gl.cdiv(columns, 128) * 16, EVEN, LAYOUT)
-    # r // 16, r // 8 % 2, r % 8, block, p // 2, p % 2
-    blocks = gl.reshape(pairs, [R // 16, 2, 8, C // 128, 2, 2, 4])
-    blocks = gl.reshape(gl.permute(blocks, [3, 0, 2, 5, 1, 4, 6]), [C // 128, R * 16])
-    store_metadata(
-        blocks, metadata_ptr, column // 128, row * 4, gl.cdiv(columns, 128), gl.cdiv(rows, 128) * 512, EVEN
-    )  # fmt: skip
+    blocks_c, blocks_r = gl.cdiv(columns, 128), gl.cdiv(rows, 128)
+    store_tile(word_ptr(values_ptr), values, row, column // 8, rows, blocks_c * 16, EVEN, LAYOUT)
+    if C == 64:
+        # Half a block: every other word.  r // 16, r // 8 % 2, r % 8, p % 2
+        blocks = gl.permute(gl.reshape(pairs, [R // 16, 2, 8, 2, 4]), [0, 2, 3, 1, 4])
+        store_metadata(
+            gl.reshape(blocks, [1, R * 8]), metadata_ptr + column // 64 % 2, column // 128, row * 2, blocks_c,
+            blocks_r * 256, blocks_r * 512, 2, EVEN,
+        )  # fmt: skip
+    else:
+        # r // 16, r // 8 % 2, r % 8, block, p // 2, p % 2
+        blocks = gl.permute(gl.reshape(pairs, [R // 16, 2, 8, C // 128, 2, 2, 4]), [3, 0, 2, 5, 1, 4, 6])
+        store_metadata(
+            gl.reshape(blocks, [C // 128, R * 16]), metadata_ptr, column // 128, row * 4, blocks_c, blocks_r * 512,
+            blocks_r * 512, 1, EVEN,
+        )  # fmt: skip
 
 
 @gluon.jit

@@ -75,8 +75,10 @@ def _prune_bf16_kernel(
     # r // 16, r // 8 % 2, r % 8, block, part, half of the part
     blocks = gl.reshape(join_indices(index, 4), [BLOCK_N // 16, 2, 8, BLOCK_K // 64, 4, 2])
     blocks = gl.reshape(gl.permute(blocks, [3, 0, 2, 4, 1, 5]), [BLOCK_K // 64, BLOCK_N * 8])
+    metadata_columns = gl.cdiv(rows, 128) * 256
     store_metadata(
-        blocks, metadata_ptr, column // 64, row * 2, gl.cdiv(columns, 128) * 2, gl.cdiv(rows, 128) * 256, EVEN
+        blocks, metadata_ptr, column // 64, row * 2, gl.cdiv(columns, 128) * 2, metadata_columns, metadata_columns, 1,
+        EVEN,
     )  # fmt: skip
     if gl.program_id(0) == 0:
         gl.store(scale_inv_ptr, gl.load(beta_ptr))

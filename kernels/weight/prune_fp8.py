@@ -50,13 +50,16 @@ from sparse_compile.kernels.weight.groups_of_four import bits
 # Rows, columns and warps of a tile, and the most registers of a thread.
 _ROW_MAJOR_TILE = (64, 128, 4, 80)
 _COLUMN_MAJOR_TILE = (128, 128, 8, None)
-# Both copies that it writes are compressed, in blocks of 128.
-_TRANSPOSABLE_TILE = (128, 128, 8)
 # Programs of the second launch: one for each multiprocessor of an H100 or H200.
 _CORRECT_PROGRAMS = 132
 
 # What is made of the weight: those before _CAST have a beta; transposable masks are found, or read.
 _SOFT, _HARD, _SOFT_TRANSPOSABLE, _CAST, _SEARCH, _MASKS = map(gl.constexpr, range(6))
+# Both copies that these write are compressed, in blocks of 128.  Half of one is more programs at a time; a search takes
+# the registers that it needs.
+_BOTH_WAYS_TILES = {
+    _SOFT_TRANSPOSABLE.value: (64, 128, 4, 128), _SEARCH.value: (128, 128, 8, None), _MASKS.value: (128, 128, 8, 128)
+}  # fmt: skip
 _AMAX_FLOOR_BITS = gl.constexpr(int(torch.tensor(AMAX_FLOOR).view(torch.int32)))
 _ONE_BITS = gl.constexpr(0x3F800000)
 _INFINITY_BITS = gl.constexpr(0x7F800000)
@@ -292,9 +295,8 @@ def _plan(
 ) -> LaunchPlan:  # fmt: skip
     """Of both launches, over tiles that cover ``covered`` rows and columns; called with all tensors' addresses."""
     column_major = weight.stride(0) == 1 and weight.stride(1) != 1
-    block_n, block_k, warps, registers = _COLUMN_MAJOR_TILE if column_major else _ROW_MAJOR_TILE
-    if metadata_t is not None:
-        (block_n, block_k, warps), registers = _TRANSPOSABLE_TILE, None if mode == _SEARCH else 128
+    one_way = _COLUMN_MAJOR_TILE if column_major else _ROW_MAJOR_TILE
+    block_n, block_k, warps, registers = _BOTH_WAYS_TILES.get(mode.value, one_way)
     tiles_n, tiles_k = triton.cdiv(covered[0], block_n), triton.cdiv(covered[1], block_k)
     tiles = tiles_n * tiles_k
     new_partials = allocator(torch.empty(tiles + 1, dtype=torch.int32, device=weight.device))
