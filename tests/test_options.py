@@ -63,7 +63,7 @@ def test_defaults_are_those_of_the_table():
     """What is given as the table has it changes nothing, with a recipe that has the option."""
     recipes = {"sste.decay": "sr-ste", "sste.refresh": "t-sr-ste"}
     shown = {name.strip("`"): default.strip("`") for name, default, _, _ in option_rows()}
-    words = {"sste.mvue", "sste.beta", "sste.tail", "sste.total_steps", "sste.report"}
+    words = {"sste.mvue", "sste.beta", "sste.tail", "sste.total_steps", "sste.plan", "sste.report"}
     assert words < set(shown)
     for name in set(shown) - words:
         recipe = {"sste.recipe": recipes[name]} if name in recipes else {}

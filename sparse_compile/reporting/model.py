@@ -293,8 +293,8 @@ class ReportData:
             for question, by_tokens in self.choices.items()
         }
         return {
-            "version": VERSION, "torch": self.torch, "device": self.device,
-            "coverage": self.coverage(), "gains": gains, "graphs": graphs, "choices": choices, "health": health, "step_ms": self.step_ms,
+            "version": VERSION, "torch": self.torch, "device": self.device, "coverage": self.coverage(),
+            "gains": gains, "graphs": graphs, "choices": choices, "health": health, "step_ms": self.step_ms,
             "fallbacks": self.fallbacks,
         }  # fmt: skip
 
