@@ -3,7 +3,7 @@
     python benchmarks/bench_quality.py loss       do the kernels train as their definitions do?  300 steps, byte by byte
     python benchmarks/bench_quality.py head       what does a vocabulary head in FP8 cost?  65,536 tokens, three seeds
     python benchmarks/bench_quality.py recipes    each recipe against dense training, by tokens of a byte-pair encoding
-    python benchmarks/bench_quality.py clock      the same time for dense and pruned training of a wide model
+    python benchmarks/bench_quality.py clock      the same time for each arm, and validation loss over it
     python benchmarks/bench_quality.py rates      each arm at its own best learning rate and scale, in two settings
     python benchmarks/bench_quality.py search     why pruned training trails, in many short runs of a small model
     python benchmarks/bench_quality.py tasks      each recipe on handwritten digits, and on naming the package of
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -36,6 +37,7 @@ import fair_runs
 import recipe_runs
 import recipe_search
 import task_runs
+import timed_runs
 import train_gpt
 from harness import RESULTS, Report, Run, keep_parts, write
 
@@ -44,7 +46,6 @@ from sparse_compile.kernels import ops
 
 DEVICE = torch.device("cuda")
 STEPS = 300
-CLOCK_STEPS = 500
 TOLERANCE = 0.01
 
 
@@ -155,10 +156,19 @@ def recipes_part(
     return results, table
 
 
-def clock_part(arms: Sequence[str], folder: Path) -> Report:
-    """Losses of a wide model after the same time; seed 0."""
-    new = recipe_runs.train_for_as_long([arm for arm in arms if arm != recipe_runs.DENSE], CLOCK_STEPS, DEVICE)
-    return _kept("clock", [], new, recipe_runs.merged, recipe_runs.clock_table, folder)
+def clock_part(
+    settings: Sequence[str], arms: Sequence[str], factors: Sequence[float], rates: Sequence[float], seconds: float,
+    folder: Path,
+) -> Report:  # fmt: skip
+    """Losses after the same time; seed 0.  Runs are kept beside those that the results hold already."""
+    runs = [run for run in _runs_in(folder, "clock") if "curve" in run]
+    for setting in settings:
+        wanted = list(product(arms, factors or [1.0], rates or fair_runs.SETTINGS[setting].rates[1:2]))
+        for run in timed_runs.train_for_as_long(setting, wanted, seconds, DEVICE):
+            runs.append(run)
+            write("bench_quality", "clock", {"runs": runs}, timed_runs.table(runs), folder)
+    failed = [f"{run['setting']}, {run['arm']}" for run in runs if not _has_learned(run)]
+    return {"runs": runs, "failed": failed}, timed_runs.table(runs)
 
 
 def search_part(
@@ -171,10 +181,10 @@ def search_part(
 
 def rates_part(
     settings: Sequence[str], arms: Sequence[str], factors: Sequence[float], rates: Sequence[float],
-    seeds: Sequence[int], at_least: int, jobs: int, folder: Path,
+    seeds: Sequence[int], at_least: int, other: Path | None, jobs: int, folder: Path,
 ) -> Report:  # fmt: skip
     """Losses of each arm, factor and learning rate, beside those that the results hold already."""
-    new = fair_runs.train_all(settings, arms, factors, rates, seeds, at_least, str(DEVICE), jobs)
+    new = fair_runs.train_all(settings, arms, factors, rates, seeds, at_least, other, str(DEVICE), jobs)
     return _kept("rates", _runs_in(folder, "rates"), new, fair_runs.merged, fair_runs.table, folder)
 
 
@@ -229,15 +239,21 @@ def main() -> None:
         help=f"of search: {'; '.join(recipe_search.TRIALS)}",
     )  # fmt: skip
     parser.add_argument("--tasks", nargs="+", choices=task_runs.TASKS, default=[*task_runs.TASKS])
-    parser.add_argument("--settings", nargs="+", choices=fair_runs.SETTINGS, default=[*fair_runs.SETTINGS])
+    parser.add_argument(
+        "--settings", nargs="+", choices=fair_runs.SETTINGS, default=["gpt2", "modern"], help="of rates and clock"
+    )  # fmt: skip
+    parser.add_argument("--other-text", type=Path, metavar="FILE", help="of rates: a second text to validate on")
+    parser.add_argument("--seconds", type=float, default=240.0, help="of training in each run of clock")
     parser.add_argument(
         "--rated", nargs="+", choices=fair_runs.ARMS, default=[*fair_runs.ARMS], metavar="ARM",
-        help=f"arms of rates: {'; '.join(fair_runs.ARMS)}",
+        help=f"arms of rates and clock: {'; '.join(fair_runs.ARMS)}",
     )  # fmt: skip
-    parser.add_argument("--factors", nargs="+", type=float, default=[], help="of rates; default: those of each arm")
+    parser.add_argument(
+        "--factors", nargs="+", type=float, default=[], help="of rates (default: those of each arm) and clock (1)"
+    )
     parser.add_argument(
         "--learning-rates", nargs="+", type=float, default=[],
-        help="of search (default: 1e-3 2e-3), and of rates (default: those of each setting)",
+        help="of search (default: 1e-3 2e-3), rates (default: those of each setting) and clock (default: the second)",
     )  # fmt: skip
     parser.add_argument(
         "--jobs", type=int, default=4, help="runs of recipes, rates, search and tasks side by side, on all GPUs"
@@ -253,7 +269,9 @@ def main() -> None:
         "loss": loss_part,
         "head": head_part,
         "recipes": partial(recipes_part, args.arms, args.seeds, args.tokens, args.jobs, args.speeds, args.out),
-        "clock": partial(clock_part, args.arms, args.out),
+        "clock": partial(
+            clock_part, args.settings, args.rated, args.factors, args.learning_rates, args.seconds, args.out
+        ),
         "rates": partial(
             rates_part,
             args.settings,
@@ -262,6 +280,7 @@ def main() -> None:
             args.learning_rates,
             args.seeds,
             args.tokens,
+            args.other_text,
             args.jobs,
             args.out,
         ),

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from emulate_recipes import TRIALS, PrunedLinear, Trial
 from harness import Run, latest, side_by_side
+from llama_1b import Llama
 from modern_gpt import ModernGPT, MuonAndAdamW
-from source_text import tokens
+from source_text import tokens, tokens_of
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -29,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import train_gpt
 
+# Called after each step with its number, what is called in each, and how the run is configured.
+OnStep = Callable[[int, Callable[[Tensor, Tensor], Tensor], train_gpt.TrainConfig], None]
 DENSE = "dense"
 # What every run draws its windows from, however few it reads: else a short run would see each of them more than once.
 _TEXT = 50_000_000  # tokens
@@ -40,20 +43,41 @@ class Setting:
     """A model and its optimizer.
 
     Args:
+        batch: windows of a step.
         rates: learning rates around the best one of dense training.
     """
 
     make_model: Callable[[train_gpt.GPTConfig], nn.Module]
     make_optimizer: Callable[[nn.Module, train_gpt.TrainConfig], Any]
+    shape: train_gpt.GPTConfig
+    batch: int
     rates: tuple[float, ...]
 
+    @property
+    def tokens_a_step(self) -> int:
+        return self.batch * self.shape.context
 
+    def text(self, at_least: int) -> tuple[Tensor, Tensor]:
+        """Training and held-out tokens of a run that reads so many."""
+        return tokens(self.shape.vocabulary, max(at_least, _TEXT))
+
+
+_SMALL = replace(train_gpt.PRESETS["gpt2-small"][0], vocabulary=recipe_runs.VOCABULARY)
 SETTINGS: Mapping[str, Setting] = {
     "gpt2": Setting(
-        make_model=train_gpt.GPT, make_optimizer=train_gpt.optimizer_of, rates=(6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
+        make_model=train_gpt.GPT, make_optimizer=train_gpt.optimizer_of, shape=_SMALL, batch=16,
+        rates=(1.5e-4, 3e-4, 6e-4, 1.2e-3),
     ),
-    "modern": Setting(make_model=ModernGPT, make_optimizer=MuonAndAdamW, rates=(1.5e-3, 3e-3, 6e-3, 1.2e-2)),
-}
+    "modern": Setting(
+        make_model=ModernGPT, make_optimizer=MuonAndAdamW, shape=_SMALL, batch=16, rates=(1.5e-3, 3e-3, 6e-3, 1.2e-2)
+    ),
+    # That of Llama-3.2-1B.
+    "llama-1b": Setting(
+        make_model=Llama, make_optimizer=train_gpt.optimizer_of,
+        shape=train_gpt.GPTConfig(layers=16, heads=32, width=2048, context=2048, vocabulary=32000, tied=False),
+        batch=8, rates=(1.5e-4, 3e-4, 6e-4, 1.2e-3),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,17 +136,22 @@ ARMS: Mapping[str, Arm] = dict(_arms())
 
 def train_all(
     settings: Sequence[str], arms: Sequence[str], factors: Sequence[float], rates: Sequence[float],
-    seeds: Sequence[int], at_least: int, device: str, jobs: int,
+    seeds: Sequence[int], at_least: int, other: Path | None, device: str, jobs: int,
 ) -> Iterator[Run]:  # fmt: skip
     """One run for each setting, arm, factor, rate and seed, ``jobs`` at a time, each in a process of its own.
 
     Args:
         factors, rates: empty for those of the arms and settings.
         at_least: tokens that each run reads.
+        other: a file of text whose loss is measured at the end, too.
     """
-    text(at_least)  # made once, for all processes
+    for setting in settings:
+        # Made once, for all processes.
+        SETTINGS[setting].text(at_least)
+        if other is not None:
+            tokens_of(other, SETTINGS[setting].shape.vocabulary)
     wanted = [
-        (setting, arm, factor, rate, seed, at_least, device)
+        (setting, arm, factor, rate, seed, at_least, other, device)
         for seed, setting in product(seeds, settings)
         for rate in rates or SETTINGS[setting].rates
         for arm in arms
@@ -136,32 +165,52 @@ def train_all(
         yield run
 
 
-def text(at_least: int) -> tuple[Tensor, Tensor]:
-    """Training and held-out tokens of a run that reads so many."""
-    return tokens(recipe_runs.VOCABULARY, max(at_least, _TEXT))
+def train_one(
+    setting: str, arm: str, factor: float, rate: float, seed: int, at_least: int, other: Path | None, device: str
+) -> Run:
+    """One run, of as many steps as there are tokens asked for."""
+    chosen, losses = SETTINGS[setting], {}
+    steps = -(-at_least // chosen.tokens_a_step)
+    data = chosen.text(at_least)
+
+    def on_step(step: int, model: Callable[[Tensor, Tensor], Tensor], config: train_gpt.TrainConfig) -> None:
+        if other is not None and step == steps - 1:
+            text = tokens_of(other, chosen.shape.vocabulary)
+            where = (chosen.shape.context, torch.device(device))
+            losses["other_loss"] = train_gpt.validation_loss(model, text, config, *where)
+
+    run = train(setting, arm, factor, rate, seed, steps, data, torch.device(device), on_step)
+    return {**run, **losses, "other": other.name if other is not None else None}
 
 
-def train_one(setting: str, arm: str, factor: float, rate: float, seed: int, at_least: int, device: str) -> Run:
-    """One run of GPT-2 small's shape, of as many steps as there are tokens asked for."""
-    preset, config = train_gpt.PRESETS["gpt2-small"]
-    shape = replace(preset, vocabulary=recipe_runs.VOCABULARY)
-    steps = -(-at_least // (config.batch * shape.context))
-    config = replace(config, steps=steps, learning_rate=rate, seed=seed, validation_batches=64)
-    data = text(at_least)
+def train(
+    setting: str, arm: str, factor: float, rate: float, seed: int, steps: int, data: tuple[Tensor, Tensor],
+    device: torch.device, on_step: OnStep = lambda step, model, config: None,
+) -> Run:  # fmt: skip
+    """One run of so many steps."""
     chosen = SETTINGS[setting]
+    config = train_gpt.TrainConfig(
+        steps=steps, batch=chosen.batch, learning_rate=rate, seed=seed, validation_batches=64
+    )  # fmt: skip
     result = train_gpt.train(
-        f"{setting}, {arm} x {factor:g}, {rate:g}, {seed}", shape, config, data, torch.device(device),
+        f"{setting}, {arm} x {factor:g}, {rate:g}, {seed}", chosen.shape, config, data, device,
         lambda model: compiled(model, ARMS[arm], factor), chosen.make_model, chosen.make_optimizer,
+        lambda step, model: on_step(step, model, config),
     )  # fmt: skip
     return {
         "setting": setting, "arm": arm, "factor": factor, "learning_rate": rate, "seed": seed, "steps": steps,
-        "tokens_a_step": config.batch * shape.context, "text": f"{zlib.crc32(data[0].numpy()):08x}",
+        "tokens_a_step": chosen.tokens_a_step, "text": f"{zlib.crc32(data[0].numpy()):08x}",
         "training": asdict(config), "validation_loss": result.validation_loss, "training_loss": result.training_loss,
+        "tokens_per_second": result.tokens_per_second,
     }  # fmt: skip
 
 
 def compiled(model: nn.Module, arm: Arm, factor: float) -> Callable[[Tensor, Tensor], Tensor]:
     ffn = [module for name, module in model.named_modules() if name.endswith(("ffn.up", "ffn.down"))]
+    if not ffn and (arm.emulated is not None or (arm.options is None and factor != 1.0)):
+        raise ValueError(
+            "this model's FFNs have no linears 'ffn.up' and 'ffn.down', which alone can be scaled or emulated"
+        )
     if arm.emulated is not None:
         for module in ffn:
             module.__class__ = PrunedLinear
@@ -215,13 +264,19 @@ def table(runs: Sequence[Run]) -> str:
                 continue
             losses, factor, rate, edge = found
             percent = 100 * (mean(losses) / mean(dense[0]) - 1) if dense else None
+            others = [
+                run["other_loss"] for run in of_group
+                if (run["arm"], run["factor"], run["learning_rate"]) == (arm, factor, rate) and "other_loss" in run
+            ]  # fmt: skip
             spread = stdev(losses) if len(losses) > 1 else None
             shown = f"{rate:g}{' (edge)' if edge else ''}"
-            rows.append((setting, steps, arm, shown, factor, len(losses), mean(losses), spread, percent))
+            other = mean(others) if others else None
+            rows.append((setting, steps, arm, shown, factor, len(losses), mean(losses), spread, percent, other))
     headers = (
-        "setting", "steps", "arm", "best rate", "factor", "seeds", "validation loss", "+-", "% over the best dense"
+        "setting", "steps", "arm", "best rate", "factor", "seeds", "validation loss", "+-", "% over the best dense",
+        "loss on the other text",
     )  # fmt: skip
-    formats = ("", "", "", "", "g", "", ".4f", ".4f", "+.2f")
+    formats = ("", "", "", "", "g", "", ".4f", ".4f", "+.2f", ".4f")
     return tabulate(rows, headers=headers, floatfmt=formats, missingval="-", tablefmt="github")
 
 

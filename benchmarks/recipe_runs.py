@@ -107,24 +107,6 @@ def _seconds_a_token(arm: str, pruned: float, dense: float) -> float:
     return (1 - dense_share) / pruned + dense_share / dense
 
 
-def train_for_as_long(arms: Sequence[str], steps: int, device: torch.device) -> Iterator[Run]:
-    """A dense run of a wide model, and one of each arm which is given about the time that the dense steps took.
-
-    How many steps that is follows from short runs of both; dense phases are taken to be as slow as the dense run.
-    """
-    shape, config = train_gpt.PRESETS["wide"]
-    shape = replace(shape, vocabulary=VOCABULARY)
-    config = replace(config, learning_rate=3e-4, validation_batches=32)
-    data = tokens(VOCABULARY, 2 * steps * config.batch * shape.context)
-    dense = _train(DENSE, shape, replace(config, steps=steps), data, device)
-    yield dense
-    for arm in arms:
-        short = replace(config, steps=_SHORT)
-        speed = _train(arm, shape, short, data, device, scheduled_for=2**30)["tokens_per_second"]
-        as_many = int(steps / (_seconds_a_token(arm, speed, dense["tokens_per_second"]) * dense["tokens_per_second"]))
-        yield _train(arm, shape, replace(config, steps=as_many), data, device)
-
-
 def _train(
     arm: str,
     shape: train_gpt.GPTConfig,
@@ -194,17 +176,6 @@ def table(runs: Sequence[Run]) -> str:
     )  # fmt: skip
     formats = ("", "", "", ".4f", "+.4f", "+.2f", ",.0f", ".1f")
     return tabulate(rows, headers=headers, floatfmt=formats, missingval="-", tablefmt="github")
-
-
-def clock_table(runs: Sequence[Run]) -> str:
-    """Losses at about the same time."""
-    rows = [
-        (run["arm"], run["steps"], run["steps"] * run["tokens_a_step"] / 1e6, run["training_seconds"],
-         run["tokens_per_second"], run["validation_loss"])
-        for run in runs
-    ]  # fmt: skip
-    headers = ("arm", "steps", "million tokens", "seconds", "tokens a second", "validation loss")
-    return tabulate(rows, headers=headers, floatfmt=("", "", ".1f", ".1f", ",.0f", ".4f"), tablefmt="github")
 
 
 def seconds_to(run: Run, loss: float) -> float | None:

@@ -2,16 +2,22 @@
 
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 _HELD_OUT = 50  # one file of so many is held out
 _TRAINED_ON = 30_000_000  # characters, for the encoding
 _BATCH = 256  # files that are encoded together
+_PIECE = 100_000  # bytes of another text that one thread encodes
 
 
 def tokens(vocabulary: int, at_least: int) -> tuple[Tensor, Tensor]:
@@ -22,19 +28,44 @@ def tokens(vocabulary: int, at_least: int) -> tuple[Tensor, Tensor]:
     Raises:
         SystemExit: the installation holds less text.
     """
-    kept = Path(tempfile.gettempdir()) / f"python-source-{vocabulary}-{at_least}.pt"
+    kept = _kept(vocabulary, f"{at_least}.pt")
     if not kept.exists():
         torch.save(_encoded(vocabulary, at_least), kept)
     train, validation = torch.load(kept)
     return train, validation
 
 
-def _encoded(vocabulary: int, at_least: int) -> tuple[Tensor, Tensor]:
-    from tokenizers import ByteLevelBPETokenizer
+def tokens_of(file: Path, vocabulary: int) -> Tensor:
+    """Tokens, int32, of another text, in the encoding of the Python sources; kept like these."""
+    text = file.read_bytes()
+    kept = _kept(vocabulary, f"{file.name}-{zlib.crc32(text):08x}.pt")
+    if not kept.exists():
+        pieces = [text[start : start + _PIECE].decode(errors="replace") for start in range(0, len(text), _PIECE)]
+        encoded = _encoding(vocabulary, _texts).encode_batch(pieces)
+        torch.save(torch.tensor([token for piece in encoded for token in piece.ids], dtype=torch.int32), kept)
+    found: Tensor = torch.load(kept)
+    return found
 
+
+def _kept(vocabulary: int, name: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"python-source-{vocabulary}-{name}"
+
+
+def _encoding(vocabulary: int, texts: Callable[[], list[str]]) -> "Tokenizer":
+    """Made of the first texts, and kept."""
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
+
+    kept = _kept(vocabulary, "encoding.json")
+    if not kept.exists():
+        encoding = ByteLevelBPETokenizer()
+        encoding.train_from_iterator(_first(texts(), _TRAINED_ON), vocab_size=vocabulary, show_progress=False)
+        encoding.save(str(kept))
+    return Tokenizer.from_file(str(kept))
+
+
+def _encoded(vocabulary: int, at_least: int) -> tuple[Tensor, Tensor]:
     texts = _texts()
-    encoding = ByteLevelBPETokenizer()
-    encoding.train_from_iterator(_first(texts, _TRAINED_ON), vocab_size=vocabulary, show_progress=False)
+    encoding = _encoding(vocabulary, lambda: texts)
     parts: dict[bool, list[np.ndarray]] = {True: [], False: []}
     count = 0
     for start in range(0, len(texts), _BATCH):

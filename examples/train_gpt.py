@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -207,8 +207,14 @@ def train(
     compiled: Callable[[nn.Module], Callable[[Tensor, Tensor], Tensor]],
     make_model: Callable[[GPTConfig], nn.Module] = GPT,
     make_optimizer: Callable[[nn.Module, TrainConfig], Any] = optimizer_of,
+    on_step: Callable[[int, Callable[[Tensor, Tensor], Tensor]], None] = lambda step, model: None,
 ) -> TrainResult:
-    """Train a fresh GPT and measure it.  ``compiled`` turns the model into what is called in each step."""
+    """Train a fresh GPT and measure it.
+
+    Args:
+        compiled: turns the model into what is called in each step.
+        on_step: called after each step, with its number from 0 and what is called in each.
+    """
     # What an earlier run compiled must neither help this one nor hold memory.
     torch.compiler.reset()
     gc.collect()
@@ -216,7 +222,6 @@ def train(
     model = make_model(model_config).to(device)
     step_model = compiled(model)
     optimizer = make_optimizer(model, config)
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     shape: dict[str, Any] = {"batch": config.batch, "context": model_config.context, "device": device}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -232,7 +237,7 @@ def train(
             timed_from = _now(device)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
-        with autocast:
+        with _autocast(device):
             loss = step_model(tokens, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -241,20 +246,28 @@ def train(
         losses.append(loss.detach().clone())  # a CUDA graph writes its next loss where the last one was
         if step % 10 == 9:
             progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        on_step(step, step_model)
     end = _now(device)
-
-    validation = []
-    with torch.no_grad(), autocast:
-        # The same held-out windows for every run, whatever its seed.
-        for tokens, targets in batches(data[1], steps=config.validation_batches, seed=0, **shape):
-            validation.append(step_model(tokens, targets).clone())
     return TrainResult(
         losses=torch.stack(losses).tolist(),
-        validation_loss=torch.stack(validation).mean().item(),
+        validation_loss=validation_loss(step_model, data[1], config, model_config.context, device),
         tokens_per_second=(config.steps - untimed) * config.batch * model_config.context / (end - timed_from),
         seconds=end - start,
         peak_memory_gib=torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
     )
+
+
+def validation_loss(
+    model: Callable[[Tensor, Tensor], Tensor], text: Tensor, config: TrainConfig, context: int, device: torch.device
+) -> float:
+    """Mean loss of ``config.validation_batches`` batches of a text, the same for every run, whatever its seed."""
+    windows = batches(text, steps=config.validation_batches, seed=0, batch=config.batch, context=context, device=device)
+    with torch.no_grad(), _autocast(device):
+        return torch.stack([model(tokens, targets).clone() for tokens, targets in windows]).mean().item()
+
+
+def _autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
 def _now(device: torch.device) -> float:

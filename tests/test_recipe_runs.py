@@ -47,30 +47,6 @@ def test_seconds_until_the_mean_loss_is_reached() -> None:
     assert recipe_runs.seconds_to(run("bf16", losses), 1.9) is None
 
 
-def test_an_arm_is_given_the_time_of_the_dense_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice as fast while pruned; in a dense half as fast as the dense run."""
-    monkeypatch.setattr(recipe_runs, "tokens", lambda vocabulary, at_least: None)
-    trained = []
-
-    def train(arm: str, shape: Any, config: Any, *rest: Any, scheduled_for: int = 0) -> dict[str, Any]:
-        trained.append((arm, config.steps, scheduled_for > 0))
-        speed = 1000.0 if arm == recipe_runs.DENSE else 2000.0
-        seconds = config.steps * config.batch * shape.context / speed
-        return {
-            "arm": arm, "steps": config.steps, "tokens_a_step": 16384, "training_seconds": seconds,
-            "tokens_per_second": speed, "validation_loss": 2.0,
-        }  # fmt: skip
-
-    monkeypatch.setattr(recipe_runs, "_train", train)
-    runs = list(recipe_runs.train_for_as_long(["s-ste", "ste, dense half"], 600, torch.device("cpu")))
-    assert trained == [
-        ("bf16", 600, False), ("s-ste", 50, True), ("s-ste", 1200, False), ("ste, dense half", 50, True),
-        ("ste, dense half", 800, False),
-    ]  # fmt: skip
-    assert [run["steps"] for run in runs] == [600, 1200, 800]
-    assert recipe_runs.clock_table(runs).count("2.0000") == 3
-
-
 def test_speeds_are_those_of_short_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each arm once, and bf16 for the dense phases of the others."""
     monkeypatch.setattr(recipe_runs, "tokens", lambda vocabulary, at_least: None)
