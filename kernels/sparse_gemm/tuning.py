@@ -12,7 +12,6 @@ from time import perf_counter
 
 import torch
 
-from sparse_compile.from_json import from_json
 from sparse_compile.kernels.sparse_gemm.configs import Config, configs
 from sparse_compile.kernels.sparse_gemm.problem import Problem
 from sparse_compile.kernels.sparse_gemm.selfcheck import ELEMENTS, check_variant, random_operands
@@ -26,19 +25,8 @@ _LAUNCHES = 20  # of a configuration in a round
 
 
 def lookup(problem: Problem, device: torch.device) -> Config | None:
-    """The configuration that was the fastest for the problem's bucket; None if it was never tuned.
-
-    Raises:
-        ValueError: its file holds something else.
-    """
-    path = _path(problem, device)
-    text = kept(path)
-    if text is None:
-        return None
-    try:
-        return from_json(Config, text)
-    except ValueError as error:
-        raise ValueError(f"{path} holds no configuration of the sparse GEMM ({error}); remove it") from error
+    """The configuration that was the fastest for the problem's bucket; None if it was never tuned."""
+    return kept(_path(problem, device), Config)
 
 
 def tune(problem: Problem, device: torch.device) -> Config:
@@ -50,18 +38,15 @@ def tune(problem: Problem, device: torch.device) -> Config:
         device: a GPU with kernels.
 
     Raises:
-        OSError: the choice can't be written.
         SparseCompileError: a configuration computes a wrong product.
     """
-    path = _path(problem, device)
-    path.parent.mkdir(parents=True, exist_ok=True)  # before the time is spent
     start = perf_counter()
     candidates = list(configs())
     for config in tracked(candidates, f"compiling the 2:4 GEMM for {problem}"):
         check_variant(config, problem, device)
     times = measure(problem, candidates, device)
     best = min(times, key=times.__getitem__)
-    keep(path, asdict(best))
+    keep(_path(problem, device), asdict(best))
     logger.info("tuned %s in %.1f s: %s, %.1f us", problem, perf_counter() - start, best, times[best])
     return best
 

@@ -8,8 +8,9 @@ import json
 import os
 import re
 import statistics
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
@@ -19,7 +20,10 @@ from uuid import uuid4
 
 import torch
 
+from sparse_compile.from_json import from_json
+
 K = TypeVar("K")
+T = TypeVar("T")
 
 # What does not change the speed of a kernel.
 _NO_KERNELS = ("ops.py", "reference", "selfcheck.py", "timing", "tuning.py")
@@ -43,19 +47,43 @@ def path_of(kind: str, what: object, device: torch.device) -> Path:
     return folder(device) / kind / _file_name(f"{what}.json")
 
 
+# What could not be written, for this process.
+_unwritten: dict[Path, bytes] = {}
+
+
 def keep(path: Path, value: object) -> None:
-    """Write a file whole: processes may measure at the same time, and who reads it finds what one of them wrote."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file whole: processes may measure at the same time, and who reads it finds what one of them wrote.
+
+    Where it can't be written, this process keeps it in memory, and a warning says so.
+    """
+    text = f"{json.dumps(value)}\n".encode()
     new = path.with_suffix(f".{uuid4().hex}")
-    new.write_text(json.dumps(value) + "\n")
-    os.replace(new, path)
-
-
-def kept(path: Path) -> bytes | None:
-    """What a file holds; None where nothing was kept, also because there can be no such folder."""
     try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_bytes(text)
+        os.replace(new, path)
+    except OSError as error:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        if not _unwritten:
+            warnings.warn(
+                f"sparse_compile: {path.parent} can't be written ({error}): every process measures again what could be "
+                "kept there; SPARSE_COMPILE_CACHE_DIR names another folder",
+                stacklevel=2,
+            )
+        _unwritten[path] = text
+
+
+def kept(path: Path, kind: type[T]) -> T | None:
+    """What a file holds; None where nothing was kept, or something else, of which a warning tells."""
+    try:
+        text = _unwritten.get(path) or path.read_bytes()
+    except OSError:  # there is no such file, or the folder can't be read
+        return None
+    try:
+        return from_json(kind, text)
+    except ValueError as error:
+        warnings.warn(f"sparse_compile: {path} is damaged ({error}) and ignored", stacklevel=2)
         return None
 
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_compile.from_json import from_json
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, allows_fast_accum, metadata_shape, padded, unscaled_dtype, values_shape
 from sparse_compile.kernels.timing.gpu_times import keep, kept, median_microseconds, path_of, round_up, undisturbed
@@ -74,13 +73,11 @@ def component_times(questions: Mapping[ShapeKey, Iterable[str]]) -> dict[ShapeKe
         questions: names among ``COMPONENTS``, for each shape.
 
     Raises:
-        ValueError: what is kept on disk is something else.
-        OSError: what was measured can't be kept.
         RuntimeError: a CUDA graph is being captured.
     """
     measured = {question: _measured(*question) for question in questions}
     paths = {question: path_of("linear", *measured[question]) for question in questions}
-    times = {path: _read(kept(path), path) for path in paths.values()}
+    times = {path: kept(path, dict[str, float]) or {} for path in paths.values()}
     missing: dict[Path, list[_Timed]] = {}
     for question, components in questions.items():
         path = paths[question]
@@ -153,15 +150,6 @@ def _measure_all(missing: Mapping[Path, Sequence[_Timed]], times: Mapping[Path, 
         "compiled %d kernels in %.1f s, measured %d components of %d linears in %.1f s",
         len(ours), compiled - start, len(components), len(missing), perf_counter() - compiled,
     )  # fmt: skip
-
-
-def _read(text: bytes | None, path: object) -> dict[str, float]:
-    if text is None:
-        return {}
-    try:
-        return from_json(dict[str, float], text)
-    except ValueError as error:
-        raise ValueError(f"{path} holds no times of a linear ({error}); remove it") from error
 
 
 def _measure(call: Callable[[], object]) -> float:

@@ -1,0 +1,85 @@
+"""The folder of measured times: what is wrong with it costs time, not the run."""
+
+import errno
+import json
+import os
+import warnings
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import pytest
+
+from sparse_compile.kernels.timing import gpu_times
+
+
+@pytest.fixture(autouse=True)
+def unwritten(monkeypatch):
+    """Of a process that has just begun."""
+    monkeypatch.setattr(gpu_times, "_unwritten", {})
+
+
+def read(path: Path) -> dict[str, float] | None:
+    return gpu_times.kept(path, dict[str, float])
+
+
+def test_what_is_kept_is_read_by_others(tmp_path):
+    path = tmp_path / "cache" / "linear" / "shape.json"
+    assert read(path) is None
+    gpu_times.keep(path, {"copy": 4.0})
+    assert read(path) == json.loads(path.read_text()) == {"copy": 4.0}
+    assert gpu_times._unwritten == {}
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    first, second = (tmp_path / "file" / "linear" / name for name in ("a.json", "b.json"))
+    with pytest.warns(UserWarning, match=r"file/linear can't be written \(.*SPARSE_COMPILE_CACHE_DIR names another"):
+        gpu_times.keep(first, {"copy": 4.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        gpu_times.keep(second, {"copy": 5.0})
+    assert (read(first), read(second)) == ({"copy": 4.0}, {"copy": 5.0}), "this process need not measure again"
+
+
+@pytest.mark.parametrize("call", ["write_bytes", "replace"])
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, call):
+    path = tmp_path / "shape.json"
+    gpu_times.keep(path, {"copy": 3.0})
+
+    def full(first, *rest):
+        if call == "write_bytes":
+            with open(first, "wb") as half:
+                half.write(b"{")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(*((Path, "write_bytes", full) if call == "write_bytes" else (os, "replace", full)))
+    with pytest.warns(UserWarning, match="No space left on device"):
+        gpu_times.keep(path, {"copy": 4.0})
+    assert read(path) == {"copy": 4.0}
+    assert [json.loads(file.read_text()) for file in tmp_path.iterdir()] == [{"copy": 3.0}]
+
+
+@pytest.mark.parametrize("held", [b"", b"[]", b'{"copy": "fast"}', b'{"copy": 4.0', b"\xff\x00", b'{"copy": {}}'])
+def test_truncated_and_foreign_files_are_measured_again(tmp_path, held):
+    path = tmp_path / "shape.json"
+    path.write_bytes(held)
+    with pytest.warns(UserWarning, match=r"shape.json is damaged \(.*\) and ignored"):
+        assert read(path) is None
+    gpu_times.keep(path, {"copy": 4.0})
+    assert read(path) == {"copy": 4.0}
+
+
+def test_a_path_that_is_a_folder(tmp_path):
+    (tmp_path / "shape.json").mkdir()
+    assert read(tmp_path / "shape.json") is None
+    with pytest.warns(UserWarning, match="can't be written"):
+        gpu_times.keep(tmp_path / "shape.json", {"copy": 4.0})
+    assert read(tmp_path / "shape.json") == {"copy": 4.0}
+
+
+def test_many_that_write_at_once_leave_what_one_of_them_wrote(tmp_path):
+    path = tmp_path / "shape.json"
+    with ThreadPool(8) as threads:
+        found = threads.map(lambda index: (gpu_times.keep(path, {"copy": float(index)}), read(path))[1], range(200))
+    assert all(times is not None and set(times) == {"copy"} for times in found)
+    assert list(tmp_path.iterdir()) == [path]
