@@ -5,6 +5,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Container, Sequence
 
 from sparse_compile.decay_search import command as tune_decay
+from sparse_compile.doctor import command as doctor
 from sparse_compile.export import check_command as check
 from sparse_compile.launcher import command as run
 from sparse_compile.launcher import option_table as options
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     # Without prog, the prefix of the commands' own usage would be _USAGE.
     commands = parser.add_subparsers(title="commands", metavar="COMMAND ARGUMENTS", required=True, prog=parser.prog)
-    for module in (run, report, check, tune_decay, options):
+    for module in (run, report, check, tune_decay, options, doctor):
         module.add_parser(commands)
     given = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(_with_command(given, commands.choices))

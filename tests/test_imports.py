@@ -13,7 +13,7 @@ from sparse_compile.torch_internals.private_names import PRIVATE_NAMES
 # sparse_compile/__init__.py, which gives names of all of them lazily, is exempt; nothing imports it.
 LAYERS = (
     ("__main__",),
-    ("decay_search",),
+    ("decay_search", "doctor"),
     ("backend", "launcher"),
     ("pipeline", "variants"),
     ("options",),

@@ -207,7 +207,7 @@ def test_a_script_and_its_arguments_are_told_from_commands(
     assert ran == [(script, own) for own in scripts_own]
 
 
-@pytest.mark.parametrize("command", ["report", "check", "tune-decay", "options"])
+@pytest.mark.parametrize("command", ["report", "check", "tune-decay", "options", "doctor"])
 def test_the_first_argument_may_be_a_command(
     ran: list[tuple[str, list[str]]], capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
@@ -223,7 +223,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str], monkeypatch
     with pytest.raises(SystemExit):
         main(["--help"])
     listed = re.findall(r"^    (\S+)  +\S+ .*$", capsys.readouterr().out, re.MULTILINE)
-    assert listed == ["run", "report", "check", "tune-decay", "options"]
+    assert listed == ["run", "report", "check", "tune-decay", "options", "doctor"]
 
 
 def test_nothing_heavy_is_imported_for_help_and_reports(tmp_path: Path) -> None:

@@ -29,17 +29,22 @@ T = TypeVar("T")
 _NO_KERNELS = ("ops.py", "reference", "selfcheck.py", "timing", "tuning.py")
 
 
-@cache
-def folder(device: torch.device) -> Path:
+def root() -> Path:
+    """The folder for all devices and versions."""
     named = os.environ.get("SPARSE_COMPILE_CACHE_DIR")
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(named) if named else Path(caches) / "sparse_compile"
+
+
+@cache
+def folder(device: torch.device) -> Path:
     kernels = Path(__file__).parents[1]
     sources = sorted(
         path for path in kernels.rglob("*.py") if not set(path.relative_to(kernels).parts) & set(_NO_KERNELS)
     )
     state = sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
     parts = (torch.cuda.get_device_name(device), torch.__version__, version("triton"), state[:16])
-    return (Path(named) if named else Path(caches) / "sparse_compile") / _file_name("-".join(parts))
+    return root() / _file_name("-".join(parts))
 
 
 def path_of(kind: str, what: object, device: torch.device) -> Path:

@@ -7,6 +7,7 @@ from operator import attrgetter
 PRIVATE_NAMES = (
     ("torch", "Tensor._use_count"),
     ("torch", "_TorchCompileInductorWrapper"),
+    ("torch", "_fused_sdp_choice"),
     ("torch", "_transformer_encoder_layer_fwd"),
     ("torch", "ops.aten._unsafe_view.default"),
     ("torch._C", "_current_graph_task_id"),
