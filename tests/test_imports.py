@@ -23,7 +23,7 @@ LAYERS = (
     ("recipe", "testing"),
     ("projections",),
     ("kernels",),
-    ("torch_internals", "errors", "from_json", "progress"),
+    ("torch_internals", "errors", "from_json", "printable", "progress"),
 )
 FOLDER = Path(sparse_compile.__file__).parent
 

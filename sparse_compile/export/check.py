@@ -9,6 +9,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from sparse_compile.printable import printable
 from sparse_compile.weights.pattern_24 import share_of_groups
 
 # Random weights hold next to no groups with two zeros, a matrix with half of its elements zero at random 69 %.
@@ -74,7 +75,7 @@ def check_weights(tensors: Iterable[tuple[str, Tensor]], globs: Sequence[str] = 
 def as_table(rows: Sequence[Checked]) -> str:
     lines = [
         (
-            row.name,
+            printable(row.name),
             f"{row.shape[0]} x {row.shape[1]}",
             str(row.dtype).removeprefix("torch."),
             _share(row.zeros),

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from sparse_compile.printable import printable
+
 _DESCRIPTION = """\
 Check whether the matrices of a checkpoint are 2:4: at most two of each four neighbours along in_features are not zero.
 
@@ -42,9 +44,9 @@ def check(args: argparse.Namespace) -> None:
     try:
         rows = list(check_weights(read_checkpoint(args.path), args.weights))
     except (OSError, ValueError) as error:
-        args.parser.error(str(error))
+        args.parser.error(printable(str(error)))
     sys.stdout.write(f"{as_table(rows)}\n\n{summary(rows)}\n" if rows else "no matrix of floating-point numbers\n")
     reasons = wrong(rows, args.weights)
     if reasons:
-        sys.stdout.write("\n".join(["not as it should be:", *reasons]) + "\n")
+        sys.stdout.write(printable("\n".join(["not as it should be:", *reasons]) + "\n"))
         sys.exit(1)

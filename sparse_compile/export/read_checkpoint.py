@@ -4,14 +4,17 @@ import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparse_compile.from_json import build
+
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 _SAFETENSORS = ".safetensors"
+# Bytes of a tensor whose strides name elements of its storage several times.
+_MOST_REPEATED = 2**30
 
 
 def read_checkpoint(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -54,11 +57,13 @@ def _files(path: Path) -> dict[Path, set[str] | None]:
 
 def _indexed(index: Path) -> dict[Path, set[str] | None]:
     try:
-        placed: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        placed = build(dict[str, str], json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} is no index of shards: {error!r}") from error
     files: dict[Path, set[str] | None] = {}
     for file in sorted(set(placed.values())):
+        if Path(file).name != file:
+            raise ValueError(f"{index.name} names the shard {file!r}; allowed is a file beside it")
         if not (index.parent / file).is_file():
             raise ValueError(f"{index.name} names the shard {file!r}, which is not there")
         files[index.parent / file] = {name for name, where in placed.items() if where == file}
@@ -80,19 +85,34 @@ def _read_safetensors(file: Path, names: set[str] | None) -> Iterator[tuple[str,
 
 
 def _read_torch(file: Path, names: set[str] | None) -> Iterator[tuple[str, Tensor]]:
-    # Files of old versions of PyTorch cannot be mapped into memory.
-    mapped = zipfile.is_zipfile(file)
     try:
+        # Files of old versions of PyTorch cannot be mapped into memory.
+        mapped = zipfile.is_zipfile(file)
+        if mapped:
+            _require_stored(file)
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except (RuntimeError, EOFError, ValueError, UnpicklingError) as error:
-        raise ValueError(f"{file} cannot be loaded with weights_only=True: {error}") from error
-    tensors = dict(_walk("", content))
+        tensors = dict(_walk("", content))
+    except Exception as error:
+        raise ValueError(f"{file} cannot be loaded with weights_only=True: {type(error).__name__}: {error}") from error
     _require(file, names, set(tensors))
     yield from tensors.items()
 
 
+def _require_stored(file: Path) -> None:
+    """torch.save compresses nothing: what is compressed might become larger than memory."""
+    with zipfile.ZipFile(file) as opened:
+        records = opened.infolist()
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise ValueError("it holds compressed records, which torch.save never writes")
+    held = sum(record.file_size for record in records)
+    if held > file.stat().st_size:
+        raise ValueError(f"it says that it holds {held} bytes, and is smaller")
+
+
 def _walk(path: str, content: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(content, Tensor):
+        if content.numel() * content.itemsize > max(_MOST_REPEATED, content.untyped_storage().nbytes()):
+            raise ValueError(f"{path!r} has the shape {tuple(content.shape)} and fewer elements in memory")
         yield path, content
     elif isinstance(content, Mapping) and not {"state", "param_groups"} <= content.keys():
         for name, inner in content.items():

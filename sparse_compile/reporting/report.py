@@ -25,7 +25,7 @@ class Report(ReportData):
         try:
             read = json.loads(text)
             version = read["version"]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"this is no report of sparse_compile: {error!r}") from error
         if version != VERSION:
             raise ValueError(f"the report is of version {version}; this sparse_compile reads version {VERSION}")

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from tabulate import tabulate
 
+from sparse_compile.printable import printable
 from sparse_compile.reporting.health import HEALTH_LIMITS, over_time
 from sparse_compile.reporting.model import (
     GraphReport,
@@ -24,7 +25,7 @@ def as_text(report: ReportData) -> str:
     if not report.graphs:
         return "sparse_compile: no graph was compiled with backend 'sste'"
     parts = [_graph(number, graph) for number, graph in enumerate(report.graphs)]
-    return "\n\n".join([*parts, *_summary(report)])
+    return printable("\n\n".join([*parts, *_summary(report)]))
 
 
 def _graph(number: int, graph: GraphReport) -> str:
@@ -110,7 +111,8 @@ def _table(graph: GraphReport) -> str:
     lines: list[list[str | float | None]] = []
     for name, rows in fold(graph.rows):
         row = rows[0]
-        lines.append([name, row.role, called_at(rows), row.shape, row.decision])
+        # Before the table is laid out: to it, more characters than one break a line.
+        lines.append([printable(text) for text in (name, row.role, called_at(rows), row.shape, row.decision)])
         if timed:
             lines[-1] += [row.dense_us, row.rewritten_us]
     texts = list(range(len(headers)))
