@@ -1,4 +1,4 @@
-"""The folder of measured times: what is wrong with it costs time, not the run."""
+"""What is wrong with a disk costs time, or a report, not the run."""
 
 import errno
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import warm
 from sparse_compile.kernels.timing import gpu_times
 
 
@@ -83,3 +84,26 @@ def test_many_that_write_at_once_leave_what_one_of_them_wrote(tmp_path):
         found = threads.map(lambda index: (gpu_times.keep(path, {"copy": float(index)}), read(path))[1], range(200))
     assert all(times is not None and set(times) == {"copy"} for times in found)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_report_that_cannot_be_written_at_the_end(tmp_path):
+    """The folder is there when training begins."""
+    folder = tmp_path / "reports"
+    folder.mkdir()
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"""
+import shutil
+import torch
+
+model = torch.nn.Linear(64, 64)
+options = {{"sste.executor": "eager", "sste.when": "always", "sste.report": {str(folder / "report.json")!r}}}
+torch.compile(model, backend="sste", options=options)(torch.randn(16, 64)).sum().backward()
+shutil.rmtree({str(folder)!r})
+print("trained")
+"""
+    )
+    done = warm.python(script, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "trained\n")
+    assert f"sparse_compile: {folder / 'report.json'} was not written: " in done.stderr
+    assert "graph 0: 1 of 1 linears rewritten" in done.stderr
