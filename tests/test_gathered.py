@@ -10,10 +10,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import shared_graphs
 import sparse_compile
 from sparse_compile.measuring import weight_health
 from sparse_compile.torch_internals.heap import instances_of
 from sparse_compile.weights.record import OperandSet
+
+clean_slate = shared_graphs.kept
 
 _of_other_tests: WeakSet[OperandSet] = WeakSet()
 

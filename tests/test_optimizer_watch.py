@@ -9,9 +9,12 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu
 
+import shared_graphs
 import sparse_compile
 from sparse_compile.weights.optimizer_watch import OptimizerWatch, Stage, watch
 from sparse_compile.weights.registry import find_record
+
+clean_slate = shared_graphs.kept
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 

@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+import shared_graphs
 import sparse_compile
 from sparse_compile.kernels import reference
 from sparse_compile.options import read_options
 from sparse_compile.weights.optimizer_state import PRUNED
 from sparse_compile.weights.schedule import Schedule
+
+clean_slate = shared_graphs.kept
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 OPTIMIZERS = {
@@ -67,6 +70,7 @@ def by_turns(*values):
 
 @pytest.mark.parametrize(("name", "microbatches"), by_turns(list(OPTIMIZERS), [1, 3]))
 def test_phases_are_counted_in_optimizer_steps_and_compiled_once_each(name, microbatches):
+    torch._dynamo.reset()
     model = FFN()
     step, optimizer = compiled(model, warmup=2, tail=3, total_steps=7), OPTIMIZERS[name](model.parameters())
     seen = []
@@ -132,6 +136,7 @@ def saved(*parts):
 
 @pytest.mark.parametrize(("recipe", "name"), by_turns(["ste", "s-ste"], list(OPTIMIZERS)))
 def test_a_resumed_run_is_the_continued_one_in_every_phase(recipe, name):
+    torch._dynamo.reset()
     schedule, make = {"warmup": 2, "tail": 3, "total_steps": 7}, OPTIMIZERS[name]
     model = FFN()
     step, optimizer = compiled(model, recipe, **schedule), make(model.parameters())
