@@ -14,6 +14,7 @@ import torch._dynamo.config
 import torch._dynamo.guards
 
 import sparse_compile
+from sparse_compile import backend
 
 # What a compilation does besides: a walk over all objects, and a measurement that flushes the processor's caches.
 torch._dynamo.config.run_gc_after_compile = False
@@ -42,3 +43,9 @@ def kept(request: pytest.FixtureRequest) -> Iterator[None]:
     ):
         yield
     sparse_compile.report()  # keeps it from being written when the tests end
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewritten graphs run as they are: where it is asked what becomes of linears, and not what is compiled of that."""
+    monkeypatch.setattr(backend, "compile_graph", lambda graph, *_, **__: graph.forward)

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+import shared_graphs
 import sparse_compile
 from sparse_compile.recipe import FP8_BACKWARD, SSTE, Gemm
+
+uncompiled = shared_graphs.uncompiled
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 
@@ -41,6 +44,7 @@ def test_outputs_are_the_dense_ones_and_gradients_near_them(ffn, conv1d, stored,
     assert decisions == dict.fromkeys(("up", "down"), "fp8-backward (dense, fp8, fp8)")
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(("option", "products"), [("fp8", ["fp8"] * 3), ("fp8-backward", ["fp32", "fp8", "fp8"])])
 def test_the_head(small_gpt, batch, option, products):
     model = small_gpt()
