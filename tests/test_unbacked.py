@@ -87,9 +87,10 @@ class Routed(nn.Module):
 def results(module, call, x, chosen):
     module.zero_grad()
     x = x.clone().requires_grad_()
-    y = call(x, chosen)
-    y.square().sum().backward()
-    return [y.detach(), x.grad, *(weight.grad.clone() for weight in module.parameters())]
+    given = call(x, chosen)
+    outputs = given if isinstance(given, list) else [given]
+    sum(y.square().sum() for y in outputs).backward()
+    return [*(y.detach() for y in outputs), x.grad, *(weight.grad.clone() for weight in module.parameters())]
 
 
 def assert_alike(module, call, *inputs, noise=0.2):
@@ -106,16 +107,33 @@ def chosen(*rows):
 TOKENS = [chosen(), chosen(5), chosen(*range(0, 32, 2)), chosen(*range(32))]
 
 
-@pytest.mark.parametrize("way", [*WAYS, *(pytest.param(way, marks=pytest.mark.nightly) for way in SEEN_ELSEWHERE)])
-def test_any_number_of_tokens(way):
+class SideBySide(nn.Module):
+    """Each way with an expert of its own."""
+
+    def __init__(self, ways):
+        super().__init__()
+        self.routed = nn.ModuleList(map(Routed, ways))
+
+    def forward(self, x, chosen):
+        return [routed(x, chosen) for routed in self.routed]
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        pytest.param(WAYS, id="side by side"),
+        *(pytest.param([way], id=way.__name__, marks=pytest.mark.nightly) for way in (*WAYS, *SEEN_ELSEWHERE)),
+    ],
+)
+def test_any_number_of_tokens(ways):
     """Outputs and gradients are those of the eager dense model, up to the noise of FP8: one graph for all."""
-    module, x = Routed(way), torch.randn(32, 64)
+    module, x = SideBySide(ways), torch.randn(32, 64)
     options = OPTIONS | {"sste.recipe": "fp8"}
     call = torch.compile(module, backend="sste", options=options, fullgraph=True)
     for mask in TOKENS:
         assert_alike(module, call, x, mask)
     (graph,) = sparse_compile.report().graphs
-    assert graph.rewritten == 2
+    assert graph.rewritten == 2 * len(ways)
     assert {row.shape.split()[0] for row in graph.rows} == {"?"}
     assert {row.tokens for row in graph.rows} == {None}
     assert str(sparse_compile.report())
