@@ -6,11 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import shared_graphs
 import sparse_compile
 from sparse_compile.kernels.reference import soft_threshold24
-
-clean_slate = shared_graphs.kept
 
 PRUNED = {"blocks.0.up", "blocks.0.down"}
 
