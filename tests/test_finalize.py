@@ -20,6 +20,7 @@ from sparse_compile.weights.pattern_24 import is_24, share_of_groups
 from sparse_compile.weights.registry import find_record
 
 clean_slate = shared_graphs.kept
+uncompiled = shared_graphs.uncompiled
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 
@@ -354,6 +355,7 @@ def tiny(architecture: str) -> Any:
     return transformers.GPT2LMHeadModel(config)
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     ("architecture", "dtype"),
     [

@@ -12,6 +12,8 @@ from sparse_compile.kernels import reference
 from sparse_compile.weights.registry import find_record
 
 clean_slate = shared_graphs.kept
+uncompiled = shared_graphs.uncompiled
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 
