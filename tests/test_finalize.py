@@ -21,6 +21,7 @@ from sparse_compile.weights.registry import find_record
 
 clean_slate = shared_graphs.kept
 uncompiled = shared_graphs.uncompiled
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 
@@ -355,7 +356,6 @@ def tiny(architecture: str) -> Any:
     return transformers.GPT2LMHeadModel(config)
 
 
-@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     ("architecture", "dtype"),
     [

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import shared_graphs
 from sparse_compile import backend
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.kernels import ops
@@ -26,6 +27,8 @@ from sparse_compile.kernels.sparse_gemm.problem import Problem
 from sparse_compile.kernels.sparse_gemm.tuning import lookup, tune
 from sparse_compile.kernels.timing import gpu_times
 from sparse_compile.recipe import SSTE, T_SR_STE, Gemm, GradFormat
+
+uncompiled = shared_graphs.uncompiled
 
 DEVICE = torch.device("cuda", 0)
 PROBLEM = Problem(
@@ -440,12 +443,14 @@ class TestGraph:
         assert set(asked) == multiplied
         assert {problem.contraction for problem in asked} == {64, 256, padded(64)}
 
+    @pytest.mark.usefixtures("uncompiled")
     @pytest.mark.parametrize("options", [{}, {"sste.tune": False}, {"sste.tune": True, "sste.recipe": "fp8"}], ids=str)
     def test_nothing_else_is_asked_for(self, asked, ffn, x, options) -> None:
         options = {"sste.executor": "eager", **options}
         torch.compile(ffn(), backend="sste", options=options)(x).square().sum().backward()
         assert asked == []
 
+    @pytest.mark.usefixtures("uncompiled")
     def test_without_a_hopper_gpu_it_changes_nothing(self, ffn, x, monkeypatch) -> None:
         def refuse(*_: Any) -> None:
             raise AssertionError
