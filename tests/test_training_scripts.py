@@ -315,6 +315,8 @@ def test_cuda_graphs_see_every_update(how, monkeypatch):
     At each of these moments another model, without graphs, is given the same weights.
     """
 
+    torch._dynamo.reset()
+
     def without_randomness(plans, training):
         return [dataclasses.replace(plan, recipe=plan.recipe.variants()[1]) for plan in plans], []
 
