@@ -15,8 +15,15 @@ uncompiled = shared_graphs.uncompiled
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("stored", ["linear", "conv1d"])
+@pytest.mark.parametrize(
+    ("stored", "autocast"),
+    [
+        ("linear", False),
+        ("conv1d", True),
+        pytest.param("linear", True, marks=pytest.mark.nightly),
+        pytest.param("conv1d", False, marks=pytest.mark.nightly),
+    ],
+)
 def test_outputs_are_the_dense_ones_and_gradients_near_them(ffn, conv1d, stored, autocast):
     torch.manual_seed(0)
     model = ffn()
