@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import shared_graphs
 import sparse_compile
 from libraries import library
 from sparse_compile.launcher.accelerate_patch import accept_in_accelerate
@@ -29,6 +30,7 @@ GPT = {"s-ste": {"blocks.0.up", "blocks.0.down"}, "fp8": {"blocks.0.qkv", "block
 SMALLEST = {"s-ste": {"up", "down"}, "fp8": {"mix"}, "dense": {"head"}}
 
 Way = Callable[[nn.Module], Any]
+uncompiled = shared_graphs.uncompiled
 
 
 class Smallest(nn.Module):
@@ -50,6 +52,13 @@ class Smallest(nn.Module):
 def chosen(small_gpt: type[nn.Module], device: str) -> tuple[Callable[[], nn.Module], dict[str, set[str]]]:
     """What makes the model of a device, and how its linears are decided."""
     return (small_gpt, GPT) if device == "cuda" else (Smallest, SMALLEST)
+
+
+@pytest.fixture
+def quickly(request: pytest.FixtureRequest, device: str, way: str | Way) -> None:
+    """On a CPU rewritten graphs run as they are, but where the model is compiled in place."""
+    if device == "cpu" and way not in (in_place, "Module.compile"):
+        request.getfixturevalue("uncompiled")
 
 
 @pytest.fixture(autouse=True)
@@ -259,6 +268,7 @@ def test_hugging_face_trainer_resumes(
 # --- Accelerate -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("way", ["Module.compile", "--auto", "dynamo_backend"])
 def test_accelerate(chosen: Any, tmp_path: Path, device: str, way: str) -> None:
@@ -311,6 +321,7 @@ def test_accelerate(chosen: Any, tmp_path: Path, device: str, way: str) -> None:
 # --- Lightning --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("way", [in_place, automatic], ids=["Module.compile", "--auto"])
 def test_lightning(chosen: Any, tmp_path: Path, device: str, way: Way) -> None:
