@@ -7,10 +7,14 @@ import torch
 import torch._dynamo.config
 from torch import nn
 
+import shared_graphs
 import sparse_compile
 from sparse_compile.measuring.eager_fallbacks import watch_fallbacks
 from sparse_compile.reporting.report import Report
 from sparse_compile.torch_internals.dynamo import RecompileLimit
+
+uncompiled = shared_graphs.uncompiled
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always", "sste.recipe": "fp8"}
 LIMIT = 3

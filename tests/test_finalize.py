@@ -11,12 +11,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import shared_graphs
 import sparse_compile
 import warm
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import E4M3_MAX
 from sparse_compile.weights.pattern_24 import is_24, share_of_groups
 from sparse_compile.weights.registry import find_record
+
+clean_slate = shared_graphs.kept
+uncompiled = shared_graphs.uncompiled
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 
@@ -356,7 +361,8 @@ def tiny(architecture: str) -> Any:
     [
         pytest.param("gpt2", torch.float32, marks=pytest.mark.nightly),
         ("gpt2", torch.bfloat16),
-        ("llama", torch.float32),
+        # By day ``test_readme.py`` does this with one.
+        pytest.param("llama", torch.float32, marks=pytest.mark.nightly),
         pytest.param("llama", torch.bfloat16, marks=pytest.mark.nightly),
     ],
     ids=str,

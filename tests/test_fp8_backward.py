@@ -6,15 +6,25 @@ import pytest
 import torch
 from torch import nn
 
+import shared_graphs
 import sparse_compile
 from sparse_compile.options import read_options
 from sparse_compile.recipe import FP8, FP8_BACKWARD, SSTE, Gemm, GradFormat
 
+uncompiled = shared_graphs.uncompiled
+
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("stored", ["linear", "conv1d"])
+@pytest.mark.parametrize(
+    ("stored", "autocast"),
+    [
+        ("linear", False),
+        ("conv1d", True),
+        pytest.param("linear", True, marks=pytest.mark.nightly),
+        pytest.param("conv1d", False, marks=pytest.mark.nightly),
+    ],
+)
 def test_outputs_are_the_dense_ones_and_gradients_near_them(ffn, conv1d, stored, autocast):
     torch.manual_seed(0)
     model = ffn()
@@ -45,6 +55,7 @@ def test_outputs_are_the_dense_ones_and_gradients_near_them(ffn, conv1d, stored,
 FP8_FPROP = replace(FP8, name="fprop-alone", dgrad=Gemm.DENSE, wgrad=Gemm.DENSE)
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     ("option", "products"),
     [

@@ -10,10 +10,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import shared_graphs
 import sparse_compile
 from sparse_compile.measuring import weight_health
 from sparse_compile.torch_internals.heap import instances_of
 from sparse_compile.weights.record import OperandSet
+
+clean_slate = shared_graphs.kept
 
 _of_other_tests: WeakSet[OperandSet] = WeakSet()
 
@@ -151,6 +154,7 @@ def test_health_is_sampled_before_operands_are_freed(make, batch, monkeypatch):
         sparse_compile.report().health.clear()
         del model, optimizer
         torch._dynamo.reset()
+    weight_health.monitor.noise.watch(False)  # or gradients are watched until the next step, be it of another test
     samples = [[(health.flips, health.zeros) for health in chain(*taken.values())] for taken in healths]
     assert samples[0] == samples[1]
     assert len(samples[0]) == 2 * 4

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import shared_graphs
 import sparse_compile
 import warm
 from sparse_compile.kernels import ops
@@ -16,6 +17,8 @@ from sparse_compile.options import read_options
 from sparse_compile.recipe import FP8, RECIPES, SSTE, SSTE_BF16, T_SR_STE, GradFormat, Rounding, recipe_named
 from test_linear import operands_of
 from variants import VARIANTS, with_sampled_dgrad
+
+uncompiled = shared_graphs.uncompiled
 
 RECIPE = replace(SSTE, grad_format=GradFormat.E5M2, rounding=Rounding.STOCHASTIC)
 # In which the operands of backward differ.
@@ -82,7 +85,9 @@ class Model(nn.Module):
         return self.ffn(self.norm(x + self.proj(x))).square().mean()
 
 
-@pytest.mark.parametrize("executor", ["eager", "inductor"])
+# By day ``test_seeds.py`` has generated code of both.
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("executor", ["eager", pytest.param("inductor", marks=pytest.mark.nightly)])
 def test_the_report_says_so(ffn, executor):
     options = {"sste.executor": executor, "sste.when": "always", "sste.recipe": RECIPE}
     torch.compile(Model(ffn), backend="sste", options=options)(torch.randn(16, 64)).backward()
@@ -94,6 +99,7 @@ def test_the_report_says_so(ffn, executor):
     assert proj.decision == "fp8 (fp8, fp8, fp8; e5m2 gradients)"
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_dense_phase_keeps_the_format(ffn):
     options = {"sste.executor": "eager", "sste.when": "always", "sste.warmup": 1, "sste.recipe": RECIPE}
     torch.compile(Model(ffn), backend="sste", options=options)(torch.randn(16, 64)).backward()

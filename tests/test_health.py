@@ -24,8 +24,11 @@ EAGER = {"sste.executor": "eager", "sste.when": "always"}
 
 @pytest.fixture(autouse=True)
 def nothing_watched(monkeypatch):
+    """Of gradients, which are watched until the next step of an optimizer, be it of another test."""
     health.monitor.noise.watch(False)
     monkeypatch.setattr(health, "monitor", health.HealthMonitor())
+    yield
+    health.monitor.noise.watch(False)
 
 
 def pruned(weight):

@@ -14,6 +14,10 @@ class Marked(nn.Linear):
     """Found among all modules that other tests have left."""
 
 
+def marked() -> list[nn.Module]:
+    return [module for module in instances_of(nn.Module) if type(module) is Marked]
+
+
 class LazyProxy:
     """Pretends to be a module, which it would have to make first."""
 
@@ -38,8 +42,22 @@ def test_dead_and_lazy_proxies_are_passed_over(frozen: None, freeze: bool) -> No
     gc.collect()
     if freeze:
         gc.freeze()
-    found = [module for module in instances_of(nn.Module) if type(module) is Marked]
+    found = marked()
     if freeze:
         gc.unfreeze()
     assert [id(module) for module in found] == [id(model)]
     assert held["model"] is model
+
+
+def test_a_later_freeze_is_noticed_though_fewer_objects_are_frozen(frozen: None) -> None:
+    many: list[list[None]] = [[] for _ in range(100_000)]
+    gc.freeze()
+    assert marked() == []
+    before = gc.get_freeze_count()
+    many.clear()
+    model = Marked(4, 4)
+    gc.freeze()
+    assert gc.get_freeze_count() < before
+    found = marked()
+    gc.unfreeze()
+    assert [id(module) for module in found] == [id(model)]

@@ -46,7 +46,13 @@ for compile in ({COMPILE},):
     print("gradients", all(parameter.grad is not None for parameter in model.parameters()))
 sys.exit(3)
 """
-# The option is accepted by this backend alone; it also saves compiling C++.
+# Rewritten graphs run as they are, which saves compiling them.
+HELPER = """
+from sparse_compile import backend
+backend.compile_graph = lambda graph, *args, **named: graph.forward
+NAME = "helper"
+"""
+# The option is accepted by this backend alone.
 OURS = 'options={"sste.executor": "eager", "sste.when": "always"}'
 
 
@@ -55,7 +61,7 @@ def launch(
 ) -> "subprocess.CompletedProcess[str]":
     (folder / "scripts").mkdir()
     (folder / "scripts/train.py").write_text(SCRIPT.replace("{COMPILE}", compile))
-    (folder / "scripts/helper.py").write_text("NAME = 'helper'\n")
+    (folder / "scripts/helper.py").write_text(HELPER)
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(folder / "scripts") if "-m" in arguments else ""])}
     return run("-m", "sparse_compile", *arguments, cwd=folder, env={**os.environ, **paths, **environment})
 

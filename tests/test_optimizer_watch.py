@@ -9,9 +9,14 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu
 
+import shared_graphs
 import sparse_compile
 from sparse_compile.weights.optimizer_watch import OptimizerWatch, Stage, watch
 from sparse_compile.weights.registry import find_record
+
+clean_slate = shared_graphs.kept
+uncompiled = shared_graphs.uncompiled
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 
@@ -271,17 +276,20 @@ RESUMED = (1, 3, 6)  # after so many steps: behind the warm-up, while all prune,
 
 
 def resumptions():
-    """Of each optimizer without or with a schedule, from one place, both by turns; in a night all, from every place."""
+    """Of each optimizer without or with a schedule, from one place, both by turns; in a night all, from every place.
+
+    By day the first two with graphs that are compiled afresh, as in another process.
+    """
     kinds = {"pruned": {}, "scheduled": SCHEDULED}
     for index, (name, make) in enumerate(STATELESS.items()):
         kind = list(kinds)[index % 2]
-        yield pytest.param(make, kinds[kind], [RESUMED[index % 3]], id=f"{name}-{kind}")
+        yield pytest.param(make, kinds[kind], [RESUMED[index % 3]], index < 2, id=f"{name}-{kind}")
         for kind, options in kinds.items():
-            yield pytest.param(make, options, RESUMED, id=f"{name}-{kind}, anywhere", marks=pytest.mark.nightly)
+            yield pytest.param(make, options, RESUMED, True, id=f"{name}-{kind}, anywhere", marks=pytest.mark.nightly)
 
 
-@pytest.mark.parametrize(("make", "options", "places"), list(resumptions()))
-def test_what_keeps_no_state_under_each_weight_resumes_all_the_same(make, options, places):
+@pytest.mark.parametrize(("make", "options", "places", "afresh"), list(resumptions()))
+def test_what_keeps_no_state_under_each_weight_resumes_all_the_same(make, options, places, afresh):
     blocks = 2 if make is Grouped else 1  # two weights of each shape
     model = model_of(blocks)
     run, optimizer = compiled(model, **options), make(model.parameters())
@@ -293,7 +301,8 @@ def test_what_keeps_no_state_under_each_weight_resumes_all_the_same(make, option
                 checkpoints.append((number, saved(model, optimizer)))
             losses += losses_of(run, optimizer, [number])
     for number, checkpoint in checkpoints:
-        torch._dynamo.reset()
+        if afresh:
+            torch._dynamo.reset()
         resumed = model_of(blocks)
         optimizer = make(resumed.parameters())
         resumed.load_state_dict(checkpoint[0])

@@ -159,38 +159,88 @@ def ours(recipe="fp8"):
 DENSE = {"backend": "aot_eager"}
 
 
-def outcome(program, compiler, x, *, bias=True, after=lambda *results: []):
+def nothing_more(*results):
+    return []
+
+
+def outcome(program, compiler, x, *, bias=True, after=nothing_more):
     """What it gives, its gradients and what ``after`` finds; and how its results lie; or the kind of its error."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     module = Program(program, bias)
     x = x.detach().requires_grad_()
     try:
-        results = torch.compile(module, **compiler)(x)
-        results = results if isinstance(results, tuple) else (results,)
-        found = after(*results)
-        sum((y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum() for y in results).backward()
+        found, loss = after_the_call(results := torch.compile(module, **compiler)(x), after)
+        loss.backward()
     except RuntimeError as error:
         # Of a compiler's error the one inside.
         error = error.__cause__ or error
         return str(getattr(error, "inner_exception", error)).split("\n")[0][:60], None
+    return all_of(module, x, results, found)
+
+
+def several(results):
+    return results if isinstance(results, tuple) else (results,)
+
+
+def after_the_call(results, after):
+    """What ``after`` finds, and the loss."""
+    results = several(results)
+    found = after(*results)
+    return found, sum((y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum() for y in results)
+
+
+def all_of(module, x, results, found):
+    results = several(results)
     values = [*results, x.grad, *(p.grad for p in module.parameters()), *module.parameters(), *found]
     return values, [(y.shape, y.dtype, y.stride(), y._is_view(), y._version, y.is_leaf) for y in results]
 
 
-def compare(program, x, *, recipe="fp8", tolerance=0.1, **arguments):
-    dense, layouts = outcome(program, DENSE, x, **arguments)
-    values, our_layouts = outcome(program, ours(recipe), x, **arguments)
-    assert our_layouts == layouts, dense if layouts is None else values
+def compare(program, x, **arguments):
+    assert_alike(outcome(program, ours(), x, **arguments), outcome(program, DENSE, x, **arguments), "it alone")
+
+
+def assert_alike(actual, wanted, name):
+    (values, layouts), (dense, dense_layouts) = actual, wanted
+    assert layouts == dense_layouts, (name, dense if dense_layouts is None else values)
     if layouts is None:
-        assert values == dense
+        assert values == dense, name
         return
-    assert len(values) == len(dense)
+    assert len(values) == len(dense), name
     for value, expected in zip(values, dense, strict=True):
         if expected is None:
-            assert value is None
+            assert value is None, name
         else:
-            assert (value - expected).norm() <= tolerance * expected.norm()
+            assert (value - expected).norm() <= 0.1 * expected.norm(), name
+
+
+class Together(nn.Module):
+    """Programs in one graph, which is compiled faster than one for each."""
+
+    def __init__(self, cases):
+        super().__init__()
+        self.parts = nn.ModuleList(Program(program, bias) for program, _, bias, _ in cases)
+
+    def forward(self, inputs):
+        return [part(x) for part, x in zip(self.parts, inputs, strict=True)]
+
+
+def compare_together(cases):
+    """Of each name a program, its input, whether its linear has a bias, and what is asked afterwards."""
+    outcomes = []
+    for compiler in (ours(), DENSE):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        module = Together(cases.values())
+        inputs = [x.detach().requires_grad_() for _, x, *_ in cases.values()]
+        results = torch.compile(module, fullgraph=True, **compiler)(inputs)
+        found, losses = zip(
+            *(after_the_call(y, after) for y, (*_, after) in zip(results, cases.values(), strict=True)), strict=True
+        )
+        sum(losses).backward()
+        outcomes.append(list(map(all_of, module.parts, inputs, results, found)))
+    for name, actual, wanted in zip(cases, *outcomes, strict=True):
+        assert_alike(actual, wanted, name)
 
 
 LAYOUTS = {
@@ -206,18 +256,33 @@ def in_turn(index, count):
     return [() if index % count == place else pytest.mark.nightly for place in range(count)]
 
 
-def in_any_layout(*programs):
-    """With and without a bias, of inputs of two and three dimensions: each pair of them in turn, in a night all."""
-    return [
-        pytest.param(*program, bias, lead, id=f"{name}-{layout}", marks=marks)
-        for index, (name, *program) in enumerate(programs)
+# By day those that are refused, or end a graph, are compiled alone, the others in one graph.
+ALONE = (
+    "chunks written", "leaf_made_of_it", "out=", "resize_", "retain_grad", "set_", "written_after_it_was_saved",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("program", "bias", "lead"),
+    [
+        pytest.param(program, bias, lead, id=f"{name}-{layout}", marks=marks if name in ALONE else pytest.mark.nightly)
+        for index, (name, program) in enumerate(PROGRAMS.items())
         for (layout, (bias, lead)), marks in zip(LAYOUTS.items(), in_turn(index, len(LAYOUTS)), strict=True)
-    ]
-
-
-@pytest.mark.parametrize(("program", "bias", "lead"), in_any_layout(*PROGRAMS.items()))
+    ],
+)
 def test_it_behaves_as_a_dense_one(program, bias, lead):
+    """With and without a bias, of inputs of two and three dimensions: each pair of them in turn, in a night all."""
     compare(program, torch.randn(*lead, WIDTH), bias=bias)
+
+
+def test_they_behave_as_dense_ones_side_by_side():
+    together = {name: program for name, program in PROGRAMS.items() if name not in ALONE}
+    layouts = list(LAYOUTS.values())
+    cases = {}
+    for index, (name, program) in enumerate(together.items()):
+        bias, lead = layouts[index % len(layouts)]
+        cases[name] = program, torch.randn(*lead, WIDTH), bias, nothing_more
+    compare_together(cases)
 
 
 def written_by_the_caller(y, *views):
@@ -236,17 +301,26 @@ def watched_by_the_caller(y):
     return seen
 
 
-@pytest.mark.parametrize(
-    ("program", "after", "bias", "lead"),
-    in_any_layout(
-        ("written", lambda linear, x: linear(x), written_by_the_caller),
-        ("written through a view", lambda linear, x: (y := linear(x), y[0]), written_by_the_caller),
-        ("hooks", lambda linear, x: linear(x), watched_by_the_caller),
-        ("detached and written", lambda linear, x: linear(x), lambda y: [y.detach().zero_(), y.detach()]),
-    ),
-)
+CALLERS = {
+    "written": (lambda linear, x: linear(x), written_by_the_caller),
+    "written through a view": (lambda linear, x: (y := linear(x), y[0]), written_by_the_caller),
+    "hooks": (lambda linear, x: linear(x), watched_by_the_caller),
+    "detached and written": (lambda linear, x: linear(x), lambda y: [y.detach().zero_(), y.detach()]),
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("bias", "lead"), LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize(("program", "after"), CALLERS.values(), ids=CALLERS.keys())
 def test_what_a_graph_returns_belongs_to_its_caller(program, after, bias, lead):
     compare(program, torch.randn(*lead, WIDTH), bias=bias, after=after)
+
+
+def test_what_a_graph_returns_belongs_to_its_caller_side_by_side():
+    cases = {}
+    for (name, (program, after)), (bias, lead) in zip(CALLERS.items(), LAYOUTS.values(), strict=True):
+        cases[name] = program, torch.randn(*lead, WIDTH), bias, after
+    compare_together(cases)
 
 
 @pytest.mark.parametrize(
@@ -287,16 +361,22 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("make", "bias"),
-    [
-        pytest.param(make, bias, id=f"{name}-{'bias' if bias else 'no bias'}", marks=marks)
-        for index, (name, make) in enumerate(INPUTS.items())
-        for bias, marks in zip((True, False), in_turn(index, 2), strict=True)
-    ],
-)
+def doubled(linear, x):
+    return linear(x).mul_(2)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS.keys())
 def test_of_inputs_of_any_layout(make, bias):
-    compare(lambda linear, x: linear(x).mul_(2), make(), bias=bias)
+    compare(doubled, make(), bias=bias)
+
+
+def test_of_inputs_of_any_layout_side_by_side():
+    """Some with a bias, some without."""
+    compare_together(
+        {name: (doubled, make(), index % 2 == 0, nothing_more) for index, (name, make) in enumerate(INPUTS.items())}
+    )
 
 
 @pytest.mark.parametrize(

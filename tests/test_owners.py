@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import shared_graphs
 import sparse_compile
 from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.torch_internals import fsdp2, heap
 from sparse_compile.weights import attach
+
+uncompiled = shared_graphs.uncompiled
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 
@@ -43,6 +46,7 @@ TRACES = {
 }
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("trace", TRACES.values(), ids=TRACES.keys())
 def test_what_stands_for_a_module_is_no_second_owner(trace, ffn):
     model = ffn()
@@ -67,6 +71,7 @@ def test_what_was_trained_pruned_stays_so_when_another_module_holds_it(ffn):
         assert torch.equal(run(x), trained)
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_tied_embedding_that_another_graph_reads_is_shared(ffn):
     class Tied(nn.Module):
         def __init__(self):
@@ -155,11 +160,13 @@ def train_with(targets, model):
         optimizer.step()
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_pattern_that_matches_nothing_is_an_error_after_the_first_step(ffn):
     with pytest.raises(ValueError, match=r"'sste.targets': '\*.mlp.\*'} names no linear of this model.*are down, up"):
         train_with("*.mlp.*", ffn())
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_pattern_need_not_match_in_every_graph(ffn):
     class Broken(ffn):
         def forward(self, x):

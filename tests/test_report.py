@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import shared_graphs
 import sparse_compile
 import warm
 from sparse_compile.__main__ import main
@@ -15,7 +16,11 @@ from sparse_compile.reporting.health import Health
 from sparse_compile.reporting.model import GraphReport, GraphTiming, Measurement, Row, Spread
 from sparse_compile.reporting.report import Report
 
+uncompiled = shared_graphs.uncompiled
+
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
+# The rewritten graph is not compiled.
+AS_IT_IS = "backend.compile_graph = lambda graph, *args, **named: graph.forward"
 
 
 def row(module, decision="s-ste", reason="", **more):
@@ -151,6 +156,7 @@ def test_the_same_gain_in_two_graphs_is_one():
     assert (gain.modules, gain.share) == ("b.*.up (2)", 1.0)
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_one_graph_one_table(small_gpt, batch):
     model = torch.compile(small_gpt(), backend="sste", options=EAGER)
     for _ in range(2):
@@ -183,6 +189,7 @@ def test_one_graph_one_table(small_gpt, batch):
     assert coverage["fp32"] == pytest.approx(128 / total)
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_without_gradients_there_is_one_product(small_gpt, batch):
     with torch.no_grad():
         torch.compile(small_gpt(depth=1), backend="sste", options=EAGER)(*batch)
@@ -190,6 +197,7 @@ def test_without_gradients_there_is_one_product(small_gpt, batch):
     assert {(row.fprop != "", row.dgrad, row.wgrad) for row in rows} == {(True, "", "")}
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_checkpointed_forwards_run_twice(small_gpt, batch):
     """But for the last linear of the region, whose result backward does not need."""
     torch.compile(small_gpt(depth=1, checkpoint=True), backend="sste", options=EAGER)(*batch)
@@ -209,6 +217,7 @@ class Cut(nn.Module):
         return torch.einsum("bi,io->bo", y, self.inner[2].weight)
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_where_a_graph_comes_from_and_why_it_ends():
     model = torch.compile(Cut(), backend="sste", options=EAGER)
     for tokens in (8, 12):
@@ -236,6 +245,7 @@ def test_where_a_graph_comes_from_and_why_it_ends():
     assert dynamic[0].rows[0].tokens == 12
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_attention_could_be_sparse_unless_all_are_dense(small_gpt, batch):
     torch.compile(small_gpt(depth=1), backend="sste", options=EAGER)(*batch)
     torch.compile(small_gpt(depth=1), backend="sste", options=EAGER | {"sste.recipe": "fp8"})(*batch)
@@ -247,7 +257,8 @@ def test_attention_could_be_sparse_unless_all_are_dense(small_gpt, batch):
 
 def test_written_to_stderr_when_the_process_ends():
     code = (
-        "import torch; from torch import nn; import sparse_compile\n"
+        "import torch; from torch import nn; import sparse_compile; from sparse_compile import backend\n"
+        f"{AS_IT_IS}\n"
         "ffn = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))\n"
         "options = {'sste.executor': 'eager', 'sste.when': 'always'}\n"
         "f = torch.compile(lambda x: ffn(x), backend='sste', options=options)\n"
@@ -260,7 +271,8 @@ def test_written_to_stderr_when_the_process_ends():
 
 def test_option_writes_files_which_are_viewed_again(tmp_path, capsys):
     code = (
-        "import sys, torch; from torch import nn; import sparse_compile\n"
+        "import sys, torch; from torch import nn; import sparse_compile; from sparse_compile import backend\n"
+        f"{AS_IT_IS}\n"
         "ffn = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))\n"
         "for file in sys.argv[1:]:\n"
         "    options = {'sste.executor': 'eager', 'sste.when': 'always', 'sste.report': file}\n"
@@ -295,6 +307,7 @@ def test_view_explains_wrong_arguments(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_near_misses_say_where(trace):
     weight = nn.Parameter(torch.randn(64, 64))
     compiled = torch.compile(lambda x: F.linear(x, weight * 2).sum(), backend="sste", options=EAGER)

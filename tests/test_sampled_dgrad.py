@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import shared_graphs
 import sparse_compile
 from sparse_compile.kernels import ops, reference
 from sparse_compile.linear.fp8 import DGRAD_DRAWS
@@ -15,6 +16,8 @@ from sparse_compile.options import read_options
 from sparse_compile.recipe import FP8, RECIPES, SSTE, SSTE_APPROXIMATE, STE, T_SR_STE, Estimator, Gemm
 from test_backend import sampled
 from variants import with_sampled_dgrad
+
+uncompiled = shared_graphs.uncompiled
 
 SAMPLED = [with_sampled_dgrad(recipe) for recipe in (SSTE, SSTE_APPROXIMATE, STE)]
 
@@ -93,6 +96,7 @@ def test_scales_follow_each_token(dtype):
     assert bool(((actual - expected).norm(dim=1) <= 0.05 * expected.norm(dim=1)).all())
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_draws_are_its_own(monkeypatch):
     """Of any linear's wgrad and dgrad no two share their random numbers, and those of wgrad stay what they were."""
     indices = []

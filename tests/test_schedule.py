@@ -9,11 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+import shared_graphs
 import sparse_compile
 from sparse_compile.kernels import reference
 from sparse_compile.options import read_options
 from sparse_compile.weights.optimizer_state import PRUNED
 from sparse_compile.weights.schedule import Schedule
+
+clean_slate = shared_graphs.kept
+uncompiled = shared_graphs.uncompiled
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 OPTIMIZERS = {
@@ -67,6 +71,7 @@ def by_turns(*values):
 
 @pytest.mark.parametrize(("name", "microbatches"), by_turns(list(OPTIMIZERS), [1, 3]))
 def test_phases_are_counted_in_optimizer_steps_and_compiled_once_each(name, microbatches):
+    torch._dynamo.reset()
     model = FFN()
     step, optimizer = compiled(model, warmup=2, tail=3, total_steps=7), OPTIMIZERS[name](model.parameters())
     seen = []
@@ -79,6 +84,7 @@ def test_phases_are_counted_in_optimizer_steps_and_compiled_once_each(name, micr
     assert sparse_compile.report().graphs[0].rows[0].advice == advice
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_other_linears_do_not_follow():
     model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), FFN())
     step = compiled(model, tail=1, total_steps=2)
@@ -92,6 +98,7 @@ def test_other_linears_do_not_follow():
     assert changed == {"2.up.weight", "2.down.weight"}
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     ("recipe", "transposed", "dtype"), by_turns(["ste", "s-ste"], [False, True], [torch.float32, torch.bfloat16])
 )
@@ -132,6 +139,7 @@ def saved(*parts):
 
 @pytest.mark.parametrize(("recipe", "name"), by_turns(["ste", "s-ste"], list(OPTIMIZERS)))
 def test_a_resumed_run_is_the_continued_one_in_every_phase(recipe, name):
+    torch._dynamo.reset()
     schedule, make = {"warmup": 2, "tail": 3, "total_steps": 7}, OPTIMIZERS[name]
     model = FFN()
     step, optimizer = compiled(model, recipe, **schedule), make(model.parameters())
@@ -152,6 +160,7 @@ def test_a_resumed_run_is_the_continued_one_in_every_phase(recipe, name):
         assert continued == losses[number:], f"from step {number}"
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_checkpoint_that_is_loaded_late_brings_its_phase():
     schedule = {"tail": 3, "total_steps": 6}
     model = FFN()
@@ -169,6 +178,7 @@ def test_a_checkpoint_that_is_loaded_late_brings_its_phase():
         assert train(step, optimizer, range(4, 6)) == continued, order
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("recipe", ["ste", "s-ste-boosted", pytest.param("s-ste", marks=pytest.mark.nightly)])
 def test_a_shorter_run_writes_the_weights_when_it_goes_on(recipe):
     """The checkpoint was pruned, and the new schedule has it dense: it writes beta times what pruning keeps."""
@@ -195,6 +205,7 @@ def test_a_shorter_run_writes_the_weights_when_it_goes_on(recipe):
     assert torch.equal(resumed.up.weight, kept)
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_what_a_dense_tail_has_trained_is_not_finalized():
     """Though a checkpoint of the pruned phase has left its beta with the optimizer."""
     model = FFN()
@@ -209,6 +220,7 @@ def test_what_a_dense_tail_has_trained_is_not_finalized():
     assert all(torch.equal(one, other) for one, other in zip(before, parameters(model), strict=True))
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_dense_phases_do_not_decay():
     """With gradients of zero, only the decay would change a weight."""
     model = FFN()
@@ -225,6 +237,7 @@ def test_dense_phases_do_not_decay():
     assert dropped == pytest.approx([dropped[0], dropped[0], 0.95 * dropped[0], 0.0, 0.0])
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_without_fp8_dense_phases_have_none():
     model = FFN()
     step = compiled(model, "ste-bf16", warmup=1, tail=1, total_steps=3)
@@ -239,6 +252,7 @@ def test_without_fp8_dense_phases_have_none():
     torch.testing.assert_close(step(x), model(x))
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_both_models_of_a_class_have_phases_of_their_own():
     first, second = FFN(), FFN()
     runs = []

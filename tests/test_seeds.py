@@ -8,7 +8,11 @@ import torch._functorch.config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_compile.recipe import SSTE, Gemm, Rounding
+import shared_graphs
+import sparse_compile
+from sparse_compile.recipe import SSTE, Gemm, GradFormat, Rounding
+
+clean_slate = shared_graphs.kept
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 X = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
@@ -158,9 +162,10 @@ def test_graphs_with_dropout_draw_theirs_apart():
 
 
 def test_generated_code_saves_the_seed():
-    """Inductor neither moves it to backward nor draws it anew."""
-    module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
-    call = compiled(module, executor="inductor")
+    """Inductor neither moves it to backward nor draws it anew, whatever else the recipe asks of gradients."""
+    module = nn.Sequential(nn.Linear(64, 64))
+    recipe = replace(SSTE, grad_format=GradFormat.E5M2, rounding=Rounding.STOCHASTIC)
+    call = compiled(module, executor="inductor", recipe=recipe, targets="all")
     torch.manual_seed(17)
     first, second = call(X), call(X)
     state = torch.get_rng_state()
@@ -173,3 +178,5 @@ def test_generated_code_saves_the_seed():
     for expected in (of_first, of_second):
         call(X).square().sum().backward()
         assert same(gradients(module), expected)
+    decisions = {row.decision for row in sparse_compile.report().rows}
+    assert decisions == {"s-ste (2:4 fp8, fp8, 2:4 fp8; e5m2 gradients; stochastic rounding)"}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import shared_graphs
 from sparse_compile.kernels import reference
 from sparse_compile.projections.groups_of_four import SOFT
 from sparse_compile.testing import assert_same_bits
@@ -18,6 +19,8 @@ from sparse_compile.weights.operands import current_operands, operand_set
 from sparse_compile.weights.optimizer_watch import watch
 from sparse_compile.weights.registry import record_of
 from sparse_compile.weights.slot import WeightSlot
+
+clean_slate = shared_graphs.kept
 
 SLOT = WeightSlot(
     name="w",

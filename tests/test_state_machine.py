@@ -20,12 +20,15 @@ from hypothesis.stateful import (
 from hypothesis.strategies import integers, sampled_from
 from torch import nn
 
+import shared_graphs
 import sparse_compile
 from sparse_compile.kernels.reference import soft_threshold24
 from sparse_compile.weights.pattern_24 import is_24
 from sparse_compile.weights.record import Phase
 from sparse_compile.weights.registry import find_record
 from sparse_compile.weights.schedule import Schedule
+
+uncompiled = shared_graphs.uncompiled
 
 EAGER = {"sste.executor": "eager", "sste.when": "always", "sste.mvue": "off"}
 SCHEDULES = {
@@ -261,6 +264,7 @@ class Scripts(RuleBasedStateMachine):
             assert listed is None
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("examples", [5, pytest.param(100, marks=pytest.mark.nightly)])
 def test_scripts_in_any_order(examples):

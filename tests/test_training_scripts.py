@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+import shared_graphs
 import sparse_compile
 from ffn_training import (
     DENSE_FP8,
@@ -28,6 +29,8 @@ from ffn_training import (
 )
 from sparse_compile import backend
 from sparse_compile.weights.registry import find_record
+
+clean_slate = shared_graphs.kept
 
 
 @pytest.fixture
@@ -131,12 +134,13 @@ def test_lengths_do_not_recompile():
         torch._dynamo.reset()
         sparse_compile.report().graphs.clear()
         step = compiled(model, DENSE_FP8, dynamic=True if how == "dynamic=True" else None)
-        for tokens in batches:
-            if how == "mark_dynamic":
-                torch._dynamo.mark_dynamic(tokens, 0)
-            y = step(tokens)
-            model.zero_grad()
-            y.square().sum().backward()
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=how == "automatic"):
+            for tokens in batches:
+                if how == "mark_dynamic":
+                    torch._dynamo.mark_dynamic(tokens, 0)
+                y = step(tokens)
+                model.zero_grad()
+                y.square().sum().backward()
         assert len(sparse_compile.report().graphs) == (2 if how == "automatic" else 1), how
         assert_equal([y, *gradients(model)], expected)
 
@@ -155,6 +159,7 @@ def test_graph_breaks_change_nothing(x):
                     torch._dynamo.graph_break()
             return x
 
+    torch._dynamo.reset()
     results = []
     for broken in (False, True):
         torch.manual_seed(0)
@@ -309,6 +314,8 @@ def test_cuda_graphs_see_every_update(how, monkeypatch):
 
     At each of these moments another model, without graphs, is given the same weights.
     """
+
+    torch._dynamo.reset()
 
     def without_randomness(plans, **_):
         return [dataclasses.replace(plan, recipe=plan.recipe.variants()[1]) for plan in plans], []

@@ -6,9 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+import shared_graphs
 import sparse_compile
 from sparse_compile.kernels import reference
 from sparse_compile.weights.registry import find_record
+
+clean_slate = shared_graphs.kept
+uncompiled = shared_graphs.uncompiled
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 

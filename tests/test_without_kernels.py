@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import shared_graphs
 import sparse_compile
 from sparse_compile.kernels import ops
 from sparse_compile.passes import choose
@@ -15,6 +16,9 @@ from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.recipe import SSTE
+
+uncompiled = shared_graphs.uncompiled
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 FASTER = {"sste.executor": "eager"}
 ALWAYS = FASTER | {"sste.when": "always"}

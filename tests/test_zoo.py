@@ -10,11 +10,11 @@ from zoo import OUTCOMES, Architecture, Outcome, examine
 ARCHITECTURES = [*zoo_transformers.ARCHITECTURES, *zoo_torch.ARCHITECTURES]
 
 
-# The default run has these, too, which differ in how an FFN is written, and are quickly compiled.
+# The default run has these, too, which differ in how an FFN is written, and are quickly compiled.  Other tests of it
+# train GPT-2 and Llama.
 SAMPLE = (
-    "AlbertForMaskedLM", "BertForMaskedLM", "BloomForCausalLM", "ConvNeXt blocks", "FalconForCausalLM",
-    "GPT2LMHeadModel", "GraniteMoeForCausalLM", "MLP-Mixer", "OlmoForCausalLM", "ViTForImageClassification",
-    "blocks checkpointed", "nn.TransformerEncoder",
+    "AlbertForMaskedLM", "ConvNeXt blocks", "GraniteMoeForCausalLM", "MLP-Mixer", "blocks checkpointed",
+    "nn.TransformerEncoder",
 )  # fmt: skip
 
 
@@ -34,8 +34,8 @@ def test_architecture(architecture: Architecture, request: pytest.FixtureRequest
 
 
 def test_of_what_it_is_made() -> None:
-    """Sixty architectures at least, a dozen of them in the default run, each name once."""
+    """Sixty architectures at least, six of them in the default run, each name once."""
     names = [architecture.name for architecture in ARCHITECTURES]
     assert len(set(names)) == len(names) >= 60
-    assert len(SAMPLE) == 12
+    assert len(SAMPLE) == 6
     assert set(SAMPLE) <= set(names)

@@ -13,30 +13,34 @@ from torch.nn import Module
 
 def instances_of(kind: type) -> Iterator[Any]:
     """All that are alive, by a walk over the heap; of frozen ones (``gc.freeze``) those that a script can reach."""
-    listed = _listed(kind)
-    known = set(map(id, listed))
-    yield from listed
-    yield from (found for found in _frozen_objects() if issubclass(type(found), kind) and id(found) not in known)
-
-
-def _listed(kind: type) -> list[Any]:
     objects = gc.get_objects()
     # type(), because isinstance() would wake lazy proxies that pretend to be of the kind; of few classes many objects.
-    kinds = {found for found in set(map(type, objects)) if issubclass(found, kind)}
-    return [found for found in objects if type(found) in kinds]
+    classes = set(map(type, objects))
+    kinds = {found for found in classes if issubclass(found, kind)}
+    listed = [found for found in objects if type(found) in kinds]
+    del objects
+    known = set(map(id, listed))
+    yield from listed
+    frozen = _frozen_objects(frozen_since=_Listed not in classes)
+    yield from (found for found in frozen if issubclass(type(found), kind) and id(found) not in known)
 
 
+class _Listed:
+    """Of its one object, which is no longer listed when the heap was frozen since."""
+
+
+_listed: _Listed | None = None
 _frozen: "list[ref[Any]]" = []
-_frozen_count = 0
 
 
-def _frozen_objects() -> list[Any]:
+def _frozen_objects(frozen_since: bool) -> list[Any]:
     """Modules and optimizers that the collector does not list, by a walk from the globals and locals of the script."""
-    global _frozen_count
-    count = gc.get_freeze_count()
-    if count > _frozen_count:
-        _frozen[:] = [ref(found) for found in _reachable((Module, torch.optim.Optimizer))]
-    _frozen_count = count
+    global _listed
+    if frozen_since:
+        # At the first call it is not known; later the count would be a walk over all that is frozen, for each graph.
+        if _listed is not None or gc.get_freeze_count():
+            _frozen[:] = [ref(found) for found in _reachable((Module, torch.optim.Optimizer))]
+        _listed = _Listed()
     return [found for known in _frozen if (found := known()) is not None]
 
 

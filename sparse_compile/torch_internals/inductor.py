@@ -63,13 +63,15 @@ def compile_graph(
     # kernels that come from a cache: the second process would fail.  Without it each process finds out anew.
     os.environ.setdefault("TORCHINDUCTOR_DISABLE_MULTI_KERNEL_CACHE", "1")
     how: dict[str, Any] = {"inner_compile": compile_fx_inner}
+    patched = {"ban_recompute_materialized_backward": False} if recompute else {}
     if not generate_code:
         how = {"inner_compile": _run_eagerly, "decompositions": _eager_decompositions()}
+        # A cache keeps generated code alone; its key, of all sources of PyTorch and Triton, would be made for nothing.
+        patched["enable_autograd_cache"] = False
     # AOTAutograd caches graphs that call a python function only if told what stands for the function's code.
     marked = {} if cacheable_function is None else {cacheable_function: _sources_hash()}
     cacheable = {"unsafe_marked_cacheable_functions": marked} if marked else {}
-    partition = {"ban_recompute_materialized_backward": False} if recompute else {}
-    with config.patch(partition):
+    with config.patch(patched):
         return cast(
             Callable[..., Any],
             compile_fx(graph_module, list(inputs), config_patches={**patches, **cacheable}, **how),
