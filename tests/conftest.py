@@ -56,9 +56,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         Path(file).write_text(zoo.as_json(outcomes))
 
 
-def pytest_collection_finish() -> None:
-    """Leave what is imported by now, and by the first compilation, out of walks over the heap: they are faster then."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compile quickly: what each test would wait for, and none is about."""
     import_module("torch._inductor.compile_fx")
+    # Dynamo measures each compilation's guards, for which it flushes the caches of the processor.
+    import_module("torch._dynamo.guards").profile_guard_manager = lambda *_: 0.0
+    if not session.config.getoption("--nightly"):
+        # Loops without vector instructions take g++ half as long.
+        import_module("torch._inductor.config").cpp.simdlen = 1
+    # The patterns of Inductor's passes over joint graphs.  With a GPU they would begin to use it.
+    if not torch.cuda.is_available():
+        import_module("torch._inductor.fx_passes.joint_graph").lazy_init()
+    # Leave what is imported by now, and by the first compilation, out of walks over the heap.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)  # a compilation makes many objects, few of which are garbage
