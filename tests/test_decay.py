@@ -1,10 +1,6 @@
 """Masked decay: the op against its definition; in training once per optimizer step, however gradients come to be."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,13 +18,6 @@ def dropped(weight):
     """What is left of the weight ``[N, K]`` without the two largest of each four; no ties."""
     groups = weight.reshape(-1, 4)
     return groups.where(groups.abs() <= groups.abs().sort(dim=1).values[:, 1:2], 0.0).reshape(weight.shape)
-
-
-@pytest.mark.parametrize("cases", [(), pytest.param(("all",), marks=pytest.mark.nightly)], ids=["pairs", "all"])
-def test_interpreted_kernel_matches_the_reference(cases):
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "tests.interpreted_kernels", "decay", *cases]
-    subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
 
 def test_the_reference_is_the_definition():

@@ -1,11 +1,7 @@
 """MVUE: the two estimators against their mathematics, the random numbers, and the kernel."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 import torch
@@ -347,13 +343,6 @@ def test_the_seed_decides_the_samples(approximate) -> None:
         assert differs[:2, :3].double().mean() > 0.99
         assert not differs[:, 3:].any()
     assert not reference.decompress24(values, metadata)[:, 261:].view(torch.uint8).any()
-
-
-@pytest.mark.parametrize("cases", [(), pytest.param(("all",), marks=pytest.mark.nightly)], ids=["pairs", "all"])
-def test_interpreted_kernel_matches_the_reference(cases: tuple[str, ...]) -> None:
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "tests.interpreted_kernels", "mvue", *cases]
-    subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
 
 def buffers(tokens: int, columns: int, device: str, fp8: torch.dtype = E4M3) -> list[Tensor]:
