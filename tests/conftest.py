@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparse_compile
+import warm
 import zoo
 
 SLOWEST = {
@@ -57,17 +58,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Compile quickly: what each test would wait for, and none is about."""
-    import_module("torch._inductor.compile_fx")
-    # Dynamo measures each compilation's guards, for which it flushes the caches of the processor.
-    import_module("torch._dynamo.guards").profile_guard_manager = lambda *_: 0.0
+    """Make compilations faster, and walks over the heap, from which is left out what each of them needs."""
     if not session.config.getoption("--nightly"):
-        # Loops without vector instructions take g++ half as long.
-        import_module("torch._inductor.config").cpp.simdlen = 1
+        warm.compile_quickly()
+    import_module("torch._inductor.compile_fx")
     # The patterns of Inductor's passes over joint graphs.  With a GPU they would begin to use it.
     if not torch.cuda.is_available():
         import_module("torch._inductor.fx_passes.joint_graph").lazy_init()
-    # Leave what is imported by now, and by the first compilation, out of walks over the heap.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)  # a compilation makes many objects, few of which are garbage
