@@ -31,6 +31,8 @@ def server() -> "subprocess.Popen[str]":
     without = {name: value for name, value in os.environ.items() if not name.startswith(("SPARSE_COMPILE", "PYTHON"))}
     # Whether there is a GPU is then asked without the CUDA runtime, which a forked process could not use again.
     without["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    # Threads are counted when torch is imported.  Tests and ranks run side by side.
+    without["OMP_NUM_THREADS"] = "1"
     process = subprocess.Popen(
         [sys.executable, __file__], env=without, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
