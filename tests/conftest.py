@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -188,5 +189,29 @@ def trace() -> Callable[..., torch.fx.GraphModule]:
         torch.compile(module, backend=keep)(*args)
         assert len(graphs) == 1
         return graphs[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def traced() -> dict[Any, tuple[SmallGPT, torch.fx.GraphModule]]:
+    """Models by what they were made with, and their graphs."""
+    return {}
+
+
+@pytest.fixture
+def gpt_graph(
+    traced: dict[Any, tuple[SmallGPT, torch.fx.GraphModule]],
+    trace: Callable[..., torch.fx.GraphModule],
+    batch: tuple[Tensor, Tensor],
+) -> Callable[..., torch.fx.GraphModule]:
+    """A SmallGPT's graph, which tests of a file share: none may change it."""
+
+    def run(**model: Any) -> torch.fx.GraphModule:
+        key = tuple(model.items())
+        if key not in traced:
+            made = SmallGPT(**model)
+            traced[key] = made, trace(made, *batch)
+        return traced[key][1]
 
     return run
