@@ -16,8 +16,8 @@ import warm
 import zoo
 
 SLOWEST = {
-    "test_distributed.py", "test_distributed_schedule.py", "test_examples.py", "test_kill.py",
-    "test_packaging.py", "test_prune.py", "test_state_machine.py",
+    "test_asked_at_each_call.py", "test_backend.py", "test_distributed.py", "test_distributed_schedule.py",
+    "test_examples.py", "test_interpreted_kernels.py", "test_kill.py", "test_packaging.py", "test_state_machine.py",
 }  # fmt: skip
 
 
