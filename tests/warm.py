@@ -1,4 +1,4 @@
-"""Python programs in new processes that need not import torch: they are forked from one that has, and compiled nothing.
+"""Python programs in new processes that need not import torch: they are forked from one that has, and compiled once.
 
 ``python`` is ``subprocess.run`` of this interpreter, seconds faster.  The import of torch lies before such a process:
 variables of the environment that are read then come too late, and the interpreter takes no options.
