@@ -11,6 +11,7 @@ import argparse
 import gc
 import json
 import math
+import os
 import sys
 import sysconfig
 import time
@@ -125,8 +126,11 @@ def corpus() -> tuple[Tensor, Tensor]:
     root = Path(sysconfig.get_paths()["stdlib"])
     # Some installations leave the tests of the standard library out.
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    files = [(root / name).read_bytes() for name in names if skipped.isdisjoint(name.split("/"))]
+    names: list[str] = []
+    for folder, folders, files_there in os.walk(root):
+        folders[:] = set(folders) - skipped  # not walked through: what is installed is large
+        names += (Path(folder, name).relative_to(root).as_posix() for name in files_there if name.endswith(".py"))
+    files = [(root / name).read_bytes() for name in sorted(names)]
     held_out = b"".join(files[19::20])
     train = b"".join(text for i, text in enumerate(files) if i % 20 != 19)
     return tuple(torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in (train, held_out))  # type: ignore[return-value]

@@ -20,7 +20,8 @@ use_environment() {
     "$python" -m venv .venv
   fi
   export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
-  unset PYTHONHOME PYTHONPATH
+  # Without files of compiled modules each process would compile all of torch that it imports.
+  unset PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE
   PYTHON=.venv/bin/python
   if ! cat constraints.txt pyproject.toml | cmp -s - "$stamp"; then
     echo "installing torch, then sparse_compile[$extra], into .venv (minutes where torch must be downloaded)"

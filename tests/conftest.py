@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparse_compile
+import warm
 import zoo
 
 SLOWEST = {
-    "test_distributed.py", "test_distributed_schedule.py", "test_examples.py", "test_kill.py",
-    "test_packaging.py", "test_prune.py", "test_state_machine.py",
+    "test_asked_at_each_call.py", "test_backend.py", "test_distributed.py", "test_distributed_schedule.py",
+    "test_examples.py", "test_interpreted_kernels.py", "test_kill.py", "test_packaging.py", "test_state_machine.py",
 }  # fmt: skip
 
 
@@ -56,9 +58,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         Path(file).write_text(zoo.as_json(outcomes))
 
 
-def pytest_collection_finish() -> None:
-    """Leave what is imported by now, and by the first compilation, out of walks over the heap: they are faster then."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Make compilations faster, and walks over the heap, from which is left out what each of them needs."""
+    if not session.config.getoption("--nightly"):
+        warm.compile_quickly()
     import_module("torch._inductor.compile_fx")
+    # The patterns of Inductor's passes over joint graphs.  With a GPU they would begin to use it.
+    if not torch.cuda.is_available():
+        import_module("torch._inductor.fx_passes.joint_graph").lazy_init()
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)  # a compilation makes many objects, few of which are garbage
@@ -182,5 +189,29 @@ def trace() -> Callable[..., torch.fx.GraphModule]:
         torch.compile(module, backend=keep)(*args)
         assert len(graphs) == 1
         return graphs[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def traced() -> dict[Any, tuple[SmallGPT, torch.fx.GraphModule]]:
+    """Models by what they were made with, and their graphs."""
+    return {}
+
+
+@pytest.fixture
+def gpt_graph(
+    traced: dict[Any, tuple[SmallGPT, torch.fx.GraphModule]],
+    trace: Callable[..., torch.fx.GraphModule],
+    batch: tuple[Tensor, Tensor],
+) -> Callable[..., torch.fx.GraphModule]:
+    """A SmallGPT's graph, which tests of a file share: none may change it."""
+
+    def run(**model: Any) -> torch.fx.GraphModule:
+        key = tuple(model.items())
+        if key not in traced:
+            made = SmallGPT(**model)
+            traced[key] = made, trace(made, *batch)
+        return traced[key][1]
 
     return run

@@ -176,7 +176,8 @@ def resume(case: dict[str, Any], device: torch.device, folder: Path) -> dict[str
         for parameter in model.parameters():
             parameter.mul_(2)  # betas as they would be computed here are others
     optimizer = new_optimizer(model)
-    model(torch.zeros(1, 8, dtype=torch.long, device=device))  # so that beta is asked for
+    ids = torch.zeros(SEQUENCES // dist.get_world_size(), TOKENS, dtype=torch.long, device=device)
+    model(ids)  # so that beta is asked for; of a size that needs no other graph
     fresh = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     dcp.load(fresh, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=fresh["model"], optim_state_dict=fresh["optimizer"])

@@ -260,21 +260,22 @@ def test_checkpointing_gives_the_same_gradients(ffn, x):
     assert max(relative_errors(model, baseline).values()) < 1e-6
 
 
-def test_autocast(small_gpt, batch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.nightly)], ids=str)
+def test_autocast(small_gpt, batch, dtype):
     """Of a block and a head."""
-    models = {torch.float32: small_gpt()}
-    models |= {dtype: copy.deepcopy(models[torch.float32]) for dtype in (torch.bfloat16, torch.float16)}
-    for dtype, model in models.items():
+    plain = small_gpt()
+    model = copy.deepcopy(plain)
+    for trained, enabled in ((plain, False), (model, True)):
         torch._dynamo.reset()
         torch.manual_seed(3)
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32):
-            loss = torch.compile(model, backend="sste", options=EAGER)(*batch)
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            loss = torch.compile(trained, backend="sste", options=EAGER)(*batch)
         loss.backward()
-        assert all(parameter.grad.dtype is torch.float32 for parameter in model.parameters())
+        assert all(parameter.grad.dtype is torch.float32 for parameter in trained.parameters())
         assert sparse_compile.report().graphs[-1].rewritten == 4
-        errors = relative_errors(model, models[torch.float32])
-        assert max(errors.values()) < 0.35
-        assert errors["head.weight"] < 0.05
+    errors = relative_errors(model, plain)
+    assert 0 < max(errors.values()) < 0.35
+    assert errors["head.weight"] < 0.05
 
 
 def test_pure_bf16(ffn, x):

@@ -163,7 +163,7 @@ def beginnings():
     for index, (name, make) in enumerate(OPTIMIZERS.items()):
         for turn, (kind, (dtype, warmup)) in enumerate(BEGINNINGS.items()):
             if index % 2 == 0 and turn == index // 2 % 2:
-                yield pytest.param(make, dtype, warmup, 100, id=f"{name}-{kind}")
+                yield pytest.param(make, dtype, warmup, 60, id=f"{name}-{kind}")
             yield pytest.param(make, dtype, warmup, 300, id=f"{name}-{kind}-long", marks=pytest.mark.nightly)
 
 

@@ -41,22 +41,12 @@ def kernels(monkeypatch):
     monkeypatch.setattr(ops, "emulation_reason", lambda device: None)
 
 
-@pytest.fixture(scope="module")
-def traced():
-    """Models by what they were made with, and their graphs, which no pass of these tests changes."""
-    return {}
-
-
 @pytest.fixture
-def plans(traced, trace, small_gpt, batch):
+def plans(gpt_graph):
     """Of the linears qkv, proj, up and down."""
 
     def make(targets="ffn", recipe=SSTE, **model):
-        key = tuple(model.items())
-        if key not in traced:
-            made = small_gpt(**model)
-            traced[key] = made, trace(made, *batch)
-        return decide(find(Flow(traced[key][1])).sites, recipe, targets, ParameterOwners())[0]
+        return decide(find(Flow(gpt_graph(**model))).sites, recipe, targets, ParameterOwners())[0]
 
     return make
 
@@ -90,9 +80,8 @@ def test_the_recipe_where_it_is_fastest(kernels, plans):
 
 
 @pytest.mark.parametrize("recipe", [SSTE_BF16, STE_BF16], ids=lambda recipe: recipe.name)
-def test_bf16_casts_nothing(kernels, trace, small_gpt, batch, recipe):
-    graph = trace(small_gpt(), *batch)
-    plans, rejections = decide(find(Flow(graph)).sites, recipe, "ffn", ParameterOwners())
+def test_bf16_casts_nothing(kernels, gpt_graph, recipe):
+    plans, rejections = decide(find(Flow(gpt_graph())).sites, recipe, "ffn", ParameterOwners())
     assert {r.name: r.reason for r in rejections if r.reason is not Reason.HEAD} == dict.fromkeys(
         ["blocks.0.qkv", "blocks.0.proj"], Reason.NOT_A_TARGET
     )

@@ -24,52 +24,52 @@ def decisions(graph, targets="ffn"):
     return {plan.site.name: plan.recipe for plan in plans}, {r.name: r.reason for r in rejections}
 
 
-def test_ffn_gets_the_recipe_and_attention_dense_fp8(trace, small_gpt, batch):
-    plans, rejections = decisions(trace(small_gpt(depth=1), *batch))
+def test_ffn_gets_the_recipe_and_attention_dense_fp8(gpt_graph):
+    plans, rejections = decisions(gpt_graph())
     assert plans == {"blocks.0.qkv": FP8, "blocks.0.proj": FP8, "blocks.0.up": SSTE, "blocks.0.down": SSTE}
     assert rejections == {"head": Reason.HEAD}
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_the_first_linears_of_ffns_alone(trace, small_gpt, batch, gated):
-    plans, rejections = decisions(trace(small_gpt(depth=1, gated=gated), *batch), "ffn-up")
+def test_the_first_linears_of_ffns_alone(gpt_graph, gated):
+    plans, rejections = decisions(gpt_graph(gated=gated), "ffn-up")
     assert {name for name, recipe in plans.items() if recipe == SSTE} == {"blocks.0.up", "blocks.0.gate"} & plans.keys()
     assert plans["blocks.0.down"] == FP8
     assert rejections == {"head": Reason.HEAD}
 
 
-def test_advice_names_the_smallest_targets_that_a_linear_is_one_of(trace, small_gpt, batch):
-    sites, _ = found(trace(small_gpt(depth=1), *batch))
+def test_advice_names_the_smallest_targets_that_a_linear_is_one_of(gpt_graph):
+    sites, _ = found(gpt_graph())
     plans, _ = decide(sites, SSTE, "ffn-up", ParameterOwners())
     said = {plan.site.name: plan.advice.partition("say ")[2] for plan in plans}
     ffn, everywhere = (f"'sste.targets': {targets!r}, or name it there" for targets in ("ffn", "all"))
     assert said == {"blocks.0.qkv": everywhere, "blocks.0.proj": everywhere, "blocks.0.up": "", "blocks.0.down": ffn}
 
 
-def test_all_linears_but_the_head(trace, small_gpt, batch):
-    plans, rejections = decisions(trace(small_gpt(depth=1), *batch), "all")
+def test_all_linears_but_the_head(gpt_graph):
+    plans, rejections = decisions(gpt_graph(), "all")
     assert set(plans.values()) == {SSTE}
     assert len(plans) == 4
     assert rejections == {"head": Reason.HEAD}
 
 
 @pytest.mark.parametrize("targets", ["ffn", "all"])
-def test_the_head_in_dense_fp8_if_asked_for(trace, small_gpt, batch, targets):
-    sites, _ = found(trace(small_gpt(depth=1), *batch))
+def test_the_head_in_dense_fp8_if_asked_for(gpt_graph, targets):
+    sites, _ = found(gpt_graph())
     plans, rejections = decide(sites, SSTE, targets, ParameterOwners(), head=FP8)
     assert plans[-1].site.name == "head"
     assert plans[-1].recipe == FP8
     assert rejections == []
 
 
-def test_a_tied_head_stays_dense_also_if_asked_for(trace, small_gpt, batch):
-    sites, _ = found(trace(small_gpt(depth=1, tied=True), *batch))
+def test_a_tied_head_stays_dense_also_if_asked_for(gpt_graph):
+    sites, _ = found(gpt_graph(tied=True))
     _, rejections = decide(sites, SSTE, "ffn", ParameterOwners(), head=FP8)
     assert [rejection.reason for rejection in rejections] == [Reason.TIED]
 
 
-def test_glob_names_the_targets_the_head_too(trace, small_gpt, batch):
-    plans, rejections = decisions(trace(small_gpt(depth=1), *batch), "*[hp][er][ao][dj]")
+def test_glob_names_the_targets_the_head_too(gpt_graph):
+    plans, rejections = decisions(gpt_graph(), "*[hp][er][ao][dj]")
     assert plans == {"blocks.0.qkv": FP8, "blocks.0.proj": SSTE, "blocks.0.up": FP8, "blocks.0.down": FP8, "head": SSTE}
     assert rejections == {}
 
@@ -167,8 +167,8 @@ def test_integer_weight(trace):
     assert list(decisions(graph)[1].values()) == [Reason.DTYPE]
 
 
-def test_tied_within_the_graph(trace, small_gpt, batch):
-    _, rejections = decisions(trace(small_gpt(tied=True), *batch))
+def test_tied_within_the_graph(gpt_graph):
+    _, rejections = decisions(gpt_graph(tied=True))
     assert rejections == {"embedding": Reason.TIED}
 
 

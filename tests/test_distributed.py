@@ -34,7 +34,7 @@ DDP = {
     "buckets, two microbatches": {**BUCKETS, "microbatches": 2},
     "buckets, fp8": {**BUCKETS, **DENSE},
 }
-ONE = {"wrap": "none", "compile": "whole"}
+ONE = {"wrap": "none", "compile": "blocks"}  # which share a graph
 
 
 def devices(*few):

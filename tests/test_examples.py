@@ -45,7 +45,7 @@ def check(said: str, result: dict[str, Any], layers: int) -> None:
 def test_train_gpt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A short run on the CPU, of a smaller shape than the program offers."""
     shape, config = train_gpt.PRESETS["tiny"]
-    smaller = replace(shape, layers=2, context=64), replace(config, batch=4, validation_batches=4)
+    smaller = replace(shape, layers=2, heads=2, width=64, context=32), replace(config, validation_batches=2)
     monkeypatch.setitem(train_gpt.PRESETS, "tiny", smaller)
     train_gpt.main([*ARGUMENTS, str(tmp_path / "run.json")])
     check(capsys.readouterr().out, json.loads((tmp_path / "run.json").read_text()), layers=2)

@@ -1,10 +1,6 @@
 """The weight: its projections and beta, and the kernels that prune, cast and compress."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -145,13 +141,6 @@ def test_kept_are_the_two_largest_then_the_lowest() -> None:
     nibbles = [int(metadata[0, 0, 0, 0]) >> 4 * i & 15 for i in range(4)]
     assert [(nibble & 3, nibble >> 2) for nibble in nibbles] == [(0, 3), (1, 3), (0, 2), (0, 1)]
     assert values[0, :8].float().mul(2.0**-6).tolist() == [0, -5, 2, 3, 2, -6, 2, -2]
-
-
-@pytest.mark.parametrize("cases", [(), pytest.param(("all",), marks=pytest.mark.nightly)], ids=["pairs", "all"])
-def test_interpreted_kernels_match_the_reference(cases: tuple[str, ...]) -> None:
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "tests.interpreted_kernels", "prune", "prune_bf16", *cases]
-    subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
 
 @pytest.mark.parametrize("hard", [False, True])

@@ -208,7 +208,7 @@ def test_training_a_checkpoint_and_finalize():
     assert train(run, optimizer, range(6, 9)) == later
     assert sparse_compile.beta(model) == betas
 
-    expected, x = projected(model), torch.randn(8, 64)
+    expected, x = projected(model), torch.randn(64, 64)
     before = run(x).detach()
     assert sparse_compile.finalize(model) == ["up.weight", "down.weight"]
     assert torch.equal(model.up.weight, expected.up.weight)

@@ -1,10 +1,6 @@
 """Transposable masks: the search against all 90 masks, the kernel against its definition, and training with them."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -81,14 +77,6 @@ def test_a_bad_element_shows_also_where_it_is_dropped(value):
     masks = transposable_masks(weight)
     assert prune_transposable(weight, masks)[-1].isnan()
     assert prune_transposable(weight, ~masks)[-1].isnan()
-
-
-@pytest.mark.parametrize("cases", [(), pytest.param(("all",), marks=pytest.mark.nightly)], ids=["pairs", "all"])
-def test_interpreted_kernels_match_the_reference(cases):
-    """That of the soft projection too, as one process imports torch once."""
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "tests.interpreted_kernels", "transposable", "soft_transposable", *cases]
-    subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Python programs in new processes that need not import torch: they are forked from one that has, and compiled nothing.
+"""Python programs in new processes that need not import torch: they are forked from one that has, and compiled once.
 
 ``python`` is ``subprocess.run`` of this interpreter, seconds faster.  The import of torch lies before such a process:
 variables of the environment that are read then come too late, and the interpreter takes no options.
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +31,8 @@ def server() -> "subprocess.Popen[str]":
     without = {name: value for name, value in os.environ.items() if not name.startswith(("SPARSE_COMPILE", "PYTHON"))}
     # Whether there is a GPU is then asked without the CUDA runtime, which a forked process could not use again.
     without["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    # Threads are counted when torch is imported.  Tests and ranks run side by side.
+    without["OMP_NUM_THREADS"] = "1"
     process = subprocess.Popen(
         [sys.executable, __file__], env=without, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -112,14 +114,31 @@ def execute(request: dict[str, Any]) -> None:
         exec(compile(Path(first).read_bytes(), main.__file__, "exec"), main.__dict__)
 
 
+def compile_quickly() -> None:
+    """Spare compilations what takes long and changes nothing that is tested."""
+    # Dynamo measures the guards of each, for which it flushes the caches of the processor.
+    import_module("torch._dynamo.guards").profile_guard_manager = lambda *_: 0.0
+    # g++ takes half as long for loops without vector instructions, of which Inductor need not find out then.
+    import_module("torch._inductor.config").cpp.vec_isa_ok = False
+
+
+def compile_once() -> None:
+    """What a process's first compilation imports, and computes of the sources of torch and Triton."""
+    torch = import_module("torch")
+    compile_fx = import_module("torch._inductor.compile_fx").compile_fx
+    eager = partial(compile_fx, inner_compile=lambda graph, *_, **__: graph.forward)
+    with torch.no_grad():
+        torch.compile(torch.sin, backend=eager)(torch.ones(1))
+    torch._dynamo.reset()
+
+
 def serve() -> dict[str, Any] | None:
     """The request, in each process that is forked; nothing in this one, at the end of requests."""
     installed = sys.path[1:]  # without this folder
-    for name in ("torch._dynamo", "torch._inductor.compile_fx"):
-        import_module(name)
-    # The patterns of Inductor's passes over joint graphs.  With a GPU they would begin to use it.
+    compile_quickly()
+    # With a GPU a compilation would begin to use it.
     if not import_module("torch").cuda.is_available():
-        import_module("torch._inductor.fx_passes.joint_graph").lazy_init()
+        compile_once()
     gc.collect()
     gc.freeze()
     for line in sys.stdin:
