@@ -1,6 +1,7 @@
 """Fixtures of all tests: a small transformer, a clean slate, the marks of tests that need a GPU or a night."""
 
 import gc
+import logging
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import sparse_compile
 import warm
 import zoo
+from sparse_compile.kernels import ops
 
 SLOWEST = {
     "test_asked_at_each_call.py", "test_backend.py", "test_distributed.py", "test_distributed_schedule.py",
@@ -47,6 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[zoo.OUTCOMES] = []
+    # pytest listens to loggers that do not propagate: all graphs would be printed for the trace of a compilation.
+    logging.getLogger("torch.__trace").propagate = True
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -78,6 +82,8 @@ def clean_slate() -> Iterator[None]:
     sparse_compile.report().health.clear()
     sparse_compile.report().step_ms.clear()
     sparse_compile.report().fallbacks.clear()
+    sparse_compile.report().choices.clear()
+    ops.observe(None)
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()

@@ -4,23 +4,15 @@ A file does so with ``clean_slate = shared_graphs.kept``, in place of the fixtur
 test that asks what was compiled, or what the report says of it, begins with ``torch._dynamo.reset()``.
 """
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo.config
-import torch._dynamo.guards
 
 import sparse_compile
 from sparse_compile import backend
-
-# What a compilation does besides: a walk over all objects, and a measurement that flushes the processor's caches.
-torch._dynamo.config.run_gc_after_compile = False
-torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
-# pytest listens to loggers that do not propagate, for which all graphs would be printed to the trace of a compilation.
-logging.getLogger("torch.__trace").propagate = True
 
 # Whose graphs dynamo has.
 _owner: Path | None = None
@@ -34,7 +26,7 @@ def kept(request: pytest.FixtureRequest) -> Iterator[None]:
         torch._dynamo.reset()
         _owner = request.path
     report = sparse_compile.report()
-    for kept_of_graphs in (report.graphs, report.health, report.step_ms, report.fallbacks):
+    for kept_of_graphs in (report.graphs, report.health, report.step_ms, report.fallbacks, report.choices):
         kept_of_graphs.clear()
     torch.manual_seed(0)
     # Graphs of another test are no reason to let sizes vary, nor to compile no more.

@@ -118,6 +118,8 @@ def compile_quickly() -> None:
     """Spare compilations what takes long and changes nothing that is tested."""
     # Dynamo measures the guards of each, for which it flushes the caches of the processor.
     import_module("torch._dynamo.guards").profile_guard_manager = lambda *_: 0.0
+    # It walks over all objects after each, too.
+    import_module("torch._dynamo.config").run_gc_after_compile = False
     # g++ takes half as long for loops without vector instructions, of which Inductor need not find out then.
     import_module("torch._inductor.config").cpp.vec_isa_ok = False
 
