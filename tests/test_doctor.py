@@ -32,10 +32,17 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         "versions": "ok", "backend": "ok", "device": "problem", "compiler": "ok", "cache": "ok", "kernels": "skipped",
         "training step": "skipped", "speed": "skipped", "attention": "skipped",
     }  # fmt: skip
-    with pytest.raises(SystemExit):
+    (device,) = [finding for finding in result["findings"] if finding["what"] == "device"]
+    assert "models run dense here; 'sste.when': 'always' emulates" in device["remedy"]
+
+
+def test_a_machine_that_does_not(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "findings", lambda: iter([Finding("device", Status.PROBLEM, "none", "buy one")]))
+    with pytest.raises(SystemExit) as exited:
         main(["doctor"])
+    assert exited.value.code == 1
     text = capsys.readouterr().out
-    assert "-> models run dense here; 'sste.when': 'always' emulates" in text
+    assert re.search(r"^problem +device +none\n +-> buy one$", text, re.MULTILINE)
     assert "the backend does not work here (" in text
 
 

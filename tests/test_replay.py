@@ -25,14 +25,21 @@ def kernels(monkeypatch):
     monkeypatch.setattr("sparse_compile.kernels.ops.emulation_reason", lambda device: None)
 
 
+@pytest.fixture(scope="module")
+def found():
+    """Linears by the number of tokens, which no test changes."""
+    return {}
+
+
 @pytest.fixture
-def plans(trace, small_gpt, batch):
+def plans(found, trace, small_gpt, batch):
     """Of a model that is called with so many tokens of each sequence."""
 
     def make(tokens=16, recipe=SSTE):
-        ids, targets = batch
-        sites = find(Flow(trace(small_gpt(), ids[:, :tokens], targets[:, :tokens]))).sites
-        return decide(sites, recipe, "ffn", ParameterOwners())[0]
+        if tokens not in found:
+            model = small_gpt()
+            found[tokens] = model, find(Flow(trace(model, *(part[:, :tokens] for part in batch)))).sites
+        return decide(found[tokens][1], recipe, "ffn", ParameterOwners())[0]
 
     return make
 
