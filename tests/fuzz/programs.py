@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 WIDTHS = (64, 80, 128)
 LEADING = ((16,), (4, 8), (2, 3, 5), (1,), (33,))
 
+# A spelling that is not rewritten.
+DENSE = "einsum"
 # By name, the product of ``x [..., K]`` with a weight ``[N, K]`` and a bias ``[N]`` or none.
 SPELLINGS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "F.linear": F.linear,
@@ -21,7 +23,7 @@ SPELLINGS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "addmm": lambda x, w, b: (
         torch.mm(x.flatten(0, -2), w.t()) if b is None else torch.addmm(b, x.flatten(0, -2), w.t())
     ).unflatten(0, x.shape[:-1]),
-    "einsum": lambda x, w, b: _plus(torch.einsum("...k,nk->...n", x, w), b),
+    DENSE: lambda x, w, b: _plus(torch.einsum("...k,nk->...n", x, w), b),
     "permuted": lambda x, w, b: F.linear(x, w.t().contiguous().t(), b),
 }
 
@@ -96,13 +98,19 @@ class Program:
 
 
 @st.composite
-def programs(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Program:
-    count = draw(st.integers(2, 8))
+def programs(draw: st.DrawFn, dtype: torch.dtype = torch.float32, most: int = 8) -> Program:
+    """Of up to so many linears.  A weight of an einsum, which stays dense, is no other linear's."""
+    count = draw(st.integers(2, most))
     width = first = draw(st.sampled_from(WIDTHS))
     shapes: list[tuple[int, int, bool, bool, bool]] = []
-    steps = []
+    steps: list[Step] = []
     for _ in range(count):
-        fitting = [index for index, shape in enumerate(shapes) if shape[1] == width]
+        spelling = draw(st.sampled_from(sorted(SPELLINGS)))
+        fitting = [
+            index for index, shape in enumerate(shapes)
+            if shape[1] == width
+            and all((step.spelling == DENSE) == (spelling == DENSE) for step in steps if step.weight == index)
+        ]  # fmt: skip
         if fitting and draw(st.integers(0, 5)) == 0:
             index = draw(st.sampled_from(fitting))
         else:
@@ -111,7 +119,7 @@ def programs(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
             shapes.append((rows, width, draw(st.booleans()), draw(st.booleans()), draw(st.integers(0, 7)) == 0))
         steps.append(
             Step(
-                spelling=draw(st.sampled_from(sorted(SPELLINGS))),
+                spelling=spelling,
                 weight=index,
                 after=tuple(draw(st.lists(st.sampled_from(sorted(BETWEEN)), max_size=2))),
                 residual=draw(st.booleans()),
@@ -123,7 +131,7 @@ def programs(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     assert shapes[steps[0].weight][1] == first
     return Program(
         shapes=tuple(shapes), steps=tuple(steps), leading=draw(st.sampled_from(LEADING)),
-        again=draw(st.sampled_from((None, *LEADING))), dtype=draw(st.sampled_from(dtypes)),
+        again=draw(st.sampled_from((None, *LEADING))), dtype=dtype,
         seed=draw(st.integers(0, 2**16)),
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from fuzz.programs import Model, Program, programs
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "20"))
 # Of norms: fp32 and fp64 round a few elements to other neighbours in e4m3; bf16 many.
-TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 6e-2}
+TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
 PHASES = [Phase.explicit, Phase.generate, *([Phase.shrink] if "FUZZ_SHRINK" in os.environ else [])]
 SETTINGS = settings(
     max_examples=EXAMPLES, deadline=None, derandomize="FUZZ_EXAMPLES" not in os.environ, print_blob=True,
@@ -125,6 +125,6 @@ def test_models(program: Program, recipe: str) -> None:
 
 @pytest.mark.nightly
 @SETTINGS
-@given(program=programs((torch.bfloat16,)), recipe=st.sampled_from(sorted(PROJECTIONS)))
+@given(program=programs(torch.bfloat16, most=2), recipe=st.sampled_from(sorted(PROJECTIONS)))
 def test_models_in_bf16(program: Program, recipe: str) -> None:
     check(program, recipe)
