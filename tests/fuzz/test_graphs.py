@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,8 +17,11 @@ from fuzz.oracle import PROJECTIONS, Kept, Linear, kept
 from fuzz.programs import Model, Program, programs
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "20"))
-# Of norms: fp32 and fp64 round a few elements to other neighbours in e4m3; bf16 many.
-TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
+LARGEST = 1e12  # beyond it fp32 may overflow on the way
+# Of norms, for each linear.  fp32 and fp64 round a few elements to other neighbours in e4m3, which are 6 % apart, and
+# bf16 many.  Products that should be in FP8 and are not would be off by 2.6 % each.
+TOLERANCES = {torch.float32: 4e-3, torch.bfloat16: 5e-2}
+MOST = {torch.float32: 0.02, torch.bfloat16: 0.1}
 PHASES = [Phase.explicit, Phase.generate, *([Phase.shrink] if "FUZZ_SHRINK" in os.environ else [])]
 SETTINGS = settings(
     max_examples=EXAMPLES, deadline=None, derandomize="FUZZ_EXAMPLES" not in os.environ, print_blob=True,
@@ -77,7 +80,10 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str) -
     assert actual.shape == expected.shape, what
     actual, expected = actual.detach().double(), expected.detach()
     error = float((actual - expected).norm())
-    assert error <= tolerance * float(expected.norm()) + 1e-30, f"{what} is off by {error / float(expected.norm()):.2%}"
+    norm = float(expected.norm())
+    # The derivative of a tanh that is nearly 1 has few bits in fp32, and may be none.
+    floor = 1e-5 * expected.numel() ** 0.5
+    assert error <= tolerance * norm + floor, f"{what} is off by {error:.3g} of {norm:.3g}"
 
 
 def check(program: Program, recipe: str) -> None:
@@ -90,7 +96,7 @@ def check(program: Program, recipe: str) -> None:
         **({} if recipe == "fp8" else {"sste.mvue": "off"}),
     }  # fmt: skip
     step = torch.compile(real, backend="sste", options=options, dynamic=None)
-    tolerance = TOLERANCES[program.dtype] * len(program.steps)
+    tolerance = min(TOLERANCES[program.dtype] * len(program.steps), MOST[program.dtype])
     trained = [parameter for parameter in real.parameters() if parameter.requires_grad and parameter.numel()]
     optimizer = torch.optim.SGD(trained, lr=0.05) if trained else None
     inputs = [program.leading, *([program.again] if program.again is not None else [])]
@@ -103,6 +109,8 @@ def check(program: Program, recipe: str) -> None:
         oracle.recipes = decisions(program)
         expected = oracle.model(exact)
         expected.backward(weighting.double())
+        largest = [expected, exact.grad, *(other.grad for other in oracle.model.parameters() if other.grad is not None)]
+        assume(all(float(value.detach().abs().max()) < LARGEST for value in largest if value.numel()))
         assert_near(y, expected, tolerance, f"output of call {call}")
         assert_near(x.grad, exact.grad, tolerance, f"gradient of the input of call {call}")
         for (name, parameter), other in zip(real.named_parameters(), oracle.model.parameters(), strict=True):
