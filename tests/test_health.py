@@ -1,8 +1,9 @@
 """Health: flips, zeros, underflow and saturation against dense masks; samples at steps; listeners."""
 
-from dataclasses import replace
+from dataclasses import gc
 
 import pytest
+import replace
 import torch
 from torch import nn
 
@@ -245,6 +246,7 @@ def noisy(samples):
 
 
 def test_gradients_are_watched_in_the_step_after_a_sample_that_was_asked_for():
+    gc.collect()  # optimizers of other tests would be waited for, as they might step next
     model = nn.Sequential(nn.Linear(64, 64), *ffn(64))
     compiled = torch.compile(model.forward, backend="sste", options=EAGER)
     optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (model[0], model[1], model[3])]
