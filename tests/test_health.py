@@ -1,9 +1,9 @@
 """Health: flips, zeros, underflow and saturation against dense masks; samples at steps; listeners."""
 
-from dataclasses import gc
+import gc
+from dataclasses import replace
 
 import pytest
-import replace
 import torch
 from torch import nn
 
