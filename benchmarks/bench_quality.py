@@ -160,15 +160,16 @@ def clock_part(
     settings: Sequence[str], arms: Sequence[str], factors: Sequence[float], rates: Sequence[float], seconds: float,
     folder: Path,
 ) -> Report:  # fmt: skip
-    """Losses after the same time; seed 0.  Runs are kept beside those that the results hold already."""
-    runs = [run for run in _runs_in(folder, "clock") if "curve" in run]
-    for setting in settings:
-        wanted = list(product(arms, factors or [1.0], rates or fair_runs.SETTINGS[setting].rates[1:2]))
-        for run in timed_runs.train_for_as_long(setting, wanted, seconds, DEVICE):
-            runs.append(run)
-            write("bench_quality", "clock", {"runs": runs}, timed_runs.table(runs), folder)
-    failed = [f"{run['setting']}, {run['arm']}" for run in runs if not _has_learned(run)]
-    return {"runs": runs, "failed": failed}, timed_runs.table(runs)
+    """Losses after the same time, seed 0, beside those that the results hold already."""
+    chosen = {setting: rates or fair_runs.SETTINGS[setting].rates[1:2] for setting in settings}
+    new = (
+        run
+        for setting, of_setting in chosen.items()
+        for run in timed_runs.train_for_as_long(
+            setting, list(product(arms, factors or [1.0], of_setting)), seconds, DEVICE
+        )
+    )
+    return _kept("clock", _runs_in(folder, "clock"), new, timed_runs.merged, timed_runs.table, folder)
 
 
 def search_part(

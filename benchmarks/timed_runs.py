@@ -8,7 +8,7 @@ from pathlib import Path
 
 import fair_runs
 import torch
-from harness import Run
+from harness import Run, latest
 from tabulate import tabulate
 from torch import Tensor
 
@@ -61,6 +61,11 @@ def train_for_as_long(
         curve = Curve(data[1], chosen.shape.context, steps, device)
         run = fair_runs.train(setting, arm, factor, rate, 0, steps, data, device, curve)
         yield {**run, "seconds_given": seconds, "curve": curve.points}
+
+
+def merged(old: Sequence[Run], new: Sequence[Run]) -> list[Run]:
+    """The new runs in place of old ones of the same setting, arm, factor, rate and time."""
+    return latest(old, new, ("setting", "arm", "factor", "learning_rate", "seconds_given"))
 
 
 def table(runs: Sequence[Run]) -> str:

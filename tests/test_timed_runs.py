@@ -40,6 +40,8 @@ def test_each_arm_is_given_as_many_steps_as_its_own_speed_makes_in_the_time(monk
     ]  # fmt: skip
     assert [run["curve"] for run in runs] == [[(99.5, 2.0)]] * 2
     assert timed_runs.table(runs).count("99.5") == 2
+    again = {**runs[1], "validation_loss": 1.5}
+    assert timed_runs.merged(runs, [again]) == [runs[0], again]
 
 
 def test_a_curve_is_over_the_time_of_the_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,7 @@ def _read_torch(file: Path, names: set[str] | None) -> Iterator[tuple[str, Tenso
             _require_stored(file)
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         tensors = dict(_walk("", content))
+    # A damaged or hostile file makes the loader raise anything.
     except Exception as error:
         raise ValueError(f"{file} cannot be loaded with weights_only=True: {type(error).__name__}: {error}") from error
     _require(file, names, set(tensors))

@@ -50,11 +50,16 @@ class Kept:
     scale_inv: float
 
 
-def kept(weight: Tensor, recipe: str) -> Kept:
-    """With a scale that is the largest power of two for which nothing saturates, and the beta of least squares."""
+def beta_of(weight: Tensor, recipe: str) -> float:
+    """Of least squares; 1 where nothing is pruned."""
     projected = PROJECTIONS[recipe](weight)
     norm = float(projected.square().sum())
-    beta = 1.0 if recipe == "fp8" or not norm else float((weight * projected).sum()) / norm
+    return 1.0 if recipe == "fp8" or not norm else float((weight * projected).sum()) / norm
+
+
+def kept(weight: Tensor, recipe: str, beta: float) -> Kept:
+    """With a scale that is the largest power of two for which nothing saturates."""
+    projected = PROJECTIONS[recipe](weight)
     amax = max(float(projected.abs().max()), TINY)
     scale = 2.0 ** int(torch.tensor(LARGEST / amax, dtype=torch.float64).log2().floor())
     return Kept(e4m3(projected * scale), beta / scale)

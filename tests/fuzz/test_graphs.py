@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sparse_compile
-from fuzz.oracle import PROJECTIONS, Kept, Linear, kept
+from fuzz.oracle import PROJECTIONS, Kept, Linear, beta_of, kept
 from fuzz.programs import Model, Program, programs
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "20"))
@@ -49,20 +49,12 @@ class Oracle:
         if recipe is None:
             return F.linear(x, weight, bias)
         if index not in self._operands:
-            made = kept(weight.detach(), recipe)
-            scale_inv = made.scale_inv
-            if recipe != "fp8":
-                beta = _beta(weight.detach(), recipe)
-                scale_inv *= self.betas.setdefault(index, beta) / beta
-            self._operands[index] = Kept(made.payload, scale_inv)
+            if index not in self.betas:
+                self.betas[index] = beta_of(weight.detach(), recipe)
+            self._operands[index] = kept(weight.detach(), recipe, self.betas[index])
         flat = Linear.apply(x.reshape(-1, x.shape[-1]), weight, self._operands[index])
         y = flat.view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
-
-
-def _beta(weight: Tensor, recipe: str) -> float:
-    projected = PROJECTIONS[recipe](weight)
-    return float((weight * projected).sum() / projected.square().sum())
 
 
 def decisions(program: Program) -> dict[int, str | None]:
