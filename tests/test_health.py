@@ -1,6 +1,5 @@
 """Health: flips, zeros, underflow and saturation against dense masks; samples at steps; listeners."""
 
-import gc
 from dataclasses import replace
 
 import pytest
@@ -246,7 +245,9 @@ def noisy(samples):
 
 
 def test_gradients_are_watched_in_the_step_after_a_sample_that_was_asked_for():
-    gc.collect()  # optimizers of other tests would be waited for, as they might step next
+    others = [torch.optim.SGD(nn.Linear(4, 4).parameters()) for _ in range(3)]  # stepped, and not waited for
+    for optimizer in others:
+        optimizer.step()
     model = nn.Sequential(nn.Linear(64, 64), *ffn(64))
     compiled = torch.compile(model.forward, backend="sste", options=EAGER)
     optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (model[0], model[1], model[3])]
@@ -261,9 +262,22 @@ def test_gradients_are_watched_in_the_step_after_a_sample_that_was_asked_for():
     assert ops._observer is not None
     step()
     assert noisy(sparse_compile.health()) == {"1": True, "3": True}
-    for _ in range(2):
-        step()
+    step()
     assert ops._observer is None
+
+
+def test_a_weight_that_never_steps_is_not_waited_for():
+    model = ffn(64)
+    compiled = torch.compile(model.forward, backend="sste", options=EAGER)
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    compiled(torch.randn(8, 64)).square().sum().backward()
+    sparse_compile.health()
+    watched = []
+    for _ in range(2):
+        compiled(torch.randn(8, 64)).square().sum().backward()
+        optimizer.step()
+        watched.append(ops._observer is not None)
+    assert watched == [True, False]
 
 
 @pytest.mark.parametrize("device", DEVICES)

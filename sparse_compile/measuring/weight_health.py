@@ -22,7 +22,7 @@ from sparse_compile.reporting.health import HEALTH_LIMITS, Health
 from sparse_compile.reporting.process_report import record_health
 from sparse_compile.weights.optimizer_watch import Stage
 from sparse_compile.weights.optimizer_watch import watch as optimizer_watch
-from sparse_compile.weights.record import OperandSet, before_freeing
+from sparse_compile.weights.record import OperandSet, WeightRecord, before_freeing
 from sparse_compile.weights.registry import find_record, record_of
 from sparse_compile.weights.slot import WeightSlot
 
@@ -69,7 +69,7 @@ class HealthMonitor:
         self.listeners: list[Listener] = []
         self.noise = GradNoise()
         self._gradients_left = False
-        self._noise_until = 0  # the optimizer step up to which it was asked for
+        self._asked: WeakKeyDictionary[WeightRecord, int] = WeakKeyDictionary()  # the steps each had made when it was asked
 
     def watch(self, slot: WeightSlot, weight: Tensor, operands: OperandSet, every: int) -> None:
         if not slot.projection.prunes:
@@ -92,7 +92,8 @@ class HealthMonitor:
     def sample_all(self) -> dict[str, Health]:
         """One of each weight; the gradients of the next optimizer step are compared."""
         samples = self.sample(list(self.watched))
-        self._noise_until = optimizer_watch.count + max(1, optimizer_watch.stepped)
+        records = (watched.record() for watched in self.watched.values())
+        self._asked = WeakKeyDictionary({record: record.steps for record in records if record is not None})
         self.watch_gradients()
         return samples
 
@@ -140,7 +141,12 @@ class HealthMonitor:
     def watch_gradients(self) -> None:
         """Whether a backward that now comes belongs to a sample."""
         due = any(_is_due(watched, 1) for watched in self.watched.values())
-        self.noise.watch((due or optimizer_watch.count < self._noise_until) and not self._gradients_left)
+        self.noise.watch((due or self._is_awaited()) and not self._gradients_left)
+
+    def _is_awaited(self) -> bool:
+        """Whether a weight that was asked about has not stepped since; where another stepped twice, it may never."""
+        made = [record.steps - before for record, before in self._asked.items()]
+        return bool(made) and min(made) < 1 and max(made) < 2
 
 
 monitor = HealthMonitor()

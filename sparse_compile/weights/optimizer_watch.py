@@ -56,11 +56,6 @@ class OptimizerWatch:
         register_optimizer_step_post_hook(torch.compiler.disable(self._after_step))
         call_with_new_optimizers(self.meet)
 
-    @property
-    def stepped(self) -> int:
-        """How many live optimizers have stepped, others' inner ones aside."""
-        return len(self._owned)
-
     def last_of(self, weight: Tensor) -> int | None:
         """When an optimizer that owns the weight stepped last, in steps of any optimizer, inner ones too.
 
