@@ -312,6 +312,14 @@ def _transpose_tokens(s: LinearShape, make: RandomOperands) -> Callable[[], obje
     return partial(ops.transpose_tokens, make.fp8(s.tokens, s.in_features))
 
 
+def _transpose_pruned(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
+    return partial(ops.transpose_pruned, *make.sparse(s.out_features, s.in_features))
+
+
+def _transpose_weight(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
+    return partial(ops.transpose_tokens, make.fp8(s.out_features, s.in_features))
+
+
 def _cast_transpose(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     return partial(ops.cast_transpose, *_gradient(s, make), s.grad_dtype)
 
@@ -352,7 +360,7 @@ class Component(NamedTuple):
     """What is timed on its own.
 
     Attributes:
-        of_weight: whether it happens once per optimizer step, whatever the number of tokens.
+        of_weight: whether it takes as long, whatever the number of tokens.
         of_library: whether it runs no kernel of ours, which would have to be compiled.
     """
 
@@ -384,6 +392,8 @@ add_component("sparse24_bf16 fprop", _sparse_bf16_fprop)
 add_component("bf16 dgrad", _bf16_dgrad)
 add_component("bf16 wgrad", _bf16_wgrad)
 add_component("transpose_tokens", _transpose_tokens)
+add_component("transpose_pruned", _transpose_pruned, of_weight=True)
+add_component("transpose_weight", _transpose_weight, of_weight=True)
 add_component("cast_transpose", _cast_transpose)
 add_component("add_masked_decay", _add_masked_decay, of_weight=True)
 for _approximate, _estimator in ((False, "exact"), (True, "approximate")):
