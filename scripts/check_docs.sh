@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Build the documentation to see that it can be: a link that leads nowhere is an error.  `mkdocs serve` is to read it.
+set -euo pipefail
+SITE=$(mktemp -d)
+trap 'rm -r "$SITE"' EXIT
+NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$SITE"
