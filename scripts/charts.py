@@ -13,8 +13,8 @@ THEMES = {
     "light": {"text": "#1f2328", "quiet": "#59636e", "line": "#d1d9e0", "other": "#9aa5b1", "ours": "#0b6e4f"},
     "dark": {"text": "#f0f6fc", "quiet": "#9198a1", "line": "#3d444d", "other": "#656c76", "ours": "#3fb68b"},
 }
-WIDTH = 760
-LEFT, RIGHT = 210, 60  # for names, and for a value beside the longest bar
+WIDTH = 640
+LEFT, RIGHT = 180, 60  # for names, and for a value beside the longest bar
 
 _FRAME = """\
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {{ width }} {{ height }}" role="img" aria-label="{{ title }}"
@@ -140,7 +140,7 @@ _STAGES = (
         (
             ("weights", "pruned if they changed", True),
             ("forward", "fprop 2:4 FP8", True),
-            ("backward", "dgrad FP8, wgrad 2:4 FP8", True),
+            ("backward", "wgrad 2:4, dgrad FP8", True),
             ("optimizer", "steps dense weights", False),
         ),
     ),
@@ -189,7 +189,7 @@ def loss(theme: str) -> str:
     top, rows = 44, []
     for index, (arm, of_arm) in enumerate(gaps.items()):
         label, y = f"{mean(of_arm):+.1f} %", top + 8 + 30 * index
-        rows.append(Dots(y=y, name=arm, seeds=[at(gap) for gap in of_arm], mean=at(mean(of_arm)), label=label))
+        rows.append(Dots(y=y, name=arm.replace(", bf16", "-bf16"), seeds=[at(gap) for gap in of_arm], mean=at(mean(of_arm)), label=label))
     bottom = top + 30 * len(rows)
     halves = [half / 2 for half in range(round(2 * low), round(2 * high) + 1)]
     ticks = [(at(half), f"{half:+g} %" if half else "bf16", half == 0) for half in halves]
@@ -203,7 +203,7 @@ def loss(theme: str) -> str:
 def pipeline(theme: str) -> str:
     """What becomes of a traced graph."""
     boxes, arrows, rows = [], [], []
-    width, gap, top = 170, 24, 46
+    width, gap, top = 142, 23, 46
     for index, (label, stages) in enumerate(_STAGES):
         y = top + 92 * index
         rows.append((y - 8, label))
@@ -211,7 +211,7 @@ def pipeline(theme: str) -> str:
             x = place * (width + gap) + 1
             boxes.append(Box(x=x, y=y, width=width, name=name, does=does, ours=ours))
             if place:
-                arrows.append((x - 18, y + 29))
+                arrows.append((x - 17.5, y + 29))
     return _drawn(
         "pipeline", theme, height=top + 92 * len(_STAGES) - 4, boxes=boxes, arrows=arrows, rows=rows,
         title="From a traced graph to a training step", source="Green: sparse_compile. Grey: PyTorch.",
