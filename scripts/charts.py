@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from math import ceil, floor
 from statistics import mean
 
-import figures
 from jinja2 import DictLoader, Environment, StrictUndefined
+
+from figures import losses, steps
 
 # Colours of a light and of a dark page: text, quiet text, lines, the baseline's bars, ours.
 THEMES = {
@@ -156,18 +157,18 @@ def _drawn(template: str, theme: str, **values: object) -> str:
 
 def speed(theme: str) -> str:
     """Speeds of training steps over torch.compile in bf16: torchao's float8 and the defaults here."""
-    steps = figures.compared_steps()
-    longest = max(max(speeds[figures.TORCHAO], speeds[figures.SSTE]) for _, _, speeds in steps)
+    compared = steps.compared_steps()
+    longest = max(max(speeds[steps.TORCHAO], speeds[steps.SSTE]) for _, _, speeds in compared)
     unit = (WIDTH - LEFT - RIGHT) / longest
     top, groups = 60, []
-    for index, (model, device, speeds) in enumerate(steps):
+    for index, (model, device, speeds) in enumerate(compared):
         y = top + 48 * index
         bars = [
             Bar(y=y + 18 * place, length=round(unit * speeds[kind], 1), label=f"{speeds[kind]:.2f}x", ours=place == 1)
-            for place, kind in enumerate((figures.TORCHAO, figures.SSTE))
+            for place, kind in enumerate((steps.TORCHAO, steps.SSTE))
         ]
-        groups.append(Group(y=y - 4, name=figures.SHORT_MODELS[model], device=device, bars=bars))
-    bottom = top + 48 * len(steps) - 8
+        groups.append(Group(y=y - 4, name=steps.SHORT_MODELS[model], device=device, bars=bars))
+    bottom = top + 48 * len(compared) - 8
     ticks = [(round(LEFT + unit * at, 1), f"{at:g}x", at == 1) for at in (0, 0.5, 1, 1.5) if at <= longest]
     return _drawn(
         "bars", theme, height=bottom + 44, top=top, bottom=bottom, ticks=ticks, groups=groups,
@@ -178,7 +179,7 @@ def speed(theme: str) -> str:
 
 def loss(theme: str) -> str:
     """Validation losses over that of bf16: each seed, and their mean."""
-    gaps = {arm: [100 * gap for gap in figures.gaps_to_bf16(arm)] for arm in figures.measured_arms()}
+    gaps = {arm: [100 * gap for gap in losses.gaps_to_bf16(arm)] for arm in losses.measured_arms()}
     every = [gap for of_arm in gaps.values() for gap in of_arm]
     low, high = floor(2 * min(every)) / 2, ceil(2 * max(every)) / 2
     unit = (WIDTH - LEFT - RIGHT - 20) / (high - low)
@@ -189,7 +190,15 @@ def loss(theme: str) -> str:
     top, rows = 44, []
     for index, (arm, of_arm) in enumerate(gaps.items()):
         label, y = f"{mean(of_arm):+.1f} %", top + 8 + 30 * index
-        rows.append(Dots(y=y, name=arm.replace(", bf16", "-bf16"), seeds=[at(gap) for gap in of_arm], mean=at(mean(of_arm)), label=label))
+        rows.append(
+            Dots(
+                y=y,
+                name=arm.replace(", bf16", "-bf16"),
+                seeds=[at(gap) for gap in of_arm],
+                mean=at(mean(of_arm)),
+                label=label,
+            )
+        )
     bottom = top + 30 * len(rows)
     halves = [half / 2 for half in range(round(2 * low), round(2 * high) + 1)]
     ticks = [(at(half), f"{half:+g} %" if half else "bf16", half == 0) for half in halves]

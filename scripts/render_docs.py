@@ -3,8 +3,8 @@
     python scripts/render_docs.py            rewrites the pages and the charts
     python scripts/render_docs.py --check    prints what would change; the exit status is 1 if anything would
 
-A figure stands in a page as plain text, between comments that say what it is, an expression of the functions of
-``scripts/figures.py``:
+A figure stands in a page as plain text, between comments that say what it is, an expression of the functions in
+``scripts/figures/``:
 
     <!-- = speed('llama-8b', 'sste', 'H200') -->1.58x<!-- / -->
 
@@ -33,18 +33,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import charts
-import figures
+from figures import code, kernels, losses, provenance, steps
+from figures.results import FigureError
 
 ROOT = Path(__file__).parents[1]
 CHARTS = ROOT / "docs" / "charts"
 END = "<!-- / -->"
 _MARKED = re.compile(rf"<!-- (=|given:) (.*?) -->(.*?){re.escape(END)}", re.DOTALL)
 _MARK = re.compile(rf"<!-- (?:=|given:).*?-->|{re.escape(END)}", re.DOTALL)
-# What pages may call: all that figures.py defines for them.
+# What pages may call: the functions that return text.
 ACCESSORS: Mapping[str, Callable[..., str]] = {
     name: value
-    for name, value in vars(figures).items()
-    if inspect.isfunction(value) and value.__module__ == figures.__name__ and not name.startswith("_")
+    for module in (provenance, steps, losses, kernels, code)
+    for name, value in vars(module).items()
+    if inspect.isfunction(value) and value.__module__ == module.__name__
+    if not name.startswith("_") and inspect.signature(value).return_annotation is str
 }
 
 
@@ -86,10 +89,10 @@ def _value(expression: str) -> str:
     """What an expression of a page says.  Pages are part of the project, as this script is."""
     try:
         value = eval(expression, {"__builtins__": {}}, dict(ACCESSORS))
-    except (figures.FigureError, KeyError, NameError, SyntaxError, TypeError) as error:
+    except (FigureError, KeyError, NameError, SyntaxError, TypeError) as error:
         raise PageError(
-            f"{expression!r} fails: {type(error).__name__}: {error}; allowed are calls of these functions of "
-            f"scripts/figures.py: {', '.join(sorted(ACCESSORS))}"
+            f"{expression!r} fails: {type(error).__name__}: {error}; allowed are calls of these functions in "
+            f"scripts/figures: {', '.join(sorted(ACCESSORS))}"
         ) from error
     if not isinstance(value, str):
         raise PageError(f"{expression!r} is {value!r}; allowed is what gives text")
