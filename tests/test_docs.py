@@ -78,6 +78,11 @@ def test_what_a_figure_is(text: str, found: bool) -> None:
     assert bool(MEASURED.search(text)) is found
 
 
+def test_each_function_for_pages_is_used_by_one() -> None:
+    pages = "".join(page.read_text() for page in render_docs.pages())
+    assert render_docs.ACCESSORS.keys() == set(re.findall(r"<!-- = (\w+)\(", pages))
+
+
 def test_marks_are_filled_in() -> None:
     shown = zoo("architectures")
     page = "of <!-- = zoo('architectures') -->9<!-- / --> and <!-- given: a rule -->5 %<!-- / -->"

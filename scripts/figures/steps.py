@@ -24,6 +24,8 @@ SHORT_MODELS = {
     "qwen-7b": "Qwen2.5-7B",
     "llama-1b": "Llama-3.2-1B",
     "gpt2-small": "GPT-2 small",
+    "vit-l": "ViT-L",
+    "moe": "MoE",
 }
 # And its candidates.
 BF16, TORCHAO, SSTE = "bf16", "torchao tensorwise", "sste"
@@ -52,19 +54,9 @@ def speed(model: str, kind: str, device: str) -> str:
     return f"{_step(model, kind, device)['speedup']:.2f}x"
 
 
-def step_time(model: str, kind: str, device: str) -> str:
-    """Milliseconds of a training step, the median."""
-    return f"{_step(model, kind, device)['ms']['median']:.1f} ms"
-
-
 def memory(model: str, kind: str, device: str) -> str:
     """Peak memory of a training step."""
     return f"{_step(model, kind, device)['peak_gib']:.1f} GiB"
-
-
-def memory_over_bf16(model: str, kind: str, device: str) -> str:
-    """Peak memory of a training step, less that of bf16."""
-    return f"{_step(model, kind, device)['peak_gib'] - _step(model, BF16, device)['peak_gib']:+.1f} GiB"
 
 
 def predicted_over_measured(model: str, kind: str, device: str) -> str:
@@ -90,8 +82,8 @@ def _measured_steps() -> list[tuple[str, str, Mapping[str, Any]]]:
     return sorted(found, key=order)
 
 
-def short_device(device: str) -> str:
-    """ "NVIDIA H100 80GB HBM3" becomes "H100"."""
+def _short_device(device: str) -> str:
+    """``H100`` of ``NVIDIA H100 80GB HBM3``."""
     return device.removeprefix("NVIDIA ").partition(" ")[0]
 
 
@@ -100,8 +92,8 @@ def compared_steps() -> list[tuple[str, str, Mapping[str, float]]]:
     found: list[tuple[str, str, Mapping[str, float]]] = []
     for model, device, section in _measured_steps():
         speeds = {row["kind"]: row["speedup"] for row in section["rows"]}
-        if {TORCHAO, SSTE} <= speeds.keys():
-            found.append((model, short_device(device), speeds))
+        if model in MODELS and {TORCHAO, SSTE} <= speeds.keys():
+            found.append((model, _short_device(device), speeds))
     return found
 
 
@@ -123,7 +115,7 @@ def speed_table() -> str:
     rows: list[tuple[str, ...]] = []
     for model, name in MODELS.items():
         measured = [(device, section) for of, device, section in _measured_steps() if of == model]
-        rows += [(name, short_device(device), *_compared(section)) for device, section in measured]
+        rows += [(name, _short_device(device), *_compared(section)) for device, section in measured]
         if not measured:
             rows.append((name, "", *["not measured"] * 4))
     return as_table(("model", "GPU", "bf16", "torchao", "sste", "fastest options measured"), rows)
