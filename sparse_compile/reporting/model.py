@@ -269,7 +269,7 @@ class ReportData:
         """The time of training steps.
 
         Returns:
-            Milliseconds: the median, and what a tenth of them stays below and above; None if no step was timed.
+            The median in milliseconds, and what a tenth of them stays below and above; None if no step was timed.
         """
         if not self.step_ms:
             return None
