@@ -1,4 +1,4 @@
-"""Training steps of Hugging Face models: time, memory and compilation, against torch.compile bf16 and torchao float8.
+"""Training steps of models: time, memory and compilation, against torch.compile bf16 and torchao float8.
 
     python benchmarks/bench_step.py step        time and peak memory
     python benchmarks/bench_step.py profile     where the GPU's time goes, by kind of kernel

@@ -25,6 +25,7 @@ from sparse_compile.passes.decide import Plan, decide
 from sparse_compile.passes.expand import expand
 from sparse_compile.passes.find import Found, find
 from sparse_compile.passes.flow import Flow
+from sparse_compile.passes.keep_one_copy import keep_one_copy
 from sparse_compile.passes.keep_rotary_tables import keep_rotary_tables
 from sparse_compile.passes.live_modules import LiveModules
 from sparse_compile.passes.module_names import ModuleNames
@@ -172,6 +173,10 @@ def _apply_schedule(
     return plans, (*rejections, *dense_now)
 
 
+def _keep_one_copy(plans: Sequence[Plan], options: Options) -> Sequence[Plan]:
+    return keep_one_copy(plans) if options.recompute else plans
+
+
 def _choose(
     plans: Sequence[Plan], rejections: Sequence[Rejection], options: Options
 ) -> tuple[Sequence[Plan], Sequence[Rejection]]:
@@ -253,6 +258,7 @@ PLANNED = (
         name="apply_schedule", reads=("plans", "rejections", "standing", "options"), returns=("plans", "rejections"),
         run=_apply_schedule,
     ),
+    Pass(name="keep_one_copy", reads=("plans", "options"), returns=("plans",), run=_keep_one_copy),
     Pass(
         name="choose", reads=("plans", "rejections", "options"), returns=("plans", "rejections"), run=_choose
     ),

@@ -69,7 +69,8 @@ class HealthMonitor:
         self.listeners: list[Listener] = []
         self.noise = GradNoise()
         self._gradients_left = False
-        self._asked: WeakKeyDictionary[WeightRecord, int] = WeakKeyDictionary()  # the steps each had made by then
+        # Of which gradients were asked for, and how many steps each had made then.
+        self._asked: WeakKeyDictionary[WeightRecord, int] = WeakKeyDictionary()
 
     def watch(self, slot: WeightSlot, weight: Tensor, operands: OperandSet, every: int) -> None:
         if not slot.projection.prunes:
@@ -195,10 +196,8 @@ def _take(state: OperandSet, watched: _Watched) -> tuple[Tensor, Tensor, int] | 
     """Counts, a copy of the metadata, and the address by which its gradients are kept; None before it was pruned."""
     if not state.operands:
         return None
-    pruned, for_dgrad = (
-        watched.projection.fprop_operand(state.operands),
-        watched.projection.dgrad_operand(state.operands),
-    )
+    pruned = watched.projection.fprop_operand(state.operands)
+    for_dgrad = watched.projection.kept_for_dgrad(state.operands)
     assert isinstance(pruned, SparseOperand)
     counts = _counts(pruned.values, pruned.metadata, watched.last)
     return counts, pruned.metadata.clone(), for_dgrad[0].data_ptr()

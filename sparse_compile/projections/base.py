@@ -64,6 +64,9 @@ class Projection(ABC):
         is_hard: whether what it keeps stays as it is; what it drops can decay then.
         rows: how many rows, from the first, are projected together: 1, or 4 where tiles are.
         dtype: of the payload.
+        one_copy: projects alike and keeps fprop's copy of the weight alone, of which ``dgrad_operand`` makes the other
+            one in each backward; of weights whose dimensions are multiples of 128.  None where there is no such thing.
+        dgrad_component: the component of ``kernels.timing.linear_costs`` that times what ``dgrad_operand`` runs.
     """
 
     prunes: bool = True
@@ -73,6 +76,8 @@ class Projection(ABC):
     is_hard: bool = False
     rows: int = 1
     dtype: torch.dtype = E4M3
+    one_copy: "Projection | None" = None
+    dgrad_component: str | None = None
     # A NamedTuple of tensors.  The last is ``scale_inv``, which stays where the others give their memory back.
     Operands: ClassVar[type[Any]]
 
@@ -169,11 +174,22 @@ class Projection(ABC):
         """
 
     @abstractmethod
-    def dgrad_operand(self, operands: Any) -> SparseOperand | DenseOperand:
-        """What dgrad multiplies grad_output with.
+    def kept_for_dgrad(self, operands: Any) -> tuple[Tensor, ...]:
+        """What ``dgrad_operand`` reads of the operands: saved for backward.
 
         Args:
             operands: filled ones.
+
+        Returns:
+            Tensors, of which the first is of this weight alone.
+        """
+
+    @abstractmethod
+    def dgrad_operand(self, *kept: Tensor) -> SparseOperand | DenseOperand:
+        """What dgrad multiplies grad_output with; called in backward.
+
+        Args:
+            kept: from ``kept_for_dgrad``.
 
         Returns:
             A matrix ``[K, N]``, or ``[N, K]`` in bf16.
