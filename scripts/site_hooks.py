@@ -22,7 +22,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Let links lead to them."""
+    """Let links lead to them, and theirs to pages."""
     if page.file.src_uri.startswith(f"{FOLDER}/"):
-        return markdown
+        return markdown.replace("](README.md", "](../index.md").replace("](docs/", "](../")
     return re.sub(r"\]\(\.\./", f"]({FOLDER}/", markdown)
