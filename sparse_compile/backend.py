@@ -64,7 +64,11 @@ def sste(
         graph_module: the forward graph that dynamo traced.
         example_inputs: its inputs, the parameters among them.
         mode: any mode of torch.compile.
-        options: ours, which start with ``sste.`` (see ``Options``), and Inductor's.
+        options: ours, which start with ``sste.`` (``python -m sparse_compile options`` lists them), and Inductor's.
+
+    Returns:
+        What dynamo calls in place of the graph, with the graph's inputs.  It returns the graph's outputs, with their
+        shapes, strides and dtypes.
 
     Raises:
         ValueError: an unknown mode or option, or a linear that the user named and that can't be rewritten.

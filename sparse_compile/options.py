@@ -1,7 +1,7 @@
 """What the user may say: ``torch.compile(model, backend="sste", mode=..., options={"sste.recipe": ...})``.
 
 The fields of ``UserOptions`` declare each option once: ``read_options`` checks them, the launcher's ``--option`` parses
-them, and ``python -m sparse_compile options`` and README.md list them.
+them, and ``python -m sparse_compile options`` and docs/options.md list them.
 """
 
 from collections.abc import Mapping

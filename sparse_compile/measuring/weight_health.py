@@ -163,9 +163,11 @@ def watch(slot: WeightSlot, weight: Tensor, operands: OperandSet, every: int) ->
 
 
 def on_health(listener: Listener) -> None:
-    """Hand every sample on: ``listener(tag, value, step)``, as TensorBoard's ``SummaryWriter.add_scalar`` takes it.
+    """Pass every sample on, for instance to TensorBoard's ``SummaryWriter.add_scalar``.
 
-    Tags are ``sste/flips/<module>`` and alike, for each quantity of ``Health``.
+    Args:
+        listener: called as ``listener(tag, value, step)`` for each quantity of ``Health``.  Tags are
+            ``sste/flips/<module>`` and alike, values are shares from 0 to 1, the step is the weight's optimizer step.
     """
     if listener not in monitor.listeners:
         monitor.listeners.append(listener)
@@ -177,12 +179,15 @@ def leave_gradients() -> None:
 
 
 def health() -> dict[str, Health]:
-    """A sample of every pruned weight that is alive, by the name of its module: see ``Health``.
+    """A sample of every pruned weight that is alive.
 
     The first call, or the first sample of option ``sste.health``, begins: flips are counted from one to the next, and
-    the gradients of the optimizer step after a call are compared for the next one.  Weights that FSDP2 holds in shards
-    are not among them: the option looks at these before they are given back.  Waits for the GPU.  A graph that several
-    blocks share names their weights ``up``, ``up (2)``, ...
+    the gradients of the optimizer step after a call are compared for the next one.  Waits for the GPU.
+
+    Returns:
+        A ``Health`` by the name of the weight's module.  A graph that several blocks share names their weights ``up``,
+        ``up (2)``, ...  Weights that FSDP2 holds in shards are not among them: the option ``sste.health`` looks at
+        them before they are given back.
     """
     return monitor.sample_all()
 
