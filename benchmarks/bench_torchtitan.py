@@ -92,9 +92,8 @@ def train(
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     read = read_log(done.stdout + done.stderr)
     if len(read["losses"]) != steps:
-        raise SystemExit(
-            f"{' '.join(command)} logged {len(read['losses'])} steps, not {steps}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        )
+        said = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        raise SystemExit(f"{' '.join(command)} logged {len(read['losses'])} steps, not {steps}:\n{said}")
     return read | {
         "flavor": flavor, "kind": kind, "rewritten": rewritten(report) if launcher is not None else None
     }  # fmt: skip
