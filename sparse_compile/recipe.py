@@ -11,7 +11,7 @@ from sparse_compile.kernels.formats import E4M3, E5M2
 from sparse_compile.projections.base import Projection, projection_of
 from sparse_compile.projections.groups_of_four import SOFT, TOP2
 from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16, TOP2_BF16
-from sparse_compile.projections.identity import IDENTITY
+from sparse_compile.projections.identity import IDENTITY, IDENTITY_BACKWARD
 from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE, TRANSPOSABLE
 
 
@@ -237,6 +237,7 @@ class Recipe:
         others = (
             replace(
                 self,
+                projection=self.projection if dgrad is not Gemm.DENSE else self.projection.one_copy or self.projection,
                 dgrad=dgrad,
                 wgrad=wgrad,
                 estimator=self.estimator if wgrad is self.wgrad else None,
@@ -265,7 +266,7 @@ SR_STE = replace(STE, name="sr-ste", decay=2e-4)
 T_SR_STE = replace(SR_STE, name="t-sr-ste", projection=TRANSPOSABLE, dgrad=Gemm.SPARSE24, refresh=40)
 STE_DENSE_TAIL = replace(STE, name="ste-dense-tail", tail=1 / 6)
 FP8 = Recipe(name="fp8", projection=IDENTITY, fprop=Gemm.FP8, dgrad=Gemm.FP8, wgrad=Gemm.FP8, estimator=None)
-FP8_BACKWARD = replace(FP8, name="fp8-backward", fprop=Gemm.DENSE)
+FP8_BACKWARD = replace(FP8, name="fp8-backward", fprop=Gemm.DENSE, projection=IDENTITY_BACKWARD)
 
 SSTE_BF16 = replace(
     SSTE, name="s-ste-bf16", projection=SOFT_BF16, fprop=Gemm.SPARSE24_BF16, dgrad=Gemm.BF16, wgrad=Gemm.BF16,

@@ -16,9 +16,9 @@ from sparse_compile.kernels import ops, reference
 from sparse_compile.kernels.formats import E4M3, metadata_shape, values_shape
 from sparse_compile.passes.choose import _components
 from sparse_compile.projections.groups_of_four import SOFT, SOFT_ONCE, TOP2, TOP2_ONCE
-from sparse_compile.projections.identity import IDENTITY, IDENTITY_ONCE
+from sparse_compile.projections.identity import IDENTITY, IDENTITY_BACKWARD, IDENTITY_ONCE
 from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE
-from sparse_compile.recipe import FP8, FP8_BACKWARD, RECIPES, SSTE, SSTE_TRANSPOSABLE, STE, Gemm, Recipe
+from sparse_compile.recipe import FP8, RECIPES, SSTE, SSTE_TRANSPOSABLE, STE, Gemm, Recipe
 from sparse_compile.testing import assert_same_bits
 from sparse_compile.weights.registry import record_of
 
@@ -150,12 +150,7 @@ def test_switching_memory_in_a_process_drops_the_other_operands() -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "component"),
-    [
-        (SSTE, "transpose_pruned"),
-        (STE, "transpose_pruned"),
-        (FP8, "transpose_weight"),
-        (FP8_BACKWARD, "transpose_weight"),
-    ],
+    [(SSTE, "transpose_pruned"), (STE, "transpose_pruned"), (FP8, "transpose_weight")],
     ids=_name,
 )
 def test_prices_hold_what_backward_makes(recipe: Recipe, component: str) -> None:
@@ -163,6 +158,26 @@ def test_prices_hold_what_backward_makes(recipe: Recipe, component: str) -> None
     assert set(_components(once)) - set(_components(recipe)) == {component, once.projection.cost_key}
     for variant in once.variants():
         assert (component in _components(variant)) == (variant.dgrad is not Gemm.DENSE)
+    for variant in recipe.variants():
+        assert component not in _components(variant)
+
+
+@pytest.mark.parametrize(("head", "bytes_an_element"), [("fp8", 2), ("fp8-backward", 1)])
+def test_what_no_product_reads_is_not_kept(head: str, bytes_an_element: float) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 192)), torch.randn(8, 64)
+
+    def loss(x: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(x), torch.zeros(8, dtype=torch.int64))
+
+    torch.compile(loss, backend="sste", options=OPTIONS | {"sste.head": head})(x).backward()
+    (kept,) = record_of(model[1].weight).operands.values()
+    assert sum(operand.nbytes for operand in kept.operands) == bytes_an_element * 64 * 192 + 4
+
+
+def test_a_dense_dgrad_reads_no_transposed_copy() -> None:
+    dense = [variant for variant in FP8.variants() if variant.dgrad is Gemm.DENSE]
+    assert [variant.projection for variant in dense] == [IDENTITY_ONCE]
+    assert all(variant.projection is IDENTITY for variant in FP8.variants() if variant not in dense)
 
 
 def test_which_projections_can_be_kept_once() -> None:
@@ -184,12 +199,13 @@ def test_kernels_match_the_reference(shape: tuple[int, int], dtype: torch.dtype,
         (SOFT_ONCE, reference.prune_weight(weight, beta)),
         (TOP2_ONCE, reference.prune_weight(weight, beta.new_ones(1), hard=True)),
         (IDENTITY_ONCE, reference.cast_weight(weight)),
+        (IDENTITY_BACKWARD, reference.cast_weight(weight)[1:]),
     ):
         operands = projection.new_operands(*shape, weight.device)
         for operand in operands:
             operand.view(torch.uint8).fill_(0x7F)  # NaN in FP8
         projection.fill(weight, operands, beta if projection.has_beta else None, None, False)
-        kept = [*expected[:-2], expected[-1]]
+        kept = expected if projection is IDENTITY_BACKWARD else [*expected[:-2], expected[-1]]
         for name, actual, right in zip(operands._fields, operands, kept, strict=True):
             assert_same_bits(actual, right, f"{name} of {projection}")
         made = projection.dgrad_operand(*projection.kept_for_dgrad(operands))

@@ -12,7 +12,7 @@
 ``scale`` is the largest power of two with ``amax * scale <= 448``.  ``weight [N, K]`` may have any strides.  Pruning
 writes ``values [N, padded(K) / 2]`` and ``metadata`` (see ``formats``) for fprop and, transposed, the payload
 ``[K, N]`` for dgrad, which is compressed as well where it is 2:4 along both dimensions.  Casting writes the payload as
-it is and transposed.  One that is dense and transposed may be left out.  Arithmetic is fp32.
+it is and transposed.  Dense ones may be left out.  Arithmetic is fp32.
 
 The weight is read once.  Its scale hardly ever changes from one step to the next, being a power of two.  So a first
 launch casts with the scale that stands behind the old ``scale_inv`` and finds the amax of each tile; a second one finds
@@ -264,12 +264,14 @@ def _check_transposable(
 
 
 @planned
-def launch_cast_weight(weight: Tensor, payload: Tensor, payload_t: Tensor | None, scale_inv: Tensor) -> LaunchPlan:
+def launch_cast_weight(
+    weight: Tensor, payload: Tensor | None, payload_t: Tensor | None, scale_inv: Tensor
+) -> LaunchPlan:
     """Cast ``weight`` into the buffers, all of which are written in full.
 
     Args:
         weight: ``[N, K]``, any strides, bf16, fp16 or fp32; N and K multiples of 16.
-        payload: e4m3 ``[N, K]``.
+        payload: e4m3 ``[N, K]``, or None.
         payload_t: e4m3 ``[K, N]``, or None.
         scale_inv: fp32 ``[1]``; 0 for an empty weight, NaN for one with NaN or infinity.  Faster where it still holds
             the result of a similar weight.
@@ -279,7 +281,8 @@ def launch_cast_weight(weight: Tensor, payload: Tensor, payload_t: Tensor | None
     """
     check_weight(weight)
     n, k = weight.shape
-    check_buffer("payload", payload, (n, k), E4M3, weight.device)
+    if payload is not None:
+        check_buffer("payload", payload, (n, k), E4M3, weight.device)
     if payload_t is not None:
         check_buffer("payload_t", payload_t, (k, n), E4M3, weight.device)
     check_buffer("scale_inv", scale_inv, (1,), torch.float32, weight.device)
@@ -292,7 +295,7 @@ def launch_cast_weight(weight: Tensor, payload: Tensor, payload_t: Tensor | None
 
 
 def _plan(
-    mode: gl.constexpr, weight: Tensor, beta: Tensor | None, payload: Tensor, metadata: Tensor | None,
+    mode: gl.constexpr, weight: Tensor, beta: Tensor | None, payload: Tensor | None, metadata: Tensor | None,
     weight_t: Tensor | None, metadata_t: Tensor | None, masks: Tensor | None, scale_inv: Tensor,
     covered: tuple[int, int],
 ) -> LaunchPlan:  # fmt: skip
