@@ -1,5 +1,6 @@
 """The programs in examples/ run as README.md says."""
 
+import gc
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -161,7 +162,7 @@ def run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> Callable[..., str]:
+) -> Iterator[Callable[..., str]]:
     """What an example prints."""
     monkeypatch.chdir(tmp_path)
 
@@ -169,7 +170,10 @@ def run(
         import_module(name).main(list(arguments))
         return capsys.readouterr().out
 
-    return run
+    yield run
+    # Embeddings that are alive tell what is a vocabulary head, in other tests too.
+    torch._dynamo.reset()
+    gc.collect()
 
 
 @pytest.mark.usefixtures("one_layer")
