@@ -33,7 +33,8 @@ import sparse_compile
 class Block(nn.Module):
     """PyTorch's own transformer layer with a causal mask.
 
-    What is sharded must be a class like this: inside FSDP's hooks, dynamo does not compile torch.nn's own ``forward``.
+    A class of one's own is needed: dynamo skips the ``forward`` of torch.nn's classes, so ``Module.compile`` alone does
+    nothing for a plain ``nn.TransformerEncoderLayer`` or ``nn.Sequential``.
     """
 
     mask: Tensor
