@@ -16,9 +16,9 @@ from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, FP8_DTYPES, padded
 from sparse_compile.kernels.sparse_gemm import plan as plan_module
 from sparse_compile.kernels.sparse_gemm.configs import configs
-from sparse_compile.projections.groups_of_four import SOFT, prune_weight_
+from sparse_compile.projections.groups_of_four import SOFT, SOFT_ONCE, prune_weight_
 from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16, prune_weight_bf16_
-from sparse_compile.projections.identity import IDENTITY, cast_weight_
+from sparse_compile.projections.identity import IDENTITY, IDENTITY_ONCE, cast_weight_
 from sparse_compile.projections.transposable import (
     SOFT_TRANSPOSABLE,
     TRANSPOSABLE,
@@ -53,6 +53,10 @@ def weight_kernels(matrix: torch.Tensor) -> None:
         prune_weight_bf16_(matrix, one, *SOFT_BF16.new_operands(*shape, DEVICE), hard)
     prune_soft_transposable_(matrix, one, *SOFT_TRANSPOSABLE.new_operands(*shape, DEVICE))
     cast_weight_(matrix, *IDENTITY.new_operands(*shape, DEVICE))
+    for projection in (SOFT_ONCE, IDENTITY_ONCE):
+        operands = projection.new_operands(*shape, DEVICE)
+        projection.fill(matrix, operands, None, None, False)
+        projection.dgrad_operand(*projection.kept_for_dgrad(operands))
     masks, operands = TRANSPOSABLE.new_masks(*shape, DEVICE), TRANSPOSABLE.new_operands(*shape, DEVICE)
     for search in (True, False):
         prune_transposable_(matrix, *operands, masks, search)

@@ -9,8 +9,8 @@ Compile each block in place, then shard it.  The optimizer's state holds β, the
 checkpoint needs the model and the optimizer, as usual.  A resumed run is the continued run: the two commands above
 print the losses that ``--steps 80`` prints.  The text is the source code of Python's standard library.
 
-Expect a loss that falls from about 6, the table of what was rewritten (one for all blocks, since they share their graph),
-and the speed of all processes together.
+Expect a loss that falls from about 6, the table of what was rewritten (one for all blocks, since they share their
+graph), and the speed of all processes together.
 """
 
 import argparse

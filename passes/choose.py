@@ -204,7 +204,14 @@ def _components(recipe: Recipe) -> list[str]:
         components.append("transpose_tokens")
     if recipe.dgrad is Gemm.MVUE24:
         components.append(_sampled(recipe, "cast_mvue for dgrad"))
+    components += _before_dgrad(recipe)
     return components
+
+
+def _before_dgrad(recipe: Recipe) -> list[str]:
+    """What makes the copy of the weight that dgrad reads, where none is kept."""
+    component = recipe.projection.dgrad_component
+    return [component] if component is not None and recipe.dgrad is not Gemm.DENSE else []
 
 
 def _ops_around(recipe: Recipe) -> list[str]:
@@ -241,7 +248,7 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
     total += sum(times[component] for component in _ops_around(recipe))
     total += times[f"{recipe.wgrad.value} wgrad"] + times.get("transpose_tokens", 0.0) / sharing
     if _needs_dgrad(site):
-        total += times[f"{recipe.dgrad.value} dgrad"]
+        total += times[f"{recipe.dgrad.value} dgrad"] + sum(times[component] for component in _before_dgrad(recipe))
         if recipe.dgrad in (Gemm.FP8, Gemm.MVUE24):
             total += inputs * _PRODUCT_BYTES * byte
         if recipe.dgrad is Gemm.MVUE24:

@@ -184,7 +184,7 @@ def _should_not(site: LinearSite, owners: ParameterOwners, head: Recipe | None) 
         why = "its output goes to the loss"
         if site.role is Role.LAST:
             why = "its output leaves the graph and it has an embedding's shape"
-        return site.reject(Reason.HEAD, why, "set 'sste.head': 'fp8', and compare losses")
+        return site.reject(Reason.HEAD, why, "set 'sste.head': 'fp8', and compare losses (docs/limits.md)")
     if site.role is Role.ADAPTER:
         detail = "of low rank, next to a frozen linear"
         return site.reject(Reason.ADAPTER, detail, "name it in 'sste.targets' to rewrite it anyway")

@@ -25,6 +25,7 @@ from sparse_compile.passes.decide import Plan, decide
 from sparse_compile.passes.expand import expand
 from sparse_compile.passes.find import Found, find
 from sparse_compile.passes.flow import Flow
+from sparse_compile.passes.keep_one_copy import keep_one_copy
 from sparse_compile.passes.keep_rotary_tables import keep_rotary_tables
 from sparse_compile.passes.live_modules import LiveModules
 from sparse_compile.passes.module_names import ModuleNames
@@ -63,7 +64,11 @@ def sste(
         graph_module: the forward graph that dynamo traced.
         example_inputs: its inputs, the parameters among them.
         mode: any mode of torch.compile.
-        options: ours, which start with ``sste.`` (see ``Options``), and Inductor's.
+        options: ours, which start with ``sste.`` (``python -m sparse_compile options`` lists them), and Inductor's.
+
+    Returns:
+        What dynamo calls in place of the graph, with the graph's inputs.  It returns the graph's outputs, with their
+        shapes, strides and dtypes.
 
     Raises:
         ValueError: an unknown mode or option, or a linear that the user named and that can't be rewritten.
@@ -168,6 +173,10 @@ def _apply_schedule(
     return plans, (*rejections, *dense_now)
 
 
+def _keep_one_copy(plans: Sequence[Plan], options: Options) -> Sequence[Plan]:
+    return keep_one_copy(plans) if options.recompute else plans
+
+
 def _choose(
     plans: Sequence[Plan], rejections: Sequence[Rejection], options: Options
 ) -> tuple[Sequence[Plan], Sequence[Rejection]]:
@@ -249,6 +258,7 @@ PLANNED = (
         name="apply_schedule", reads=("plans", "rejections", "standing", "options"), returns=("plans", "rejections"),
         run=_apply_schedule,
     ),
+    Pass(name="keep_one_copy", reads=("plans", "options"), returns=("plans",), run=_keep_one_copy),
     Pass(
         name="choose", reads=("plans", "rejections", "options"), returns=("plans", "rejections"), run=_choose
     ),

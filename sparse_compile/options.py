@@ -1,7 +1,7 @@
 """What the user may say: ``torch.compile(model, backend="sste", mode=..., options={"sste.recipe": ...})``.
 
 The fields of ``UserOptions`` declare each option once: ``read_options`` checks them, the launcher's ``--option`` parses
-them, and ``python -m sparse_compile options`` and README.md list them.
+them, and ``python -m sparse_compile options`` and docs/options.md list them.
 """
 
 from collections.abc import Mapping
@@ -129,7 +129,7 @@ class UserOptions:
     )
     memory: str = _option(
         choice(["fast", "small"]),
-        '`"fast"` keeps the FP8 copies of activations for backward; `"small"` recomputes them in backward',
+        '`"fast"` keeps FP8 copies of activations, and two of each weight, for backward; `"small"` remakes them',
         "fast",
     )
     rotary_tables: str = _option(
@@ -199,7 +199,7 @@ class Options:
         head: what the vocabulary head gets; None leaves it dense.
         frozen: whether frozen weights that are 2:4 are treated as if they were trained.
         measure: whether only what measured times predict to be faster is rewritten, and nothing without kernels.
-        recompute: whether backward makes FP8 copies of activations again, where forward could keep them.
+        recompute: whether backward makes FP8 copies of activations and weights, where forward could keep them.
         keep_rotary_tables: whether tables of sines and cosines that are broadcast get memory of their own.
         executor: what runs the rewritten graph.
         tune: whether the 2:4 GEMMs are timed, those that no earlier run has timed, while the graph is compiled.

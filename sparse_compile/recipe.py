@@ -16,12 +16,21 @@ from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE, TRANSPOSA
 
 
 class Gemm(Enum):
-    """How one of the three products runs."""
+    """How one of the three products runs.
 
-    DENSE = "dense"  # unchanged, in the dtype of the activations
+    Attributes:
+        DENSE: unchanged, in the dtype of the activations.
+        FP8: dense, both operands in FP8.
+        SPARSE24: in FP8, one operand 2:4: the weight in fprop and dgrad, grad_output in wgrad.
+        MVUE24: of dgrad, an experiment: in FP8, grad_output is sampled to 2:4 along out_features.
+        BF16: dense, in bf16, beside a weight that is pruned in bf16.
+        SPARSE24_BF16: of fprop: in bf16, the weight 2:4.
+    """
+
+    DENSE = "dense"
     FP8 = "fp8"
     SPARSE24 = "sparse24"
-    MVUE24 = "mvue24"  # of dgrad: grad_output is sampled along out_features
+    MVUE24 = "mvue24"
     BF16 = "bf16"
     SPARSE24_BF16 = "sparse24_bf16"
 
@@ -34,28 +43,47 @@ _SHOWN = {Gemm.SPARSE24: "2:4 fp8", Gemm.MVUE24: "2:4 fp8 mvue", Gemm.SPARSE24_B
 
 
 class Estimator(Enum):
-    """How grad_output is made 2:4: along tokens for wgrad, along out_features for a dgrad that is so by sampling."""
+    """How grad_output is made 2:4: along tokens for wgrad, along out_features for a dgrad that is so by sampling.
+
+    Both keep two of each four elements at random, such that their mean is the gradient (MVUE, Chmiel et al., ICLR 2023,
+    arXiv 2203.10991).
+
+    Attributes:
+        EXACT_MVUE: with the least variance.
+        APPROXIMATE_MVUE: as the training code of the S-STE authors does, with probabilities that come near to it.
+    """
 
     EXACT_MVUE = "exact"
     APPROXIMATE_MVUE = "approximate"
 
 
 class GradFormat(Enum):
-    """The FP8 of grad_output; that of inputs and weights is e4m3."""
+    """The FP8 of grad_output; that of inputs and weights is e4m3.
+
+    Attributes:
+        E4M3: up to 448.
+        E5M2: up to 57344, with one bit less in the mantissa; an experiment.
+    """
 
     E4M3 = "e4m3"
-    E5M2 = "e5m2"  # of larger range, and one bit less in the mantissa
+    E5M2 = "e5m2"
 
     @property
     def dtype(self) -> torch.dtype:
+        """PyTorch's."""
         return E5M2 if self is GradFormat.E5M2 else E4M3
 
 
 class Rounding(Enum):
-    """How what the estimator keeps becomes FP8."""
+    """How what the estimator keeps becomes FP8.
+
+    Attributes:
+        NEAREST: to the nearest value of the format.
+        STOCHASTIC: up or down at random, so that the mean is the estimate's; an experiment.
+    """
 
     NEAREST = "nearest"
-    STOCHASTIC = "stochastic"  # up or down at random, so that the mean is the estimate's
+    STOCHASTIC = "stochastic"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +99,13 @@ class Recipe:
         name: a word; that of the recipe that it is, or is made of, where that is among ``RECIPES``.
         projection: what the weight becomes before its cast.
         fprop, dgrad, wgrad: how the products run.
-        estimator: what prunes grad_output for wgrad.
-        grad_format, rounding: of grad_output; no named recipe has others than the defaults.
+        estimator: what prunes grad_output for wgrad; None if wgrad is dense.
+        grad_format: the FP8 of grad_output; no named recipe has another than the default.
+        rounding: of what the estimator keeps; no named recipe has another than the default.
+        decay: masked decay: ``decay * (1 - mask) * W`` is added to the gradient.
+        refresh: optimizer steps between two searches for transposable masks; 0 without them.
+        beta_factor: times the beta that is the best fit of a weight that is not 2:4 yet.
+        tail: share of the optimizer steps, the last ones, in which it is dense.
 
     Raises:
         ValueError: the parts do not go together.
@@ -86,10 +119,10 @@ class Recipe:
     estimator: Estimator | None
     grad_format: GradFormat = GradFormat.E4M3
     rounding: Rounding = Rounding.NEAREST
-    decay: float = 0.0  # of what the mask drops, added to the gradient
-    refresh: int = 0  # optimizer steps between two searches for transposable masks
-    beta_factor: float = 1.0  # times the beta that is the best fit of a weight that is not 2:4 yet
-    tail: float = 0.0  # share of the optimizer steps, the last ones, in which it is dense
+    decay: float = 0.0
+    refresh: int = 0
+    beta_factor: float = 1.0
+    tail: float = 0.0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name):
@@ -154,17 +187,32 @@ class Recipe:
         return "/".join((self.name, *changes))
 
     def with_estimator(self, estimator: Estimator | None) -> "Recipe":
-        """This recipe with another estimator; without one, wgrad is dense FP8.  Only of recipes that have one."""
+        """This recipe with another estimator.  Only of recipes that have one.
+
+        Args:
+            estimator: None for a wgrad in dense FP8.
+
+        Returns:
+            A recipe that is the same in all else.
+        """
         if estimator is None:
             return next(v for v in self.variants() if (v.dgrad, v.wgrad) == (self.dgrad, Gemm.FP8))
         return replace(self, estimator=estimator)
 
     def unpruned(self) -> "Recipe":
-        """What linears get that are none of its targets, and its own in a dense phase: dense FP8."""
+        """What linears get that are none of its targets, and its own in a dense phase.
+
+        Returns:
+            Dense FP8, with this recipe's format of gradients.
+        """
         return replace(FP8, grad_format=self.grad_format)
 
     def short_str(self) -> str:
-        """Its products, and what else differs from the default, in a few characters, for the report."""
+        """Its products, and what else differs from the default, in a few characters.
+
+        Returns:
+            What the report shows, as ``s-ste (2:4 fp8, fp8, 2:4 fp8)``.
+        """
         parts = [f"{self.fprop}, {self.dgrad}, {self.wgrad}"]
         if self.grad_format is not GradFormat.E4M3:
             parts.append(f"{self.grad_format.value} gradients")
@@ -176,6 +224,9 @@ class Recipe:
         """This recipe, and those that differ from it by more precise backward products, of the same weight.
 
         A dense dgrad saves the cast of grad_output only if wgrad is dense, too.
+
+        Returns:
+            What ``sste.when="faster"`` chooses from.
         """
         if self.is_bf16:
             return (self,)

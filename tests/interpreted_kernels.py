@@ -27,7 +27,15 @@ from triton.runtime import interpreter
 from sparse_compile.kernels import reference, tiles
 from sparse_compile.kernels.activation import cast_mvue, cast_transpose
 from sparse_compile.kernels.formats import E4M3, E5M2, FP8_DTYPES, metadata_shape, padded, values_shape
-from sparse_compile.kernels.weight import fp8_tiles, groups_of_four, masked_decay, prune_bf16, prune_fp8, transposable
+from sparse_compile.kernels.weight import (
+    fp8_tiles,
+    groups_of_four,
+    masked_decay,
+    prune_bf16,
+    prune_fp8,
+    transposable,
+    transpose_pruned,
+)
 from sparse_compile.testing import assert_same_bits, hard_groups
 from tests.gluon_interpreter import elementwise, fp8_word, interpret, prmt
 
@@ -61,7 +69,7 @@ def interpret_weight_kernels() -> None:
 
     interpret(
         tiles, groups_of_four, transposable, masked_decay, fp8_tiles, prune_fp8, prune_bf16, cast_transpose,
-        cast_words=cast, permute_bytes=elementwise(prmt, tl.int32),
+        transpose_pruned, cast_words=cast, permute_bytes=elementwise(prmt, tl.int32),
         with_layout_of=lambda x, y: x,
         _widen=widen, _cast_positive_words=cast_positive, magnitude=elementwise(np.abs, tl.float32),
         _is_positive=elementwise(lambda x: (x > 0).astype(np.float32), tl.float32),
@@ -142,21 +150,26 @@ def check_prune() -> None:
                 values, weight_t = poisoned_payload(*values_shape(n, k)), poisoned_payload(k, n)
                 metadata = poisoned(*metadata_shape(n, k), dtype=torch.int32)
                 scale_inv = torch.tensor([hint])
-                prune_fp8.launch_prune_weight(weight, beta, values, metadata, weight_t, scale_inv, hard)
-                what = f"{name}, hard {hard}"
-                assert_same_bits(values, expected[0], f"values, {what}")
-                assert_same_bits(metadata, expected[1], f"metadata, {what}")
-                assert_same_bits(weight_t, expected[2], f"weight_t, {what}")
-                assert_same_bits(scale_inv, expected[3], f"scale_inv, {what}")
+                # By turns, where not all are wanted.
+                for buffer in (weight_t, None) if ALL else ((weight_t, None)[index % 2],):
+                    prune_fp8.launch_prune_weight(weight, beta, values, metadata, buffer, scale_inv, hard)
+                    what = f"{name}, hard {hard}"
+                    assert_same_bits(values, expected[0], f"values, {what}")
+                    assert_same_bits(metadata, expected[1], f"metadata, {what}")
+                    assert_same_bits(scale_inv, expected[3], f"scale_inv, {what}")
+                    if buffer is not None:
+                        assert_same_bits(weight_t, expected[2], f"weight_t, {what}")
     for index, (name, weight) in enumerate(cases.items()):
         n, k = weight.shape
         expected = reference.cast_weight(weight)
         for hint in hints(float(expected[-1]), index):
             payload, payload_t, scale_inv = poisoned_payload(n, k), poisoned_payload(k, n), torch.tensor([hint])
-            prune_fp8.launch_cast_weight(weight, payload, payload_t, scale_inv)
-            assert_same_bits(payload, expected[0], f"payload, {name}")
-            assert_same_bits(payload_t, expected[1], f"payload_t, {name}")
-            assert_same_bits(scale_inv, expected[2], f"cast scale_inv, {name}")
+            for buffer in (payload_t, None) if ALL else ((payload_t, None)[index % 2],):
+                prune_fp8.launch_cast_weight(weight, payload, buffer, scale_inv)
+                assert_same_bits(payload, expected[0], f"payload, {name}")
+                assert_same_bits(scale_inv, expected[2], f"cast scale_inv, {name}")
+                if buffer is not None:
+                    assert_same_bits(payload_t, expected[1], f"payload_t, {name}")
 
 
 def check_transposable() -> None:
@@ -203,6 +216,20 @@ def poisoned_both_ways(n: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         poisoned_payload(*values_shape(k, n)),
         poisoned(*metadata_shape(k, n), dtype=torch.int32),
     )
+
+
+def check_transpose_pruned() -> None:
+    torch.manual_seed(0)
+    for rows, columns in ((16, 128), (80, 384), (256, 256), (128, 512)) if ALL else ((80, 384), (128, 256)):
+        dense = torch.randint(0, 256, (rows, columns), dtype=torch.uint8).view(E4M3)
+        positions = torch.rand(rows, columns // 4, 4).argsort(dim=-1)[..., :2].sort(dim=-1).values
+        values, metadata = reference.compress24(dense, positions)
+        kept = torch.zeros(rows, columns // 4, 4, dtype=torch.bool).scatter_(-1, positions, True)
+        expected = dense.view(torch.uint8).where(kept.view(rows, columns), 0).t().contiguous().view(E4M3)
+        assert_same_bits(reference.transpose_pruned(values, metadata), expected, f"the reference, {rows} x {columns}")
+        out = poisoned_payload(columns, rows)
+        transpose_pruned.launch_transpose_pruned(values, metadata, out)
+        assert_same_bits(out, expected, f"{rows} x {columns}")
 
 
 def check_prune_bf16() -> None:
@@ -334,6 +361,7 @@ def check_mvue() -> None:
 CHECKS = {
     "prune": check_prune,
     "prune_bf16": check_prune_bf16,
+    "transpose_pruned": check_transpose_pruned,
     "transposable": check_transposable,
     "soft_transposable": check_soft_transposable,
     "decay": check_decay,

@@ -1,4 +1,4 @@
-"""The programs in examples/ run as README.md says."""
+"""The programs in examples/ run as the documentation says."""
 
 import gc
 import json

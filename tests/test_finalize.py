@@ -361,7 +361,7 @@ def tiny(architecture: str) -> Any:
     [
         pytest.param("gpt2", torch.float32, marks=pytest.mark.nightly),
         ("gpt2", torch.bfloat16),
-        # By day ``test_readme.py`` does this with one.
+        # By day ``test_snippets.py`` does this with one.
         pytest.param("llama", torch.float32, marks=pytest.mark.nightly),
         pytest.param("llama", torch.bfloat16, marks=pytest.mark.nightly),
     ],

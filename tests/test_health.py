@@ -130,7 +130,7 @@ def test_noise_where_dgrad_is_24():
     weight, grad = torch.randn(out_features, in_features), torch.randn(tokens, out_features)
     operands = TRANSPOSABLE.new_operands(out_features, in_features, weight.device)
     TRANSPOSABLE.fill(weight, operands, None, TRANSPOSABLE.new_masks(out_features, in_features, weight.device), True)
-    values_t, metadata_t, weight_scale_inv = TRANSPOSABLE.dgrad_operand(operands)
+    values_t, metadata_t, weight_scale_inv = TRANSPOSABLE.kept_for_dgrad(operands)
     scale, seed, x_t = torch.ones(tokens), torch.zeros(1, dtype=torch.int64), torch.randn(in_features, 128)
     noise = GradNoise()
     noise.watch(True)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = ("prune", "prune_bf16", "transposable", "soft_transposable", "decay", "quantize", "mvue")
+KERNELS = (
+    "prune", "prune_bf16", "transpose_pruned", "transposable", "soft_transposable", "decay", "quantize", "mvue"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,9 @@ def to_sparse(model: Module) -> list[str]:
     transposed, is compressed along in_features too, and takes its place as a transposed view.  Weights are frozen by
     it.  Save the model before: compressed weights cannot be saved by safetensors.
 
+    Args:
+        model: the model, on a GPU, in bf16 or fp16.
+
     Returns:
         The names of the weights that are compressed now.
 

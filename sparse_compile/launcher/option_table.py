@@ -1,4 +1,4 @@
-"""``python -m sparse_compile options``: the table of the backend's options, which README.md has as well."""
+"""``python -m sparse_compile options``: the table of the backend's options, which docs/options.md has as well."""
 
 import argparse
 import shutil

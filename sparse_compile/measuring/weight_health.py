@@ -69,7 +69,8 @@ class HealthMonitor:
         self.listeners: list[Listener] = []
         self.noise = GradNoise()
         self._gradients_left = False
-        self._asked: WeakKeyDictionary[WeightRecord, int] = WeakKeyDictionary()  # the steps each had made when it was asked
+        # Of which gradients were asked for, and how many steps each had made then.
+        self._asked: WeakKeyDictionary[WeightRecord, int] = WeakKeyDictionary()
 
     def watch(self, slot: WeightSlot, weight: Tensor, operands: OperandSet, every: int) -> None:
         if not slot.projection.prunes:
@@ -162,9 +163,11 @@ def watch(slot: WeightSlot, weight: Tensor, operands: OperandSet, every: int) ->
 
 
 def on_health(listener: Listener) -> None:
-    """Hand every sample on: ``listener(tag, value, step)``, as TensorBoard's ``SummaryWriter.add_scalar`` takes it.
+    """Pass every sample on, for instance to TensorBoard's ``SummaryWriter.add_scalar``.
 
-    Tags are ``sste/flips/<module>`` and alike, for each quantity of ``Health``.
+    Args:
+        listener: called as ``listener(tag, value, step)`` for each quantity of ``Health``.  Tags are
+            ``sste/flips/<module>`` and alike, values are shares from 0 to 1, the step is the weight's optimizer step.
     """
     if listener not in monitor.listeners:
         monitor.listeners.append(listener)
@@ -176,12 +179,15 @@ def leave_gradients() -> None:
 
 
 def health() -> dict[str, Health]:
-    """A sample of every pruned weight that is alive, by the name of its module: see ``Health``.
+    """A sample of every pruned weight that is alive.
 
     The first call, or the first sample of option ``sste.health``, begins: flips are counted from one to the next, and
-    the gradients of the optimizer step after a call are compared for the next one.  Weights that FSDP2 holds in shards
-    are not among them: the option looks at these before they are given back.  Waits for the GPU.  A graph that several
-    blocks share names their weights ``up``, ``up (2)``, ...
+    the gradients of the optimizer step after a call are compared for the next one.  Waits for the GPU.
+
+    Returns:
+        A ``Health`` by the name of the weight's module.  A graph that several blocks share names their weights ``up``,
+        ``up (2)``, ...  Weights that FSDP2 holds in shards are not among them: the option ``sste.health`` looks at
+        them before they are given back.
     """
     return monitor.sample_all()
 
@@ -190,10 +196,8 @@ def _take(state: OperandSet, watched: _Watched) -> tuple[Tensor, Tensor, int] | 
     """Counts, a copy of the metadata, and the address by which its gradients are kept; None before it was pruned."""
     if not state.operands:
         return None
-    pruned, for_dgrad = (
-        watched.projection.fprop_operand(state.operands),
-        watched.projection.dgrad_operand(state.operands),
-    )
+    pruned = watched.projection.fprop_operand(state.operands)
+    for_dgrad = watched.projection.kept_for_dgrad(state.operands)
     assert isinstance(pruned, SparseOperand)
     counts = _counts(pruned.values, pruned.metadata, watched.last)
     return counts, pruned.metadata.clone(), for_dgrad[0].data_ptr()

@@ -64,6 +64,9 @@ class Projection(ABC):
         is_hard: whether what it keeps stays as it is; what it drops can decay then.
         rows: how many rows, from the first, are projected together: 1, or 4 where tiles are.
         dtype: of the payload.
+        one_copy: projects alike and keeps fprop's copy of the weight alone, of which ``dgrad_operand`` makes the other
+            one in each backward; of weights whose dimensions are multiples of 128.  None where there is no such thing.
+        dgrad_component: the component of ``kernels.timing.linear_costs`` that times what ``dgrad_operand`` runs.
     """
 
     prunes: bool = True
@@ -73,6 +76,8 @@ class Projection(ABC):
     is_hard: bool = False
     rows: int = 1
     dtype: torch.dtype = E4M3
+    one_copy: "Projection | None" = None
+    dgrad_component: str | None = None
     # A NamedTuple of tensors.  The last is ``scale_inv``, which stays where the others give their memory back.
     Operands: ClassVar[type[Any]]
 
@@ -93,6 +98,7 @@ class Projection(ABC):
 
     @property
     def has_beta(self) -> bool:
+        """Whether a scale is found for each weight."""
         return self.beta_limits is not None
 
     @property
@@ -107,10 +113,28 @@ class Projection(ABC):
 
     @abstractmethod
     def new_operands(self, n: int, k: int, device: torch.device) -> Any:
-        """Uninitialised ``Operands`` of a weight ``[n, k]``; fake ones under a FakeTensorMode."""
+        """Uninitialised operands of a weight.
+
+        Args:
+            n: its out_features.
+            k: its in_features.
+            device: where they are made.
+
+        Returns:
+            An ``Operands``; of fake tensors under a FakeTensorMode.
+        """
 
     def new_masks(self, n: int, k: int, device: torch.device) -> Tensor | None:
-        """Uninitialised masks of a weight ``[n, k]``; None for projections that keep none."""
+        """Uninitialised masks of a weight.
+
+        Args:
+            n: its out_features.
+            k: its in_features.
+            device: where they are made.
+
+        Returns:
+            None for projections that keep none.
+        """
         del n, k, device
         return None
 
@@ -128,22 +152,59 @@ class Projection(ABC):
 
     @abstractmethod
     def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
-        """The weight ``[N, K]``, fp32, as its products read it, without beta and the cast; runs on any device.
+        """The weight as its products read it, without beta and the cast; runs on any device.
 
         Args:
-            masks: None to search for them.
+            weight: ``[N, K]``, fp32.
+            masks: from ``new_masks``; None to search for them.
+
+        Returns:
+            ``[N, K]``, fp32.
         """
 
     @abstractmethod
     def fprop_operand(self, operands: Any) -> SparseOperand | DenseOperand:
-        """What fprop multiplies the input with: ``[N, K]``."""
+        """What fprop multiplies the input with.
+
+        Args:
+            operands: filled ones.
+
+        Returns:
+            A matrix ``[N, K]``.
+        """
 
     @abstractmethod
-    def dgrad_operand(self, operands: Any) -> SparseOperand | DenseOperand:
-        """What dgrad multiplies grad_output with: ``[K, N]``, or ``[N, K]`` in bf16."""
+    def kept_for_dgrad(self, operands: Any) -> tuple[Tensor, ...]:
+        """What ``dgrad_operand`` reads of the operands: saved for backward.
+
+        Args:
+            operands: filled ones.
+
+        Returns:
+            Tensors, of which the first is of this weight alone.
+        """
+
+    @abstractmethod
+    def dgrad_operand(self, *kept: Tensor) -> SparseOperand | DenseOperand:
+        """What dgrad multiplies grad_output with; called in backward.
+
+        Args:
+            kept: from ``kept_for_dgrad``.
+
+        Returns:
+            A matrix ``[K, N]``, or ``[N, K]`` in bf16.
+        """
 
     def time(self, shape: LinearShape, random: RandomOperands) -> Callable[[], Any]:
-        """A call of ``fill``, to be timed; with masks that are there, since a search is rare."""
+        """A call of ``fill``, to be timed; with masks that are there, since a search is rare.
+
+        Args:
+            shape: of the linear.
+            random: makes its weight, of random numbers.
+
+        Returns:
+            Without arguments.
+        """
         n, k, device = shape.out_features, shape.in_features, random.device
         weight, beta = random.weight(shape), random.ones(1) if self.has_beta else None
         operands, masks = self.new_operands(n, k, device), self.new_masks(n, k, device)

@@ -18,11 +18,33 @@ class CastWeight(NamedTuple):
     scale_inv: Tensor
 
 
-class Identity(Projection):
+class CastWeightOnce(NamedTuple):
+    """``[N, K]``."""
+
+    payload: Tensor
+    scale_inv: Tensor
+
+
+class Unpruned(Projection):
     """Nothing is pruned."""
 
-    Operands = CastWeight
     prunes = False
+
+    def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
+        return weight
+
+    def fprop_operand(self, operands: CastWeight | CastWeightOnce) -> DenseOperand:
+        return DenseOperand(operands.payload, operands.scale_inv)
+
+
+class Identity(Unpruned):
+    """Each product has a copy."""
+
+    Operands = CastWeight
+
+    def __init__(self, key: str, *, one_copy: Projection) -> None:
+        self.one_copy = one_copy
+        super().__init__(key)
 
     def new_operands(self, n: int, k: int, device: torch.device) -> CastWeight:
         return CastWeight(
@@ -36,26 +58,48 @@ class Identity(Projection):
     ) -> None:
         cast_weight_(weight, *operands)
 
-    def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
-        return weight
+    def kept_for_dgrad(self, operands: CastWeight) -> tuple[Tensor, ...]:
+        return operands.payload_t, operands.scale_inv
 
-    def fprop_operand(self, operands: CastWeight) -> DenseOperand:
-        return DenseOperand(operands.payload, operands.scale_inv)
-
-    def dgrad_operand(self, operands: CastWeight) -> DenseOperand:
-        return DenseOperand(operands.payload_t, operands.scale_inv)
+    def dgrad_operand(self, *kept: Tensor) -> DenseOperand:
+        return DenseOperand(*kept)
 
 
-def _cast_weight_eager(weight: Tensor, *buffers: Tensor) -> None:
+class IdentityOnce(Unpruned):
+    """The copy for dgrad is made of the one for fprop."""
+
+    Operands = CastWeightOnce
+    dgrad_component = "transpose_weight"
+
+    def new_operands(self, n: int, k: int, device: torch.device) -> CastWeightOnce:
+        return CastWeightOnce(
+            payload=torch.empty(n, k, dtype=E4M3, device=device), scale_inv=torch.empty(1, device=device)
+        )
+
+    def fill(
+        self, weight: Tensor, operands: CastWeightOnce, beta: Tensor | None, masks: Tensor | None, search: bool
+    ) -> None:
+        cast_weight_(weight, operands.payload, None, operands.scale_inv)
+
+    def kept_for_dgrad(self, operands: CastWeightOnce) -> tuple[Tensor, ...]:
+        return operands
+
+    def dgrad_operand(self, *kept: Tensor) -> DenseOperand:
+        payload, scale_inv = kept
+        return DenseOperand(ops.transpose_tokens(payload), scale_inv)  # nothing is padded, N being a multiple of 128
+
+
+def _cast_weight_eager(weight: Tensor, *buffers: Tensor | None) -> None:
     ops.fill(buffers, reference.cast_weight(weight))
 
 
 cast_weight_ = ops.define(
-    "cast_weight_(Tensor weight, Tensor(a!) payload, Tensor(b!) payload_t, Tensor(c!) scale_inv) -> ()",
+    "cast_weight_(Tensor weight, Tensor(a!) payload, Tensor(b!)? payload_t, Tensor(c!) scale_inv) -> ()",
     _cast_weight_eager,
     ops.launcher("weight.prune_fp8.launch_cast_weight", ops.no_results),
     ops.no_results,
     any_strides=1,
 )
 
-IDENTITY = Identity("identity")
+IDENTITY_ONCE = IdentityOnce("identity-once")
+IDENTITY = Identity("identity", one_copy=IDENTITY_ONCE)

@@ -9,15 +9,18 @@ from dataclasses import dataclass
 class Health:
     """A pruned weight at one optimizer step; see ``sparse_compile.health``.
 
+    Shares are numbers from 0 to 1.
+
     Attributes:
+        step: the optimizer steps that the weight has made.
         flips: share of the bits of its mask that changed since the sample before; None at the first.
         zeros: share of zeros in the pruned weight; a half, and what ties and underflow add.
         underflow: share of the elements kept by the mask that are zero in FP8.
         saturated: share of the kept elements that have the largest magnitude of FP8.
         noise: error of the weight's gradient by MVUE and FP8, over the gradient without them; root mean squares.
         grad_underflow: share of the elements of its output's gradient that are zero in FP8, and were not before.
-            Both None where no gradient was seen: none came since it was asked for, CUDA graphs run in the process, or
-            dgrad does not run in FP8, by which a gradient's weight is known.
+            This and ``noise`` are None where no gradient was seen: none came since it was asked for, CUDA graphs run
+            in the process, or dgrad does not run in FP8, by which a gradient's weight is known.
         beta: the scale of S-STE; None where the recipe has none.
         beta_source: ``"fitted"``, ``"prior"`` (the weight was not representative when training began),
             ``"checkpoint"``, ``"told"``, or ``"of a 2:4 weight"``.

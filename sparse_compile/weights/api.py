@@ -11,12 +11,17 @@ from torch.optim import Optimizer
 
 
 def beta(model: Module) -> dict[str, float]:
-    """The S-STE scale of each weight that is pruned, by the parameter's name.
+    """The S-STE scale of each pruned weight, by the parameter's name.
 
-    Empty before the first call.  Until a weight is trained, its scale is the one that the weight as it is would begin
-    with.  ``W~ = beta * S(W)`` is what the forward pass multiplies with (S-STE, arXiv
-    2409.09099).  Recipes that keep the largest elements as they are, such as ``ste``, have no scale: their weights are
-    not among these.
+    The forward pass multiplies with ``W~ = beta * S(W)`` (S-STE, Hu et al., NeurIPS 2024, arXiv 2409.09099).
+
+    Args:
+        model: the model, compiled or wrapped or not.
+
+    Returns:
+        Positive numbers without a unit.  Empty before the first call.  Until a weight is trained, its scale is the one
+        that the weight would begin with.  Recipes that keep the largest elements as they are, such as ``ste``, have no
+        scale: their weights are not listed.
     """
     from sparse_compile.weights.registry import find_record
 
@@ -35,6 +40,7 @@ def set_beta(model: Module, betas: Mapping[str, float]) -> None:
         sparse_compile.set_beta(average, sparse_compile.beta(model))
 
     Args:
+        model: the model, compiled or wrapped or not.
         betas: scales by the parameters' names, with or without what wrappers put in front or between.
 
     Raises:
@@ -65,10 +71,15 @@ def set_beta(model: Module, betas: Mapping[str, float]) -> None:
 
 
 def attach(model: Module, optimizer: Optimizer) -> None:
-    """Say that an optimizer trains a model, where this cannot be found out.
+    """Say that an optimizer trains a model, if the backend cannot find that out by itself.
 
-    Optimizers that are made after this package was imported are known, and those before that the interpreter lists.
-    Call it after ``optimizer.load_state_dict`` and before the first step where scripts freeze the garbage collector.
+    Known are the optimizers that were made after this package was imported, and those that the garbage collector lists.
+    Call it after ``optimizer.load_state_dict`` and before the first step if the script freezes the garbage collector,
+    or sets the optimizer's state without ``load_state_dict``.
+
+    Args:
+        model: the model, compiled or wrapped or not.
+        optimizer: a ``torch.optim.Optimizer`` that holds parameters of the model.
 
     Raises:
         ValueError: it is no optimizer of PyTorch, or holds no parameter of the model.
@@ -93,6 +104,9 @@ def invalidate(model: Module) -> None:
     Needed after a change of a few elements that cannot be seen: through ``.data`` or from another library, between two
     steps of an optimizer that owns the weight.  Between a forward and its backward it makes that backward fail, as the
     change of a dense weight would.
+
+    Args:
+        model: the model, compiled or wrapped or not.
     """
     from sparse_compile.weights.registry import find_record
 
