@@ -58,11 +58,12 @@ def leave_without_kernels(plans: Sequence[Plan]) -> tuple[list[Plan], list[Rejec
         if missing is None or (plan.recipe.projection.prunes and plan.pruned):
             kept.append(plan)
             continue
-        rejections.append(plan.site.reject(Reason.NO_KERNELS, missing, "'sste.when': 'always' emulates"))
+        rejections.append(plan.site.reject(Reason.NO_KERNELS, missing, "'sste.when': 'always' emulates the kernels"))
         if missing not in warned:
             warned.add(missing)
             warnings.warn(
-                f"sparse_compile: {missing}: the model runs dense; 'sste.when': 'always' emulates", stacklevel=2
+                f"sparse_compile: {missing}: the model runs dense; 'sste.when': 'always' emulates the kernels",
+                stacklevel=2,
             )
     return kept, rejections
 
@@ -127,7 +128,7 @@ def choose(
             detail = (
                 f"{call} would take {fastest.rewritten:.0f} us in {recipe.short_str()}, {fastest.dense:.0f} us dense"
             )
-            advice = "more tokens in a call may change that; 'sste.when': 'always' rewrites it all the same"
+            advice = "more tokens in a call may change that; 'sste.when': 'always' rewrites it anyway"
             rejections.append(replace(plan.site.reject(Reason.SLOWER, detail, advice), dense_us=fastest.dense))
     return chosen, rejections
 

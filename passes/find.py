@@ -70,7 +70,7 @@ def find(flow: Flow, whole: GraphModule | None = None, name_of: Callable[[Node],
         if linear.pattern.refusal is None:
             found.sites.append(site)
         else:
-            advice = "write it as F.linear, and move the extra work into operations of its own"
+            advice = "write it as F.linear, and move the extra work into separate operations"
             found.rejections.append(site.reject(Reason.UNSUPPORTED_FORM, linear.pattern.refusal, advice))
     return found
 

@@ -217,7 +217,7 @@ def _compile(
     with backend_fake_mode(inputs):
         fakes = [new_seed(device) for device in seeded]
         fakes += [operand for slot in slots for operand in slot.new_operands()]
-    with announced(f"compiling a graph in which {len(plans)} linears are rewritten"):
+    with announced(f"compiling a graph with {len(plans)} rewritten linears"):
         compiled = compile_graph(
             graph,
             [*inputs, *fakes],

@@ -126,13 +126,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name):
-            raise ValueError(f"a recipe is named {self.name!r}; allowed are letters, digits, '-', '_' and '.'")
+            raise ValueError(f"the name of a recipe is {self.name!r}; allowed are letters, digits, '-', '_' and '.'")
         if (self.fprop in (Gemm.SPARSE24, Gemm.SPARSE24_BF16)) != self.projection.prunes:
             raise ValueError(f"recipe {self.name!r}: fprop is 2:4 if and only if the weight is projected")
         if (self.wgrad is Gemm.SPARSE24) != (self.estimator is not None):
             raise ValueError(f"recipe {self.name!r}: wgrad is 2:4 if and only if an estimator is named")
         if len({self.is_bf16, self.dgrad is Gemm.BF16, self.wgrad is Gemm.BF16}) > 1:
-            raise ValueError(f"recipe {self.name!r}: all three products are in bf16, or none")
+            raise ValueError(f"recipe {self.name!r}: all three products must be in bf16, or none")
         if self.projection.prunes and self.is_bf16 != self.projection.is_bf16:
             raise ValueError(
                 f"recipe {self.name!r}: its products and projection {self.projection} have different dtypes"
@@ -145,21 +145,21 @@ class Recipe:
         if (self.dgrad is Gemm.SPARSE24) != self.projection.prunes_both_ways:
             raise ValueError(f"recipe {self.name!r}: dgrad is 2:4 if and only if the weight is 2:4 both ways")
         if self.dgrad is Gemm.MVUE24 and not (self.projection.prunes and self.estimator):
-            raise ValueError(f"recipe {self.name!r}: dgrad is sampled only beside a pruned weight and a sampled wgrad")
+            raise ValueError(f"recipe {self.name!r}: a sampled dgrad needs a pruned weight and a sampled wgrad")
         if self.dgrad is Gemm.DENSE and self.projection.prunes:
             raise ValueError(
                 f"recipe {self.name!r}: dgrad must be dense fp8, or dense where the weight is not projected"
             )
         if self.grad_format is not GradFormat.E4M3 and not self.has_fp8_gradients:
-            raise ValueError(f"recipe {self.name!r}: a format of gradients needs a product that reads them in FP8")
+            raise ValueError(f"recipe {self.name!r}: grad_format needs a product that reads gradients in FP8")
         if self.rounding is not Rounding.NEAREST and self.estimator is None:
-            raise ValueError(f"recipe {self.name!r}: rounding is of what an estimator keeps")
+            raise ValueError(f"recipe {self.name!r}: rounding needs an estimator")
         if self.decay and not self.projection.is_hard:
-            raise ValueError(f"recipe {self.name!r}: a decay needs a mask, and so hard pruning")
+            raise ValueError(f"recipe {self.name!r}: a decay needs a mask, which only hard pruning has")
         if self.beta_factor != 1.0 and not self.projection.has_beta:
-            raise ValueError(f"recipe {self.name!r}: a factor of beta is for a projection that has one")
+            raise ValueError(f"recipe {self.name!r}: beta_factor needs a projection that has a beta")
         if self.projection.keeps_masks != (self.refresh > 0):
-            raise ValueError(f"recipe {self.name!r}: masks are refreshed if and only if they are transposable")
+            raise ValueError(f"recipe {self.name!r}: refresh must be above 0 if and only if the masks are transposable")
 
     @property
     def is_bf16(self) -> bool:

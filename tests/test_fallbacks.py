@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("uncompiled")
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always", "sste.recipe": "fp8"}
 LIMIT = 3
-ADVICE = f"recompile limit {LIMIT}; say dynamic=True or raise it"
+ADVICE = f"recompile limit {LIMIT}; use dynamic=True or raise it"
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def test_parts_that_are_disabled():
     for block in model.blocks[1:]:
         block.down.forward = torch.compiler.disable(block.down.forward)
     call = torch.compile(model, backend="sste", options=OPTIONS)
-    why = "in no graph: a graph break or torch.compiler.disable around it; TORCH_LOGS=graph_breaks says which"
+    why = "outside any graph, because of a graph break or torch.compiler.disable; TORCH_LOGS=graph_breaks shows which"
     # A break inside of a loop makes dynamo leave the frame around it, and what that calls of PyTorch's own modules.
     assert train(model, call) == [f"{name} of Blocks runs eagerly, {why}" for name in ("blocks.*.down (2)", "head")]
 

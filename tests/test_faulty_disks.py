@@ -34,7 +34,7 @@ def test_what_is_kept_is_read_by_others(tmp_path):
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     first, second = (tmp_path / "file" / "linear" / name for name in ("a.json", "b.json"))
-    with pytest.warns(UserWarning, match=r"file/linear can't be written \(.*SPARSE_COMPILE_CACHE_DIR names another"):
+    with pytest.warns(UserWarning, match=r"file/linear can't be written \(.*set SPARSE_COMPILE_CACHE_DIR to another"):
         gpu_times.keep(first, {"copy": 4.0})
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once

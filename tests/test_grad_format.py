@@ -68,9 +68,9 @@ class TestRecipe:
             read_options(None, {option: "e5m2"})
 
     def test_refusals(self):
-        with pytest.raises(ValueError, match="rounding is of what an estimator keeps"):
+        with pytest.raises(ValueError, match="rounding needs an estimator"):
             replace(FP8, rounding=Rounding.STOCHASTIC)
-        with pytest.raises(ValueError, match="a format of gradients needs a product that reads them in FP8"):
+        with pytest.raises(ValueError, match="grad_format needs a product that reads gradients in FP8"):
             replace(SSTE_BF16, grad_format=GradFormat.E5M2)
 
 

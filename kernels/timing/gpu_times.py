@@ -74,8 +74,8 @@ def keep(path: Path, value: object) -> None:
             new.unlink(missing_ok=True)
         if not _unwritten:
             warnings.warn(
-                f"sparse_compile: {path.parent} can't be written ({error}): every process measures again what could be "
-                "kept there; SPARSE_COMPILE_CACHE_DIR names another folder",
+                f"sparse_compile: {path.parent} can't be written ({error}), so every process measures again what could "
+                "be kept there; set SPARSE_COMPILE_CACHE_DIR to another folder",
                 stacklevel=2,
             )
         _unwritten[path] = text

@@ -27,7 +27,7 @@ from sparse_compile.torch_internals.modules import compiled_modules
 
 # Steps 2, 8, 32, ... of each optimizer are looked at: the first compiles, and a look may walk over the heap.
 _FIRST, _FACTOR = 2, 4
-_ADVICE = "say dynamic=True or raise it"
+_ADVICE = "use dynamic=True or raise it"
 
 _Weights = dict[int, "ref[Tensor]"]  # by their ids
 
@@ -110,14 +110,14 @@ class Fallbacks:
                 parts[type(root)] |= eager
         for kind, fallen in whole.items():
             limit = self._limit_of(fallen[0])
-            why = f"{limit.name} {limit.value}; {_ADVICE}" if limit else "TORCH_LOGS=graph_breaks says why"
+            why = f"{limit.name} {limit.value}; {_ADVICE}" if limit else "TORCH_LOGS=graph_breaks shows why"
             count = f"{len(fallen)} of {len(alike[kind])}"
             yield f"{count} compiled modules of class {kind.__name__} fell back to eager: {why}"
         for kind, names in parts.items():
             for pattern in fold_names(names):
                 yield (
-                    f"{pattern} of {kind.__name__} runs eagerly, in no graph: a graph break or torch.compiler.disable "
-                    "around it; TORCH_LOGS=graph_breaks says which"
+                    f"{pattern} of {kind.__name__} runs eagerly, outside any graph, because of a graph break or "
+                    "torch.compiler.disable; TORCH_LOGS=graph_breaks shows which"
                 )
 
     def _limit_of(self, module: Module) -> RecompileLimit | None:

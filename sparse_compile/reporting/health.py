@@ -46,28 +46,28 @@ class Health:
 HEALTH_LIMITS = {
     "flips": (
         0.05,
-        "Mask bits that changed since the sample before. Masks move while the learning rate is high and settle as it "
-        "falls; a rate that stays high says that weights are pruned and brought back all the time.",
+        "Mask bits that changed since the previous sample. Masks change while the learning rate is high and settle as "
+        "it falls. A rate that stays high means that weights keep being pruned and restored.",
     ),
     "underflow": (
         0.01,
-        "Kept elements that are zero in FP8: too small beside the largest of their weight, or tied with the elements "
-        "that are pruned. A weight with few very large elements loses many.",
+        "Kept elements that become zero in FP8: they are too small next to the weight's largest element, or tie with "
+        "pruned elements. A weight with a few very large elements loses many.",
     ),
     "saturated": (
         0.001,
-        "Kept elements at FP8's largest magnitude. The scale follows the largest element, so they are few.",
+        "Kept elements at FP8's largest magnitude. The scale follows the largest element, so there should be few.",
     ),
     "noise": (
         1.0,
-        "What sampling (MVUE) and FP8 change in a weight's gradient, as a share of it. Sampling has no bias: like the "
-        "noise of small batches it averages out over steps. Above 100 % a step's gradient is mostly noise; larger "
-        "batches help, and recipe 'fp8' does not sample.",
+        "The change that sampling (MVUE) and FP8 make to a weight's gradient, relative to the gradient. Sampling is "
+        "unbiased: like the noise of small batches, it averages out over steps. Above 100 %, the gradient of a step is "
+        "mostly noise. Larger batches help; recipe 'fp8' does not sample.",
     ),
     "grad_underflow": (
         0.01,
-        "Elements of the gradient of a linear's output that FP8 makes zero, in dgrad: too small beside the largest of "
-        "their token.",
+        "Elements of a linear's output gradient that become zero in FP8, in dgrad: they are too small next to the "
+        "largest element of their token.",
     ),
 }
 

@@ -43,9 +43,9 @@ class Report(ReportData):
             read = json.loads(text)
             version = read["version"]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f"this is no report of sparse_compile: {error!r}") from error
+            raise ValueError(f"this is not a report of sparse_compile: {error!r}") from error
         if version != VERSION:
-            raise ValueError(f"the report is of version {version}; this sparse_compile reads version {VERSION}")
+            raise ValueError(f"the report has version {version}; this sparse_compile reads version {VERSION}")
         # Older files of this version have none.
         read.setdefault("fallbacks", [])
         read.setdefault("choices", {})

@@ -59,12 +59,12 @@ def set_beta(model: Module, betas: Mapping[str, float]) -> None:
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"no parameter of the model is named {name!r}{hint}")
         if len(found) > 1:
-            raise ValueError(f"several parameters of the model may be meant by {name!r}; give the whole name")
+            raise ValueError(f"{name!r} matches several parameters of the model; give the full name")
         if isinstance(value, bool) or not (isfinite(value) and value > 0):
             raise ValueError(f"the scale of {name!r} is {value}; it must be a positive, finite number")
         reason = _why_not_pruned(name, *found[0])
         if reason is not None:
-            raise ValueError(f"{reason}; only the weights that 's-ste' recipes prune have one")
+            raise ValueError(f"{reason}; only weights that an 's-ste' recipe prunes have one")
         told.append((found[0][1], float(value)))
     for parameter, value in told:
         record_of(parameter).tell(value)
@@ -89,11 +89,11 @@ def attach(model: Module, optimizer: Optimizer) -> None:
 
     if "param_groups" not in getattr(optimizer, "__dict__", {}):
         raise ValueError(
-            f"a {type(optimizer).__name__} holds no parameters; give the torch.optim.Optimizer inside of it"
+            f"the optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer; give the one that it wraps"
         )
     held = {id(weight) for weight in held_by(optimizer)}
     if not any(id(owned_by_optimizer(parameter)) in held for parameter in original(model).parameters()):
-        raise ValueError("the optimizer holds no parameter of the model")
+        raise ValueError("the optimizer holds no parameter of the model; give the one that trains it")
     watch.meet(optimizer)
     read_now(optimizer)
 
@@ -155,12 +155,12 @@ def _why_not_pruned(name: str, module: Module, parameter: Parameter) -> str | No
     from sparse_compile.weights.registry import find_record
 
     if parameter.ndim != 2 or not parameter.is_floating_point():
-        return f"{name!r} can have no scale, being no matrix: its shape is {tuple(parameter.shape)}"
+        return f"{name!r} has no scale, because it is not a matrix: its shape is {tuple(parameter.shape)}"
     if isinstance(module, (Embedding, EmbeddingBag)):
-        return f"{name!r} of a {type(module).__name__} can have no scale"
+        return f"{name!r} of a {type(module).__name__} has no scale"
     record = find_record(parameter)
     if record is not None and record.target is not None and not record.target.projection.has_beta:
         return f"the recipe of {name!r} has no scale"
     if record is not None and record.target is None and record.operands:
-        return f"the linear of {name!r} computes with it dense, without a scale"
+        return f"the linear of {name!r} stays dense, without a scale"
     return None

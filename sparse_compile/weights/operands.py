@@ -50,7 +50,7 @@ def operand_set(weight: Tensor, slot: WeightSlot) -> OperandSet:
     if slot.refresh and record.shards is not None:
         raise ValueError(
             f"FSDP2 gathers the weight of {slot.name!r} anew for each forward, but transposable masks stay with one; "
-            "take recipe 'sr-ste', or leave it out by 'sste.targets'"
+            "use recipe 'sr-ste', or exclude the linear with 'sste.targets'"
         )
     return record.operand_set(layout_of(slot))
 
@@ -88,7 +88,7 @@ def restore_operands(
                 if weight.untyped_storage().size() == 0:
                     raise RuntimeError(
                         f"the backward of {slot.name!r} runs while FSDP2 holds its weight in shards: call the module "
-                        "to which fully_shard was applied, whose hooks gather it, and not its forward or a submodule"
+                        "that fully_shard was applied to, whose hooks gather the weight, not its forward or a submodule"
                     )
                 _refresh(weight, slot, record, kept, _version(weight, kept), True)
 
@@ -241,8 +241,8 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: WeightRecord
         if fit.is_24 and record.beta.value != 1.0:
             raise ValueError(
                 f"the weight of {slot.name!r} is 2:4 already, so its S-STE scale beta is 1, but its optimizer's "
-                f"state_dict holds {record.beta.value}: the weight was saved after finalize, the optimizer before. "
-                "Load those that were saved together, or begin with a new optimizer"
+                f"state_dict holds {record.beta.value}: the weight was saved after finalize, the optimizer before it. "
+                "Load a weight and an optimizer that were saved together, or start with a new optimizer"
             )
     if record.refit_due:
         record.refit_due = False
@@ -262,9 +262,9 @@ def _provisional(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: Weigh
     fit = _fit(matrix, slot)
     if training and take_blind(weight) and not fit.is_24:
         warnings.warn(
-            f"an optimizer has trained {slot.name!r} before, and has no S-STE scale beta of it, which is therefore "
-            "computed from the weight as it is now. If this resumes a run with backend 'sste', its linears go on "
-            "with another scale; load the optimizer's state_dict of that run before the first step. "
+            f"an optimizer has trained {slot.name!r} before but holds no S-STE scale beta for it, so beta is computed "
+            "from the current weight. If this resumes a run with backend 'sste', the linear continues with a different "
+            "scale: load that run's optimizer state_dict before the first step. "
             "torch.distributed.checkpoint loads beta if the model is called once before get_state_dict.",
             stacklevel=2,
         )
