@@ -14,6 +14,7 @@ from sparse_compile.kernels import ops
 from sparse_compile.linear.function import linear
 from sparse_compile.linear.seed import new_seed
 from sparse_compile.measuring.baseline import Baseline
+from sparse_compile.measuring.eager_fallbacks import watch_fallbacks
 from sparse_compile.measuring.step_times import time_steps
 from sparse_compile.measuring.weight_health import leave_gradients
 from sparse_compile.options import Executor, Options, read_options
@@ -276,6 +277,9 @@ REWRITTEN = (
     ),
 )  # fmt: skip
 PASSES = (*TRACED, *DECIDED, *PLANNED, *REWRITTEN)
+
+# From now on, as it may be that nothing is ever compiled that should be.
+watch_fallbacks()
 
 # torch._dynamo.reset() calls this attribute of a backend.
 sste.reset = reset_cuda_graphs  # type: ignore[attr-defined]

@@ -149,3 +149,30 @@ def test_the_limit_is_recognised_by_its_function():
     path = f"{torch.__path__[0]}/_dynamo/external_utils.py"
     assert RecompileLimit(f"'inner' ({path}:62)", "recompile limit", 8).is_pytorchs
     assert not RecompileLimit("'forward' (/home/me/model.py:12)", "recompile limit", 8).is_pytorchs
+
+
+def test_a_module_of_pytorchs_that_is_compiled_in_place_is_warned_of() -> None:
+    """Dynamo traces nothing of it, so no graph tells."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    model.compile(backend="sste", options=OPTIONS)
+    watch_fallbacks()._warned.clear()
+    watch_fallbacks()._noted.clear()
+    with pytest.warns(UserWarning, match=r"Sequential.compile\(\) had no effect.*use torch.compile\(module\)"):
+        train(model)
+    assert [line.partition(",")[0] for line in sparse_compile.report().fallbacks] == [
+        "Sequential.compile() had no effect"
+    ]
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        lambda model: torch.compile(model, backend="sste", options=OPTIONS),
+        lambda model: (nn.Sequential(*(Block(),)).compile(backend="sste", options=OPTIONS), model)[1],
+    ],
+    ids=["by torch.compile", "another one, of one's own classes"],
+)
+def test_modules_of_pytorchs_that_are_traced_are_not(compiled) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    train(model, compiled(model))
+    assert sparse_compile.report().fallbacks == []
