@@ -69,7 +69,9 @@ class HealthMonitor:
         self.listeners: list[Listener] = []
         self.noise = GradNoise()
         self._gradients_left = False
-        self._asked: WeakKeyDictionary[WeightRecord, int] = WeakKeyDictionary()  # the steps each had made when it was asked
+        self._asked: WeakKeyDictionary[WeightRecord, int] = (
+            WeakKeyDictionary()
+        )  # the steps each had made when it was asked
 
     def watch(self, slot: WeightSlot, weight: Tensor, operands: OperandSet, every: int) -> None:
         if not slot.projection.prunes:
