@@ -1,6 +1,6 @@
 """Many random graphs and scripts, in several processes: ``python benchmarks/fuzzing.py EXAMPLES`` (scripts/fuzz.sh).
 
-An example is a script that runs over a graph; each graph is compiled once for several scripts.
+An example is a script that runs over a graph, which is compiled once for several of them; of kernels alone, a call.
 """
 
 import argparse
@@ -31,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from harness import RESULTS, write
 
 import warm
+from fuzz.kernels import KERNELS
+from fuzz.kernels import check as check_kernel
 from fuzz.oracle import RECIPES
 from fuzz.programs import DTYPES, LEADING, WIDTHS, Program, programs
 from fuzz.scripts import Kind, Script, check, scripts
@@ -61,6 +63,7 @@ PARTS = {
     "gpu, always": Part(_GPU),
     "gpu, faster": Part(replace(_GPU, priced=True), **_LARGE),
     "gpu, reduce-overhead": Part(replace(_GPU, mode="reduce-overhead")),
+    "gpu, kernels": Part(_GPU),
 }
 
 
@@ -72,7 +75,7 @@ class Batch:
     seed: int
     graphs: int = 0
     scripts: Counter[str] = field(default_factory=Counter)
-    recipes: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
     failure: str | None = None
 
 
@@ -80,6 +83,9 @@ def batch(part: str, number: int, shrink: bool) -> Batch:
     """So many graphs, drawn by a seed; the first that fails ends it."""
     torch.set_num_threads(1)
     done = Batch(part, number)
+    if part == "gpu, kernels":
+        call_kernels(done)
+        return done
     what = PARTS[part]
     phases = [Phase.generate, *([Phase.shrink] if shrink else [])]
 
@@ -92,7 +98,7 @@ def batch(part: str, number: int, shrink: bool) -> Batch:
     def examples(program: Program, scripts: list[Script], mvue: bool) -> None:
         done.scripts.update(check(program, scripts, what.kind, mvue))
         done.graphs += 1
-        done.recipes[program.recipe] += len(scripts)
+        done.kinds[program.recipe] += len(scripts)
 
     try:
         examples()
@@ -100,6 +106,18 @@ def batch(part: str, number: int, shrink: bool) -> Batch:
         done.failure = "".join(traceback.format_exception(error))
     gc.collect()
     return done
+
+
+def call_kernels(done: Batch) -> None:
+    """As many calls as there are examples in another batch, by turns."""
+    for number in range(done.seed * GRAPHS * SCRIPTS, (done.seed + 1) * GRAPHS * SCRIPTS):
+        kernel = list(KERNELS)[number % len(KERNELS)]
+        try:
+            check_kernel(kernel, number, "cuda")
+        except Exception as error:  # noqa: BLE001 - whatever is raised is what was looked for
+            done.failure = (done.failure or "") + "".join(traceback.format_exception(error))
+        done.scripts["compared"] += 1
+        done.kinds[kernel] += 1
 
 
 def ready() -> None:
@@ -127,15 +145,15 @@ def campaign(
 
 
 def summary(batches: list[Batch], seconds: float) -> dict[str, Any]:
-    scripts, recipes = Counter[str](), Counter[str]()
+    scripts, kinds = Counter[str](), Counter[str]()
     for done in batches:
         scripts.update(done.scripts)
-        recipes.update(done.recipes)
+        kinds.update(done.kinds)
     failures = [{"seed": done.seed, "error": done.failure} for done in batches if done.failure]
     return {
         "examples": sum(scripts.values()), "compared to their end": scripts["compared"],
         "too large to be compared": scripts["too large"], "graphs": sum(done.graphs for done in batches),
-        "examples by recipe": dict(sorted(recipes.items())), "seconds": round(seconds, 1),
+        "examples by kind": dict(sorted(kinds.items())), "seconds": round(seconds, 1),
         "seeds": [min(done.seed for done in batches), max(done.seed for done in batches)],
         "failures": failures,
     }  # fmt: skip
@@ -144,7 +162,7 @@ def summary(batches: list[Batch], seconds: float) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     rows = [(name, value) for name, value in results.items() if not isinstance(value, (dict, list))]
     rows += [("failures", len(results["failures"]))]
-    return tabulate([*rows, *results["examples by recipe"].items()], tablefmt="github", headers=("", "number"))
+    return tabulate([*rows, *results["examples by kind"].items()], tablefmt="github", headers=("", "number"))
 
 
 def main() -> None:

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = ("prune", "prune_bf16", "transposable", "soft_transposable", "decay", "quantize", "mvue")
+KERNELS = (
+    "prune",
+    "prune_bf16",
+    "transposable",
+    "soft_transposable",
+    "decay",
+    "quantize",
+    "mvue",
+    pytest.param("random", marks=pytest.mark.nightly),
+)
 
 
 @pytest.fixture(scope="module")
