@@ -39,7 +39,7 @@ from fuzz.scripts import Kind, Script, check, scripts
 
 # One graph, and so many scripts over it.
 SCRIPTS = 4
-GRAPHS = 8  # of a batch, which is what a process does at a time
+GRAPHS = 12  # of a batch, which is what a process does at a time
 SIXTEEN_BITS = tuple(dtype for dtype in DTYPES if dtype != "float32")
 
 
@@ -131,9 +131,9 @@ def campaign(
 ) -> Iterator[Batch]:
     """Batches as they end, until so many examples ran, or no later than a time, but for those that run then."""
     numbers = range(first, first + -(-examples // (GRAPHS * SCRIPTS)))
-    # A process ends after some batches: what a compiler keeps for each graph grows.
+    # Each in a process of its own: what a compiler keeps for each graph grows.
     with ProcessPoolExecutor(
-        processes, mp_context=get_context("spawn"), initializer=ready, max_tasks_per_child=8
+        processes, mp_context=get_context("spawn"), initializer=ready, max_tasks_per_child=1
     ) as pool:
         started = [pool.submit(batch, part, number, shrink) for number in numbers]
         for future in as_completed(started):
