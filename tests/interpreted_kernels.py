@@ -37,6 +37,8 @@ from sparse_compile.kernels.weight import (
     transpose_pruned,
 )
 from sparse_compile.testing import assert_same_bits, hard_groups
+from tests.fuzz import kernels as fuzz_kernels
+from tests.fuzz.kernels import KERNELS
 from tests.gluon_interpreter import elementwise, fp8_word, interpret, prmt
 
 ALL = False
@@ -62,7 +64,7 @@ def interpret_weight_kernels() -> None:
         return elementwise(word, tl.int32)(x0, x1, x2, x3)
 
     def cast_positive(x0, x1, x2, x3, signs):
-        words = elementwise(lambda *x: fp8_word(*(np.where(y < 0, np.float32(0), y) for y in x)), tl.int32)(
+        words = elementwise(lambda *x: fp8_word(*(np.where(y <= 0, np.float32(0), y) for y in x)), tl.int32)(
             x0, x1, x2, x3
         )
         return words | (signs & -2139062144)
@@ -358,6 +360,15 @@ def check_mvue() -> None:
     check_philox()
 
 
+def check_random() -> None:
+    """Of any shapes, strides and values, in memory that is watched."""
+    for kernel in KERNELS:
+        # The GEMM's program is for warps that wait for each other, which no interpreter runs.
+        if kernel != "sparse_gemm":
+            for seed in range(15 if ALL else 1):
+                fuzz_kernels.check(kernel, seed, "cpu", largest=272 if ALL else 64)
+
+
 CHECKS = {
     "prune": check_prune,
     "prune_bf16": check_prune_bf16,
@@ -367,6 +378,7 @@ CHECKS = {
     "decay": check_decay,
     "quantize": check_quantize,
     "mvue": check_mvue,
+    "random": check_random,
 }
 
 

@@ -65,9 +65,10 @@ def test_bf16_operands_are_sampled_alike(device):
         TOP2_BF16.fill(weight, operands, None, None, False)
         samples.append(operands[:2])
     # Two of four zeros are kept in each row, and the padding.
-    assert health._counts(*samples[0], None).tolist() == [-1, 80 * (2 + (256 - 208) // 2), 0]
+    scale = torch.ones(1)
+    assert health._counts(*samples[0], scale, None).tolist() == [-1, 80 * (2 + (256 - 208) // 2), 0, 0]
     flips = int((reference.top2_mask(before) != reference.top2_mask(after)).sum())
-    assert health._counts(*samples[1], samples[0][1]).tolist()[0] == flips
+    assert health._counts(*samples[1], scale, samples[0][1]).tolist()[0] == flips
 
 
 def ffn(features=80):

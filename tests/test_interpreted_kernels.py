@@ -10,8 +10,16 @@ from pathlib import Path
 import pytest
 
 KERNELS = (
-    "prune", "prune_bf16", "transpose_pruned", "transposable", "soft_transposable", "decay", "quantize", "mvue"
-)  # fmt: skip
+    "prune",
+    "prune_bf16",
+    "transpose_pruned",
+    "transposable",
+    "soft_transposable",
+    "decay",
+    "quantize",
+    "mvue",
+    pytest.param("random", marks=pytest.mark.nightly),
+)
 
 
 @pytest.fixture(scope="module")

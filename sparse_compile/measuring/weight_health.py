@@ -199,7 +199,7 @@ def _take(state: OperandSet, watched: _Watched) -> tuple[Tensor, Tensor, int] | 
     pruned = watched.projection.fprop_operand(state.operands)
     for_dgrad = watched.projection.kept_for_dgrad(state.operands)
     assert isinstance(pruned, SparseOperand)
-    counts = _counts(pruned.values, pruned.metadata, watched.last)
+    counts = _counts(pruned.values, pruned.metadata, pruned.scale_inv, watched.last)
     return counts, pruned.metadata.clone(), for_dgrad[0].data_ptr()
 
 
@@ -224,19 +224,21 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(masks, dtype=torch.uint8, device=device), torch.tensor(ones, device=device)
 
 
-def _counts(values: Tensor, metadata: Tensor, last: Tensor | None) -> Tensor:
-    """int64 ``[3]``: flips, or -1 at the first sample; zeros among the values, padding included; the largest."""
+def _counts(values: Tensor, metadata: Tensor, scale_inv: Tensor, last: Tensor | None) -> Tensor:
+    """int64 ``[4]``: flips, or -1 at the first sample; zeros among the values, padding included; the largest; whether
+    NaN or infinity is among them."""
     if values.dtype is torch.bfloat16:
-        zero, largest = values == 0, values.isinf()
+        zero, largest, broken = values == 0, values.isinf(), ~values.isfinite().all()
     else:
         magnitude = values.view(torch.uint8) & _MAGNITUDE
-        zero, largest = magnitude == 0, magnitude == _LARGEST
+        # FP8 has no infinity; the scale is that of the largest magnitude.
+        zero, largest, broken = magnitude == 0, magnitude == _LARGEST, ~scale_inv.isfinite().all()
     flips = torch.full((), -1, device=values.device) if last is None else mask_flips(last, metadata)
-    return torch.stack([flips, zero.sum(), largest.sum()])
+    return torch.stack([flips, zero.sum(), largest.sum(), broken.long()])
 
 
 def _health(watched: _Watched, counts: list[int], sums: list[float] | None) -> Health:
-    flips, zeros, saturated = counts
+    flips, zeros, saturated, nonfinite = counts
     elements = watched.out_features * watched.in_features
     kept = elements // 2
     noise, grad_underflow = (None, None) if sums is None else noise_and_underflow(sums)
@@ -253,6 +255,7 @@ def _health(watched: _Watched, counts: list[int], sums: list[float] | None) -> H
         grad_underflow=grad_underflow,
         beta=None if beta is None else beta.value,
         beta_source="" if beta is None else beta.source.value,
+        nonfinite=bool(nonfinite),
     )
 
 

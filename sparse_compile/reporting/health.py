@@ -24,6 +24,7 @@ class Health:
         beta: the scale of S-STE; None where the recipe has none.
         beta_source: ``"fitted"``, ``"prior"`` (the weight was not representative when training began),
             ``"checkpoint"``, ``"told"``, or ``"of a 2:4 weight"``.
+        nonfinite: whether it holds NaN or infinity.
     """
 
     step: int
@@ -35,6 +36,7 @@ class Health:
     grad_underflow: float | None = None
     beta: float | None = None
     beta_source: str = ""
+    nonfinite: bool = False
 
     @property
     def unusual_beta(self) -> bool:

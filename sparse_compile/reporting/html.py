@@ -300,11 +300,13 @@ def _weights(report: ReportData) -> Table:
     """Each at its last sample."""
     lines = []
     for name, samples in report.health.items():
-        step, *quantities, beta, source = asdict(samples[-1]).values()
+        step, *quantities, beta, source, nonfinite = asdict(samples[-1]).values()
         shown = {
             column.key: "" if value is None else precise(value)
             for column, value in zip(_WEIGHTS[2:-1], quantities, strict=True)
         }
         scale = "" if beta is None else f"{beta:.3f}, {source}"
+        if nonfinite:
+            scale = "holds NaN or infinity"
         lines.append({"name": name, "step": str(step)} | shown | {"scale": scale})
     return table(_WEIGHTS, lines)

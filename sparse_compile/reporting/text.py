@@ -156,6 +156,8 @@ def _health(report: ReportData) -> Iterable[str]:
             step, median, largest = points[-1]
             look = f", above {precise(limit)}: see the HTML report" if largest > limit else ""
             yield f"  {quantity.replace('_', ' ')} at step {step}: {precise(median)}, {precise(largest)}{look}"
+    if broken := [name for name, samples in report.health.items() if samples[-1].nonfinite]:
+        yield f"  NaN or infinity in {', '.join(broken)}"
     betas = {name: samples[-1] for name, samples in report.health.items() if samples[-1].beta is not None}
     if betas:
         values = sorted(sample.beta for sample in betas.values() if sample.beta is not None)

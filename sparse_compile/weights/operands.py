@@ -178,8 +178,7 @@ def _refresh(
     beta = None
     if slot.projection.has_beta:
         beta = record.beta_on(_beta(weight, matrix, slot, record, training), weight.device)
-    edited = record.stepped_to is not None and record.stepped_to != version[1]
-    search = _needs_masks(slot, record, kept, stepped=stepped, edited=edited)
+    search = _needs_masks(weight, slot, record, kept, stepped=stepped)
     same = freed and not stepped  # as for the gathered weight itself, being freed and made again is no change
     with versions_kept(kept.operands) if same else nullcontext():
         slot.projection.fill(matrix, kept.operands, beta, kept.masks, search)
@@ -195,12 +194,11 @@ def _matrix(weight: Tensor, transposed: bool) -> Tensor:
     return weight.detach().t() if transposed else weight.detach()
 
 
-def _needs_masks(slot: WeightSlot, record: WeightRecord, kept: OperandSet, *, stepped: bool, edited: bool) -> bool:
+def _needs_masks(weight: Tensor, slot: WeightSlot, record: WeightRecord, kept: OperandSet, *, stepped: bool) -> bool:
     """Whether transposable masks must be found: at first, after so many optimizer steps, and for an edited weight.
 
     Args:
         stepped: whether its optimizer has stepped since the operands were made.
-        edited: whether something has changed it since that step.
     """
     if not slot.refresh:
         return False
@@ -213,10 +211,19 @@ def _needs_masks(slot: WeightSlot, record: WeightRecord, kept: OperandSet, *, st
         kept.mask_steps += stepped
         if kept.masks is None:
             kept.masks = slot.new_masks()
-        elif stepped and kept.version != STALE and kept.mask_steps < slot.refresh and not edited:
+        elif kept.version != STALE and kept.mask_steps < slot.refresh and not _edited(weight, record, kept, stepped):
             return False
     kept.mask_steps = 0
     return True
+
+
+def _edited(weight: Tensor, record: WeightRecord, kept: OperandSet, stepped: bool) -> bool:
+    """Whether something else than a step has changed the weight: since its last step, or since there were operands."""
+    if stepped:
+        return record.stepped_to is not None and record.stepped_to != _counter(weight)
+    if _capturing(weight) or kept.sample is None or kept.version is None:
+        return True
+    return kept.version[1:] != (_counter(weight), weight.data_ptr()) or bool(find_edited([weight], [kept.sample]))
 
 
 def _keep_samples(weights: Sequence[Tensor], sets: Sequence[OperandSet]) -> None:
