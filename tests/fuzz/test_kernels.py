@@ -42,6 +42,8 @@ def beyond(call: Call) -> None:
 def unwritten(call: Call) -> None:
     """The last element of each output."""
     for output, expected in zip(call.outputs, call.expected, strict=True):
+        if output is None:
+            continue
         if output.numel() > 1:
             output.view(-1)[:-1] = expected.contiguous().view(-1)[:-1]
         else:
