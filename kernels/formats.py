@@ -42,6 +42,20 @@ def padded(size: int) -> int:
     return (size + PAD - 1) // PAD * PAD
 
 
+def grouped_columns(tokens: int, experts: int) -> int:
+    """Columns of an operand that contracts over the tokens of experts, each padded: enough for any routing of them."""
+    return (tokens + (PAD - 1) * experts) // PAD * PAD
+
+
+# Between the random numbers of two experts of one linear: more than a graph has linears.
+_EXPERT_DRAWS = 2**15
+
+
+def expert_stream(index: int, expert: int) -> int:
+    """What distinguishes the random numbers of an expert from those of others, and of other linears of its graph."""
+    return index + _EXPERT_DRAWS * expert
+
+
 def values_shape(rows: int, columns: int) -> tuple[int, int]:
     """Shape of the ``values`` of a 2:4 operand ``[rows, columns]``."""
     return (rows, padded(columns) // 2)

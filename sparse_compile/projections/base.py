@@ -126,6 +126,25 @@ class Projection(ABC):
             search: whether masks are searched for anew, or read.
         """
 
+    def new_experts(self, experts: int, n: int, k: int, device: torch.device) -> Any:
+        """Uninitialised ``Operands`` of the matrices of experts ``[E, n, k]``: those of each, stacked."""
+        of_one = self.new_operands(n, k, torch.device("meta"))
+        return self.Operands(*(torch.empty(experts, *o.shape, dtype=o.dtype, device=device) for o in of_one))
+
+    def new_masks_of_experts(self, experts: int, n: int, k: int, device: torch.device) -> Tensor | None:
+        """As ``new_masks``, stacked."""
+        masks = self.new_masks(n, k, torch.device("meta"))
+        return None if masks is None else torch.empty(experts, *masks.shape, dtype=masks.dtype, device=device)
+
+    def fill_experts(
+        self, weight: Tensor, operands: Any, beta: Tensor | None, masks: Tensor | None, search: bool
+    ) -> None:
+        """``fill`` for each matrix of ``weight [E, N, K]``; ``operands``, ``beta [E]`` and ``masks`` stacked."""
+        for e, matrix in enumerate(weight):
+            of_one = self.Operands(*(operand[e] for operand in operands))
+            own_beta, own_masks = None if beta is None else beta[e : e + 1], None if masks is None else masks[e]
+            self.fill(matrix, of_one, own_beta, own_masks, search)
+
     @abstractmethod
     def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
         """The weight ``[N, K]``, fp32, as its products read it, without beta and the cast; runs on any device.
