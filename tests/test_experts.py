@@ -26,7 +26,7 @@ RECIPES = {name: recipe for name, recipe in VARIANTS.items() if recipe.dgrad is 
 def operands_of(weight, recipe):
     """Of ``weight [E, N, K]``, with another beta for each expert."""
     projection = recipe.projection
-    operands = projection.new_experts(*weight.shape, weight.device)
+    operands = projection.new_operands_of_experts(*weight.shape, weight.device)
     masks = projection.new_masks_of_experts(*weight.shape, weight.device)
     beta = torch.linspace(1.0, 2.0, len(weight)) if projection.has_beta else None
     projection.fill_experts(weight.detach(), operands, beta, masks, True)

@@ -126,7 +126,7 @@ class Projection(ABC):
             search: whether masks are searched for anew, or read.
         """
 
-    def new_experts(self, experts: int, n: int, k: int, device: torch.device) -> Any:
+    def new_operands_of_experts(self, experts: int, n: int, k: int, device: torch.device) -> Any:
         """Uninitialised ``Operands`` of the matrices of experts ``[E, n, k]``: those of each, stacked."""
         of_one = self.new_operands(n, k, torch.device("meta"))
         return self.Operands(*(torch.empty(experts, *o.shape, dtype=o.dtype, device=device) for o in of_one))
