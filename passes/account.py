@@ -15,7 +15,6 @@ from sparse_compile.reporting.model import ATTENTION, PRODUCTS_OF_ACTIVATIONS
 from sparse_compile.torch_internals.fake import is_fake
 from sparse_compile.torch_internals.graph import example_value, module_name
 
-
 GROUPED_ADVICE = (
     "experts are rewritten where torch.nn.functional.grouped_mm multiplies tokens that are sorted by expert; "
     "transformers: model.set_experts_implementation('grouped_mm')"

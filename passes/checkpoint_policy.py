@@ -16,7 +16,6 @@ from sparse_compile.kernels import grouped_ops, ops
 from sparse_compile.passes.decide import Plan
 from sparse_compile.torch_internals.graph import CHECKPOINT_CONTEXTS
 
-
 # By what a linear multiplies with, what a dense one does.
 _ASKED_FOR: dict[Any, Any] = {
     **dict.fromkeys((ops.sparse_mm, ops.scaled_mm), torch.ops.aten.mm.default),

@@ -1,13 +1,12 @@
 """A linear of experts computes what a loop over experts does, each with the linear of one matrix."""
 
-from dataclasses import replace
 
 import pytest
 import torch
 
 from sparse_compile.kernels.formats import expert_stream
 from sparse_compile.linear.function import LinearSpec, linear
-from sparse_compile.recipe import FP8, SSTE, Gemm
+from sparse_compile.recipe import Gemm
 from variants import VARIANTS
 
 SEED = torch.tensor([42])

@@ -130,17 +130,15 @@ def _cast_grad(
     """
     dtype = ctx.recipe.grad_format.dtype
     largest = torch.finfo(dtype).max
-    # max |grad * x_scale_inv| over a matrix's tokens and columns, without reading grad again.  Of zeros it is a floor by
-    # which scales become no larger in e5m2: those of large inputs are finite still.
+    # max |grad * x_scale_inv| over the tokens of a matrix, without reading grad again.  Of zeros it is a floor by which
+    # scales become no larger in e5m2: those of large inputs are finite still.
     bound, of_token = products.largest(amax.float() * x_scale_inv, AMAX_FLOOR * largest / E4M3_MAX)
     limit = largest / MVUE_GAIN if ctx.recipe.wgrad is Gemm.SPARSE24 else largest
     token_scales = x_scale_inv * (limit / of_token)
     scale_inv = bound / limit
     if ctx.recipe.wgrad is Gemm.SPARSE24:
         assert seed is not None  # rewrite hands one to every recipe with an estimator
-        grad_fp8, *operand = products.cast_mvue(
-            grad, row_scale, token_scales, seed, ctx.stream, _sampling(ctx.recipe)
-        )
+        grad_fp8, *operand = products.cast_mvue(grad, row_scale, token_scales, seed, ctx.stream, _sampling(ctx.recipe))
     else:
         grad_fp8, *operand = products.cast_transpose(grad, row_scale, token_scales, dtype)
     return grad_fp8, tuple(operand), scale_inv

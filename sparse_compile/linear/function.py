@@ -4,8 +4,8 @@ AOTAutograd traces through it, so forward and backward become ordinary nodes, wh
 copies that change layout, are opaque ops.  What the products compute is in ``fp8`` and ``bf16``; what they multiply, in
 ``products``.
 
-Shapes: ``T`` tokens, ``K`` in_features, ``N`` out_features, ``E`` experts.  ``scale`` multiplies when casting, ``scale_inv`` when
-dequantising.
+Shapes: ``T`` tokens, ``K`` in_features, ``N`` out_features, ``E`` experts.  ``scale`` multiplies when casting,
+``scale_inv`` when dequantising.
 """
 
 from typing import Any, NamedTuple

@@ -105,9 +105,7 @@ class Experts(Products):
     def sparse_wgrad(
         self, values: Tensor, metadata: Tensor, x_t: Tensor, scale_inv: Tensor, out_dtype: torch.dtype, transpose: bool
     ) -> Tensor:
-        return grouped_ops.grouped_wgrad_sparse_mm(
-            values, metadata, x_t, scale_inv, self.offsets, out_dtype, transpose
-        )
+        return grouped_ops.grouped_wgrad_sparse_mm(values, metadata, x_t, scale_inv, self.offsets, out_dtype, transpose)
 
     def scaled_wgrad(self, a: Tensor, b: Tensor, scale_inv: Tensor, out_dtype: torch.dtype) -> Tensor:
         return grouped_ops.grouped_wgrad_scaled_mm(a, b, scale_inv, self.offsets, out_dtype)

@@ -70,7 +70,8 @@ class HealthMonitor:
         self.listeners: list[Listener] = []
         self.noise = GradNoise()
         self._gradients_left = False
-        self._asked: WeakKeyDictionary[WeightRecord, int] = WeakKeyDictionary()  # the steps each had made when it was asked
+        # The steps that each weight had made when it was asked about.
+        self._asked: WeakKeyDictionary[WeightRecord, int] = WeakKeyDictionary()
 
     def watch(self, slot: WeightSlot, weight: Tensor, operands: OperandSet, every: int) -> None:
         if not slot.projection.prunes:

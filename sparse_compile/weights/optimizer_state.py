@@ -1,9 +1,9 @@
 """What checkpoints hold of a weight, beside what its optimizer keeps of it: scale, phase, steps, masks.
 
 The model's ``state_dict`` stays as it is.  An optimizer's ``state_dict`` holds numbers under the weight where the
-optimizer keeps something of the weight (lists of numbers where it holds the matrices of experts), and else in the weight's parameter group, under ``"sste"``, by its place in the
+optimizer keeps something of the weight, and else in the weight's parameter group, under ``"sste"``, by its place in the
 group: most optimizers initialise what they keep of a weight when they find nothing, so nothing may come first.  The
-optimizer itself holds none of it.
+optimizer itself holds none of it.  A weight of experts has a list of scales, one for each.
 """
 
 from collections.abc import Callable, Mapping
