@@ -1,7 +1,7 @@
 """Eager definition of the ops of experts: those of one matrix, in a loop over experts and the tokens of each.
 
 Tokens lie sorted by expert: those of expert ``e`` are the rows ``offsets[e - 1] : offsets[e]``, from 0 for the first.
-Experts may have none, and rows beyond the last offset belong to nobody: what is computed of them is zero.
+Experts may have none.  Rows beyond the last offset belong to nobody: here they are zero, and kernels may leave them.
 
 Where tokens are the contraction, the operand of each expert is padded on its own, so that no group of four and no tile
 of metadata has tokens of two experts: expert ``e`` has the ``padded`` number of columns that its tokens need, right

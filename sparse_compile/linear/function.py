@@ -58,7 +58,8 @@ def linear(
         seed: int64 ``[1]``.  None for recipes without an estimator, and where there will be no backward.
         operands: what is kept of the weight for this recipe: ``Operands`` of its projection.
         offsets: of experts, int32 or int64 ``[E]``, where the tokens of each end in ``x``, which is sorted by them;
-            None where all have as many.  Rows beyond the last belong to nobody: their results are zero.
+            None where all have as many.  Rows beyond the last belong to nobody: what comes of them means
+            nothing, as with torch._grouped_mm.
     """
     if weight.ndim == 3 and offsets is None:
         experts, each = x.shape[:2]
