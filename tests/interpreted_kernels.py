@@ -28,6 +28,9 @@ from sparse_compile.kernels import reference, tiles
 from sparse_compile.kernels.activation import cast_mvue, cast_transpose
 from sparse_compile.kernels.formats import E4M3, E5M2, FP8_DTYPES, metadata_shape, padded, values_shape
 from sparse_compile.kernels.weight import fp8_tiles, groups_of_four, masked_decay, prune_bf16, prune_fp8, transposable
+from sparse_compile.projections.groups_of_four import SOFT, TOP2
+from sparse_compile.projections.identity import IDENTITY
+from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE, TRANSPOSABLE
 from sparse_compile.testing import assert_same_bits, hard_groups
 from tests.gluon_interpreter import elementwise, fp8_word, interpret, prmt
 
@@ -331,7 +334,70 @@ def check_mvue() -> None:
     check_philox()
 
 
+def check_experts_weights() -> None:
+    """The matrices of experts in one launch: each as on its own, whatever stood in the others' scales."""
+    torch.manual_seed(0)
+    with_nan = torch.randn(3, 80, 144)
+    with_nan[1, 3, 4] = float("nan")
+    weights = {
+        "random": torch.randn(3, 48, 272).bfloat16() * torch.tensor([1.0, 100.0, 1e-3])[:, None, None].bfloat16(),
+        "transposed": torch.randn(2, 144, 80).bfloat16().mT,
+        "whole tiles": torch.randn(2, 128, 128),
+        "NaN": with_nan,
+    }
+    for name, weight in weights.items():
+        experts, n, k = weight.shape
+        beta = torch.linspace(1.1, 1.9, experts)
+        masks = torch.stack([reference.transposable_masks(matrix) for matrix in weight])
+
+        def buffers(projection, of_one):
+            made = projection.new_operands_of_experts(*weight.shape, weight.device)  # noqa: B023
+            for buffer in made[:-1]:
+                buffer.view(torch.uint8).fill_(0x7F)
+            # The right scale of the first expert, and wrong ones.
+            made.scale_inv.copy_(torch.tensor([float(of_one[0][-1]), 0.9, float("nan")])[:experts, None])  # noqa: B023
+            return made
+
+        runs = {
+            "soft": (
+                SOFT, lambda e: reference.prune_weight(weight[e], beta[e : e + 1]),  # noqa: B023
+                lambda made: prune_fp8.launch_prune_weight(weight, beta, *made),  # noqa: B023
+            ),
+            "hard": (
+                TOP2, lambda e: reference.prune_weight(weight[e], torch.ones(1), True),  # noqa: B023
+                lambda made: prune_fp8.launch_prune_weight(weight, torch.ones(experts), *made, True),  # noqa: B023
+            ),
+            "both ways": (
+                SOFT_TRANSPOSABLE, lambda e: reference.prune_soft_transposable(weight[e], beta[e : e + 1]),  # noqa: B023
+                lambda made: prune_fp8.launch_prune_soft_transposable(weight, beta, *made),  # noqa: B023
+            ),
+            "masks": (
+                TRANSPOSABLE, lambda e: reference.prune_transposable(weight[e], masks[e]),  # noqa: B023
+                lambda made: prune_fp8.launch_prune_transposable(weight, *made, masks.clone(), False),  # noqa: B023
+            ),
+            "search": (
+                TRANSPOSABLE, lambda e: reference.prune_transposable(weight[e], masks[e]),  # noqa: B023
+                lambda made: prune_fp8.launch_prune_transposable(weight, *made, torch.full_like(masks, -1), True),  # noqa: B023
+            ),
+            "cast": (
+                IDENTITY, lambda e: reference.cast_weight(weight[e]),  # noqa: B023
+                lambda made: prune_fp8.launch_cast_weight(weight, *made),  # noqa: B023
+            ),
+        }  # fmt: skip
+        for index, (what, (projection, of_expert, launch)) in enumerate(runs.items()):
+            # By turns, where not all are wanted.
+            if not ALL and index % len(weights) != list(weights).index(name):
+                continue
+            expected = [of_expert(e) for e in range(experts)]
+            made = buffers(projection, expected)
+            launch(made)
+            for e, results in enumerate(expected):
+                for field, actual, wanted in zip(made._fields, made, results, strict=True):
+                    assert_same_bits(actual[e], wanted, f"{name}, {what}, {field} of expert {e}")
+
+
 CHECKS = {
+    "experts_weights": check_experts_weights,
     "prune": check_prune,
     "prune_bf16": check_prune_bf16,
     "transposable": check_transposable,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = ("prune", "prune_bf16", "transposable", "soft_transposable", "decay", "quantize", "mvue")
+KERNELS = ("prune", "prune_bf16", "transposable", "soft_transposable", "decay", "quantize", "mvue", "experts_weights")
 
 
 @pytest.fixture(scope="module")
