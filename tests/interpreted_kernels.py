@@ -13,6 +13,7 @@ The interpreter rounds fp32 to FP8 wrongly.  So torch casts here, in place of th
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
@@ -26,7 +27,15 @@ from triton.runtime import interpreter
 
 from sparse_compile.kernels import reference, tiles
 from sparse_compile.kernels.activation import cast_mvue, cast_transpose
-from sparse_compile.kernels.formats import E4M3, E5M2, FP8_DTYPES, metadata_shape, padded, values_shape
+from sparse_compile.kernels.formats import (
+    E4M3,
+    E5M2,
+    FP8_DTYPES,
+    grouped_columns,
+    metadata_shape,
+    padded,
+    values_shape,
+)
 from sparse_compile.kernels.weight import fp8_tiles, groups_of_four, masked_decay, prune_bf16, prune_fp8, transposable
 from sparse_compile.projections.groups_of_four import SOFT, TOP2
 from sparse_compile.projections.identity import IDENTITY
@@ -346,7 +355,7 @@ def check_experts_weights() -> None:
         "NaN": with_nan,
     }
     for name, weight in weights.items():
-        experts, n, k = weight.shape
+        experts = len(weight)
         beta = torch.linspace(1.1, 1.9, experts)
         masks = torch.stack([reference.transposable_masks(matrix) for matrix in weight])
 
@@ -396,7 +405,49 @@ def check_experts_weights() -> None:
                     assert_same_bits(actual[e], wanted, f"{name}, {what}, {field} of expert {e}")
 
 
+def routings(*counts: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
+    """Numbers of tokens, some of them nobody's, and offsets."""
+    for index, of_experts in enumerate(counts):
+        dtype = (torch.int32, torch.int64)[index % 2]
+        yield sum(of_experts) + 3 * index, torch.tensor(of_experts).cumsum(0, dtype=dtype)
+
+
+def check_experts_casts() -> None:
+    """The operands of wgrad, each expert's tokens padded on their own."""
+    torch.manual_seed(0)
+    shapes = [(80 if ALL else 16, torch.float32, E4M3), (16, torch.bfloat16, E5M2), (144, torch.float16, E4M3)]
+    counts: list[tuple[int, ...]] = [(3, 0, 130, 1), (0, 40, 0)]  # more take long
+    for index, (tokens, offsets) in enumerate(routings(*counts, *([(0, 0), (128, 7), (5,) * 9] if ALL else []))):
+        columns, dtype, fp8 = shapes[index % len(shapes)]
+        x, end = torch.randn(tokens, columns).to(dtype), int(offsets[-1])
+        row_scale, token_scale = torch.rand(2, tokens).mul(10).unbind()
+        total = grouped_columns(tokens, len(offsets))
+        row, column = poisoned_payload(tokens, columns, dtype=fp8), poisoned_payload(columns, total, dtype=fp8)
+        cast_transpose.launch_grouped_cast_transpose(x, row_scale, token_scale, offsets, row, column)
+        expected_row, expected_column = reference.grouped_cast_transpose(x, row_scale, token_scale, offsets, fp8)
+        assert_same_bits(row[:end], expected_row[:end], f"row, routing {index}")
+        assert_same_bits(column, expected_column, f"column, routing {index}")
+
+        payload, out = reference.saturating_cast(x.float()), poisoned_payload(columns, total)
+        cast_transpose.launch_grouped_transpose_tokens(payload, offsets, out)
+        assert_same_bits(out, reference.grouped_transpose_tokens(payload, offsets), f"transpose, routing {index}")
+
+        for approximate, stochastic in product((False, True), (False, True)) if ALL else ((index == 1, index == 0),):
+            seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+            row = poisoned_payload(tokens, columns, dtype=fp8)
+            values = poisoned_payload(*values_shape(columns, total), dtype=fp8)
+            metadata = poisoned(*metadata_shape(columns, total), dtype=torch.int32)
+            arguments = (x, row_scale, token_scale, seed, 5 + index, offsets, approximate, stochastic)
+            cast_mvue.launch_grouped_cast_mvue(*arguments, row, values, metadata)
+            expected = reference.grouped_cast_mvue(*arguments, fp8)
+            what = f"approximate {approximate}, stochastic {stochastic}, routing {index}"
+            assert_same_bits(row[:end], expected[0][:end], f"row, {what}")
+            assert_same_bits(values, expected[1], f"values, {what}")
+            assert_same_bits(metadata, expected[2], f"metadata, {what}")
+
+
 CHECKS = {
+    "experts_casts": check_experts_casts,
     "experts_weights": check_experts_weights,
     "prune": check_prune,
     "prune_bf16": check_prune_bf16,

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = ("prune", "prune_bf16", "transposable", "soft_transposable", "decay", "quantize", "mvue", "experts_weights")
+KERNELS = (
+    "prune",
+    "prune_bf16",
+    "transposable",
+    "soft_transposable",
+    "decay",
+    "quantize",
+    "mvue",
+    "experts_weights",
+    "experts_casts",
+)
 
 
 @pytest.fixture(scope="module")
