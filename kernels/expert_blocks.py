@@ -51,22 +51,30 @@ def _expert_blocks_kernel(
         tl.store(row_ptr + 2, 0, mask=inside)
         tl.store(row_ptr + 3, 0, mask=inside)
     tl.store(table_ptr + blocks * 4, used)
+    span_ptr = table_ptr + (blocks + 1 + expert) * 4
+    tl.store(span_ptr, first, mask=expert < experts)
+    tl.store(span_ptr + 1, count, mask=expert < experts)
 
 
-def plan_expert_blocks(offsets: Tensor, tokens: int, block: int) -> tuple[Callable[[], Tensor], Tensor, LaunchPlan]:
+def plan_expert_blocks(
+    offsets: Tensor, tokens: int, block: int, blocks: int | None = None
+) -> tuple[Callable[[], Tensor], Tensor, LaunchPlan]:
     """What allocates a table, an example of it, and the plan that fills it, called with the addresses of both.
 
     Args:
         offsets: int32 or int64 ``[E]``, where the tokens of each expert end.
+        tokens: as many as there are, or more with ``blocks``.
+        blocks: the most that there can be, where that is known otherwise.
 
     Table:
-        int32 ``[most_blocks + 1, 4]``: of each block its expert, its first token, where its expert's tokens end, and
-        where they begin; of those that no tokens need, -1, 0, 0, 0.  The last row begins with the number of blocks.
+        int32 ``[most_blocks + 1 + E, 4]``: of each block its expert, its first token, where its expert's tokens end,
+        and where they begin; of those that no tokens need, -1, 0, 0, 0.  The row behind them begins with the number of
+        blocks.  Then, of each expert, its first block and the number of its blocks.
     """
     check_offsets(offsets)
     experts = offsets.shape[0]
-    blocks = most_blocks(tokens, experts, block)
-    new_table = allocator(torch.empty(blocks + 1, FIELDS, dtype=torch.int32, device=offsets.device))
+    blocks = most_blocks(tokens, experts, block) if blocks is None else blocks
+    new_table = allocator(torch.empty(blocks + 1 + experts, FIELDS, dtype=torch.int32, device=offsets.device))
     table = new_table()
     plan = plan_kernel(
         _expert_blocks_kernel, (1,), (offsets, table), (tokens, blocks, experts),
