@@ -23,7 +23,8 @@ _MATMUL_METHODS = {"matmul", "mm", "__matmul__"}
 _BMM = {torch.bmm, torch.ops.aten.bmm, torch.ops.aten.bmm.default}
 _GROUPED = {torch._grouped_mm, torch.ops.aten._grouped_mm, torch.ops.aten._grouped_mm.default}
 # What transformers calls in its place where PyTorch's own is not to be had: in fp32, under torch.compile.
-_GROUPED_FALLBACK = "transformers::grouped_mm_fallback"
+_GROUPED_FALLBACK = "transformers.grouped_mm_fallback"
+_OPS = (type(torch.ops.aten.mm), type(torch.ops.aten.mm.default))
 _ADDMM = {torch.addmm, torch.ops.aten.addmm, torch.ops.aten.addmm.default}
 
 
@@ -50,7 +51,7 @@ def read_linear(node: Node) -> LinearPattern | None:
     if is_function and node.target in _LINEAR:
         named = _named(node, "input", "weight", "bias")
         return LinearPattern(input=named["input"], matrix=named["weight"], bias=named.get("bias"), transposed=False)
-    if is_function and (node.target in _GROUPED or _qualified_name(node.target) == _GROUPED_FALLBACK):
+    if is_function and (node.target in _GROUPED or _op_name(node.target) == _GROUPED_FALLBACK):
         return _grouped(node)
     if node.target in (_MATMUL | _BMM if is_function else {*_MATMUL_METHODS, "bmm"}):
         named = _named(node, "input", "other")
@@ -95,9 +96,9 @@ def target_name(node: Node) -> str:
     return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
 
 
-def _qualified_name(target: Any) -> str:
-    """Of an operation that a library has registered, ``"namespace::name"``."""
-    return f"{getattr(target, 'namespace', '')}::{getattr(getattr(target, '_overloadpacket', target), '__name__', '')}"
+def _op_name(target: Any) -> str:
+    """Of an operation that a library has registered, ``"namespace.name"``."""
+    return str(target).removesuffix(".default") if isinstance(target, _OPS) else ""
 
 
 def _named(node: Node, *names: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from libraries import library
 from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.roles import Role
@@ -159,6 +160,23 @@ GROUPED_TRANSPOSED = {
     "cast": lambda x, w, ids: torch._grouped_mm(x, w.float().bfloat16().mT, offs=ids.cumsum(0).int()),
     "bmm": lambda x, w, ids: torch.bmm(x.view(4, 2, 64), w.permute(0, 2, 1)),
 }
+
+
+def test_transformers_own_grouped_product_is_found(trace):
+    """In fp32, by its name; its backward reads the offsets on the host, which fake tensors can't tell."""
+    library("transformers.integrations.moe")
+    module = nn.Module()
+    module.up = nn.Parameter(torch.randn(4, 128, 64))
+
+    def function(x, ids):
+        multiply = torch.ops.transformers.grouped_mm_fallback
+        return multiply(x, module.up.mT, ids.cumsum(0)), multiply.default(x, module.up.mT, offs=ids.cumsum(0))
+
+    result = find(Flow(trace(function, torch.randn(8, 64), torch.full((4,), 2))))
+    assert [(site.name, site.transposed, site.shape) for site in result.sites] == [
+        ("module.up", False, "8 x 64 -> 128, 4 experts")
+    ] * 2
+    assert result.rejections == []
 
 
 @pytest.mark.parametrize(("functions", "transposed"), [(GROUPED, True), (GROUPED_TRANSPOSED, False)])

@@ -10,7 +10,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from sparse_compile.printable import printable
-from sparse_compile.weights.pattern_24 import share_of_groups
+from sparse_compile.weights.pattern_24 import may_be_of_experts, share_of_groups
 
 # Random weights hold next to no groups with two zeros, a matrix with half of its elements zero at random 69 %.
 _IN_PART = 0.5
@@ -61,7 +61,11 @@ def check_weights(tensors: Iterable[tuple[str, Tensor]], globs: Sequence[str] = 
     """
     for name, tensor in tensors:
         named = not globs or any(fnmatchcase(name, glob) for glob in globs)
-        if named and _is_weight(tensor) and (tensor.is_floating_point() or tensor.dtype is torch.int8):
+        if (
+            named
+            and (tensor.ndim == 2 or may_be_of_experts(tensor))
+            and (tensor.is_floating_point() or tensor.dtype is torch.int8)
+        ):
             values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
             yield Checked(
                 name=name,
@@ -71,11 +75,6 @@ def check_weights(tensors: Iterable[tuple[str, Tensor]], globs: Sequence[str] = 
                 groups=share_of_groups(values, -1),
                 groups_transposed=share_of_groups(values, -2),
             )
-
-
-def _is_weight(tensor: Tensor) -> bool:
-    """A matrix, or several whose sizes the backend takes, which those of convolutions are not."""
-    return tensor.ndim == 2 or (tensor.ndim == 3 and not any(size % 16 for size in tensor.shape[1:]))
 
 
 def as_table(rows: Sequence[Checked]) -> str:

@@ -24,6 +24,11 @@ def is_24(weight: Tensor, dim: int) -> bool:
     return share_of_groups(weight, dim) == 1.0
 
 
+def may_be_of_experts(weight: Tensor) -> bool:
+    """Whether a tensor may hold the matrices of experts, ``[E, N, K]``: by its sizes, which no convolution's has."""
+    return weight.ndim == 3 and not any(size % 16 for size in weight.shape[1:])
+
+
 def in_features_dim(module: Module) -> int | None:
     """The dimension of a module's weights that is contracted, -1 or -2; None for a module that is no linear.
 
