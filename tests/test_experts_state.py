@@ -2,6 +2,9 @@
 
 import copy
 import io
+import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 import shared_graphs
 import sparse_compile
+import warm
 from experts_training import COUNT, EAGER, EXACT, WIDTH, Model, adamw, batches, compiled, operands, train
 from sparse_compile.export.check import Verdict, check_weights
 from sparse_compile.kernels import ops, reference
@@ -293,3 +297,17 @@ def test_devices_with_kernels_leave_experts_dense_and_say_so(monkeypatch):
     rows = sparse_compile.report().rows
     assert {row.module: row.reason for row in rows} == dict.fromkeys(NAMES, "not emulated: no kernels for experts yet")
     assert {row.advice for row in rows} == {"'sste.when': 'always' emulates"}
+
+
+@pytest.mark.nightly
+def test_two_processes_train_as_one(tmp_path):
+    """In shards, each of which has whole experts, and replicated: losses, weights and scales."""
+    script = Path(__file__).parent / "distributed_experts.py"
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
+    done = warm.group(2, script, cwd=tmp_path, env=environment)
+    for rank in range(2):
+        result = tmp_path / f"rank{rank}"
+        assert result.exists(), [process.stderr for process in done]
+        cases = json.loads(result.read_text())
+        assert len(cases) == 6
+        assert {name: same for name, same in cases.items() if same != [True] * 3} == {}
