@@ -42,6 +42,20 @@ def padded(size: int) -> int:
     return (size + PAD - 1) // PAD * PAD
 
 
+def grouped_columns(tokens: int, experts: int) -> int:
+    """Columns of an operand that contracts over the tokens of experts, each padded: enough for any routing of them."""
+    return (tokens + (PAD - 1) * experts) // PAD * PAD
+
+
+# Between the random numbers of two experts of one linear: more than a graph has linears.
+_EXPERT_DRAWS = 2**15
+
+
+def expert_stream(index: int, expert: int) -> int:
+    """What distinguishes the random numbers of an expert from those of others, and of other linears of its graph."""
+    return index + _EXPERT_DRAWS * expert
+
+
 def values_shape(rows: int, columns: int) -> tuple[int, int]:
     """Shape of the ``values`` of a 2:4 operand ``[rows, columns]``."""
     return (rows, padded(columns) // 2)
@@ -78,10 +92,15 @@ def check_fp8(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is {tensor.dtype}; allowed are {' and '.join(map(str, FP8_DTYPES))}")
 
 
-def check_weight(weight: Tensor) -> None:
-    """Raise ValueError unless ``weight`` is bf16, fp16 or fp32 ``[N, K]``, N and K multiples of 16."""
-    if weight.dim() != 2 or weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}; allowed is bf16, fp16 or fp32 [N, K]")
+def check_weight(weight: Tensor, *, experts: bool = False) -> None:
+    """Raise ValueError unless ``weight`` is bf16, fp16 or fp32 ``[N, K]``, N and K multiples of 16.
+
+    Args:
+        experts: whether it may be ``[E, N, K]`` as well.
+    """
+    dims, allowed = ((2, 3), "[N, K] or [E, N, K]") if experts else ((2,), "[N, K]")
+    if weight.dim() not in dims or weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}; allowed is bf16, fp16 or fp32 {allowed}")
     # Rows of N or K bytes must start on 16-byte boundaries.
-    if any(size % 16 != 0 for size in weight.shape):
+    if any(size % 16 != 0 for size in weight.shape[-2:]):
         raise ValueError(f"weight is {tuple(weight.shape)}; needed are multiples of 16")

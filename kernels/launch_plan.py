@@ -162,7 +162,7 @@ def plan_kernel(
     kernel: Any,
     grid: tuple[int, ...],
     varying: Sequence[Tensor | TensorDescriptor | int | None],
-    sizes: Sequence[int] = (),
+    sizes: Sequence[int | None] = (),
     *,
     cluster: int = 1,
     **constants: Any,
@@ -174,7 +174,7 @@ def plan_kernel(
         grid: one to three numbers of programs.
         varying: examples, on the current device, of what the plan will be called with.  It encodes the descriptor of an
             address by its example.  The kernel may not specialise on an int, which fits into 32 bits.
-        sizes: ints that stay as they are.
+        sizes: ints that stay as they are, None for a pointer that there never is.
         cluster: how many programs, of which ``grid`` has a multiple, make a thread block cluster.
         constants: constexprs and Triton's options, such as ``num_warps``.
     """

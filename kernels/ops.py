@@ -90,7 +90,7 @@ def observed(observer: Observer | None) -> Iterator[None]:
 def define(
     schema: str,
     eager: Callable[..., R],
-    load: Callable[[], Callable[..., R]],
+    load: Callable[[], Callable[..., R]] | None,
     fake: Callable[P, R],
     *,
     any_strides: int = 0,
@@ -98,7 +98,8 @@ def define(
     """Define one op.
 
     All tensors must be contiguous but the first ``any_strides`` arguments.  What ``load`` returns, which runs
-    on Hopper GPUs, sees to that itself: launchers check only arguments whose like they have not met before.
+    on Hopper GPUs, sees to that itself: launchers check only arguments whose like they have not met before.  Without it
+    there is no kernel yet, and the eager definition runs there, too.
     """
     name = schema.split("(")[0]
 
@@ -109,7 +110,7 @@ def define(
             return eager(*arguments)
 
     def run(*arguments: Any) -> R:
-        if _reference_forced or _missing_kernels(arguments[0].device) is not None:
+        if load is None or _reference_forced or _missing_kernels(arguments[0].device) is not None:
             return emulate(*arguments)
         return load()(*arguments)
 
@@ -156,7 +157,7 @@ def launcher(
     return load
 
 
-def _empty(like: Tensor, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+def empty(like: Tensor, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
@@ -189,7 +190,7 @@ def _cast_transpose_fake(
     x: Tensor, row_scale: Tensor, token_scale: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     tokens, columns = x.shape
-    return _empty(x, (tokens, columns), dtype), _empty(x, (columns, padded(tokens)), dtype)
+    return empty(x, (tokens, columns), dtype), empty(x, (columns, padded(tokens)), dtype)
 
 
 cast_transpose = define(
@@ -205,7 +206,7 @@ cast_transpose = define(
 
 
 def _transpose_tokens_fake(x: Tensor) -> Tensor:
-    return _empty(x, (x.shape[1], padded(x.shape[0])), x.dtype)
+    return empty(x, (x.shape[1], padded(x.shape[0])), x.dtype)
 
 
 transpose_tokens = define(
@@ -217,7 +218,7 @@ transpose_tokens = define(
 
 
 def _transpose_pruned_fake(values: Tensor, metadata: Tensor) -> Tensor:
-    return _empty(values, (2 * values.shape[1], values.shape[0]), values.dtype)
+    return empty(values, (2 * values.shape[1], values.shape[0]), values.dtype)
 
 
 transpose_pruned = define(
@@ -240,9 +241,9 @@ def _cast_mvue_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, columns = grad.shape
     return (
-        _empty(grad, (tokens, columns), dtype),
-        _empty(grad, values_shape(columns, tokens), dtype),
-        _empty(grad, metadata_shape(columns, tokens), torch.int32),
+        empty(grad, (tokens, columns), dtype),
+        empty(grad, values_shape(columns, tokens), dtype),
+        empty(grad, metadata_shape(columns, tokens), torch.int32),
     )
 
 
@@ -270,7 +271,7 @@ materialize = define(
     "materialize(Tensor x) -> Tensor",
     _materialize,
     lambda: _materialize,
-    lambda x: _empty(x, tuple(x.shape), x.dtype),
+    lambda x: empty(x, tuple(x.shape), x.dtype),
     any_strides=1,
 )
 
@@ -286,7 +287,7 @@ def _sparse_mm_fake(
     use_fast_accum: bool,
 ) -> Tensor:
     rows, columns = values.shape[0], dense.shape[0]
-    return _empty(dense, (columns, rows) if transpose else (rows, columns), out_dtype)
+    return empty(dense, (columns, rows) if transpose else (rows, columns), out_dtype)
 
 
 sparse_mm = define(
@@ -325,7 +326,7 @@ def _scaled_mm_kernel(a: Tensor, b: Tensor, scale_inv: Tensor, out_dtype: torch.
 
 
 def _scaled_mm_fake(a: Tensor, b: Tensor, scale_inv: Tensor, out_dtype: torch.dtype, use_fast_accum: bool) -> Tensor:
-    return _empty(a, (a.shape[0], b.shape[0]), out_dtype)
+    return empty(a, (a.shape[0], b.shape[0]), out_dtype)
 
 
 scaled_mm = define(

@@ -12,7 +12,13 @@ from sparse_compile.passes.record_operations import Product
 from sparse_compile.passes.roles import Role
 from sparse_compile.passes.sites import Reason, Rejection
 from sparse_compile.reporting.model import ATTENTION, PRODUCTS_OF_ACTIVATIONS
+from sparse_compile.torch_internals.fake import is_fake
 from sparse_compile.torch_internals.graph import example_value, module_name
+
+GROUPED_ADVICE = (
+    "experts are rewritten where torch.nn.functional.grouped_mm multiplies tokens that are sorted by expert; "
+    "transformers: model.set_experts_implementation('grouped_mm')"
+)
 
 
 def account(flow: Flow, node: Node, name_of: Callable[[Node], str]) -> tuple[list[Rejection], Counter[str]]:
@@ -67,13 +73,16 @@ def _refused(
     weight = min(origin.weights, key=list(flow.nodes).index)
     target, shape = target_name(node), tuple(example_value(weight).shape)
     as_linear = "write it as F.linear"
-    if "conv" in product.op:
+    if not is_fake(example_value(weight)):
+        reason, detail = Reason.NOT_PLAIN, f"weight is a {type(example_value(weight)).__name__}"
+        advice = "leave it out of tensor and expert parallelism"
+    elif "conv" in product.op:
         reason, detail, advice = Reason.CONVOLUTION, "convolutions are not rewritten", ""
     elif len(operands) > 1:
         reason, detail, advice = Reason.UNSUPPORTED_FORM, "both operands are parameters", ""
     elif origin.kind is Kind.GATHERED:
         reason, detail = Reason.NOT_2D, f"data choose a matrix of {shape} for each token"
-        advice = "transformers: model.set_experts_implementation('grouped_mm') multiplies without gathering weights"
+        advice = GROUPED_ADVICE
     elif product.computed[index] or origin.computed:
         reason, detail = (
             Reason.NOT_A_PARAMETER,
@@ -84,7 +93,7 @@ def _refused(
         reason, detail, advice = Reason.NOT_2D, f"it has shape {shape}; only [N, K] is a linear's", ""
     elif len(shape) > 2:
         reason, detail = Reason.NOT_2D, f"{target} multiplies by the matrices of one parameter {shape}"
-        advice = "experts in one parameter are not rewritten yet; give each a matrix [N, K] of its own and use F.linear"
+        advice = GROUPED_ADVICE
     elif index == 0 and len(product.operands) > 1:
         reason, detail, advice = Reason.UNSUPPORTED_FORM, f"the weight is the left operand of {target}", as_linear
     elif pattern is not None:

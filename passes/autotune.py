@@ -25,8 +25,10 @@ def autotune(plans: Sequence[Plan]) -> None:
 
 
 def _problems(plan: Plan) -> Iterator[Problem]:
-    """What ``linear`` multiplies; nothing if the number of tokens depends on data."""
+    """What ``linear`` multiplies; nothing if the number of tokens depends on data, nor of experts."""
     site = plan.site
+    if site.experts is not None:
+        return
     tokens = hint(prod(example_value(site.input).shape[:-1]))
     if not tokens:
         return

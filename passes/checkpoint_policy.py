@@ -1,5 +1,7 @@
 """RECOMPUTE: what a policy of selective activation checkpointing says of ``aten.mm`` holds for the rewritten linears.
 
+What it says of ``aten._grouped_mm`` holds for those of experts.
+
 Such a policy is asked for each operation whether its result is saved or computed again in backward.  Users name the
 operations of dense linears there, and know nothing of those that stand in their place.
 """
@@ -10,9 +12,15 @@ from typing import Any
 
 import torch
 
-from sparse_compile.kernels import ops
+from sparse_compile.kernels import grouped_ops, ops
 from sparse_compile.passes.decide import Plan
 from sparse_compile.torch_internals.graph import CHECKPOINT_CONTEXTS
+
+# By what a linear multiplies with, what a dense one does.
+_ASKED_FOR: dict[Any, Any] = {
+    **dict.fromkeys((ops.sparse_mm, ops.scaled_mm), torch.ops.aten.mm.default),
+    **dict.fromkeys((grouped_ops.grouped_sparse_mm, grouped_ops.grouped_scaled_mm), torch.ops.aten._grouped_mm.default),
+}
 
 
 def follow_checkpoint_policy(plans: Iterable[Plan]) -> None:
@@ -38,7 +46,6 @@ def _translated(make: Callable[..., Iterable[Any]]) -> Callable[..., Iterable[An
 
 def _asked_for_mm(policy: Callable[..., Any]) -> Callable[..., Any]:
     def ask(context: Any, op: Any, *arguments: Any, **named: Any) -> Any:
-        named_op = torch.ops.aten.mm.default if op in (ops.sparse_mm, ops.scaled_mm) else op
-        return policy(context, named_op, *arguments, **named)
+        return policy(context, _ASKED_FOR.get(op, op), *arguments, **named)
 
     return ask

@@ -17,7 +17,7 @@ from math import prod
 from torch.fx import Node
 
 from sparse_compile.from_json import from_json
-from sparse_compile.kernels import ops
+from sparse_compile.kernels import grouped_ops, ops
 from sparse_compile.kernels.timing.linear_costs import LinearShape, ShapeKey, component_times
 from sparse_compile.passes.agreement import agreed
 from sparse_compile.passes.decide import Plan, Price
@@ -54,16 +54,17 @@ def leave_without_kernels(plans: Sequence[Plan]) -> tuple[list[Plan], list[Rejec
     kept: list[Plan] = []
     rejections: list[Rejection] = []
     for plan in plans:
-        missing = ops.missing_kernels(example_value(plan.site.weight).device)
+        device = example_value(plan.site.weight).device
+        missing = (ops if plan.site.experts is None else grouped_ops).missing_kernels(device)
         if missing is None or (plan.recipe.projection.prunes and plan.pruned):
             kept.append(plan)
             continue
         rejections.append(plan.site.reject(Reason.NO_KERNELS, missing, "'sste.when': 'always' emulates the kernels"))
         if missing not in warned:
             warned.add(missing)
+            who = "the model runs" if missing == ops.missing_kernels(device) else "they run"
             warnings.warn(
-                f"sparse_compile: {missing}: the model runs dense; 'sste.when': 'always' emulates the kernels",
-                stacklevel=2,
+                f"sparse_compile: {missing}: {who} dense; 'sste.when': 'always' emulates the kernels", stacklevel=2
             )
     return kept, rejections
 
@@ -172,8 +173,10 @@ def _find(
 
 
 def _question(plan: Plan) -> ShapeKey | None:
-    """None where nothing can be measured."""
+    """None where nothing can be measured; of experts nothing is yet."""
     site = plan.site
+    if site.experts is not None:
+        return None
     tokens, device = hint(prod(example_value(site.input).shape[:-1])), example_value(site.weight).device
     if not tokens or ops.emulation_reason(device) is not None:
         return None

@@ -13,7 +13,7 @@ from sparse_compile.passes.roles import TARGETS, Role
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
 from sparse_compile.projections.base import Projection
 from sparse_compile.projections.identity import IDENTITY
-from sparse_compile.recipe import Recipe
+from sparse_compile.recipe import Gemm, Recipe
 from sparse_compile.torch_internals.fake import is_fake
 from sparse_compile.torch_internals.graph import example_value, real_parameter
 
@@ -80,6 +80,9 @@ def decide(
             everywhere = targets == "all" and not is_head
             targeted = named or everywhere or site.role in TARGETS.get(targets, ())
             chosen = recipe if targeted else (is_head and head) or recipe.unpruned()
+            if site.experts is not None and chosen.dgrad is Gemm.MVUE24:
+                # A draw along out_features is not defined for experts: their dgrad is the more precise one.
+                chosen = replace(chosen, dgrad=Gemm.FP8)
             if recipe.is_bf16 and not targeted:
                 detail = f"recipe {recipe.name!r} has no FP8 for it"
                 advice = f"for 2:4, which costs loss, {_names(site, targets)}"
@@ -130,7 +133,8 @@ def _cannot(
 ) -> Rejection | None:
     """What rules a rewrite out, whoever asks for it."""
     weight, x = example_value(site.weight), example_value(site.input)
-    for name, value in (("weight", weight), ("input", x)):
+    offsets = () if site.offsets is None else (("offsets", example_value(site.offsets)),)
+    for name, value in (("weight", weight), ("input", x), *offsets):
         if not is_fake(value):
             return site.reject(Reason.NOT_PLAIN, f"{name} is {_describe(value)}", _make_plain(value))
     for name, value in (("weight", weight), ("input", x)):

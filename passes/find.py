@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from sparse_compile.passes.account import account
 from sparse_compile.passes.flow import Flow
-from sparse_compile.passes.match_linear import LinearPattern, read_linear, target_name
+from sparse_compile.passes.match_linear import LinearPattern, is_of_experts, read_linear, target_name
 from sparse_compile.passes.roles import Role, assign_roles
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
 from sparse_compile.torch_internals.graph import example_value, parameter_name
@@ -34,7 +34,8 @@ def find(flow: Flow, whole: GraphModule | None = None, name_of: Callable[[Node],
     """Every contraction of the graph and of its checkpointed bodies.
 
     A linear is F.linear, addmm, mm, matmul and ``@`` as function, method or operation of ATen, with a parameter as the
-    right operand, reached through any number of transpositions and casts.  What else is made of a parameter and
+    right operand, reached through any number of transpositions and casts.  One of experts is grouped_mm or bmm with a
+    parameter ``[E, ., .]``.  What else is made of a parameter and
     multiplied, in whatever spelling, is a rejection.
 
     Args:
@@ -59,6 +60,7 @@ def find(flow: Flow, whole: GraphModule | None = None, name_of: Callable[[Node],
             input=linear.pattern.input,
             weight=linear.weight,
             bias=linear.pattern.bias,
+            offsets=linear.pattern.offsets,
             transposed=linear.transposed,
             name=name_of(linear.weight),
             path=parameter_name(linear.weight),
@@ -70,7 +72,8 @@ def find(flow: Flow, whole: GraphModule | None = None, name_of: Callable[[Node],
         if linear.pattern.refusal is None:
             found.sites.append(site)
         else:
-            advice = "write it as F.linear, and move the extra work into separate operations"
+            spelling = "F.linear" if site.experts is None else "grouped_mm"
+            advice = f"write it as {spelling}, and move the extra work into separate operations"
             found.rejections.append(site.reject(Reason.UNSUPPORTED_FORM, linear.pattern.refusal, advice))
     return found
 
@@ -104,7 +107,7 @@ def _roles(flow: Flow, linears: Mapping[Node, _Linear]) -> dict[Node, Role]:
 
 def _features(linear: _Linear) -> tuple[int, int]:
     """``(in_features, out_features)``"""
-    rows, columns = example_value(linear.weight).shape
+    rows, columns = example_value(linear.weight).shape[-2:]
     return (int(rows), int(columns)) if linear.transposed else (int(columns), int(rows))
 
 
@@ -113,7 +116,9 @@ def _is_linear(flow: Flow, pattern: LinearPattern, weight: Node) -> bool:
     value = example_value(weight)
     trained = value.requires_grad and torch.is_grad_enabled()
     detached = trained and not getattr(example_value(pattern.matrix), "requires_grad", True)
-    return value.ndim == 2 and not detached and flow.matrix(pattern.input)[0] is None
+    # Of several matrices in a parameter, [E, N, K], only the product of each with its own tokens is a linear's.
+    linear = pattern.offsets is None if value.ndim == 2 else is_of_experts(pattern, value)
+    return linear and not detached and flow.matrix(pattern.input)[0] is None
 
 
 def _other_uses(flow: Flow, linears: Mapping[Node, _Linear]) -> Callable[[_Linear], tuple[str, ...]]:

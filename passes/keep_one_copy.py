@@ -8,12 +8,12 @@ from sparse_compile.passes.decide import Plan
 
 
 def keep_one_copy(plans: Sequence[Plan]) -> list[Plan]:
-    """The plans, with a projection that keeps one copy where there is one for the weight's shape."""
+    """The plans, with a projection that keeps one copy where there is one for the weight's shape; not of experts."""
     return [_with_one_copy(plan) for plan in plans]
 
 
 def _with_one_copy(plan: Plan) -> Plan:
-    one_copy = plan.recipe.projection.one_copy
-    if one_copy is None or plan.site.out_features % PAD or plan.site.in_features % PAD:
+    one_copy, site = plan.recipe.projection.one_copy, plan.site
+    if one_copy is None or site.experts is not None or site.out_features % PAD or site.in_features % PAD:
         return plan
     return replace(plan, recipe=replace(plan.recipe, projection=one_copy))

@@ -1,4 +1,8 @@
-"""How a linear is spelt: F.linear, addmm, mm, matmul and ``@``, as functions, methods and operations of ATen."""
+"""How a linear is spelt: F.linear, addmm, mm, matmul and ``@``, as functions, methods and operations of ATen.
+
+A linear of experts, whose matrices are one parameter, is spelt grouped_mm, where tokens lie sorted by expert and
+offsets say where those of each end, or bmm, where each expert has as many.
+"""
 
 import operator
 from dataclasses import dataclass
@@ -16,6 +20,11 @@ _MATMUL = {
     torch.ops.aten.matmul, torch.ops.aten.matmul.default,
 }  # fmt: skip
 _MATMUL_METHODS = {"matmul", "mm", "__matmul__"}
+_BMM = {torch.bmm, torch.ops.aten.bmm, torch.ops.aten.bmm.default}
+_GROUPED = {torch._grouped_mm, torch.ops.aten._grouped_mm, torch.ops.aten._grouped_mm.default}
+# What transformers calls in its place where PyTorch's own is not to be had: in fp32, under torch.compile.
+_GROUPED_FALLBACK = "transformers.grouped_mm_fallback"
+_OPS = (type(torch.ops.aten.mm), type(torch.ops.aten.mm.default))
 _ADDMM = {torch.addmm, torch.ops.aten.addmm, torch.ops.aten.addmm.default}
 
 
@@ -27,6 +36,7 @@ class LinearPattern:
     matrix: Any
     bias: Any
     transposed: bool
+    offsets: Any = None  # of experts: where the tokens of each end in the input
     refusal: str | None = None  # why the call is more than that
 
 
@@ -41,7 +51,9 @@ def read_linear(node: Node) -> LinearPattern | None:
     if is_function and node.target in _LINEAR:
         named = _named(node, "input", "weight", "bias")
         return LinearPattern(input=named["input"], matrix=named["weight"], bias=named.get("bias"), transposed=False)
-    if node.target in (_MATMUL if is_function else _MATMUL_METHODS):
+    if is_function and (node.target in _GROUPED or _op_name(node.target) == _GROUPED_FALLBACK):
+        return _grouped(node)
+    if node.target in (_MATMUL | _BMM if is_function else {*_MATMUL_METHODS, "bmm"}):
         named = _named(node, "input", "other")
         left = named.get("input", named.get("self"))
         right = named.get("other", named.get("mat2", named.get("tensor2")))
@@ -54,9 +66,39 @@ def read_linear(node: Node) -> LinearPattern | None:
     return None
 
 
+def is_of_experts(pattern: LinearPattern, weight: torch.Tensor) -> bool:
+    """Whether a product is one of each expert's tokens with the expert's matrix in ``weight [E, ., .]``."""
+    x, offsets = example_value(pattern.input), example_value(pattern.offsets)
+    if weight.ndim != 3 or not isinstance(x, torch.Tensor):
+        return False
+    if pattern.offsets is None:
+        # Without a guard on a size that may change.
+        return x.ndim == 3 and isinstance(x.shape[0], int) and x.shape[0] == weight.shape[0]
+    return x.ndim == 2 and offsets is not None and tuple(offsets.shape) == (weight.shape[0],)
+
+
+def _grouped(node: Node) -> LinearPattern:
+    named = _named(node, "input", "mat2", "offs", "bias", "out_dtype")
+    left, matrix = named.get("input", named.get("self")), named.get("mat2", named.get("weight"))
+    given, out_dtype = example_value(left), named.get("out_dtype")
+    refusal = None
+    if named.get("bias") is not None:
+        refusal = "grouped_mm adds a bias; only one that is added to its result is rewritten"
+    elif out_dtype is not None and given is not None and out_dtype != given.dtype:
+        refusal = f"grouped_mm of {given.dtype} returns {out_dtype}; only one of the input's dtype is a linear"
+    return LinearPattern(
+        input=left, matrix=matrix, bias=None, transposed=True, offsets=named.get("offs"), refusal=refusal
+    )
+
+
 def target_name(node: Node) -> str:
     """Plain name of what a node calls, ``"matmul"`` for torch.matmul, operator.matmul and Tensor.matmul alike."""
     return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
+
+
+def _op_name(target: Any) -> str:
+    """Of an operation that a library has registered, ``"namespace.name"``."""
+    return str(target).removesuffix(".default") if isinstance(target, _OPS) else ""
 
 
 def _named(node: Node, *names: str) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def rewrite(graph_module: GraphModule, plans: Sequence[Plan]) -> list[WeightSlot
             seed,
             LinearSpec(plan.recipe.full_name, index, site.transposed, example_value(site.node).dtype),
             slot.projection.Operands(*_hand_in(operands, site.region)),
+            *([] if site.offsets is None else [site.offsets]),
         )
         replaced[site.node] = _replace(site.node, arguments)
         logger.debug("rewrote %s to %s", site.name, plan.recipe.full_name)
@@ -66,6 +67,7 @@ def _slot(plan: Plan, position: int) -> WeightSlot:
         projection=plan.recipe.projection,
         out_features=plan.site.out_features,
         in_features=plan.site.in_features,
+        experts=plan.site.experts,
         device=example_value(plan.site.weight).device,
         decay=plan.recipe.decay,
         refresh=plan.recipe.refresh,

@@ -254,17 +254,18 @@ def _layout(inputs: Sequence[Sequence[Tensor]], outputs: Sequence[Tensor], recor
     if len(of_input) != 1:
         return Layout.OTHER
     before = of_input[0]
-    if before.ndim != 2 or after.ndim != 2 or after.dtype not in (*_MIXED, torch.float64):
+    # Of the matrices in one tensor, all lie alike.
+    if before.ndim not in (2, 3) or after.ndim != before.ndim or after.dtype not in (*_MIXED, torch.float64):
         return Layout.OTHER
     if storage_key(before) != storage_key(after):
         copies = recorder.operations <= {"clone", "_to_copy"} and before.shape == after.shape
         return Layout.SAME if copies else Layout.OTHER
     if before.storage_offset() != after.storage_offset():
         return Layout.OTHER
-    lies, flipped = _extents(after), _extents(before)[::-1]
-    if lies == _extents(before):
+    lies, (*stack, rows, columns) = _extents(after), _extents(before)
+    if lies == [*stack, rows, columns]:
         return Layout.SAME
-    return Layout.TRANSPOSED if lies == flipped else Layout.OTHER
+    return Layout.TRANSPOSED if lies == [*stack, columns, rows] else Layout.OTHER
 
 
 def _extents(matrix: Tensor) -> list[tuple[int, int]]:

@@ -53,13 +53,17 @@ class Rejection:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LinearSite:
-    """``output = input @ weight.T + bias`` with a parameter ``[N, K]``, stored ``[K, N]`` if ``transposed``."""
+    """``output = input @ weight.T + bias`` with a parameter ``[N, K]``, stored ``[K, N]`` if ``transposed``.
+
+    Of experts, whose matrices are a parameter ``[E, N, K]``: each with the tokens of its own.
+    """
 
     node: Node
     region: Region
     input: Node
     weight: Node  # placeholder of the top graph
     bias: Node | None
+    offsets: Node | None  # where the tokens of each expert end in the input; None where each has as many, or one matrix
     transposed: bool
     name: str  # the model's own
     path: str  # as the traced function reaches the weight
@@ -69,18 +73,25 @@ class LinearSite:
     forwards: int  # how often fprop runs in a step: once more in backward where a checkpointed region needs its result
 
     @property
+    def experts(self) -> int | None:
+        """How many; None for one matrix."""
+        weight = example_value(self.weight)
+        return int(weight.shape[0]) if weight.ndim == 3 else None
+
+    @property
     def out_features(self) -> int:
-        return int(example_value(self.weight).shape[1 if self.transposed else 0])
+        return int(example_value(self.weight).shape[-1 if self.transposed else -2])
 
     @property
     def in_features(self) -> int:
-        return int(example_value(self.weight).shape[0 if self.transposed else 1])
+        return int(example_value(self.weight).shape[-2 if self.transposed else -1])
 
     @property
     def shape(self) -> str:
-        """``tokens x in_features -> out_features``; ``?`` for a number of tokens that changes."""
+        """``tokens x in_features -> out_features, experts``; ``?`` for a number of tokens that changes."""
         tokens = prod(example_value(self.input).shape[:-1])
-        return f"{tokens if isinstance(tokens, int) else '?'} x {self.in_features} -> {self.out_features}"
+        shape = f"{tokens if isinstance(tokens, int) else '?'} x {self.in_features} -> {self.out_features}"
+        return shape if self.experts is None else f"{shape}, {self.experts} expert{'s' * (self.experts > 1)}"
 
     @property
     def products(self) -> tuple[str, ...]:

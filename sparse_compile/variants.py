@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from sparse_compile.kernels import ops
+from sparse_compile.kernels import grouped_ops, ops
 from sparse_compile.measuring.baseline import Baseline
 from sparse_compile.options import Options
 from sparse_compile.passes.decide import Plan, alike
@@ -131,7 +131,7 @@ class Decisions:
             device = example_value(site.weight).device
             target = OperandLayout(pruned.recipe.projection, site.transposed, device)
         asks_24 = self._options.frozen and not example_value(site.weight).requires_grad
-        dim = (0 if site.transposed else 1) if asks_24 else None
+        dim = (-2 if site.transposed else -1) if asks_24 else None
         return Question(position=position, target=target, in_features_dim=dim)
 
     def _standing_now(self, index: int, question: Question) -> Standing:
@@ -274,10 +274,10 @@ class Variants:
         plans = [replace(o, site=places.site(o.site)) for o in outcomes if isinstance(o, Plan)]
         call, slots, fakes, seed_devices = self._compiler(graph, plans, inputs)
         if kinds not in self._reports:
-            self._reports[kinds] = self._report(outcomes, {slot.device for slot in slots})
+            self._reports[kinds] = self._report(outcomes, slots)
         return Runtime(call, slots, fakes, self._reports[kinds], self._baseline, seed_devices, self._health)
 
-    def _report(self, outcomes: list[Plan | Rejection], devices: Iterable[torch.device]) -> GraphReport:
+    def _report(self, outcomes: list[Plan | Rejection], slots: Iterable[WeightSlot]) -> GraphReport:
         plans = [outcome for outcome in outcomes if isinstance(outcome, Plan)]
         refused = [outcome for outcome in outcomes if isinstance(outcome, Rejection)]
         refused += self._decisions.found.rejections
@@ -286,7 +286,7 @@ class Variants:
         rows = (*map(planned_row, plans), *map(rejected_row, refused))
         logger.info("rewrote %d of %d linears", len(plans), len(rows))
         others = dict(self._decisions.found.others)
-        return GraphReport(rows=rows, others=others, execution=_execution(devices), **self._origin)
+        return GraphReport(rows=rows, others=others, execution=_execution(slots), **self._origin)
 
     def _record(self, kinds: tuple[str | Reason, ...]) -> None:
         """In the report are the variants that calls need."""
@@ -315,13 +315,17 @@ class _Places:
         )
         node, input, weight = (self._nodes[place] for place in (site.node, site.input, site.weight))
         bias = self._nodes.get(site.bias, site.bias) if site.bias is not None else None
-        return replace(site, node=node, region=region, input=input, weight=weight, bias=bias)
+        offsets = self._nodes[site.offsets] if site.offsets is not None else None
+        return replace(site, node=node, region=region, input=input, weight=weight, bias=bias, offsets=offsets)
 
 
-def _execution(devices: Iterable[torch.device]) -> str:
+def _execution(slots: Iterable[WeightSlot]) -> str:
     """What runs the rewritten linears, as the report says it."""
-    reasons = {device: ops.emulation_reason(device) for device in devices}
-    emulated = sorted({reason for reason in reasons.values() if reason})
+    reasons = {
+        ops.emulation_reason(slot.device) if slot.experts is None else grouped_ops.missing_kernels(slot.device)
+        for slot in slots
+    }
+    emulated = sorted(filter(None, reasons))
     if emulated:
         return "emulated: " + "; ".join(emulated)
     return "kernels" if reasons else "dense"

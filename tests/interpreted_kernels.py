@@ -13,6 +13,7 @@ The interpreter rounds fp32 to FP8 wrongly.  So torch casts here, in place of th
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
@@ -26,7 +27,15 @@ from triton.runtime import interpreter
 
 from sparse_compile.kernels import reference, tiles
 from sparse_compile.kernels.activation import cast_mvue, cast_transpose
-from sparse_compile.kernels.formats import E4M3, E5M2, FP8_DTYPES, metadata_shape, padded, values_shape
+from sparse_compile.kernels.formats import (
+    E4M3,
+    E5M2,
+    FP8_DTYPES,
+    grouped_columns,
+    metadata_shape,
+    padded,
+    values_shape,
+)
 from sparse_compile.kernels.weight import (
     fp8_tiles,
     groups_of_four,
@@ -36,6 +45,9 @@ from sparse_compile.kernels.weight import (
     transposable,
     transpose_pruned,
 )
+from sparse_compile.projections.groups_of_four import SOFT, TOP2
+from sparse_compile.projections.identity import IDENTITY
+from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE, TRANSPOSABLE
 from sparse_compile.testing import assert_same_bits, hard_groups
 from tests.fuzz import kernels as fuzz_kernels
 from tests.fuzz.kernels import KERNELS
@@ -369,7 +381,112 @@ def check_random() -> None:
                 fuzz_kernels.check(kernel, seed, "cpu", largest=272 if ALL else 64)
 
 
+def check_experts_weights() -> None:
+    """The matrices of experts in one launch: each as on its own, whatever stood in the others' scales."""
+    torch.manual_seed(0)
+    with_nan = torch.randn(3, 80, 144)
+    with_nan[1, 3, 4] = float("nan")
+    weights = {
+        "random": torch.randn(3, 48, 272).bfloat16() * torch.tensor([1.0, 100.0, 1e-3])[:, None, None].bfloat16(),
+        "transposed": torch.randn(2, 144, 80).bfloat16().mT,
+        "whole tiles": torch.randn(2, 128, 128),
+        "NaN": with_nan,
+    }
+    for name, weight in weights.items():
+        experts = len(weight)
+        beta = torch.linspace(1.1, 1.9, experts)
+        masks = torch.stack([reference.transposable_masks(matrix) for matrix in weight])
+
+        def buffers(projection, of_one):
+            made = projection.new_operands_of_experts(*weight.shape, weight.device)  # noqa: B023
+            for buffer in made[:-1]:
+                buffer.view(torch.uint8).fill_(0x7F)
+            # The right scale of the first expert, and wrong ones.
+            made.scale_inv.copy_(torch.tensor([float(of_one[0][-1]), 0.9, float("nan")])[:experts, None])  # noqa: B023
+            return made
+
+        runs = {
+            "soft": (
+                SOFT, lambda e: reference.prune_weight(weight[e], beta[e : e + 1]),  # noqa: B023
+                lambda made: prune_fp8.launch_prune_weight(weight, beta, *made),  # noqa: B023
+            ),
+            "hard": (
+                TOP2, lambda e: reference.prune_weight(weight[e], torch.ones(1), True),  # noqa: B023
+                lambda made: prune_fp8.launch_prune_weight(weight, torch.ones(experts), *made, True),  # noqa: B023
+            ),
+            "both ways": (
+                SOFT_TRANSPOSABLE, lambda e: reference.prune_soft_transposable(weight[e], beta[e : e + 1]),  # noqa: B023
+                lambda made: prune_fp8.launch_prune_soft_transposable(weight, beta, *made),  # noqa: B023
+            ),
+            "masks": (
+                TRANSPOSABLE, lambda e: reference.prune_transposable(weight[e], masks[e]),  # noqa: B023
+                lambda made: prune_fp8.launch_prune_transposable(weight, *made, masks.clone(), False),  # noqa: B023
+            ),
+            "search": (
+                TRANSPOSABLE, lambda e: reference.prune_transposable(weight[e], masks[e]),  # noqa: B023
+                lambda made: prune_fp8.launch_prune_transposable(weight, *made, torch.full_like(masks, -1), True),  # noqa: B023
+            ),
+            "cast": (
+                IDENTITY, lambda e: reference.cast_weight(weight[e]),  # noqa: B023
+                lambda made: prune_fp8.launch_cast_weight(weight, *made),  # noqa: B023
+            ),
+        }  # fmt: skip
+        for index, (what, (projection, of_expert, launch)) in enumerate(runs.items()):
+            # By turns, where not all are wanted.
+            if not ALL and index % len(weights) != list(weights).index(name):
+                continue
+            expected = [of_expert(e) for e in range(experts)]
+            made = buffers(projection, expected)
+            launch(made)
+            for e, results in enumerate(expected):
+                for field, actual, wanted in zip(made._fields, made, results, strict=True):
+                    assert_same_bits(actual[e], wanted, f"{name}, {what}, {field} of expert {e}")
+
+
+def routings(*counts: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
+    """Numbers of tokens, some of them nobody's, and offsets."""
+    for index, of_experts in enumerate(counts):
+        dtype = (torch.int32, torch.int64)[index % 2]
+        yield sum(of_experts) + 3 * index, torch.tensor(of_experts).cumsum(0, dtype=dtype)
+
+
+def check_experts_casts() -> None:
+    """The operands of wgrad, each expert's tokens padded on their own."""
+    torch.manual_seed(0)
+    shapes = [(80 if ALL else 16, torch.float32, E4M3), (16, torch.bfloat16, E5M2), (144, torch.float16, E4M3)]
+    counts: list[tuple[int, ...]] = [(3, 0, 130, 1), (0, 40, 0)]  # more take long
+    for index, (tokens, offsets) in enumerate(routings(*counts, *([(0, 0), (128, 7), (5,) * 9] if ALL else []))):
+        columns, dtype, fp8 = shapes[index % len(shapes)]
+        x, end = torch.randn(tokens, columns).to(dtype), int(offsets[-1])
+        row_scale, token_scale = torch.rand(2, tokens).mul(10).unbind()
+        total = grouped_columns(tokens, len(offsets))
+        row, column = poisoned_payload(tokens, columns, dtype=fp8), poisoned_payload(columns, total, dtype=fp8)
+        cast_transpose.launch_grouped_cast_transpose(x, row_scale, token_scale, offsets, row, column)
+        expected_row, expected_column = reference.grouped_cast_transpose(x, row_scale, token_scale, offsets, fp8)
+        assert_same_bits(row[:end], expected_row[:end], f"row, routing {index}")
+        assert_same_bits(column, expected_column, f"column, routing {index}")
+
+        payload, out = reference.saturating_cast(x.float()), poisoned_payload(columns, total)
+        cast_transpose.launch_grouped_transpose_tokens(payload, offsets, out)
+        assert_same_bits(out, reference.grouped_transpose_tokens(payload, offsets), f"transpose, routing {index}")
+
+        for approximate, stochastic in product((False, True), (False, True)) if ALL else ((index == 1, index == 0),):
+            seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+            row = poisoned_payload(tokens, columns, dtype=fp8)
+            values = poisoned_payload(*values_shape(columns, total), dtype=fp8)
+            metadata = poisoned(*metadata_shape(columns, total), dtype=torch.int32)
+            arguments = (x, row_scale, token_scale, seed, 5 + index, offsets, approximate, stochastic)
+            cast_mvue.launch_grouped_cast_mvue(*arguments, row, values, metadata)
+            expected = reference.grouped_cast_mvue(*arguments, fp8)
+            what = f"approximate {approximate}, stochastic {stochastic}, routing {index}"
+            assert_same_bits(row[:end], expected[0][:end], f"row, {what}")
+            assert_same_bits(values, expected[1], f"values, {what}")
+            assert_same_bits(metadata, expected[2], f"metadata, {what}")
+
+
 CHECKS = {
+    "experts_casts": check_experts_casts,
+    "experts_weights": check_experts_weights,
     "prune": check_prune,
     "prune_bf16": check_prune_bf16,
     "transpose_pruned": check_transpose_pruned,

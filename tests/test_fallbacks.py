@@ -55,6 +55,25 @@ class Blocks(nn.Module):
         return self.head(x)
 
 
+class Looped(nn.Module):
+    """Experts as transformers has them without another implementation: which of them run depends on data."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(4, 64, 64)), nn.Parameter(torch.randn(4, 64, 64))
+        self.head = nn.Linear(64, 64)
+
+    @torch.compiler.disable
+    def loop(self, x, ids):
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            out[ids == e] = (x[ids == e] @ self.up[e]).relu() @ self.down[e]
+        return out
+
+    def forward(self, x):
+        return self.head(self.loop(x, torch.arange(len(x)) % 4))
+
+
 def train(model, call=None, steps=2, tokens=(8,), optimizer=torch.optim.SGD, **zero):
     optimizers = [
         optimizer(part.parameters(), lr=1e-3) for part in (model.children() if zero.pop("many", 0) else [model])
@@ -176,3 +195,10 @@ def test_modules_of_pytorchs_that_are_traced_are_not(compiled) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     train(model, compiled(model))
     assert sparse_compile.report().fallbacks == []
+
+
+def test_a_loop_over_experts_is_told_with_what_to_do():
+    model = Looped()
+    lines = train(model, torch.compile(model, backend="sste", options=OPTIONS))
+    assert sorted(line.split(" of Looped")[0] for line in lines) == ["down", "up"]
+    assert all("set_experts_implementation('grouped_mm')" in line for line in lines)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from libraries import library
 from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.roles import Role
@@ -140,13 +141,62 @@ def experts(function):
     return lambda x, ids: function(x, module.up, ids)
 
 
-EXPERTS = {
-    "grouped_mm": (
-        lambda x, w, ids: F.grouped_mm(x.bfloat16(), w.bfloat16(), offs=ids.cumsum(0).int()), "grouped_mm multiplies"
+GROUPED = {
+    "grouped_mm": lambda x, w, ids: F.grouped_mm(x, w, offs=ids.cumsum(0).int()),
+    "private": lambda x, w, ids: torch._grouped_mm(x, w, ids.cumsum(0).int()),
+    "the op": lambda x, w, ids: torch.ops.aten._grouped_mm(x, w, offs=ids.cumsum(0).int()),
+    "its dtype": lambda x, w, ids: torch._grouped_mm(x, w, ids.cumsum(0).int(), out_dtype=torch.bfloat16),
+    "bmm": lambda x, w, ids: torch.bmm(x.view(4, 2, 64), w),
+    "a method": lambda x, w, ids: x.view(4, 2, 64).bmm(w),
+    "matmul": lambda x, w, ids: x.view(4, 2, 64) @ w,
+    "transposed twice": lambda x, w, ids: torch.bmm(x.view(4, 2, 64), w.mT.contiguous().transpose(1, 2)),
+    "checkpointed": lambda x, w, ids: checkpoint(
+        lambda v, m: torch._grouped_mm(v, m, ids.cumsum(0).int()), x, w, use_reentrant=False
     ),
-    "bmm": (lambda x, w, ids: torch.bmm(x.view(4, 2, 64), w), "bmm multiplies"),
-    "matmul": (lambda x, w, ids: x.view(4, 2, 64) @ w, "matmul multiplies"),
+}
+GROUPED_TRANSPOSED = {
+    "grouped_mm": lambda x, w, ids: F.grouped_mm(x, w.transpose(-2, -1), offs=ids.cumsum(0).int()),
+    "mT": lambda x, w, ids: torch._grouped_mm(x, w.mT, offs=ids.cumsum(0).int()),
+    "cast": lambda x, w, ids: torch._grouped_mm(x, w.float().bfloat16().mT, offs=ids.cumsum(0).int()),
+    "bmm": lambda x, w, ids: torch.bmm(x.view(4, 2, 64), w.permute(0, 2, 1)),
+}
+
+
+def test_transformers_own_grouped_product_is_found(trace):
+    """In fp32, by its name; its backward reads the offsets on the host, which fake tensors can't tell."""
+    library("transformers.integrations.moe")
+    module = nn.Module()
+    module.up = nn.Parameter(torch.randn(4, 128, 64))
+
+    def function(x, ids):
+        multiply = torch.ops.transformers.grouped_mm_fallback
+        return multiply(x, module.up.mT, ids.cumsum(0)), multiply.default(x, module.up.mT, offs=ids.cumsum(0))
+
+    result = find(Flow(trace(function, torch.randn(8, 64), torch.full((4,), 2))))
+    assert [(site.name, site.transposed, site.shape) for site in result.sites] == [
+        ("module.up", False, "8 x 64 -> 128, 4 experts")
+    ] * 2
+    assert result.rejections == []
+
+
+@pytest.mark.parametrize(("functions", "transposed"), [(GROUPED, True), (GROUPED_TRANSPOSED, False)])
+def test_experts_are_found_in_every_spelling(trace, functions, transposed):
+    module = nn.Module()
+    module.up = nn.Parameter((torch.randn(4, 64, 128) if transposed else torch.randn(4, 128, 64)).bfloat16())
+    x, ids = torch.randn(8, 64).bfloat16(), torch.full((4,), 2)
+    together = trace(lambda x, ids: [f(x, module.up, ids) for f in functions.values()], x, ids)
+    result = find(Flow(together))
+    assert result.rejections == []
+    seen = [(s.name, s.transposed, s.in_features, s.out_features, s.shape) for s in result.sites]
+    assert seen == len(functions) * [("module.up", transposed, 64, 128, "8 x 64 -> 128, 4 experts")]
+    assert {site.other_uses for site in result.sites} == {()}
+
+
+EXPERTS = {
     "one of them": (lambda x, w, ids: x @ w[1], "matmul multiplies"),
+    "one after the other": (lambda x, w, ids: F.linear(x[:, :64], w[2].t()), "linear multiplies"),
+    "all with the same tokens": (lambda x, w, ids: x @ w, "matmul multiplies"),
+    "einsum": (lambda x, w, ids: torch.einsum("etk,ekn->etn", x.view(4, 2, 64), w), "einsum multiplies"),
     "gathered": (lambda x, w, ids: torch.bmm(x[:4, None], w[ids]), "data choose a matrix"),
     "gathered by index_select": (
         lambda x, w, ids: torch.bmm(x[:4, None], w.index_select(0, ids)), "data choose a matrix"
@@ -162,7 +212,68 @@ def test_experts_in_one_parameter_are_reported(trace, function, why):
     assert [(r.name, r.reason) for r in result.rejections] == [("module.up", Reason.NOT_2D)]
     assert why in result.rejections[0].detail
     assert result.rejections[0].flops
-    assert result.rejections[0].advice
+    assert "grouped_mm" in result.rejections[0].advice
+
+
+class GroupedExperts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, 64, 128).bfloat16())
+
+    def forward(self, x, ids):
+        return torch._grouped_mm(x, self.up, ids.cumsum(0).int())
+
+
+def test_a_grouped_product_with_more_is_reported(trace):
+    graph = trace(GroupedExperts(), torch.randn(8, 64).bfloat16(), torch.full((4,), 2))
+    (node,) = graph.graph.find_nodes(op="call_function", target=torch._grouped_mm)
+    node.kwargs = {**node.kwargs, "bias": graph.graph.create_node("call_function", torch.zeros, (4, 128))}
+    node.prepend(node.kwargs["bias"])
+    result = find(Flow(graph))
+    assert result.sites == []
+    assert [(r.name, r.reason) for r in result.rejections] == [("up", Reason.UNSUPPORTED_FORM)]
+    assert "bias" in result.rejections[0].detail
+
+
+def test_products_of_one_matrix_in_groups_are_no_linear_of_experts(trace):
+    """Columns grouped, as in a gradient, and a parameter on the left."""
+    module = nn.Module()
+    module.up = nn.Parameter(torch.randn(64, 8).bfloat16())
+
+    def function(x, ids):
+        return torch._grouped_mm(module.up, x, ids.cumsum(0).int())
+
+    result = find(Flow(trace(function, torch.randn(8, 64).bfloat16(), torch.full((4,), 2))))
+    assert result.sites == []
+    assert [r.name for r in result.rejections] == ["module.up"]
+
+
+ROLES_OF_EXPERTS = {
+    "gated": lambda h: F.silu(h[:, ::2]) * h[:, 1::2],
+    "halves": lambda h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],
+    "with a bias of each expert": lambda h: F.silu(h.chunk(2, -1)[0] + BIAS[IDS]) * h.chunk(2, -1)[1],
+    "masked, in place": lambda h: F.gelu(h.masked_fill_(h[:, :1] > 2, 0.0)[:, :64]),
+}
+BIAS, IDS = nn.Parameter(torch.ones(4, 64).bfloat16()), torch.arange(8) // 2
+
+
+@pytest.mark.parametrize("activation", ROLES_OF_EXPERTS.values(), ids=ROLES_OF_EXPERTS.keys())
+def test_experts_are_ffns(trace, activation):
+    """Between the sort of the tokens, the router's factors, and the sum over experts."""
+    module, router = nn.Module(), nn.Linear(64, 4).bfloat16()
+    module.up = nn.Parameter(torch.randn(4, 128, 64).bfloat16())
+    module.down = nn.Parameter(torch.randn(4, 64, 64).bfloat16())
+
+    def function(x):
+        weights, ids = router(x).softmax(-1).max(-1)
+        ids, order = ids.sort()
+        offsets = torch.histc(ids.float(), 4, 0, 3).cumsum(0, dtype=torch.int32)
+        hidden = torch._grouped_mm(x[order], module.up.mT, offs=offsets)
+        out = torch._grouped_mm(activation(hidden), module.down.mT, offs=offsets) * weights[order, None]
+        return torch.zeros_like(x).index_add(0, order, out)
+
+    sites, _ = found(trace(function, torch.randn(8, 64).bfloat16()))
+    assert roles(sites) == {"router": Role.OTHER, "module.up": Role.UP, "module.down": Role.DOWN}
 
 
 def test_computed_weight_is_reported(trace):

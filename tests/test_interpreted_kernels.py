@@ -18,6 +18,8 @@ KERNELS = (
     "decay",
     "quantize",
     "mvue",
+    "experts_weights",
+    "experts_casts",
     pytest.param("random", marks=pytest.mark.nightly),
 )
 

@@ -65,8 +65,29 @@ def cases():
     yield "sparse_mm", (gradient, metadata, fp8(20, 80), scale_inv, None, torch.float32, False, False)
     yield "sparse_mm", (values, metadata, fp8(20, 80, dtype=E5M2), scale_inv, tokens, torch.bfloat16, True, True)
     yield "materialize", (torch.randn(20, 80).t(),)
+    yield from cases_of_experts()
     for a, b in ((E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2)):
         yield "scaled_mm", (fp8(20, 80, dtype=a), fp8(48, 80, dtype=b), scale_inv, torch.bfloat16, True)
+
+
+def cases_of_experts():
+    offsets, scales, of_experts = torch.tensor([0, 13, 20]), torch.rand(20) + 0.5, torch.rand(3) + 0.5
+    weight = SOFT.new_operands_of_experts(3, 48, 80, torch.device("cpu"))
+    SOFT.fill_experts(torch.randn(3, 48, 80), weight, None, None, False)
+    yield "grouped_mm", (torch.randn(20, 80), torch.randn(3, 48, 80).mT, offsets)
+    yield "grouped_wgrad_mm", (torch.randn(20, 80), torch.randn(20, 48), offsets)
+    of_tokens = (fp8(20, 80), of_experts, scales, offsets, torch.bfloat16, True)
+    yield "grouped_sparse_mm", (weight.values, weight.metadata, *of_tokens)
+    yield "grouped_scaled_mm", (fp8(20, 80), fp8(3, 48, 80), of_experts, offsets, torch.bfloat16, True)
+    grad, x_t = torch.randn(20, 48), reference.grouped_transpose_tokens(fp8(20, 80), offsets)
+    yield "grouped_transpose_tokens", (fp8(20, 80), offsets)
+    yield "grouped_cast_transpose", (grad, scales, scales, offsets, E5M2)
+    yield "grouped_cast_mvue", (grad, scales, scales, SEED, 3, offsets, False, False, E4M3)
+    _, grad_t = reference.grouped_cast_transpose(grad, scales, scales, offsets)
+    _, values, metadata = reference.grouped_cast_mvue(grad, scales, scales, SEED, 3, offsets, False)
+    yield "grouped_wgrad_scaled_mm", (grad_t, x_t, of_experts, offsets, torch.float32)
+    for transpose in (False, True):
+        yield "grouped_wgrad_sparse_mm", (values, metadata, x_t, of_experts, offsets, torch.float32, transpose)
 
 
 CASES = list(cases())
@@ -148,7 +169,7 @@ def test_strides_that_no_kernel_reads_are_refused():
 
 
 def test_import_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import sparse_compile.kernels.ops"
+    code = "import sys; sys.modules['triton'] = None; import sparse_compile.kernels.grouped_ops"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

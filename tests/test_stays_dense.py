@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import sparse_compile
@@ -108,6 +109,31 @@ class Sharded(nn.Module):
         return self.ffn(x)
 
 
+class Experts(nn.Module):
+    """Four, whose products a function spells, with the tokens of each in turn."""
+
+    def __init__(self, multiply):
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(4, 64, 64) / 8) for _ in range(2))
+        self.multiply = multiply
+
+    def forward(self, x):
+        x = x.view(4, -1, 64)
+        return self.multiply(F.gelu(self.multiply(x, self.up)), self.down)
+
+
+def in_a_loop(x, weight):
+    return torch.stack([F.linear(x[e], weight[e]) for e in range(4)])
+
+
+def expert_parallel():
+    model = Experts(lambda x, weight: torch.bmm(x, weight.to_local()))
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for name, weight in list(model.named_parameters()):
+        setattr(model, name, nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)])))
+    return model
+
+
 COMPUTED = "weight is not a parameter: it is computed in the graph, for instance by a parametrization"
 TRANSFORMED = "not a plain tensor: input is inside a transform of torch.func, such as vmap or grad"
 DENSE = {
@@ -118,6 +144,10 @@ DENSE = {
     "vmap": (PerSample, [TRANSFORMED] * 2),
     "grad": (Sensitivity, [TRANSFORMED] * 2),
     "tensor parallel": (Sharded, ["not a plain tensor: weight is a DTensor"] * 2),
+    "expert parallel": (expert_parallel, ["not a plain tensor: weight is a DTensor"] * 2),
+    "experts in a loop": (
+        lambda: Experts(in_a_loop), ["weight is not a matrix: linear multiplies by the matrices of one parameter"] * 8
+    ),
 }  # fmt: skip
 
 

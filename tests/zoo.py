@@ -36,7 +36,7 @@ class Architecture:
         build: the model, which draws nothing at random in its forward.
         inputs: what it is called with.
         loss: of what it returns.
-        up, down: patterns of the FFN linears' names, matched at their end; empty if it has no FFN of plain matrices.
+        up, down: patterns of the FFN linears' names, matched at their end; empty if it has no FFN that is rewritten.
         exceptions: patterns of linears that are an FFN by name and not found to be one, or the other way, and why.
         eager: why some of its products reach no graph, if they do not.
         library: that must be there.
@@ -231,7 +231,7 @@ def _check_linears(
     outcome.rewritten = sum(row.decision != DENSE for row in rows.values())
     unused = dict(architecture.exceptions)
     for role, pattern in (("ffn up", architecture.up), ("ffn down", architecture.down)):
-        by_name = {name for name, weight in weights.items() if weight.ndim == 2 and _matches(pattern, name)}
+        by_name = {name for name, weight in weights.items() if weight.ndim in (2, 3) and _matches(pattern, name)}
         found = {name for name, row in rows.items() if row.role == role}
         pruned = {name for name in found if rows[name].decision != DENSE}
         outcome.ffn += len(by_name)

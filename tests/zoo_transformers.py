@@ -61,6 +61,7 @@ NEOX = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 GPTJ = ("mlp.fc_in", "mlp.fc_out")
 BERT = (r"layer\.\d+\.intermediate.dense", r"layer\.\d+\.output.dense")
 SPEECH = ("feed_forward.intermediate_dense", "feed_forward.output_dense")
+GROUPED = ("experts.gate_up_proj", "experts.down_proj")
 NONE = ("", "")
 
 
@@ -188,22 +189,26 @@ ARCHITECTURES = [
     hf("BioGptForCausalLM", FC, TEXT),
     hf("XGLMForCausalLM", FC, TEXT, ffn_dim=128, num_layers=1, attention_heads=4),
     hf("CTRLLMHeadModel", ("ffn.0", "ffn.2"), TEXT, dff=128),
-    # Experts: in three dimensions, which no stage prunes; some beside dense FFNs.
-    hf("MixtralForCausalLM", NONE, **EXPERTS),
-    hf("Qwen3MoeForCausalLM", NONE, **EXPERTS),
-    hf("OlmoeForCausalLM", NONE, **EXPERTS),
-    hf("GraniteMoeForCausalLM", NONE, **EXPERTS),
-    hf("GptOssForCausalLM", NONE, **EXPERTS),
+    # Experts, whose matrices are one parameter; some beside dense FFNs.
+    hf("MixtralForCausalLM", GROUPED, **EXPERTS),
+    hf("Qwen3MoeForCausalLM", GROUPED, **EXPERTS),
+    hf("OlmoeForCausalLM", GROUPED, **EXPERTS),
+    hf("GraniteMoeForCausalLM", GROUPED, **EXPERTS),
+    hf("GptOssForCausalLM", GROUPED, **EXPERTS),
+    # It loops over its experts.
     hf("JetMoeForCausalLM", NONE, TEXT, kv_channels=16, num_local_experts=4),
     hf(
         "Llama4ForCausalLM",
-        ("shared_expert.(gate_proj|up_proj)", "shared_expert.down_proj"),
+        ("shared_expert.(gate_proj|up_proj)|experts.gate_up_proj", "shared_expert.down_proj|experts.down_proj"),
         intermediate_size_mlp=128,
         **EXPERTS,
     ),
     hf(
         "DeepseekV3ForCausalLM",
-        ("(mlp|shared_experts).(gate_proj|up_proj)", "(mlp|shared_experts).down_proj"),
+        (
+            "(mlp|shared_experts).(gate_proj|up_proj)|experts.gate_up_proj",
+            "(mlp|shared_experts).down_proj|experts.down_proj",
+        ),
         TEXT,
         dtype=torch.bfloat16, num_hidden_layers=2, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
         n_group=1, topk_group=1, q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16,
@@ -228,7 +233,9 @@ ARCHITECTURES = [
     ),
     hf(
         "JambaForCausalLM",
-        ("feed_forward.(gate_proj|up_proj)", "feed_forward.down_proj"),
+        (
+            "feed_forward.(gate_proj|up_proj)|experts.gate_up_proj", "feed_forward.down_proj|experts.down_proj",
+        ),
         TEXT,
         num_hidden_layers=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
         dtype=torch.bfloat16, num_experts=4, use_mamba_kernels=False, mamba_d_state=16, mamba_dt_rank=16,

@@ -7,6 +7,9 @@
 ``formats``).  FP8 is e4m3 or e5m2, as the buffers are.  Both estimators of ``MVUE24``, and the rounding of what they
 keep, are in fp32, every operation in the order of their eager definition.
 
+Of tokens that lie sorted by expert, the operand is ``[N, grouped_columns]``, the tokens of each padded and drawn on
+their own (``reference.grouped``).
+
 A program takes PARTS parts of 32 tokens, a word of metadata each.  With a warp for each part and 128 columns, a thread
 holds all tokens of four neighbouring columns: it samples, packs and describes their groups on its own, and only the
 finished values and words change places, for wide stores.
@@ -17,14 +20,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_compile.kernels.formats import PAD_WORD, check_buffer, check_fp8, metadata_shape, values_shape
-from sparse_compile.kernels.launch_plan import NOTHING, LaunchPlan, plan_kernel, planned
+from sparse_compile.kernels.expert_blocks import plan_expert_blocks
+from sparse_compile.kernels.formats import (
+    PAD_WORD,
+    check_buffer,
+    check_fp8,
+    expert_stream,
+    grouped_columns,
+    metadata_shape,
+    values_shape,
+)
+from sparse_compile.kernels.launch_plan import NOTHING, LaunchPlan, UncachedPlan, plan_kernel, planned
 
 _PAD_WORD = tl.constexpr(PAD_WORD)
+_EXPERT_DRAWS = tl.constexpr(expert_stream(0, 1))
 _APPROX_EPS = tl.constexpr(2.0**-23)
 _TOTAL_FLOOR = tl.constexpr(2.0**-100)
 # Loads of AHEAD tokens are issued before the first store: the compiler does not move them past one.
 _PARTS, _BLOCK_N, _AHEAD = 4, 128, 8
+_BLOCK_T = 32 * _PARTS
 _REGISTERS = 168  # of a thread, so that three programs fit a multiprocessor
 
 
@@ -193,13 +207,14 @@ def _load(ptrs, inside, EVEN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["index"])
 def _cast_mvue_kernel(
-    grad_ptr, row_scale_ptr, token_scale_ptr, seed_ptr, index, row_ptr, values_ptr, metadata_ptr,
+    grad_ptr, row_scale_ptr, token_scale_ptr, seed_ptr, index, row_ptr, values_ptr, metadata_ptr, table_ptr,
     tokens, values_stride, metadata_stride, columns: tl.constexpr,
     APPROXIMATE: tl.constexpr, STOCHASTIC: tl.constexpr, EVEN: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One tile of 32 * PARTS tokens by BLOCK_N columns of the padded operand; EVEN: none of them is padding.
 
+    ``table_ptr``: of blocks of 32 * PARTS tokens with one expert each, see ``expert_blocks``; None for one matrix.
     ``columns`` is a constant, so that the rows of a tile have constant distances: offsets within the instructions.
     """
     FORMAT: tl.constexpr = row_ptr.dtype.element_ty
@@ -207,6 +222,12 @@ def _cast_mvue_kernel(
     pid_t, pid_n = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
     offs_part = pid_t * PARTS + tl.arange(0, PARTS)
     offs_t = offs_part * 32
+    if table_ptr is not None:
+        expert, first = tl.load(table_ptr + pid_t * 4), tl.load(table_ptr + pid_t * 4 + 1)
+        tokens, begin = tl.load(table_ptr + pid_t * 4 + 2), tl.load(table_ptr + pid_t * 4 + 3)
+        offs_part = (first - begin) // 32 + tl.arange(0, PARTS)
+        offs_t = first + tl.arange(0, PARTS) * 32
+        index += _EXPERT_DRAWS * expert
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < columns
     offsets = offs_t.to(tl.int64)[:, None] * columns + offs_n[None, :]
@@ -258,7 +279,10 @@ def _cast_mvue_kernel(
         tl.store(values_ptrs, values)
     else:
         tl.store(values_ptrs, values, mask=inside)
-        word = tl.where(mask_n[None, :], word, _PAD_WORD)
+        named = mask_n[None, :]
+        if table_ptr is not None:
+            named &= expert >= 0
+        word = tl.where(named, word, _PAD_WORD)
     # Row r, part p of 16 rows and four parts: word p // 2 of lane 4 * (r % 8) + 2 * (p % 2) + r // 8.
     word = tl.reshape(word, [PARTS // 4, 2, 2, BLOCK_N // 16, 2, 8])
     word = tl.reshape(tl.permute(word, [0, 3, 5, 2, 4, 1]), [PARTS // 4, BLOCK_N * 4])
@@ -268,7 +292,10 @@ def _cast_mvue_kernel(
     if EVEN:
         tl.store(metadata_ptrs, word)
     else:
-        tl.store(metadata_ptrs, word, mask=(offs_b * 128 < tokens)[:, None] & (offs_m < metadata_stride)[None, :])
+        inside = (offs_m < metadata_stride)[None, :]
+        if table_ptr is None:
+            inside &= (offs_b * 128 < tokens)[:, None]
+        tl.store(metadata_ptrs, word, mask=inside)
 
 
 @planned
@@ -292,6 +319,76 @@ def launch_cast_mvue(
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device, or index is out of range.
     """
+    tokens, columns = grad.shape if grad.dim() == 2 else (0, 0)
+    _check(grad, row_scale, token_scale, seed, index, row, values, metadata, tokens)
+    if grad.numel() == 0:
+        return NOTHING
+    even = tokens % _BLOCK_T == 0 and columns % _BLOCK_N == 0
+    tensors = (grad, row_scale, token_scale, seed, index, row, values.view(torch.int16), metadata, None)
+    cast = _plan(tensors, tokens, approximate, stochastic, even)
+
+    def run(grad: int, row_scale: int, token_scale: int, seed: int, index: int, *results: int) -> None:
+        # Unlike all else, it differs between calls of one plan.
+        _check_index(index)
+        cast(grad, row_scale, token_scale, seed, index, *results, None)
+
+    return run
+
+
+@planned
+def launch_grouped_cast_mvue(
+    grad: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, index: int, offsets: Tensor, approximate: bool,
+    stochastic: bool, row: Tensor, values: Tensor, metadata: Tensor,
+) -> LaunchPlan:  # fmt: skip
+    """``launch_cast_mvue`` of tokens that lie sorted by expert.
+
+    Args:
+        offsets: int32 or int64 ``[E]``, where the tokens of each expert end.
+        row: rows beyond the last offset are left as they are.
+        values, metadata: of ``[N, grouped_columns]``, written in full.
+    """
+    tokens = grad.shape[0]
+    total = grouped_columns(tokens, len(offsets))
+    _check(grad, row_scale, token_scale, seed, index, row, values, metadata, total)
+    if grad.numel() == 0:
+        return UncachedPlan(lambda: (values.view(torch.uint8).zero_(), metadata.fill_(PAD_WORD)))
+    new_table, table, find_blocks = plan_expert_blocks(offsets, tokens, _BLOCK_T)
+    tensors = (grad, row_scale, token_scale, seed, index, row, values.view(torch.int16), metadata, table)
+    cast = _plan(tensors, total, approximate, stochastic, even=False)
+
+    def run(grad: int, row_scale: int, token_scale: int, seed: int, index: int, offsets: int, *results: int) -> None:
+        _check_index(index)
+        table = new_table()
+        find_blocks(offsets, table.data_ptr())
+        cast(grad, row_scale, token_scale, seed, index, *results, table.data_ptr())
+
+    return run
+
+
+def _plan(
+    tensors: tuple[Tensor | int | None, ...], total: int, approximate: bool, stochastic: bool, even: bool
+) -> LaunchPlan:
+    """Over ``total`` tokens, padding between experts included."""
+    grad, *_, values, metadata, _ = tensors
+    assert isinstance(grad, Tensor)
+    assert isinstance(values, Tensor)
+    assert isinstance(metadata, Tensor)
+    tokens, columns = grad.shape
+    # Without fusion of multiplications and additions, which would round once where the definition rounds twice.
+    return plan_kernel(
+        _cast_mvue_kernel,
+        (triton.cdiv(total, _BLOCK_T) * triton.cdiv(columns, _BLOCK_N),),
+        tensors,
+        (tokens, values.stride(0), metadata.stride(0)),
+        columns=columns, APPROXIMATE=approximate, STOCHASTIC=stochastic, EVEN=even,
+        PARTS=_PARTS, BLOCK_N=_BLOCK_N, AHEAD=_AHEAD, num_warps=_PARTS, maxnreg=_REGISTERS, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _check(
+    grad: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, index: int, row: Tensor, values: Tensor,
+    metadata: Tensor, total: int,
+) -> None:  # fmt: skip
     if grad.dim() != 2 or grad.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not grad.is_contiguous():
         raise ValueError(
             f"grad is {grad.dtype} {tuple(grad.shape)} with strides {grad.stride()}; "
@@ -304,28 +401,8 @@ def launch_cast_mvue(
     check_buffer("seed", seed, (1,), torch.int64, grad.device)
     check_fp8("row", row)
     check_buffer("row", row, (tokens, columns), row.dtype, grad.device)
-    check_buffer("values", values, values_shape(columns, tokens), row.dtype, grad.device)
-    check_buffer("metadata", metadata, metadata_shape(columns, tokens), torch.int32, grad.device)
-    if grad.numel() == 0:
-        return NOTHING
-    block_t = 32 * _PARTS
-    # Without fusion of multiplications and additions, which would round once where the definition rounds twice.
-    cast = plan_kernel(
-        _cast_mvue_kernel,
-        (triton.cdiv(tokens, block_t) * triton.cdiv(columns, _BLOCK_N),),
-        (grad, row_scale, token_scale, seed, index, row, values.view(torch.int16), metadata),
-        (tokens, values.stride(0) // 2, metadata.stride(0)),
-        columns=columns, APPROXIMATE=approximate, STOCHASTIC=stochastic,
-        EVEN=tokens % block_t == 0 and columns % _BLOCK_N == 0,
-        PARTS=_PARTS, BLOCK_N=_BLOCK_N, AHEAD=_AHEAD, num_warps=_PARTS, maxnreg=_REGISTERS, enable_fp_fusion=False,
-    )  # fmt: skip
-
-    def run(grad: int, row_scale: int, token_scale: int, seed: int, index: int, *results: int) -> None:
-        # Unlike all else, it differs between calls of one plan.
-        _check_index(index)
-        cast(grad, row_scale, token_scale, seed, index, *results)
-
-    return run
+    check_buffer("values", values, values_shape(columns, total), row.dtype, grad.device)
+    check_buffer("metadata", metadata, metadata_shape(columns, total), torch.int32, grad.device)
 
 
 def _check_index(index: int) -> None:

@@ -7,6 +7,18 @@ in fp64, as oracles.
 
 from sparse_compile.kernels.reference.compression import compress24, decompress24, saturating_cast, transpose_pruned
 from sparse_compile.kernels.reference.gemm import scaled_mm, sparse_mm
+from sparse_compile.kernels.reference.grouped import (
+    grouped_cast_mvue,
+    grouped_cast_transpose,
+    grouped_mm,
+    grouped_scaled_mm,
+    grouped_sparse_mm,
+    grouped_transpose_tokens,
+    grouped_wgrad_mm,
+    grouped_wgrad_scaled_mm,
+    grouped_wgrad_sparse_mm,
+    tokens_of_experts,
+)
 from sparse_compile.kernels.reference.mvue import (
     cast_mvue,
     cast_transpose,
@@ -39,8 +51,11 @@ from sparse_compile.kernels.reference.transposable import (
 
 __all__ = [
     "add_masked_decay", "cast_mvue", "cast_transpose", "cast_weight", "compress24", "decompress24", "dense_mask",
-    "group_uniforms", "hard_threshold24", "mvue24", "philox4x32", "prune_soft_transposable", "prune_transposable",
-    "prune_weight", "prune_weight_bf16", "rounding_uniforms", "saturating_cast", "scaled_mm", "soft_mask24",
-    "soft_threshold24", "soft_threshold24_both", "sparse_mm", "sste_beta", "stochastic_round", "tensorwise_scale",
-    "top2_mask", "transposable_masks", "transpose_pruned", "transpose_tokens",
+    "group_uniforms", "grouped_cast_mvue", "grouped_cast_transpose", "grouped_mm", "grouped_scaled_mm",
+    "grouped_sparse_mm", "grouped_transpose_tokens", "grouped_wgrad_mm", "grouped_wgrad_scaled_mm",
+    "grouped_wgrad_sparse_mm", "hard_threshold24", "mvue24", "philox4x32", "prune_soft_transposable",
+    "prune_transposable", "prune_weight", "prune_weight_bf16", "rounding_uniforms", "saturating_cast", "scaled_mm",
+    "soft_mask24", "soft_threshold24", "soft_threshold24_both", "sparse_mm", "sste_beta", "stochastic_round",
+    "tensorwise_scale", "tokens_of_experts", "top2_mask", "transposable_masks", "transpose_pruned",
+    "transpose_tokens",
 ]  # fmt: skip

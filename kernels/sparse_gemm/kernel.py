@@ -6,6 +6,11 @@ of a cluster take neighbouring tiles of rows, and each loads half of the B that 
 
 Tails need no code in the loops.  TMA fills with zeros what lies beyond A and B and clips what lies beyond out, metadata
 is padded, and direct stores are masked.
+
+Experts: where they share the rows of B, tokens that lie sorted by expert (``COLUMNS``), a tile has rows of one expert's
+A and a block of that expert's tokens, by a table (``expert_blocks``); where they share the contraction
+(``CONTRACTION``), a tile is one of an expert's product, and its stages are those of the expert's tokens.  What a tile
+reads of another expert's rows is never stored: tiles with such rows leave through registers, masked.
 """
 
 from triton.experimental import gluon
@@ -17,6 +22,9 @@ from sparse_compile.kernels.sparse_gemm.ptx import BLOCKS, load_asm, multiply_as
 
 _BLOCKS = gl.constexpr(BLOCKS)
 _CARRY_STAGES = gl.constexpr(CARRY_STAGES)
+# How experts share the operands: not at all, for there is one matrix; the rows of B; the contraction.
+ONE, COLUMNS, CONTRACTION = 0, 1, 2
+_ONE, _COLUMNS, _CONTRACTION = map(gl.constexpr, (ONE, COLUMNS, CONTRACTION))
 _PIECE = gl.constexpr(64)  # rows and columns of what a warpgroup stores at once
 
 # Gluon's partitions end in code that waits for the others with few registers.  The compiler, in fear of a way back from
@@ -49,7 +57,28 @@ def _tile(tile, num_r, num_d, group):
 
 
 @gluon.jit
-def _producer(num_r, num_d, num_k, group, last_metadata, RING: gl.constexpr):
+def _tiles(table_ptr, num_r, num_d, experts, blocks, SHARED: gl.constexpr):
+    """How many blocks of B there are, and how many tiles."""
+    if SHARED == _COLUMNS:
+        num_d = gl.load(table_ptr + blocks * 4)
+    tiles = num_r * num_d
+    if SHARED == _CONTRACTION:
+        tiles *= experts
+    return num_d, tiles
+
+
+@gluon.jit
+def _stages(table_ptr, blocks, expert):
+    """The first stage of an expert's tokens, and how many there are."""
+    span_ptr = table_ptr + (blocks + 1 + expert) * 4
+    return gl.load(span_ptr), gl.load(span_ptr + 1)
+
+
+@gluon.jit
+def _producer(
+    table_ptr, num_r, num_d, num_k, group, last_metadata, experts, blocks, expert_blocks, expert_stages,
+    SHARED: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
     CLUSTER: gl.constexpr = RING.value.cluster
     ASM: gl.constexpr = load_asm(RING)
     if CLUSTER > 1:
@@ -57,13 +86,28 @@ def _producer(num_r, num_d, num_k, group, last_metadata, RING: gl.constexpr):
     rank = gl.program_id(0) % CLUSTER
     stage = 0
     parity = 1  # a new barrier counts as one whose previous phase is complete: the stages start empty
-    for tile in range(gl.program_id(0) // CLUSTER, num_r * num_d, gl.num_programs(0) // CLUSTER):
-        pid_r, pid_d = _tile(tile, num_r, num_d, group)
+    num_d, tiles = _tiles(table_ptr, num_r, num_d, experts, blocks, SHARED)
+    for tile in range(gl.program_id(0) // CLUSTER, tiles, gl.num_programs(0) // CLUSTER):
+        if SHARED == _CONTRACTION:
+            first_k, num_k = _stages(table_ptr, blocks, tile // (num_r * num_d))
+            pid_r, pid_d = _tile(tile % (num_r * num_d), num_r, num_d, group)
+        else:
+            first_k = 0
+            pid_r, pid_d = _tile(tile, num_r, num_d, group)
         block = (pid_r * CLUSTER + rank) * _BLOCKS
-        row_d = pid_d * RING.value.block_d + rank * (RING.value.block_d // CLUSTER)
+        row_d = rank * (RING.value.block_d // CLUSTER)
+        if SHARED == _COLUMNS:
+            expert = gl.load(table_ptr + pid_d * 4)
+            row_d += gl.load(table_ptr + pid_d * 4 + 1)
+        else:
+            row_d += pid_d * RING.value.block_d
         for k in range(num_k):
-            operands = [stage | parity << 8, k, block, row_d, last_metadata, rank]
-            gl.inline_asm_elementwise(ASM, "=r,r,r,r,r,r,r", operands, gl.int32, False, 1)
+            operands = [stage | parity << 8, first_k + k, block, row_d, last_metadata, rank]
+            if SHARED == _COLUMNS:
+                of_expert = operands + [expert * expert_blocks, expert * expert_stages]
+                gl.inline_asm_elementwise(ASM, "=r,r,r,r,r,r,r,r,r", of_expert, gl.int32, False, 1)
+            else:
+                gl.inline_asm_elementwise(ASM, "=r,r,r,r,r,r,r", operands, gl.int32, False, 1)
             stage += 1
             if stage == RING.value.stages:
                 stage = 0
@@ -135,6 +179,37 @@ def _store_piece(piece, out, out_buf, index, row, column, TRANSPOSE: gl.constexp
 
 
 @gluon.jit
+def _store_piece_masked(
+    piece, out_ptr, out_buf, index, row, column, first, rows, columns, stride, TRANSPOSE: gl.constexpr
+):  # fmt: skip
+    """As ``_store_piece``, of what lies inside of ``rows`` and ``columns``, through registers.
+
+    Args:
+        first: the element of out at row 0 and column 0; rows of out, or with TRANSPOSE columns, are ``stride`` apart.
+    """
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _PIECE, 32])
+    piece = gl.convert_layout(piece, layout, assert_trivial=True).to(out_ptr.dtype.element_ty)
+    # Eight neighbours a thread: they change places in shared memory.
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    tma.store_wait(0)
+    buf = out_buf.index(index % out_buf.shape[0])
+    outer = gl.arange(0, _PIECE, gl.SliceLayout(1, wide))
+    inner = gl.arange(0, _PIECE, gl.SliceLayout(0, wide))
+    if TRANSPOSE:
+        buf.store(gl.permute(piece, (1, 0)))
+        outer += column + index * _PIECE
+        inner += row
+        inside = (outer < columns)[:, None] & (inner < rows)[None, :]
+    else:
+        buf.store(piece)
+        outer += row
+        inner += column + index * _PIECE
+        inside = (outer < rows)[:, None] & (inner < columns)[None, :]
+    pointers = out_ptr + (first + outer.to(gl.int64) * stride)[:, None] + inner[None, :]
+    gl.store(pointers, buf.load(wide), mask=inside)
+
+
+@gluon.jit
 def _store_direct(acc, out_ptr, offs_r, offs_d, rows, columns, end_d, TRANSPOSE: gl.constexpr):
     if TRANSPOSE:
         offsets = offs_d.to(gl.int64)[None, :] * rows + offs_r[:, None]
@@ -145,10 +220,50 @@ def _store_direct(acc, out_ptr, offs_r, offs_d, rows, columns, end_d, TRANSPOSE:
 
 
 @gluon.jit
+def _store_tile(result, out, out_buf, row, column, BLOCK_D: gl.constexpr, TRANSPOSE: gl.constexpr):
+    """The result of a warpgroup, by TMA."""
+    if result.shape[1] == 256:
+        left, right = _halves(result)
+        piece0, piece1 = _halves(left)
+        piece2, piece3 = _halves(right)
+        _store_piece(piece0, out, out_buf, 0, row, column, TRANSPOSE)
+        _store_piece(piece1, out, out_buf, 1, row, column, TRANSPOSE)
+        _store_piece(piece2, out, out_buf, 2, row, column, TRANSPOSE)
+        if BLOCK_D == 256:
+            _store_piece(piece3, out, out_buf, 3, row, column, TRANSPOSE)
+    else:
+        piece0, piece1 = _halves(result)
+        _store_piece(piece0, out, out_buf, 0, row, column, TRANSPOSE)
+        _store_piece(piece1, out, out_buf, 1, row, column, TRANSPOSE)
+
+
+@gluon.jit
+def _store_tile_masked(
+    result, out_ptr, out_buf, row, column, first, rows, columns, stride, BLOCK_D: gl.constexpr, TRANSPOSE: gl.constexpr
+):  # fmt: skip
+    """The result of a warpgroup, of which parts lie outside of its expert's."""
+    columns = min(columns, column + BLOCK_D)
+    if result.shape[1] == 256:
+        left, right = _halves(result)
+        piece0, piece1 = _halves(left)
+        piece2, piece3 = _halves(right)
+        _store_piece_masked(piece0, out_ptr, out_buf, 0, row, column, first, rows, columns, stride, TRANSPOSE)
+        _store_piece_masked(piece1, out_ptr, out_buf, 1, row, column, first, rows, columns, stride, TRANSPOSE)
+        _store_piece_masked(piece2, out_ptr, out_buf, 2, row, column, first, rows, columns, stride, TRANSPOSE)
+        if BLOCK_D == 256:
+            _store_piece_masked(piece3, out_ptr, out_buf, 3, row, column, first, rows, columns, stride, TRANSPOSE)
+    else:
+        piece0, piece1 = _halves(result)
+        _store_piece_masked(piece0, out_ptr, out_buf, 0, row, column, first, rows, columns, stride, TRANSPOSE)
+        _store_piece_masked(piece1, out_ptr, out_buf, 1, row, column, first, rows, columns, stride, TRANSPOSE)
+
+
+@gluon.jit
 def _consumer(
-    scale_inv_ptr, dense_scale_inv_ptr, out, a_buf, m_buf, b_buf, barriers, num_r, num_d, num_k, group, rows, columns,
+    scale_inv_ptr, dense_scale_inv_ptr, out, out_ptr, table_ptr, a_buf, m_buf, b_buf, barriers, num_r, num_d, num_k,
+    group, rows, columns, experts, blocks,
     WARPGROUP: gl.constexpr, RING: gl.constexpr, ACCURATE: gl.constexpr, TRANSPOSE: gl.constexpr,
-    OUT_BUFFERS: gl.constexpr,
+    OUT_BUFFERS: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     WIDTH: gl.constexpr = RING.value.width
     CLUSTER: gl.constexpr = RING.value.cluster
@@ -160,14 +275,28 @@ def _consumer(
     if CLUSTER > 1:
         _cluster_sync()
     rank = gl.program_id(0) % CLUSTER
-    scale_inv = gl.load(scale_inv_ptr)
+    if SHARED == _ONE:
+        scale_inv = gl.load(scale_inv_ptr)
     done = 0  # stages multiplied so far
     # The assembly makes new accumulators; a tensor of their shape and layout is where it takes its argument from.
     zeros = gl.zeros([64, WIDTH], gl.int32, acc_layout)
-    for tile in range(gl.program_id(0) // CLUSTER, num_r * num_d, gl.num_programs(0) // CLUSTER):
-        pid_r, pid_d = _tile(tile, num_r, num_d, group)
+    num_d, tiles = _tiles(table_ptr, num_r, num_d, experts, blocks, SHARED)
+    for tile in range(gl.program_id(0) // CLUSTER, tiles, gl.num_programs(0) // CLUSTER):
+        if SHARED == _CONTRACTION:
+            expert = tile // (num_r * num_d)
+            _, num_k = _stages(table_ptr, blocks, expert)
+            pid_r, pid_d = _tile(tile % (num_r * num_d), num_r, num_d, group)
+        else:
+            pid_r, pid_d = _tile(tile, num_r, num_d, group)
         row = ((pid_r * CLUSTER + rank) * _BLOCKS + WARPGROUP) * 64
-        column = pid_d * BLOCK_D
+        if SHARED == _COLUMNS:
+            expert = gl.load(table_ptr + pid_d * 4)
+            column = gl.load(table_ptr + pid_d * 4 + 1)
+            columns = gl.load(table_ptr + pid_d * 4 + 2)  # of out, where the expert's end
+        else:
+            column = pid_d * BLOCK_D
+        if SHARED != _ONE:
+            scale_inv = gl.load(scale_inv_ptr + expert)
         if dense_scale_inv_ptr is not None:
             # Two a thread, on their way while it multiplies.
             offs_s = column + gl.arange(0, WIDTH, scale_layout)
@@ -190,24 +319,38 @@ def _consumer(
             result = acc * gl.convert_layout(scale, gl.SliceLayout(0, acc_layout))[None, :]
         else:
             result = acc * scale_inv
-        if OUT_BUFFERS > 0:
-            if WIDTH == 256:
-                left, right = _halves(result)
-                piece0, piece1 = _halves(left)
-                piece2, piece3 = _halves(right)
-                _store_piece(piece0, out, out_buf, 0, row, column, TRANSPOSE)
-                _store_piece(piece1, out, out_buf, 1, row, column, TRANSPOSE)
-                _store_piece(piece2, out, out_buf, 2, row, column, TRANSPOSE)
-                if BLOCK_D == 256:
-                    _store_piece(piece3, out, out_buf, 3, row, column, TRANSPOSE)
+        if SHARED == _ONE:
+            if OUT_BUFFERS > 0:
+                _store_tile(result, out, out_buf, row, column, BLOCK_D, TRANSPOSE)
             else:
-                piece0, piece1 = _halves(result)
-                _store_piece(piece0, out, out_buf, 0, row, column, TRANSPOSE)
-                _store_piece(piece1, out, out_buf, 1, row, column, TRANSPOSE)
+                offs_r = row + gl.arange(0, 64, gl.SliceLayout(1, acc_layout))
+                offs_d = column + gl.arange(0, WIDTH, gl.SliceLayout(0, acc_layout))
+                _store_direct(result, out, offs_r, offs_d, rows, columns, column + BLOCK_D, TRANSPOSE)
         else:
-            offs_r = row + gl.arange(0, 64, gl.SliceLayout(1, acc_layout))
-            offs_d = column + gl.arange(0, WIDTH, gl.SliceLayout(0, acc_layout))
-            _store_direct(result, out, offs_r, offs_d, rows, columns, column + BLOCK_D, TRANSPOSE)
+            # Rows of out before the expert's.
+            before = 0
+            if SHARED == _CONTRACTION:
+                before = expert * (columns if TRANSPOSE else rows)
+            if OUT_BUFFERS > 0:
+                inside = (row + 64 <= rows) & (column + BLOCK_D <= columns)
+                if inside:
+                    if TRANSPOSE:
+                        _store_tile(result, out, out_buf, row, before + column, BLOCK_D, TRANSPOSE)
+                    else:
+                        _store_tile(result, out, out_buf, before + row, column, BLOCK_D, TRANSPOSE)
+                else:
+                    stride = rows if TRANSPOSE else columns
+                    first_out = before.to(gl.int64) * stride if SHARED == _CONTRACTION else 0
+                    _store_tile_masked(
+                        result, out_ptr, out_buf, row, column, first_out, rows, columns, stride, BLOCK_D, TRANSPOSE
+                    )  # fmt: skip
+            else:
+                first_ptr = out
+                if SHARED == _CONTRACTION:
+                    first_ptr += before.to(gl.int64) * (rows if TRANSPOSE else columns)
+                offs_r = row + gl.arange(0, 64, gl.SliceLayout(1, acc_layout))
+                offs_d = column + gl.arange(0, WIDTH, gl.SliceLayout(0, acc_layout))
+                _store_direct(result, first_ptr, offs_r, offs_d, rows, columns, column + BLOCK_D, TRANSPOSE)
     if OUT_BUFFERS > 0:
         tma.store_wait(0)
     if CLUSTER > 1:
@@ -220,17 +363,27 @@ def _consumer(
     _exit()
 
 
-@gluon.jit(do_not_specialize=["rows", "columns", "num_k", "group", "last_metadata"])
+@gluon.jit(do_not_specialize=[
+    "rows", "columns", "num_k", "group", "last_metadata", "experts", "blocks", "expert_blocks", "expert_stages"
+])  # fmt: skip
 def sparse_gemm_kernel(
-    values_desc, metadata_desc, dense_desc, scale_inv_ptr, dense_scale_inv_ptr, out, rows, columns, num_k, group,
-    last_metadata, RING: gl.constexpr, ACCURATE: gl.constexpr, TRANSPOSE: gl.constexpr, OUT_BUFFERS: gl.constexpr,
-    COLUMNS_DIVISOR: gl.constexpr,
+    values_desc, metadata_desc, dense_desc, scale_inv_ptr, dense_scale_inv_ptr, out, out_ptr, table_ptr,
+    rows, columns, num_k, group, last_metadata, experts, blocks, expert_blocks, expert_stages,
+    RING: gl.constexpr, ACCURATE: gl.constexpr, TRANSPOSE: gl.constexpr, OUT_BUFFERS: gl.constexpr,
+    COLUMNS_DIVISOR: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
-    """``out`` is a descriptor, or with OUT_BUFFERS = 0 a pointer; ``dense_scale_inv_ptr`` may be None."""
+    """``out`` is a descriptor, or with OUT_BUFFERS = 0 a pointer; ``dense_scale_inv_ptr`` may be None.
+
+    Of experts: ``out_ptr`` is out as a pointer, ``table_ptr`` that of ``expert_blocks``, ``blocks`` the most that it
+    holds; ``rows`` and ``columns`` are those of one expert, but for the columns that they share; ``expert_blocks`` and
+    ``expert_stages`` are what an expert has of blocks of 64 rows of A, and of rows of metadata.
+    """
     STAGES: gl.constexpr = RING.value.stages
     PARTS: gl.constexpr = RING.value.block_d // RING.value.box
     # Tells the compiler how wide masked accesses may be.
     columns = columns // COLUMNS_DIVISOR * COLUMNS_DIVISOR
+    if SHARED != _ONE:
+        rows = rows // 64 * 64
     a_buf = gl.allocate_shared_memory(
         values_desc.dtype, [STAGES * _BLOCKS] + values_desc.block_type.shape, values_desc.layout
     )
@@ -252,15 +405,18 @@ def sparse_gemm_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                scale_inv_ptr, dense_scale_inv_ptr, out, a_buf, m_buf, b_buf, barriers, num_r, num_d, num_k, group,
-                rows, columns, 0, RING, ACCURATE, TRANSPOSE, OUT_BUFFERS,
+                scale_inv_ptr, dense_scale_inv_ptr, out, out_ptr, table_ptr, a_buf, m_buf, b_buf, barriers, num_r,
+                num_d, num_k, group, rows, columns, experts, blocks, 0, RING, ACCURATE, TRANSPOSE, OUT_BUFFERS, SHARED,
             )),
             (_consumer, (
-                scale_inv_ptr, dense_scale_inv_ptr, out, a_buf, m_buf, b_buf, barriers, num_r, num_d, num_k, group,
-                rows, columns, 1, RING, ACCURATE, TRANSPOSE, OUT_BUFFERS,
+                scale_inv_ptr, dense_scale_inv_ptr, out, out_ptr, table_ptr, a_buf, m_buf, b_buf, barriers, num_r,
+                num_d, num_k, group, rows, columns, experts, blocks, 1, RING, ACCURATE, TRANSPOSE, OUT_BUFFERS, SHARED,
             )),
             # Four warps, because each warp of the block must take part in barriers of the cluster.
-            (_producer, (num_r, num_d, num_k, group, last_metadata, RING)),
+            (_producer, (
+                table_ptr, num_r, num_d, num_k, group, last_metadata, experts, blocks, expert_blocks, expert_stages,
+                SHARED, RING,
+            )),
         ],
         [4, 4],
         [240, 24],

@@ -13,7 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sparse_compile.kernels.formats import E4M3, E5M2
 from sparse_compile.kernels.launch_plan import LaunchPlan, plan_kernel
 from sparse_compile.kernels.sparse_gemm.configs import Config, contraction_stages
-from sparse_compile.kernels.sparse_gemm.kernel import sparse_gemm_kernel
+from sparse_compile.kernels.sparse_gemm.kernel import COLUMNS, CONTRACTION, ONE, sparse_gemm_kernel
 from sparse_compile.kernels.sparse_gemm.ptx import BLOCKS, SmemPipeline
 from sparse_compile.kernels.sparse_gemm.shared_memory import resolve_places
 
@@ -51,14 +51,76 @@ def plan_gemm(
         _descriptor(out, [64, 64], gl.NVMMASharedLayout(128, 16, 2)) if tma_store else out,
     )
     last_metadata = metadata.shape[1] * 32 * words - 128 * words
-    sizes = (rows, columns, contraction_stages(contraction, size), config.group, last_metadata)
+    # Of experts there are none, nor a table of their blocks.
+    sizes = (None, None, rows, columns, contraction_stages(contraction, size), config.group, last_metadata, 0, 0, 0, 0)
     constants = {
         "ACCURATE": accurate,
         "TRANSPOSE": transpose,
         "OUT_BUFFERS": config.out_buffers if tma_store else 0,
         "COLUMNS_DIVISOR": 4 if columns % 4 == 0 else 1,
+        "SHARED": ONE,
     }
     clusters = min(config.tiles(rows, columns), sm_count(out.device) // config.cluster)
+    return plan_kernel(
+        sparse_gemm_kernel, (clusters * config.cluster,), varying, sizes,
+        RING=_resolve(ring, varying, sizes, constants), **constants, num_warps=4, cluster=config.cluster,
+    )  # fmt: skip
+
+
+def plan_grouped_gemm(
+    config: Config,
+    shared: int,
+    values: Tensor,
+    metadata: Tensor,
+    dense: Tensor,
+    scale_inv: Tensor,
+    dense_scale_inv: Tensor | None,
+    out: Tensor,
+    table: Tensor,
+    blocks: int,
+    transpose: bool,
+) -> LaunchPlan:
+    """The plan of ``launch_grouped_sparse_gemm`` or, with the contraction shared, of ``launch_grouped_wgrad``.
+
+    Args:
+        table, blocks: of ``expert_blocks``; of ``config.block_d`` tokens where columns are shared, otherwise of 128.
+    """
+    experts = scale_inv.shape[0]
+    if shared == COLUMNS:
+        rows, (columns, contraction) = values.shape[1], dense.shape
+    else:
+        rows, (columns, contraction) = values.shape[0], dense.shape
+    tma_store = out.dtype != torch.float32
+    ring = SmemPipeline(
+        block_d=config.block_d, stages=config.stages, cluster=config.cluster, words=2,
+        dtypes=f"{PTX_DTYPES[values.dtype]}.{PTX_DTYPES[dense.dtype]}", experts=shared == COLUMNS,
+    )  # fmt: skip
+    flat, flat_out = values.flatten(0, -2), out.flatten(0, -2)
+    varying = (
+        _descriptor(flat, [64, 64], gl.NVMMASharedLayout(64, 8, 2)),
+        _descriptor(metadata.flatten(0, -4).flatten(1), [1, 256], gl.NVMMASharedLayout(0, 32, 2)),
+        _descriptor(dense, [ring.box, 128], gl.NVMMASharedLayout(128, 8, 2)),
+        scale_inv,
+        dense_scale_inv,
+        _descriptor(flat_out, [64, 64], gl.NVMMASharedLayout(128, 16, 2)) if tma_store else out,
+        out,
+        table,
+    )
+    row_blocks, stages = metadata.shape[-3], contraction_stages(contraction, 1)
+    sizes = (
+        rows, columns, stages, config.group, row_blocks * 64 - 256, experts, blocks, rows // 64, metadata.shape[-4]
+    )  # fmt: skip
+    constants = {
+        "ACCURATE": shared == CONTRACTION,
+        "TRANSPOSE": transpose,
+        "OUT_BUFFERS": config.out_buffers if tma_store else 0,
+        "COLUMNS_DIVISOR": 1 if shared == COLUMNS else 64,
+        "SHARED": shared,
+    }
+    tiles = config.tiles(rows, columns) * experts
+    if shared == COLUMNS:
+        tiles = config.tiles(rows, blocks * config.block_d)
+    clusters = min(tiles, sm_count(out.device) // config.cluster)
     return plan_kernel(
         sparse_gemm_kernel, (clusters * config.cluster,), varying, sizes,
         RING=_resolve(ring, varying, sizes, constants), **constants, num_warps=4, cluster=config.cluster,
@@ -69,7 +131,7 @@ _rings: dict[tuple[object, ...], SmemPipeline] = {}
 
 
 def _resolve(
-    ring: SmemPipeline, varying: Sequence[Any], sizes: Sequence[int], constants: Mapping[str, Any]
+    ring: SmemPipeline, varying: Sequence[Any], sizes: Sequence[int | None], constants: Mapping[str, Any]
 ) -> SmemPipeline:
     """The ring with its place in shared memory and its descriptors, which a compilation tells."""
     # Triton also specialises on the alignment of the pointers, which changes neither.

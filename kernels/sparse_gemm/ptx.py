@@ -28,6 +28,7 @@ class SmemPipeline:
         cluster: blocks of a cluster; each loads its share of B's rows for all of them.
         words: metadata words of a lane in a stage: 2 with 8-bit operands, 1 with 16-bit ones.
         dtypes: of A and B, as PTX names them: "e5m2.e4m3".
+        experts: whether A holds the matrices of experts, one after the other, of which a tile has one.
         values, metadata, dense, barriers: offsets in shared memory, bytes.
         descriptors: which parameters of the compiled kernel are descriptors: those of values, metadata, dense, and
             maybe more.
@@ -38,6 +39,7 @@ class SmemPipeline:
     cluster: int
     words: int
     dtypes: str
+    experts: bool = False
     values: int = 0
     metadata: int = 0
     dense: int = 0
@@ -74,8 +76,13 @@ def load_asm(ring):
     """One thread of the first warp waits until a stage is empty and loads it; the others pass.
 
     Operands: dummy result, position in the ring, stage of the contraction, first block of 64 rows of A, this block's
-    first row of B, last column of the metadata that a copy may begin at, rank in the cluster.
+    first row of B, last column of the metadata that a copy may begin at, rank in the cluster.  Of experts, two more:
+    blocks of 64 rows, and rows of metadata, before those of the tile's expert.
     """
+    if ring.experts:
+        first_row, metadata_row = ["add.u32 y, $3, $7;", "shl.b32 y, y, 6;"], "row"
+    else:
+        first_row, metadata_row = ["shl.b32 y, $3, 6;"], "$2"
 
     def copy(descriptor, x, y, multicast=False):
         # TMA counts the zeros that it fills in beyond a tensor, too.
@@ -125,7 +132,7 @@ def load_asm(ring):
         f"mad.lo.u32 target, stage, {BLOCKS * _VALUES_BYTES}, base;",
         f"add.u32 target, target, {ring.values};",
         "shr.u32 x, x, 1;",
-        "shl.b32 y, $3, 6;",
+        *first_row,
     ]
     for i in range(BLOCKS):
         if i > 0:
@@ -136,11 +143,13 @@ def load_asm(ring):
         f"add.u32 target, target, {ring.metadata};",
         f"mul.lo.u32 x, $3, {128 * ring.words};",
     ]
+    if ring.experts:
+        lines += [".reg .b32 row;", "add.u32 row, $2, $8;"]
     for i in range(BLOCKS):
         if i > 0:
             lines += [f"add.u32 target, target, {ring.metadata_bytes};", f"add.u32 x, x, {128 * ring.words};"]
         # Rows beyond the padded operand take other rows' metadata: zeros would name no legal positions.
-        lines += ["min.s32 column, x, $5;", *copy(metadata, "column", "$2")]
+        lines += ["min.s32 column, x, $5;", *copy(metadata, "column", metadata_row)]
     return "\n".join([*lines, "PASS:", "mov.b32 $0, 0;", "}"])
 
 

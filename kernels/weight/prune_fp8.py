@@ -18,6 +18,9 @@ The weight is read once.  Its scale hardly ever changes from one step to the nex
 launch casts with the scale that stands behind the old ``scale_inv`` and finds the amax of each tile; a second one finds
 the true scale, casts again if it is another, and writes ``scale_inv``.  What stood in ``scale_inv`` decides how long
 this takes, never what is written.
+
+A weight ``[E, N, K]`` holds the matrices of experts, which are made in the same two launches, each with its own scale:
+``beta`` is fp32 ``[E]`` then, and every buffer has one more dimension in front.
 """
 
 import torch
@@ -98,14 +101,32 @@ def _write_tile(
     return amax_bits
 
 
+@gluon.jit
+def _of_expert(pointer, stride):
+    """Where the part of an expert begins, ``stride`` elements after that of the one before; of None, None."""
+    if pointer is not None:
+        pointer += gl.program_id(1).to(gl.int64) * stride
+    return pointer
+
+
 @gluon.jit(do_not_specialize=["tiles", "tiles_k"])
 def _speculate_kernel(
     weight_ptr, beta_ptr, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr, scale_inv_ptr,
     partials_ptr, rows, columns, stride_wn, stride_wk, tiles, tiles_k,
-    MODE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+    weight_size, payload_size, metadata_size, weight_t_size, metadata_t_size, masks_size,
+    MODE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr, EXPERTS: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
-    """One tile, with the scale behind the old scale_inv.  Partials: the bits of the tiles' amax, then of that scale."""
+    """One tile, with the scale behind the old scale_inv.  Partials: the bits of the tiles' amax, then of that scale.
+
+    Sizes: of what belongs to one expert, whose number is the second of the program.
+    """
+    if EXPERTS:
+        weight_ptr, payload_ptr = _of_expert(weight_ptr, weight_size), _of_expert(payload_ptr, payload_size)
+        metadata_ptr, weight_t_ptr = _of_expert(metadata_ptr, metadata_size), _of_expert(weight_t_ptr, weight_t_size)
+        metadata_t_ptr, masks_ptr = _of_expert(metadata_t_ptr, metadata_t_size), _of_expert(masks_ptr, masks_size)
+        beta_ptr, scale_inv_ptr = _of_expert(beta_ptr, 1), _of_expert(scale_inv_ptr, 1)
+        partials_ptr = _of_expert(partials_ptr, tiles + 1)
     # As soon as every program has begun, those of the second launch take the places that become free.
     gdc_launch_dependents()
     # beta / scale_inv, whose mantissas are equal; any other quotient will not be the true scale.
@@ -128,10 +149,17 @@ def _speculate_kernel(
 def _correct_kernel(
     weight_ptr, beta_ptr, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr, scale_inv_ptr,
     partials_ptr, rows, columns, stride_wn, stride_wk, tiles, tiles_k,
-    MODE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+    weight_size, payload_size, metadata_size, weight_t_size, metadata_t_size, masks_size,
+    MODE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr, EXPERTS: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Write scale_inv and, where the true scale is not the one that was assumed, all tiles again."""
+    if EXPERTS:
+        weight_ptr, payload_ptr = _of_expert(weight_ptr, weight_size), _of_expert(payload_ptr, payload_size)
+        metadata_ptr, weight_t_ptr = _of_expert(metadata_ptr, metadata_size), _of_expert(weight_t_ptr, weight_t_size)
+        metadata_t_ptr, masks_ptr = _of_expert(metadata_t_ptr, metadata_t_size), _of_expert(masks_ptr, masks_size)
+        beta_ptr, scale_inv_ptr = _of_expert(beta_ptr, 1), _of_expert(scale_inv_ptr, 1)
+        partials_ptr = _of_expert(partials_ptr, tiles + 1)
     # Until the first launch is complete, and all that it wrote can be read.
     gdc_wait()
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
@@ -170,8 +198,8 @@ def launch_prune_weight(
     """Prune and cast ``weight`` into the buffers, all of which are written in full.
 
     Args:
-        weight: ``[N, K]``, any strides, bf16, fp16 or fp32; N and K multiples of 16.
-        beta: fp32 ``[1]``.
+        weight: ``[N, K]``, any strides, bf16, fp16 or fp32; N and K multiples of 16.  Or ``[E, N, K]``: of experts.
+        beta: fp32 ``[1]``, of experts ``[E]``.
         values: e4m3 ``[N, padded(K) / 2]``.
         metadata: int32 ``[padded(K) / 128, padded(N) / 16, 32, 2]``.
         weight_t: e4m3 ``[K, N]``, or None.
@@ -182,14 +210,11 @@ def launch_prune_weight(
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
     """
-    check_weight(weight)
-    n, k = weight.shape
-    check_buffer("beta", beta, (1,), torch.float32, weight.device)
-    check_buffer("values", values, values_shape(n, k), E4M3, weight.device)
-    check_buffer("metadata", metadata, metadata_shape(n, k), torch.int32, weight.device)
+    experts, n, k = _check_weight(weight, beta, scale_inv)
+    check_buffer("values", values, (*experts, *values_shape(n, k)), E4M3, weight.device)
+    check_buffer("metadata", metadata, (*experts, *metadata_shape(n, k)), torch.int32, weight.device)
     if weight_t is not None:
-        check_buffer("weight_t", weight_t, (k, n), E4M3, weight.device)
-    check_buffer("scale_inv", scale_inv, (1,), torch.float32, weight.device)
+        check_buffer("weight_t", weight_t, (*experts, k, n), E4M3, weight.device)
     if weight.numel() == 0:
         return UncachedPlan(scale_inv.zero_)
     # Metadata is written for the padding too.
@@ -218,9 +243,8 @@ def launch_prune_transposable(
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
     """
-    _check_transposable(weight, values, metadata, values_t, metadata_t, scale_inv)
-    n, k = weight.shape
-    check_buffer("masks", masks, (n // 4, k // 4), torch.int16, weight.device)
+    experts, n, k = _check_transposable(weight, None, values, metadata, values_t, metadata_t, scale_inv)
+    check_buffer("masks", masks, (*experts, n // 4, k // 4), torch.int16, weight.device)
     if weight.numel() == 0:
         return UncachedPlan(scale_inv.zero_)
     mode, covered = _SEARCH if search else _MASKS, (padded(n), padded(k))
@@ -239,11 +263,9 @@ def launch_prune_soft_transposable(
 
     Arguments and errors as of ``launch_prune_weight`` and ``launch_prune_transposable``.
     """
-    _check_transposable(weight, values, metadata, values_t, metadata_t, scale_inv)
-    check_buffer("beta", beta, (1,), torch.float32, weight.device)
+    _, n, k = _check_transposable(weight, beta, values, metadata, values_t, metadata_t, scale_inv)
     if weight.numel() == 0:
         return UncachedPlan(scale_inv.zero_)
-    n, k = weight.shape
     mode, covered = _SOFT_TRANSPOSABLE, (padded(n), padded(k))
     prune = _plan(mode, weight, beta, values, metadata, values_t, metadata_t, None, scale_inv, covered)
     return lambda weight, beta, values, metadata, values_t, metadata_t, scale_inv: prune(
@@ -251,16 +273,26 @@ def launch_prune_soft_transposable(
     )
 
 
+def _check_weight(weight: Tensor, beta: Tensor | None, scale_inv: Tensor) -> tuple[tuple[int, ...], int, int]:
+    """``(experts,)`` or ``()``, and N and K."""
+    check_weight(weight, experts=True)
+    *experts, n, k = weight.shape
+    if beta is not None:
+        check_buffer("beta", beta, tuple(experts) or (1,), torch.float32, weight.device)
+    check_buffer("scale_inv", scale_inv, (*experts, 1), torch.float32, weight.device)
+    return tuple(experts), n, k
+
+
 def _check_transposable(
-    weight: Tensor, values: Tensor, metadata: Tensor, values_t: Tensor, metadata_t: Tensor, scale_inv: Tensor
-) -> None:
-    check_weight(weight)
-    n, k = weight.shape
-    check_buffer("values", values, values_shape(n, k), E4M3, weight.device)
-    check_buffer("metadata", metadata, metadata_shape(n, k), torch.int32, weight.device)
-    check_buffer("values_t", values_t, values_shape(k, n), E4M3, weight.device)
-    check_buffer("metadata_t", metadata_t, metadata_shape(k, n), torch.int32, weight.device)
-    check_buffer("scale_inv", scale_inv, (1,), torch.float32, weight.device)
+    weight: Tensor, beta: Tensor | None, values: Tensor, metadata: Tensor, values_t: Tensor, metadata_t: Tensor,
+    scale_inv: Tensor,
+) -> tuple[tuple[int, ...], int, int]:  # fmt: skip
+    experts, n, k = _check_weight(weight, beta, scale_inv)
+    check_buffer("values", values, (*experts, *values_shape(n, k)), E4M3, weight.device)
+    check_buffer("metadata", metadata, (*experts, *metadata_shape(n, k)), torch.int32, weight.device)
+    check_buffer("values_t", values_t, (*experts, *values_shape(k, n)), E4M3, weight.device)
+    check_buffer("metadata_t", metadata_t, (*experts, *metadata_shape(k, n)), torch.int32, weight.device)
+    return experts, n, k
 
 
 @planned
@@ -279,13 +311,11 @@ def launch_cast_weight(
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
     """
-    check_weight(weight)
-    n, k = weight.shape
+    experts, n, k = _check_weight(weight, None, scale_inv)
     if payload is not None:
-        check_buffer("payload", payload, (n, k), E4M3, weight.device)
+        check_buffer("payload", payload, (*experts, n, k), E4M3, weight.device)
     if payload_t is not None:
-        check_buffer("payload_t", payload_t, (k, n), E4M3, weight.device)
-    check_buffer("scale_inv", scale_inv, (1,), torch.float32, weight.device)
+        check_buffer("payload_t", payload_t, (*experts, k, n), E4M3, weight.device)
     if weight.numel() == 0:
         return UncachedPlan(scale_inv.zero_)
     cast = _plan(_CAST, weight, None, payload, None, payload_t, None, None, scale_inv, (n, k))
@@ -300,26 +330,31 @@ def _plan(
     covered: tuple[int, int],
 ) -> LaunchPlan:  # fmt: skip
     """Of both launches, over tiles that cover ``covered`` rows and columns; called with all tensors' addresses."""
-    column_major = weight.stride(0) == 1 and weight.stride(1) != 1
+    *experts, n, k = weight.shape
+    column_major = weight.stride(-2) == 1 and weight.stride(-1) != 1
     one_way = _COLUMN_MAJOR_TILE if column_major else _ROW_MAJOR_TILE
     block_n, block_k, warps, registers = _BOTH_WAYS_TILES.get(mode.value, one_way)
     tiles_n, tiles_k = triton.cdiv(covered[0], block_n), triton.cdiv(covered[1], block_k)
-    tiles = tiles_n * tiles_k
-    new_partials = allocator(torch.empty(tiles + 1, dtype=torch.int32, device=weight.device))
-    tensors = (weight, beta, payload, metadata, weight_t, metadata_t, masks, scale_inv, new_partials())
-    sizes = (*weight.shape, *weight.stride(), tiles, tiles_k)
+    tiles, number = tiles_n * tiles_k, experts[0] if experts else 1
+    new_partials = allocator(torch.empty(number * (tiles + 1), dtype=torch.int32, device=weight.device))
+    made = (payload, metadata, weight_t, metadata_t, masks)
+    tensors = (weight, beta, *made, scale_inv, new_partials())
+    of_one = [0 if not experts or tensor is None else tensor.stride(0) for tensor in (weight, *made)]
+    sizes = (n, k, *weight.stride()[-2:], tiles, tiles_k, *of_one)
     options = {
         "MODE": mode.value,
         "COLUMN_MAJOR": column_major,
-        "EVEN": (tiles_n * block_n, tiles_k * block_k) == tuple(weight.shape),
+        "EVEN": (tiles_n * block_n, tiles_k * block_k) == (n, k),
+        "EXPERTS": bool(experts),
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
         "num_warps": warps,
         "maxnreg": registers,
     }
-    speculate = plan_kernel(_speculate_kernel, (tiles,), tensors, sizes, **options)
+    speculate = plan_kernel(_speculate_kernel, (tiles, number), tensors, sizes, **options)
     # It starts while the first launch ends, and waits for that by itself.
-    correct = plan_kernel(_correct_kernel, (min(tiles, _CORRECT_PROGRAMS),), tensors, sizes, launch_pdl=True, **options)
+    programs = min(tiles, triton.cdiv(_CORRECT_PROGRAMS, number))
+    correct = plan_kernel(_correct_kernel, (programs, number), tensors, sizes, launch_pdl=True, **options)
 
     def run(*addresses: int | None) -> None:
         partials = new_partials()

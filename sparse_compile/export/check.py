@@ -10,7 +10,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from sparse_compile.printable import printable
-from sparse_compile.weights.pattern_24 import share_of_groups
+from sparse_compile.weights.pattern_24 import may_be_of_experts, share_of_groups
 
 # Random weights hold next to no groups with two zeros, a matrix with half of its elements zero at random 69 %.
 _IN_PART = 0.5
@@ -28,10 +28,10 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
-    """One matrix of a checkpoint."""
+    """One matrix of a checkpoint, or those of experts."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
     zeros: float  # share of its elements
     groups: float | None  # share of the groups along its rows that are 2:4; None where it has none
@@ -56,19 +56,24 @@ class Checked:
 def check_weights(tensors: Iterable[tuple[str, Tensor]], globs: Sequence[str] = ()) -> Iterable[Checked]:
     """What each matrix is, of those that the patterns name; of all without patterns.
 
-    Left out are tensors of other than two dimensions, and of integers other than int8.
+    Left out are tensors of other than two dimensions, but for those that may hold the matrices of experts, and of
+    integers other than int8.
     """
     for name, tensor in tensors:
         named = not globs or any(fnmatchcase(name, glob) for glob in globs)
-        if named and tensor.ndim == 2 and (tensor.is_floating_point() or tensor.dtype is torch.int8):
+        if (
+            named
+            and (tensor.ndim == 2 or may_be_of_experts(tensor))
+            and (tensor.is_floating_point() or tensor.dtype is torch.int8)
+        ):
             values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
             yield Checked(
                 name=name,
-                shape=(tensor.shape[0], tensor.shape[1]),
+                shape=tuple(tensor.shape),
                 dtype=tensor.dtype,
                 zeros=1.0 - int(values.count_nonzero()) / max(tensor.numel(), 1),
-                groups=share_of_groups(values, 1),
-                groups_transposed=share_of_groups(values, 0),
+                groups=share_of_groups(values, -1),
+                groups_transposed=share_of_groups(values, -2),
             )
 
 
@@ -76,7 +81,7 @@ def as_table(rows: Sequence[Checked]) -> str:
     lines = [
         (
             printable(row.name),
-            f"{row.shape[0]} x {row.shape[1]}",
+            " x ".join(map(str, row.shape)),
             str(row.dtype).removeprefix("torch."),
             _share(row.zeros),
             _share(row.groups),

@@ -29,7 +29,7 @@ class _Weight:
     @property
     def dim(self) -> int:
         """Of in_features."""
-        return 0 if self.transposed else 1
+        return -2 if self.transposed else -1
 
     def projected(self) -> Tensor:
         return self.state.project(self.parameter, transposed=self.transposed)
@@ -143,7 +143,7 @@ def _stored_transposed(model: Module, name: str) -> bool:
             f"the dimension along which {name!r} of a {type(modules[owner]).__name__} is pruned is not known; call the "
             "compiled model once, then finalize"
         )
-    return dim == 0
+    return dim == -2
 
 
 def _check(weight: _Weight) -> None:

@@ -23,7 +23,8 @@ def to_sparse(model: Module) -> list[str]:
     the weights of ``nn.Linear`` and of transformers' ``Conv1D`` that are 2:4 along in_features, hold a non-zero and
     belong to one module: of a model that was finalized here, or saved so and loaded.  Conv1D's, which is stored
     transposed, is compressed along in_features too, and takes its place as a transposed view.  Weights are frozen by
-    it.  Save the model before: compressed weights cannot be saved by safetensors.
+    it.  Save the model before: compressed weights cannot be saved by safetensors.  The weights of experts stay as they
+    are, as PyTorch has no product for them.
 
     Args:
         model: the model, on a GPU, in bf16 or fp16.
@@ -39,7 +40,7 @@ def to_sparse(model: Module) -> list[str]:
     """
     found = list(_find_24(original(model)))
     names = [name for name, *_ in found]
-    missed = sorted({plain_name(name) for name in beta(model)} - set(names))
+    missed = sorted({plain_name(name) for name in beta(model)} - set(names) - set(_experts_24(original(model))))
     if missed:
         raise ValueError(
             f"trained pruned, but not a 2:4 weight of a linear that can be compressed: {', '.join(map(repr, missed))}; "
@@ -54,10 +55,17 @@ def to_sparse(model: Module) -> list[str]:
     if not torch.backends.cusparselt.is_available():
         raise RuntimeError("this PyTorch was built without cuSPARSELt, which runs 2:4 weights on Hopper GPUs")
     for _, module, weight, dim in found:
-        matrix = weight.detach() if dim == 1 else weight.detach().t()
+        matrix = weight.detach() if dim == -1 else weight.detach().t()
         compressed = to_sparse_semi_structured(matrix.contiguous())
-        module.weight = Parameter(compressed if dim == 1 else compressed.t(), requires_grad=False)
+        module.weight = Parameter(compressed if dim == -1 else compressed.t(), requires_grad=False)
     return names
+
+
+def _experts_24(model: Module) -> Iterator[str]:
+    """Names of the weights that hold 2:4 matrices of experts."""
+    for name, weight in model.named_parameters():
+        if weight.ndim == 3 and type(weight.data) is Tensor and (is_24(weight, -1) or is_24(weight, -2)):
+            yield plain_name(name)
 
 
 def _find_24(model: Module) -> Iterator[tuple[str, Module, Tensor, int]]:

@@ -9,25 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels import ops
+from sparse_compile.linear.products import Products
 from sparse_compile.projections.base import SparseOperand
 from sparse_compile.recipe import Recipe
 
 
 def forward(
-    recipe: Recipe, x: Tensor, weight: Tensor, operands: Any, transposed: bool, out_dtype: torch.dtype
+    recipe: Recipe,
+    products: Products,
+    x: Tensor,
+    weight: Tensor,
+    operands: Any,
+    transposed: bool,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """fprop of ``x [T, K]``, and what ``backward`` reads."""
     del weight, transposed  # its gradient is straight through
     tokens = x.to(torch.bfloat16).contiguous()
     pruned = recipe.projection.fprop_operand(operands)
     assert isinstance(pruned, SparseOperand)  # dense products stay without us
-    output = ops.sparse_mm(pruned.values, pruned.metadata, tokens, pruned.scale_inv, None, out_dtype, True, True)
+    output = products.sparse(tokens, None, pruned, out_dtype)
     return output, (tokens, *recipe.projection.kept_for_dgrad(operands))
 
 
 def backward(
-    ctx: Any, grad_output: Tensor, seed: Tensor | None, saved: Sequence[Tensor]
+    ctx: Any, products: Products, grad_output: Tensor, seed: Tensor | None, saved: Sequence[Tensor]
 ) -> tuple[Tensor | None, Tensor | None]:
     """grad_input ``[T, K]`` and grad_weight, where they are needed."""
     del seed  # nothing is sampled
@@ -36,9 +42,10 @@ def backward(
     grad_bf16 = grad_output.to(torch.bfloat16)
     grad_input = grad_weight = None
     if ctx.needs_input_grad[0]:
-        product = (grad_bf16 @ dense).float() * scale_inv
+        product = products.times(products.dense(grad_bf16, dense).float(), scale_inv)
         grad_input = product.to(ctx.input_dtype)
     if ctx.needs_input_grad[1]:
-        product = tokens.t() @ grad_bf16 if ctx.transposed else grad_bf16.t() @ tokens
+        operands = (tokens, grad_bf16) if ctx.transposed else (grad_bf16, tokens)
+        product = products.dense_wgrad(*operands)
         grad_weight = product.to(ctx.weight_dtype)
     return grad_input, grad_weight

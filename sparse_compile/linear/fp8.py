@@ -24,6 +24,7 @@ from sparse_compile.kernels.formats import (
     unscaled_dtype,
 )
 from sparse_compile.kernels.reference import saturating_cast
+from sparse_compile.linear.products import Products
 from sparse_compile.projections.base import DenseOperand, SparseOperand
 from sparse_compile.recipe import Estimator, Gemm, Recipe, Rounding
 
@@ -32,23 +33,29 @@ DGRAD_DRAWS = 2**30
 
 
 def forward(
-    recipe: Recipe, x: Tensor, weight: Tensor, operands: Any, transposed: bool, out_dtype: torch.dtype
+    recipe: Recipe,
+    products: Products,
+    x: Tensor,
+    weight: Tensor,
+    operands: Any,
+    transposed: bool,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """fprop of ``x [T, K]``, and what ``backward`` reads; ``weight`` as it is stored."""
     scale, scale_inv = token_scale(x.abs().amax(dim=1))
     x_fp8 = cast(x, scale)
     if recipe.fprop is Gemm.DENSE:
-        matrix = weight if transposed else weight.t()
-        output = x.to(out_dtype) @ matrix.to(out_dtype)
+        matrix = weight if transposed else weight.mT
+        output = products.dense(x.to(out_dtype), matrix.to(out_dtype))
     else:
-        output = _multiply(x_fp8, scale_inv, recipe.projection.fprop_operand(operands), out_dtype)
+        output = _multiply(products, x_fp8, scale_inv, recipe.projection.fprop_operand(operands), out_dtype)
     saved_input = (x, None) if recipe.wgrad is Gemm.DENSE else (x_fp8, scale_inv)
     saved_weight = (weight,) if recipe.dgrad is Gemm.DENSE else recipe.projection.kept_for_dgrad(operands)
     return output, (*saved_input, *saved_weight)
 
 
 def backward(
-    ctx: Any, grad_output: Tensor, seed: Tensor | None, saved: Sequence[Tensor]
+    ctx: Any, products: Products, grad_output: Tensor, seed: Tensor | None, saved: Sequence[Tensor]
 ) -> tuple[Tensor | None, Tensor | None]:
     """grad_input ``[T, K]`` and grad_weight, where they are needed."""
     x, x_scale_inv, *weight = saved
@@ -61,10 +68,10 @@ def backward(
     if recipe.wgrad is Gemm.DENSE:
         grad_fp8 = cast(grad, row_scale, dtype)
     else:
-        grad_fp8, operand, wgrad_scale_inv = _cast_grad(ctx, grad, amax, row_scale, x_scale_inv, seed)
+        grad_fp8, operand, wgrad_scale_inv = _cast_grad(ctx, products, grad, amax, row_scale, x_scale_inv, seed)
     if ctx.needs_input_grad[0]:
         if recipe.dgrad is Gemm.DENSE:
-            product = grad @ (weight[0].t() if ctx.transposed else weight[0]).to(grad.dtype)
+            product = products.dense(grad, (weight[0].mT if ctx.transposed else weight[0]).to(grad.dtype))
         elif recipe.dgrad is Gemm.MVUE24:
             assert seed is not None
             projected = recipe.projection.dgrad_operand(*weight)
@@ -72,15 +79,15 @@ def backward(
             product = _sampled_dgrad(ctx, grad, amax, projected, seed)
         else:
             projected = recipe.projection.dgrad_operand(*weight)
-            product = _multiply(grad_fp8, row_scale_inv, projected, ctx.input_dtype)
+            product = _multiply(products, grad_fp8, row_scale_inv, projected, ctx.input_dtype)
         grad_input = product.to(ctx.input_dtype)
     if ctx.needs_input_grad[1]:
         if recipe.wgrad is Gemm.DENSE:
             x = x.to(grad.dtype)
-            product = x.t() @ grad if ctx.transposed else grad.t() @ x
+            product = products.dense_wgrad(x, grad) if ctx.transposed else products.dense_wgrad(grad, x)
             grad_weight = product.to(ctx.weight_dtype)
         else:
-            grad_weight = _wgrad(ctx, operand, x, wgrad_scale_inv)
+            grad_weight = _wgrad(ctx, products, operand, x, wgrad_scale_inv)
     return grad_input, grad_weight
 
 
@@ -95,50 +102,47 @@ def cast(x: Tensor, scale: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
     return saturating_cast(x.float() * scale[:, None], dtype).contiguous()
 
 
-def _bound(amax: Tensor, floor: float) -> Tensor:
-    """Largest of ``amax [T]`` as ``[1]``, floored; the floor for an empty batch."""
-    # One more element, and no branch on T, which may be known at run time alone.
-    return F.pad(amax, (0, 1), value=floor).amax(dim=0, keepdim=True)
+def _multiply(
+    products: Products, x: Tensor, scale_inv: Tensor, weight: SparseOperand | DenseOperand, out_dtype: torch.dtype
+) -> Tensor:
+    """``(x * scale_inv[:, None]) @ weight.T`` of FP8 ``x [T, C]``: fprop, and dgrad, whose operand is transposed.
 
-
-def _multiply(x: Tensor, scale_inv: Tensor, weight: SparseOperand | DenseOperand, out_dtype: torch.dtype) -> Tensor:
-    """``(x * scale_inv[:, None]) @ weight.T`` of FP8 ``x [T, C]``: fprop, and dgrad, whose operand is transposed."""
-    if isinstance(weight, SparseOperand):
-        return ops.sparse_mm(weight.values, weight.metadata, x, weight.scale_inv, scale_inv, out_dtype, True, True)
-    return _scaled_mm(x, weight.payload, weight.scale_inv, scale_inv, out_dtype)
-
-
-def _scaled_mm(a: Tensor, b: Tensor, scale_inv: Tensor, row_scale_inv: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """``(a @ b.T) * scale_inv * row_scale_inv[:, None]``.
-
-    The rows are scaled after the GEMM, where Inductor fuses the multiplication into whatever reads the result: the
-    GEMM with one scale is faster than the one with a scale per row.
+    Where the weight is dense, rows are scaled after the GEMM, where Inductor fuses the multiplication into whatever
+    reads the result: the GEMM with one scale is faster than the one with a scale per row.
     """
-    product = ops.scaled_mm(a, b, scale_inv, unscaled_dtype(out_dtype), allows_fast_accum(b.shape[1]))
-    return (product.float() * row_scale_inv[:, None]).to(out_dtype)
+    if isinstance(weight, SparseOperand):
+        return products.sparse(x, scale_inv, weight, out_dtype)
+    product = products.scaled(x, weight, unscaled_dtype(out_dtype), allows_fast_accum(weight.payload.shape[-1]))
+    return (product.float() * scale_inv[:, None]).to(out_dtype)
 
 
 def _cast_grad(
-    ctx: Any, grad: Tensor, amax: Tensor, row_scale: Tensor, x_scale_inv: Tensor, seed: Tensor | None
+    ctx: Any,
+    products: Products,
+    grad: Tensor,
+    amax: Tensor,
+    row_scale: Tensor,
+    x_scale_inv: Tensor,
+    seed: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """grad_output for its two uses: FP8 ``[T, N]`` for dgrad; the operand of wgrad and its ``scale_inv [1]``.
+    """grad_output for its two uses: FP8 ``[T, N]`` for dgrad; the operand of wgrad and its ``scale_inv``.
 
     The scale of each token of the saved input is folded into wgrad's operand, so that the same fp8 input serves fprop
     and wgrad exactly: grad_weight = (grad_output * x_scale_inv).T @ x_fp8.
     """
     dtype = ctx.recipe.grad_format.dtype
     largest = torch.finfo(dtype).max
-    # max |grad * x_scale_inv| over tokens and columns, without reading grad again.  Of zeros it is a floor by which
+    # max |grad * x_scale_inv| over the tokens of a matrix, without reading grad again.  Of zeros it is a floor by which
     # scales become no larger in e5m2: those of large inputs are finite still.
-    bound = _bound(amax.float() * x_scale_inv, AMAX_FLOOR * largest / E4M3_MAX)
+    bound, of_token = products.largest(amax.float() * x_scale_inv, AMAX_FLOOR * largest / E4M3_MAX)
     limit = largest / MVUE_GAIN if ctx.recipe.wgrad is Gemm.SPARSE24 else largest
-    token_scales = x_scale_inv * (limit / bound)
+    token_scales = x_scale_inv * (limit / of_token)
     scale_inv = bound / limit
     if ctx.recipe.wgrad is Gemm.SPARSE24:
         assert seed is not None  # rewrite hands one to every recipe with an estimator
-        grad_fp8, *operand = ops.cast_mvue(grad, row_scale, token_scales, seed, ctx.stream, *_sampling(ctx.recipe))
+        grad_fp8, *operand = products.cast_mvue(grad, row_scale, token_scales, seed, ctx.stream, _sampling(ctx.recipe))
     else:
-        grad_fp8, *operand = ops.cast_transpose(grad, row_scale, token_scales, dtype)
+        grad_fp8, *operand = products.cast_transpose(grad, row_scale, token_scales, dtype)
     return grad_fp8, tuple(operand), scale_inv
 
 
@@ -165,13 +169,12 @@ def _sampled_dgrad(ctx: Any, grad: Tensor, amax: Tensor, weight: DenseOperand, s
     return product[:tokens].float() * scale_inv[:, None]
 
 
-def _wgrad(ctx: Any, operand: tuple[Tensor, ...], x_fp8: Tensor, scale_inv: Tensor) -> Tensor:
+def _wgrad(ctx: Any, products: Products, operand: tuple[Tensor, ...], x_fp8: Tensor, scale_inv: Tensor) -> Tensor:
     """grad_weight = grad_output.T @ input, in the layout and dtype of the weight."""
-    x_t = ops.transpose_tokens(x_fp8)
+    x_t = products.transpose_tokens(x_fp8)
     if ctx.recipe.wgrad is Gemm.SPARSE24:
         values, metadata = operand
-        return ops.sparse_mm(values, metadata, x_t, scale_inv, None, ctx.weight_dtype, ctx.transposed, False)
+        return products.sparse_wgrad(values, metadata, x_t, scale_inv, ctx.weight_dtype, ctx.transposed)
     (grad_t,) = operand
     a, b = (x_t, grad_t) if ctx.transposed else (grad_t, x_t)
-    # Tokens are many, and activations may have a mean, by which sums grow and small addends are cut.
-    return ops.scaled_mm(a, b, scale_inv, unscaled_dtype(ctx.weight_dtype), False).to(ctx.weight_dtype)
+    return products.scaled_wgrad(a, b, scale_inv, unscaled_dtype(ctx.weight_dtype)).to(ctx.weight_dtype)

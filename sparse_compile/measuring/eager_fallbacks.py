@@ -25,10 +25,12 @@ from sparse_compile.reporting.process_report import report_so_far
 from sparse_compile.reporting.report import Report
 from sparse_compile.torch_internals.dynamo import RecompileLimit, on_recompile_limit
 from sparse_compile.torch_internals.modules import compiled_modules, is_compiled_in_place, is_pytorchs
+from sparse_compile.weights.pattern_24 import may_be_of_experts
 
 # Steps 2, 8, 32, ... of each optimizer are looked at: the first compiles, and a look may walk over the heap.
 _FIRST, _FACTOR = 2, 4
 _ADVICE = "use dynamic=True or raise it"
+_EXPERTS_ADVICE = "a loop over experts does that; transformers: model.set_experts_implementation('grouped_mm')"
 
 _Weights = dict[int, "ref[Tensor]"]  # by their ids
 
@@ -90,7 +92,7 @@ class Fallbacks:
     def _look(self, optimizer: Optimizer, now: set[int]) -> None:
         trained = (weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None)
         self._eager = []
-        if any(weight.ndim == 2 and type(weight) is Parameter and id(weight) not in now for weight in trained):
+        if any(_is_weight(weight) and type(weight) is Parameter and id(weight) not in now for weight in trained):
             roots = [(root, linears) for root in compiled_modules() if (linears := dict(_linears_of(root)))]
             # Of what another backend compiles no weight was ever in a graph of this one.
             noted = _alive(self._noted)
@@ -105,9 +107,11 @@ class Fallbacks:
         alike: defaultdict[type, list[Module]] = defaultdict(list)
         whole: defaultdict[type, list[Module]] = defaultdict(list)
         parts: defaultdict[type, set[str]] = defaultdict(set)
+        experts: defaultdict[type, set[str]] = defaultdict(set)
         for root, linears in roots:
             eager = {name for name, weight in linears.items() if id(weight) not in now and _is_trained(weight)}
             alike[type(root)].append(root)
+            experts[type(root)] |= {name for name, weight in linears.items() if weight.ndim == 3}
             if eager == linears.keys():
                 whole[type(root)].append(root)
             else:
@@ -122,6 +126,7 @@ class Fallbacks:
                 yield (
                     f"{pattern} of {kind.__name__} runs eagerly, outside any graph, because of a graph break or "
                     "torch.compiler.disable; TORCH_LOGS=graph_breaks shows which"
+                    f"{'; ' + _EXPERTS_ADVICE if names & experts[kind] else ''}"
                 )
 
     def _without_effect(self, roots: list[tuple[Module, dict[str, Parameter]]]) -> list[str]:
@@ -165,6 +170,10 @@ class Fallbacks:
         self._report.fallbacks[:] = lines
 
 
+def _is_weight(weight: Tensor) -> bool:
+    return weight.ndim == 2 or may_be_of_experts(weight)
+
+
 def _is_trained(weight: Tensor) -> bool:
     """Gradients of what was not called may be there still, as zeros."""
     return weight.grad is not None and bool(weight.grad.any())
@@ -183,7 +192,8 @@ def _linears_of(root: Module) -> Iterator[tuple[str, Parameter]]:
             return
         if not isinstance(module, (Embedding, EmbeddingBag)):
             for name, weight in module.named_parameters(prefix, recurse=False):
-                if weight.ndim == 2 and type(weight) is Parameter and name.rpartition(".")[2].endswith("weight"):
+                named = weight.ndim == 3 or name.rpartition(".")[2].endswith("weight")
+                if _is_weight(weight) and type(weight) is Parameter and named:
                     yield name.removesuffix(".weight"), weight
 
 

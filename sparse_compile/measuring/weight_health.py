@@ -9,6 +9,7 @@ Gradients are watched in the step before a sample that is due, or after one that
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import cache
+from statistics import median
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -36,7 +37,7 @@ class _Watched:
     """A weight on one device, and the metadata of its last sample there."""
 
     __slots__ = (
-        "device", "every", "in_features", "last", "name", "out_features", "projection", "record", "taken", "weight",
+        "device", "every", "in_features", "last", "name", "projection", "record", "rows", "taken", "weight",
     )  # fmt: skip
 
     def __init__(self, name: str, slot: WeightSlot, weight: Tensor, every: int) -> None:
@@ -45,7 +46,7 @@ class _Watched:
         self.record = ref(record_of(weight))
         self.every = every  # optimizer steps of the weight between two samples; 0 takes none
         self.device, self.projection = slot.device, slot.projection
-        self.out_features, self.in_features = slot.out_features, slot.in_features
+        self.rows, self.in_features = slot.out_features * (slot.experts or 1), slot.in_features
         self.last: Tensor | None = None
         self.taken: tuple[Tensor, Tensor, int] | None = None  # by _take, before the operands were freed
 
@@ -239,10 +240,10 @@ def _counts(values: Tensor, metadata: Tensor, scale_inv: Tensor, last: Tensor | 
 
 def _health(watched: _Watched, counts: list[int], sums: list[float] | None) -> Health:
     flips, zeros, saturated, nonfinite = counts
-    elements = watched.out_features * watched.in_features
+    elements = watched.rows * watched.in_features
     kept = elements // 2
     noise, grad_underflow = (None, None) if sums is None else noise_and_underflow(sums)
-    zeros -= watched.out_features * (padded(watched.in_features) - watched.in_features) // 2
+    zeros -= watched.rows * (padded(watched.in_features) - watched.in_features) // 2
     record = watched.record()
     beta = None if record is None else record.current_beta
     return Health(
@@ -253,7 +254,7 @@ def _health(watched: _Watched, counts: list[int], sums: list[float] | None) -> H
         saturated=saturated / kept,
         noise=noise,
         grad_underflow=grad_underflow,
-        beta=None if beta is None else beta.value,
+        beta=None if beta is None else median(beta.values),
         beta_source="" if beta is None else beta.source.value,
         nonfinite=bool(nonfinite),
     )

@@ -150,6 +150,41 @@ class Projection(ABC):
             search: whether masks are searched for anew, or read.
         """
 
+    def new_operands_of_experts(self, experts: int, n: int, k: int, device: torch.device) -> Any:
+        """Allocate the operands of the matrices of experts ``[E, n, k]``.
+
+        Returns:
+            Uninitialised ``Operands``: those of each expert, stacked.  Fake ones under a FakeTensorMode.
+        """
+        of_one = self.new_operands(n, k, torch.device("meta"))
+        return self.Operands(*(torch.empty(experts, *o.shape, dtype=o.dtype, device=device) for o in of_one))
+
+    def new_masks_of_experts(self, experts: int, n: int, k: int, device: torch.device) -> Tensor | None:
+        """Allocate the masks of experts.
+
+        Returns:
+            Those of ``new_masks`` of each expert, stacked; None for projections that keep none.
+        """
+        masks = self.new_masks(n, k, torch.device("meta"))
+        return None if masks is None else torch.empty(experts, *masks.shape, dtype=masks.dtype, device=device)
+
+    def fill_experts(
+        self, weight: Tensor, operands: Any, beta: Tensor | None, masks: Tensor | None, search: bool
+    ) -> None:
+        """``fill`` for the matrix of each expert.
+
+        Args:
+            weight: ``[E, N, K]``, any strides, bf16, fp16 or fp32.
+            operands: from ``new_operands_of_experts``; they are written.
+            beta: fp32 ``[E]``, or None for 1.
+            masks: from ``new_masks_of_experts``; None for projections that keep none.
+            search: whether masks are searched for anew, or read.
+        """
+        for e, matrix in enumerate(weight):
+            of_one = self.Operands(*(operand[e] for operand in operands))
+            own_beta, own_masks = None if beta is None else beta[e : e + 1], None if masks is None else masks[e]
+            self.fill(matrix, of_one, own_beta, own_masks, search)
+
     @abstractmethod
     def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
         """The weight as its products read it, without beta and the cast; runs on any device.

@@ -20,8 +20,9 @@ class Health:
         noise: error of the weight's gradient by MVUE and FP8, over the gradient without them; root mean squares.
         grad_underflow: share of the elements of its output's gradient that are zero in FP8, and were not before.
             This and ``noise`` are None where no gradient was seen: none came since it was asked for, CUDA graphs run
-            in the process, or dgrad does not run in FP8, by which a gradient's weight is known.
-        beta: the scale of S-STE; None where the recipe has none.
+            in the process, dgrad does not run in FP8, by which a gradient's weight is known, or the weight is that of
+            experts.
+        beta: the scale of S-STE, of experts the median; None where the recipe has none.
         beta_source: ``"fitted"``, ``"prior"`` (the weight was not representative when training began),
             ``"checkpoint"``, ``"told"``, or ``"of a 2:4 weight"``.
         nonfinite: whether it holds NaN or infinity.

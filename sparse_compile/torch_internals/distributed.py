@@ -21,6 +21,16 @@ def shared_store() -> Any | None:
     return _get_default_store()
 
 
+def first_local(tensor: Any) -> int:
+    """Where in the first dimension of a DTensor the shard of this process begins; 0 for any other tensor."""
+    if local_tensor(tensor) is tensor:
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return int(offset[0])
+
+
 def local_tensor(tensor: Any) -> torch.Tensor:
     """The shard of a DTensor that this process holds; any other tensor itself."""
     module = sys.modules.get("torch.distributed.tensor")

@@ -15,6 +15,8 @@ from torch.fx import Graph, GraphModule, Node
 # In the metadata of a checkpointed body: the user's function that makes the contexts of forward and recomputation.
 CHECKPOINT_CONTEXTS = "_checkpoint_context_fn"
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in ([^\n]+)\n([^\n]*)')
+# Some of its functions are Python of which dynamo records the lines.
+_FUNCTIONAL = torch.nn.functional.__file__
 _GRAPH_MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason")
 
 
@@ -117,7 +119,7 @@ def parameter_name(node: Node) -> str:
 
 def user_frames(node: Node) -> list[tuple[str, int, str, str]]:
     """``(file, line, function, code)`` of the user's code that a node was traced from, the outermost first."""
-    found = _FRAME.findall(node.meta.get("stack_trace") or "")
+    found = [frame for frame in _FRAME.findall(node.meta.get("stack_trace") or "") if frame[0] != _FUNCTIONAL]
     return [(file, int(line), function, code.strip()) for file, line, function, code in found]
 
 

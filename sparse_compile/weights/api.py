@@ -1,6 +1,6 @@
 """What is derived from the weights of a model: to look at, and to make anew."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from math import isfinite
 
@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 # The functions import ``registry`` when they are called: importing it begins to watch optimizers.
 
 
-def beta(model: Module) -> dict[str, float]:
-    """The S-STE scale of each pruned weight, by the parameter's name.
+def beta(model: Module) -> dict[str, float | list[float]]:
+    """The S-STE scale of each pruned weight, by the parameter's name; of experts a list, one for each matrix.
 
     The forward pass multiplies with ``W~ = beta * S(W)`` (S-STE, Hu et al., NeurIPS 2024, arXiv 2409.09099).
 
@@ -27,10 +27,11 @@ def beta(model: Module) -> dict[str, float]:
 
     records = {name: find_record(parameter) for name, parameter in original(model).named_parameters()}
     scales = {name: record.current_beta for name, record in records.items() if record is not None}
-    return {name: scale.value for name, scale in scales.items() if scale is not None}
+    values = {name: scale.value for name, scale in scales.items() if scale is not None}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def set_beta(model: Module, betas: Mapping[str, float]) -> None:
+def set_beta(model: Module, betas: Mapping[str, float | Sequence[float]]) -> None:
     """Give weights the S-STE scales that ``beta`` returned for another model, before or after the first step.
 
     A parameter keeps its scale, and an optimizer's ``state_dict`` brings it back.  In a copy of a trained model, or in
@@ -45,8 +46,8 @@ def set_beta(model: Module, betas: Mapping[str, float]) -> None:
 
     Raises:
         ValueError: a name that no parameter has, or whose parameter can have no scale: no matrix, an embedding, one
-            whose recipe has none or whose linear is dense; or a scale that is not a positive, finite number.  Nothing
-            is changed then.
+            whose recipe has none or whose linear is dense; or a scale that is not a positive, finite number, or no
+            list of as many as a weight has experts.  Nothing is changed then.
     """
     from sparse_compile.weights.registry import record_of
 
@@ -60,12 +61,17 @@ def set_beta(model: Module, betas: Mapping[str, float]) -> None:
             raise ValueError(f"no parameter of the model is named {name!r}{hint}")
         if len(found) > 1:
             raise ValueError(f"{name!r} matches several parameters of the model; give the full name")
-        if isinstance(value, bool) or not (isfinite(value) and value > 0):
+        values = value if isinstance(value, Sequence) else (value,)
+        if any(isinstance(one, bool) or not (isfinite(one) and one > 0) for one in values):
             raise ValueError(f"the scale of {name!r} is {value}; it must be a positive, finite number")
         reason = _why_not_pruned(name, *found[0])
         if reason is not None:
             raise ValueError(f"{reason}; only weights that an 's-ste' recipe prunes have one")
-        told.append((found[0][1], float(value)))
+        shape = found[0][1].shape
+        if isinstance(value, Sequence) != (len(shape) == 3) or len(values) != shape[:-2].numel():
+            needed = "one number" if len(shape) == 2 else f"a list of {shape[0]}, one for each expert"
+            raise ValueError(f"the scale of {name!r} is {value}; needed is {needed}")
+        told.append((found[0][1], tuple(map(float, values)) if len(shape) == 3 else float(values[0])))
     for parameter, value in told:
         record_of(parameter).tell(value)
 
@@ -154,7 +160,7 @@ def _why_not_pruned(name: str, module: Module, parameter: Parameter) -> str | No
     """Why a parameter is no weight that linears could compute with pruned and scaled; None where it may be."""
     from sparse_compile.weights.registry import find_record
 
-    if parameter.ndim != 2 or not parameter.is_floating_point():
+    if parameter.ndim not in (2, 3) or not parameter.is_floating_point():
         return f"{name!r} has no scale, because it is not a matrix: its shape is {tuple(parameter.shape)}"
     if isinstance(module, (Embedding, EmbeddingBag)):
         return f"{name!r} of a {type(module).__name__} has no scale"

@@ -6,12 +6,13 @@ S(W) is what is left by rounding, and the fit says nothing: 16,000 after one ste
 then grows and the scale stays.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sparse_compile.projections.base import Projection
+from sparse_compile.projections.base import BetaLimits, Projection
 
 # Share of tiles of which S(W) holds next to nothing, since their magnitudes are equal.
 _MOST_LOST = 0.2
@@ -44,9 +45,19 @@ class Fit:
 
 def fit_beta(matrix: Tensor, projection: Projection) -> Fit | None:
     """The scale of ``matrix [N, K]`` for a projection that has one; None if it holds NaN or infinite values."""
-    limits = projection.beta_limits
-    assert limits is not None
-    prior = Fit(limits.prior, representative=False, prior=limits.prior)
+    (fit,) = fit_betas([matrix], projection)
+    return fit
+
+
+def fit_betas(matrices: Sequence[Tensor], projection: Projection) -> list[Fit | None]:
+    """``fit_beta`` of each matrix, with one wait for the device."""
+    assert projection.beta_limits is not None
+    sums = torch.stack([_sums(matrix, projection) for matrix in matrices]).tolist()
+    return [_fit(projection.beta_limits, *of_matrix) for of_matrix in sums]
+
+
+def _sums(matrix: Tensor, projection: Projection) -> Tensor:
+    """What ``_fit`` reads of a matrix, fp64 ``[6]``."""
     w = matrix.detach().double()
     s = projection.project(w, None)
     ws, ss = (w * s).sum(), s.square().sum()
@@ -57,8 +68,13 @@ def fit_beta(matrix: Tensor, projection: Projection) -> Fit | None:
     # Tiles of any size count alike here, so outliers do not decide.
     products, squares = (projected / energy).mean(), (squared / energy).mean()
     lost = (squared < _LOST * energy).double().mean()
-    # One wait for the device.
-    ws, ss, products, squares, lost, equal = torch.stack([ws, ss, products, squares, lost, (s == w).all()]).tolist()
+    return torch.stack([ws, ss, products, squares, lost, (s == w).all()])
+
+
+def _fit(
+    limits: BetaLimits, ws: float, ss: float, products: float, squares: float, lost: float, equal: float
+) -> Fit | None:
+    prior = Fit(limits.prior, representative=False, prior=limits.prior)
     if ws == 0:
         return prior
     if not (abs(ws) < float("inf") and abs(ss) < float("inf")):

@@ -15,7 +15,7 @@ _SAMPLED = 32
 
 
 def take_samples(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Some elements of each weight ``[N, K]``, copied, ``[n, k]`` with n and k up to 32."""
+    """Some elements of each weight ``[N, K]``, copied, ``[n, k]`` with n and k up to 32; of ``[E, N, K]``, of each."""
     samples: dict[int, Tensor] = {}
     for indices in _alike(weights):
         views = [_view(weights[index]) for index in indices]
@@ -37,14 +37,15 @@ def find_edited(weights: Sequence[Tensor], samples: Sequence[Tensor]) -> list[in
 
 def _view(weight: Tensor) -> Tensor:
     # One operation, where slices would be three.
-    (rows, columns), (row, column) = weight.shape, weight.stride()
+    (*experts, rows, columns), (*expert, row, column) = weight.shape, weight.stride()
     down, across = -(-rows // _SAMPLED), -(-columns // _SAMPLED)
-    return weight.as_strided((-(-rows // down), -(-columns // across)), (row * down, column * across))
+    size, stride = (-(-rows // down), -(-columns // across)), (row * down, column * across)
+    return weight.as_strided((*experts, *size), (*expert, *stride)).reshape(-1, size[1])
 
 
 def _alike(weights: Sequence[Tensor]) -> Iterable[list[int]]:
     """Indices of the weights that one kernel can read together."""
     groups = defaultdict(list)
     for index, weight in enumerate(weights):
-        groups[weight.device, weight.dtype, weight.shape[1]].append(index)
+        groups[weight.device, weight.dtype, weight.shape[-1]].append(index)
     return groups.values()

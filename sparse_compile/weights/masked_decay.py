@@ -72,8 +72,12 @@ class MaskedDecay:
             factor = factor * scale.to(grad.device)
         masks = record.trained_set.masks if record.trained_set is not None else None
         if record.layout is not None and record.layout.transposed:
-            grad, matrix = grad.t(), matrix.t()
-        ops.add_masked_decay_(grad, matrix, factor.reshape(1), masks)
+            grad, matrix = grad.mT, matrix.mT
+        if matrix.ndim == 2:
+            ops.add_masked_decay_(grad, matrix, factor.reshape(1), masks)
+        else:
+            for e, of_expert in enumerate(matrix):
+                ops.add_masked_decay_(grad[e], of_expert, factor.reshape(1), None if masks is None else masks[e])
         self._added[weight] = (ref(local_tensor(weight.grad)), local_tensor(weight.grad)._version)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.torch_internals.tensors import is_held, versions_kept
-from sparse_compile.weights.beta_fit import Fit, fit_beta
+from sparse_compile.weights.beta_fit import Fit, fit_betas
 from sparse_compile.weights.edit_detection import find_edited, take_samples
 from sparse_compile.weights.optimizer_watch import watch
 from sparse_compile.weights.pattern_24 import is_24
@@ -31,6 +31,7 @@ from sparse_compile.weights.record import (
     Glimpse,
     OperandLayout,
     OperandSet,
+    Scale,
     WeightRecord,
     WeightVersion,
 )
@@ -96,7 +97,7 @@ def restore_operands(
 def fill_operands(weight: Tensor, slot: WeightSlot, operands: Any) -> None:
     """Make operands of a weight with beta = 1, to see how long that takes; what is kept of it is not touched."""
     with plain_tensors():
-        slot.projection.fill(_matrix(weight, slot.transposed), operands, None, slot.new_masks(), True)
+        slot.fill(_matrix(weight, slot.transposed), operands, None, slot.new_masks(), True)
 
 
 def are_sparse(weights: Sequence[Tensor], records: Sequence[WeightRecord], dims: Sequence[int]) -> list[bool]:
@@ -181,7 +182,7 @@ def _refresh(
     search = _needs_masks(weight, slot, record, kept, stepped=stepped)
     same = freed and not stepped  # as for the gathered weight itself, being freed and made again is no change
     with versions_kept(kept.operands) if same else nullcontext():
-        slot.projection.fill(matrix, kept.operands, beta, kept.masks, search)
+        slot.fill(matrix, kept.operands, beta, kept.masks, search)
     if in_place and not same:
         # A backward that comes after the optimizer step must fail as it does for a dense weight.
         torch.autograd.graph.increment_version(kept.operands)
@@ -190,8 +191,8 @@ def _refresh(
 
 
 def _matrix(weight: Tensor, transposed: bool) -> Tensor:
-    """``[out_features, in_features]``"""
-    return weight.detach().t() if transposed else weight.detach()
+    """``[out_features, in_features]``, of experts ``[E, out_features, in_features]``."""
+    return weight.detach().mT if transposed else weight.detach()
 
 
 def _needs_masks(weight: Tensor, slot: WeightSlot, record: WeightRecord, kept: OperandSet, *, stepped: bool) -> bool:
@@ -240,25 +241,50 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: WeightRecord
     """The scale that linears compute with now: the final one, or what the weight as it is would begin with."""
     if record.beta is None:
         return _provisional(weight, matrix, slot, record, training)
+    if len(record.beta.values) != (slot.experts or 1):
+        raise ValueError(
+            f"the weight of {slot.name!r} holds {slot.experts or 1} matrices, and there are {len(record.beta.values)} "
+            "S-STE scales beta of it: its optimizer's state_dict is of another model. Load one of this model"
+        )
     if _capturing(weight):
         return record.beta
     if record.unverified:
         record.unverified = False
-        fit = _fit(matrix, slot)
-        if fit.is_24 and record.beta.value != 1.0:
-            raise ValueError(
-                f"the weight of {slot.name!r} is 2:4 already, so its S-STE scale beta is 1, but its optimizer's "
-                f"state_dict holds {record.beta.value}: the weight was saved after finalize, the optimizer before it. "
-                "Load a weight and an optimizer that were saved together, or start with a new optimizer"
-            )
+        for fit, value in zip(_fits(matrix, slot), record.beta.values, strict=True):
+            if fit.is_24 and value != 1.0:
+                raise ValueError(
+                    f"the weight of {slot.name!r} is 2:4 already, so its S-STE scale beta is 1, but its optimizer's "
+                    f"state_dict holds {value}: the weight was saved after finalize, the optimizer before it. "
+                    "Load a weight and an optimizer that were saved together, or start with a new optimizer"
+                )
     if record.refit_due:
         record.refit_due = False
-        fit = _fit(matrix, slot)
+        _refit(record, record.beta, _fits(matrix, slot), slot)
+    return record.beta
+
+
+def _refit(record: WeightRecord, beta: Beta, fits: Sequence[Fit], slot: WeightSlot) -> None:
+    """Put fitted scales in the place of priors."""
+    values, left = list(beta.values), 0
+    for index, fit in enumerate(fits):
+        # Of experts some may have been fitted before.
+        if slot.experts is not None and values[index] != fit.prior * slot.beta_factor:
+            continue
         if fit.may_replace_prior():
             logger.info("beta of %s: %.3f, fitted, in place of the prior %.3f", slot.name, fit.value, fit.prior)
-            record.adopt(fit.value * slot.beta_factor, BetaSource.FITTED)
-            record.refit_due = False
-    return record.beta
+            values[index] = fit.value * slot.beta_factor
+        else:
+            left += 1
+    if left == 0:
+        record.adopt(_scale(values, slot), BetaSource.FITTED)
+    elif tuple(values) != beta.values:
+        steps = record.prior_steps
+        record.adopt(_scale(values, slot), BetaSource.PRIOR)
+        record.prior_steps, record.refit_due = steps, False
+
+
+def _scale(values: Sequence[float], slot: WeightSlot) -> Scale:
+    return values[0] if slot.experts is None else tuple(values)
 
 
 def _provisional(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: WeightRecord, training: bool) -> Beta:
@@ -266,8 +292,9 @@ def _provisional(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: Weigh
     known, glimpse = record.provisional, record.provisional_glimpse
     if known is not None and glimpse is not None and (_capturing(weight) or _is_still(weight, glimpse)):
         return known
-    fit = _fit(matrix, slot)
-    if training and take_blind(weight) and not fit.is_24:
+    fits = _fits(matrix, slot)
+    all_24 = all(fit.is_24 for fit in fits)
+    if training and take_blind(weight) and not all_24:
         warnings.warn(
             f"an optimizer has trained {slot.name!r} before but holds no S-STE scale beta for it, so beta is computed "
             "from the current weight. If this resumes a run with backend 'sste', the linear continues with a different "
@@ -275,24 +302,24 @@ def _provisional(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: Weigh
             "torch.distributed.checkpoint loads beta if the model is called once before get_state_dict.",
             stacklevel=2,
         )
-    if fit.is_24:
-        # It goes on as what it is.
-        record.provisional = Beta(1.0, BetaSource.SPARSE)
-    else:
-        source = BetaSource.FITTED if fit.representative else BetaSource.PRIOR
-        record.provisional = Beta(fit.value * slot.beta_factor, source)
+    # What is 2:4 goes on as what it is.
+    values = [1.0 if fit.is_24 else fit.value * slot.beta_factor for fit in fits]
+    source = BetaSource.FITTED if all(fit.representative for fit in fits) else BetaSource.PRIOR
+    record.provisional = Beta(_scale(values, slot), BetaSource.SPARSE if all_24 else source)
     record.provisional_glimpse = _glimpse(weight)
     return record.provisional
 
 
-def _fit(matrix: Tensor, slot: WeightSlot) -> Fit:
-    fit = fit_beta(matrix, slot.projection)
-    if fit is None:
+def _fits(matrix: Tensor, slot: WeightSlot) -> list[Fit]:
+    """Of each of the weight's matrices."""
+    fits = fit_betas([matrix] if slot.experts is None else matrix.unbind(), slot.projection)
+    known = [fit for fit in fits if fit is not None]
+    if len(known) < len(fits):
         raise ValueError(
             f"the weight of {slot.name!r} holds NaN or infinite values at its first use, so it has no S-STE scale "
             "beta; initialise or load it before the first step"
         )
-    return fit
+    return known
 
 
 def _glimpse(weight: Tensor) -> Glimpse:

@@ -3,7 +3,7 @@
 The model's ``state_dict`` stays as it is.  An optimizer's ``state_dict`` holds numbers under the weight where the
 optimizer keeps something of the weight, and else in the weight's parameter group, under ``"sste"``, by its place in the
 group: most optimizers initialise what they keep of a weight when they find nothing, so nothing may come first.  The
-optimizer itself holds none of it.
+optimizer itself holds none of it.  A weight of experts has a list of scales, one for each.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,6 +20,7 @@ STEPS = "sste_steps"  # of the optimizer with this weight
 PRUNED = "sste_pruned"  # 1 if the weight was trained pruned, and is not dense since
 PRIOR_STEPS = "sste_prior_steps"  # with the prior for a scale
 _NUMBERS = (BETA, STEPS, PRUNED, PRIOR_STEPS)
+Number = float | list[float]  # a list of experts, one for each
 GROUP = "sste"
 _MASKS = "masks"  # transposable ones, and the optimizer steps since they were found
 _MASK_STEPS = "mask_steps"
@@ -29,7 +30,7 @@ _MASK_STEPS = "mask_steps"
 class SavedState:
     """What a checkpoint holds of a weight."""
 
-    numbers: Mapping[str, float]
+    numbers: Mapping[str, Number]
     masks: tuple[Tensor, int] | None = None
 
     @property
@@ -49,9 +50,10 @@ class SavedState:
         if record.loaded_from is not None and record.layout is None and not record.operands:
             loaded: SavedState = record.loaded_from
             return loaded  # no call has used it: it goes on as it came
-        numbers: dict[str, float] = {STEPS: record.steps, PRUNED: int(record.pruned)}
+        numbers: dict[str, Number] = {STEPS: record.steps, PRUNED: int(record.pruned)}
         if record.current_beta is not None:
-            numbers[BETA] = record.current_beta.value
+            value = record.current_beta.value
+            numbers[BETA] = list(value) if isinstance(value, tuple) else value
         if record.beta is not None and record.beta.source is BetaSource.PRIOR:
             numbers[PRIOR_STEPS] = record.prior_steps
         masks = None
@@ -65,8 +67,11 @@ class SavedState:
         pruned = bool(kept.get(PRUNED, BETA in kept))
         beta = None
         if pruned and BETA in kept:
-            beta = Beta(kept[BETA], BetaSource.PRIOR if PRIOR_STEPS in kept else BetaSource.CHECKPOINT)
-        record.load(steps=int(kept.get(STEPS, 0)), pruned=pruned, beta=beta, prior_steps=int(kept.get(PRIOR_STEPS, 0)))
+            value = kept[BETA]
+            scale = tuple(value) if isinstance(value, list) else value
+            beta = Beta(scale, BetaSource.PRIOR if PRIOR_STEPS in kept else BetaSource.CHECKPOINT)
+        steps, prior_steps = (int(_one(kept.get(name, 0))) for name in (STEPS, PRIOR_STEPS))
+        record.load(steps=steps, pruned=pruned, beta=beta, prior_steps=prior_steps)
         record.loaded_masks = self.masks
         record.loaded_from = self
 
@@ -121,13 +126,13 @@ def read(optimizer: Optimizer, load: Callable[[Tensor, SavedState | None, bool],
         apart = group.pop(GROUP, None) or {}
         for place, weight in enumerate(group["params"]):
             kept = optimizer.state.get(weight)
-            numbers = {key: float(kept.pop(key)) for key in _NUMBERS if kept and key in kept}
+            numbers = {key: _number(kept.pop(key)) for key in _NUMBERS if kept and key in kept}
             if numbers and not kept:
                 del optimizer.state[weight]
             beside = dict(apart.get(str(place), {}))
             masks = beside.pop(_MASKS, None)
             steps = int(beside.pop(_MASK_STEPS, 0))
-            numbers |= {key: float(value) for key, value in beside.items()}
+            numbers |= {key: _number(value) for key, value in beside.items()}
             saved = SavedState(numbers, None if masks is None else (masks, steps)) if numbers else None
             load(weight, saved, bool(kept))
 
@@ -137,6 +142,15 @@ def writes_its_own(optimizer: Optimizer) -> bool:
     method = type(optimizer).state_dict
     code = getattr(method, "__code__", None)
     return method is not Optimizer.state_dict and code is not None and "state_dict" not in code.co_names
+
+
+def _number(value: Any) -> Number:
+    """As it was saved: whoever moves a state between processes may make tensors of numbers."""
+    return [float(one) for one in value] if isinstance(value, (list, tuple)) else float(value)
+
+
+def _one(number: Number) -> float:
+    return number[0] if isinstance(number, list) else number
 
 
 def _without_numbers(kept: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,13 +24,27 @@ def is_24(weight: Tensor, dim: int) -> bool:
     return share_of_groups(weight, dim) == 1.0
 
 
+def may_be_of_experts(weight: Tensor) -> bool:
+    """Whether a tensor may hold the matrices of experts, ``[E, N, K]``: by its sizes, which no convolution's has."""
+    return weight.ndim == 3 and not any(size % 16 for size in weight.shape[1:])
+
+
 def in_features_dim(module: Module) -> int | None:
-    """The dimension of ``module.weight`` that is contracted; None for a module that is no linear.
+    """The dimension of a module's weights that is contracted, -1 or -2; None for a module that is no linear.
 
     ``nn.Linear`` stores ``[out_features, in_features]``, the Conv1D of transformers, as GPT-2 has it, the transpose.
+    Modules of experts, ``[E, ., .]``, of transformers say which of the two.
     """
     if isinstance(module, Linear):
-        return 1
+        return -1
     # By name: transformers need not be installed.
     names = {(cls.__module__, cls.__name__) for cls in type(module).__mro__}
-    return 0 if ("transformers.pytorch_utils", "Conv1D") in names else None
+    if names & _TRANSPOSED:
+        return -2
+    transposed = getattr(module, "is_transposed", None) if hasattr(module, "num_experts") else None
+    return (-2 if transposed else -1) if isinstance(transposed, bool) else None
+
+
+_TRANSPOSED = {
+    ("transformers.pytorch_utils", "Conv1D"), ("transformers.models.llama4.modeling_llama4", "Llama4TextExperts")
+}  # fmt: skip

@@ -50,12 +50,25 @@ class BetaSource(Enum):
     SPARSE = "of a 2:4 weight"
 
 
+# Of a weight; of one that holds the matrices of experts, one for each.
+Scale = float | tuple[float, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Beta:
-    """The S-STE scale of a weight; other projections have none."""
+    """The S-STE scale of a weight; other projections have none.
 
-    value: float
+    Attributes:
+        source: of experts the prior, as long as one of them has it.
+    """
+
+    value: Scale
     source: BetaSource
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """One for each matrix."""
+        return self.value if isinstance(self.value, tuple) else (self.value,)
 
 
 # What shows that a weight changed: the last step of the optimizer that owns it, its version and its address.
@@ -175,7 +188,7 @@ class WeightRecord:
         self.trained_with: tuple[OperandLayout, Beta | None] | None = None
         self.is_24 = False
         self.glimpse_24: Glimpse | None = None
-        self._on_devices: dict[tuple[float, torch.device], Tensor] = {}
+        self._on_devices: dict[tuple[Scale, torch.device], Tensor] = {}
 
     @property
     def pruned(self) -> bool:
@@ -193,29 +206,31 @@ class WeightRecord:
         return self.beta or (self.provisional if self.phase is Phase.FRESH else None)
 
     def beta_on(self, beta: Beta, device: torch.device) -> Tensor:
-        """A scale as fp32 ``[1]``."""
+        """A scale as fp32 ``[1]``, of experts ``[E]``."""
         key = (beta.value, device)
         if key not in self._on_devices:
-            self._on_devices = {key: torch.tensor([beta.value], dtype=torch.float32, device=device)}
+            self._on_devices = {key: torch.tensor(beta.values, dtype=torch.float32, device=device)}
         return self._on_devices[key]
 
     # Transitions.
 
-    def adopt(self, value: float, source: BetaSource) -> None:
+    def adopt(self, value: Scale, source: BetaSource) -> None:
         """The one way for a scale to become that of the weight.
 
         Raises:
             ValueError: it is not a positive, finite number.
         """
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"a scale beta is {value}; it must be a positive, finite number")
+        beta = Beta(value, source)
+        wrong = [number for number in beta.values if not (math.isfinite(number) and number > 0)]
+        if wrong:
+            raise ValueError(f"a scale beta is {wrong[0]}; it must be a positive, finite number")
         if self.current_beta is None or self.current_beta.value != value:
             self.mark_stale()
-        self.beta = Beta(value, source)
+        self.beta = beta
         self.prior_steps, self.refit_due = 0, source is BetaSource.PRIOR
         self.unverified = source is BetaSource.CHECKPOINT
 
-    def tell(self, value: float) -> None:
+    def tell(self, value: Scale) -> None:
         """The weight is a copy of one that was trained with this scale."""
         self.adopt(value, BetaSource.TOLD)
         self._enter(Phase.PRUNED)
@@ -282,7 +297,8 @@ class WeightRecord:
         if not self.phase.prunes:
             raise SparseCompileError("finalize", "weight", f"it is in its {self.phase.value}")
         if self.current_beta is not None:
-            self.adopt(1.0, BetaSource.SPARSE)
+            experts = isinstance(self.current_beta.value, tuple)
+            self.adopt((1.0,) * len(self.current_beta.values) if experts else 1.0, BetaSource.SPARSE)
         self.mark_stale()
         self._enter(Phase.FINALIZED)
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparse_compile.torch_internals.distributed import local_tensor
+from sparse_compile.torch_internals.distributed import first_local, local_tensor
 from sparse_compile.torch_internals.fsdp2 import call_when_freed, sharded_parameter
 from sparse_compile.weights.masked_decay import MaskedDecay
 from sparse_compile.weights.optimizer_state import SavedState, connect, read, writes_its_own
 from sparse_compile.weights.optimizer_watch import Stage, held_by, watch
 from sparse_compile.weights.projection import write_projected
-from sparse_compile.weights.record import BetaSource, WeightRecord
+from sparse_compile.weights.record import BetaSource, Scale, WeightRecord
 
 lock = RLock()
 _records: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -67,7 +67,12 @@ def bake(weight: Tensor, record: WeightRecord) -> None:
     with plain_tensors():
         for tensor in (weight,) if owned is weight else (weight, owned):  # gathered, and in shards
             local = local_tensor(tensor)
-            write_projected(local.t() if layout.transposed else local, layout.projection, beta, masks)
+            if isinstance(beta, tuple):  # FSDP2 shards whole experts
+                first = first_local(tensor)
+                own_beta: Scale | None = beta[first : first + len(local)]
+            else:
+                own_beta = beta
+            write_projected(local.mT if layout.transposed else local, layout.projection, own_beta, masks)
     record.baked()
 
 

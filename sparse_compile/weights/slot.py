@@ -21,6 +21,7 @@ class WeightSlot:
     out_features: int
     in_features: int
     device: torch.device
+    experts: int | None = None  # whose matrices it holds, [E, N, K]; None for one matrix
     decay: float = 0.0
     refresh: int = 0
     beta_factor: float = 1.0
@@ -28,8 +29,19 @@ class WeightSlot:
 
     def new_operands(self) -> Any:
         """Uninitialised operands, a NamedTuple of the projection; fake ones under a FakeTensorMode."""
-        return self.projection.new_operands(self.out_features, self.in_features, self.device)
+        matrix = self.out_features, self.in_features, self.device
+        if self.experts is None:
+            return self.projection.new_operands(*matrix)
+        return self.projection.new_operands_of_experts(self.experts, *matrix)
 
     def new_masks(self) -> Tensor | None:
         """Uninitialised masks; None for projections that keep none."""
-        return self.projection.new_masks(self.out_features, self.in_features, self.device)
+        matrix = self.out_features, self.in_features, self.device
+        if self.experts is None:
+            return self.projection.new_masks(*matrix)
+        return self.projection.new_masks_of_experts(self.experts, *matrix)
+
+    def fill(self, weight: Tensor, operands: Any, beta: Tensor | None, masks: Tensor | None, search: bool) -> None:
+        """Make operands of the weight ``[N, K]``, or ``[E, N, K]``; arguments as of the projection's ``fill``."""
+        fill = self.projection.fill if self.experts is None else self.projection.fill_experts
+        fill(weight, operands, beta, masks, search)
