@@ -151,7 +151,13 @@ class Projection(ABC):
         """
 
     def new_operands_of_experts(self, experts: int, n: int, k: int, device: torch.device) -> Any:
-        """Allocate the operands of the matrices of experts ``[E, n, k]``.
+        """Allocate the operands of the matrices of experts.
+
+        Args:
+            experts: how many there are.
+            n: out_features of each.
+            k: in_features of each.
+            device: where the operands lie.
 
         Returns:
             Uninitialised ``Operands``: those of each expert, stacked.  Fake ones under a FakeTensorMode.
@@ -161,6 +167,12 @@ class Projection(ABC):
 
     def new_masks_of_experts(self, experts: int, n: int, k: int, device: torch.device) -> Tensor | None:
         """Allocate the masks of experts.
+
+        Args:
+            experts: how many there are.
+            n: out_features of each.
+            k: in_features of each.
+            device: where the masks lie.
 
         Returns:
             Those of ``new_masks`` of each expert, stacked; None for projections that keep none.
