@@ -27,7 +27,7 @@ LARGEST = {"float32": 1e12, "bfloat16": 1e12, "autocast": 1e12, "float16": 1e3}
 TOLERANCES = {"float32": 4e-3, "bfloat16": 5e-2, "autocast": 5e-2, "float16": 2e-2}
 MOST = {"float32": 0.02, "bfloat16": 0.1, "autocast": 0.1, "float16": 0.05}
 # Of a product, relative.
-ROUNDING = {"float32": 2.0**-21, "bfloat16": 2.0**-8, "autocast": 2.0**-8, "float16": 2.0**-10}
+ROUNDING = {"float32": 2.0**-20, "bfloat16": 2.0**-8, "autocast": 2.0**-8, "float16": 2.0**-10}
 # A sampled gradient is off by up to its own norm: then its cosine to the exact one is 0.7.  Of another one it is 0.
 LEAST_COSINE = 0.35
 LEFT_DENSE = re.compile("adapter|head", re.IGNORECASE)
@@ -128,7 +128,9 @@ class Session:
         bias = getattr(self.oracle, f"b{index}", None)
         y = self._product(index, x, weight)
         if self.noise:
-            y = y * (1 + self.noise * torch.randn_like(y))
+            # As large as what rounds in a sum: some of its addends may be larger than it.
+            size = y.detach().square().mean(-1, keepdim=True).sqrt()
+            y = y * (1 + self.noise * torch.randn_like(y)) + self.noise * size * torch.randn_like(y)
         return y if bias is None else y + bias
 
     def _product(self, index: int, x: Tensor, weight: Tensor) -> Tensor:
@@ -226,11 +228,11 @@ class Session:
                 far.append((what, found))
         if far:
             # Where rounding alone moves the oracle as far, as at the kink of a ReLU, nothing can be said.
-            moved = [self.expected(called, before, ROUNDING[self.program.dtype]) for _ in range(16)]
+            moved = [self.expected(called, before, ROUNDING[self.program.dtype]) for _ in range(24)]
             for what, found in far:
                 spread = max(float((other[what] - expected[what]).norm()) for other in moved)
                 error, norm = float((found - expected[what]).norm()), float(expected[what].norm())
-                allowed = self._allowed(expected[what]) + 2 * spread
+                allowed = self._allowed(expected[what]) + 3 * spread
                 assert error <= allowed, f"{what} is off by {error:.3g} of {norm:.3g}; allowed is {allowed:.3g}"
         for name, parameter in self.model.named_parameters():
             unexpected = parameter.grad is not None and f"gradient of {name}" not in expected
@@ -488,9 +490,23 @@ def run(program: Program, script: Script, kind: Kind, mvue: bool) -> bool:
     return True
 
 
+def runs(program: Program) -> bool:
+    """Whether the dense model may do what it does: not write into what its backward reads."""
+    model = real(program)(program, 0)
+    try:
+        model(input_of(program, program.leading[0], 0).requires_grad_()).sum().backward()
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        return False
+    return True
+
+
 def check(program: Program, scripts: list[Script], kind: Kind, mvue: bool) -> Counter[str]:
     """How many scripts were compared to their end, and how many grew too large."""
     note(source(program, spelt))
+    if not runs(program):
+        return Counter()
     torch._dynamo.reset()
     sparse_compile.report().graphs.clear()
     compared: Counter[str] = Counter()
