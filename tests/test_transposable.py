@@ -220,6 +220,31 @@ def test_an_evaluation_of_a_resumed_run_leaves_the_masks():
         assert torch.equal(state_of(resumed.up.weight).masks, masks)
 
 
+def test_another_optimizer_goes_on_with_the_masks():
+    model = FFN()
+    step, optimizer = compiled(model, refresh=100), torch.optim.SGD(model.parameters(), lr=0.5)
+    step_once(step, optimizer)
+    masks = state_of(model.up.weight).masks.clone()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(2):
+        step_once(step, optimizer)
+        assert torch.equal(state_of(model.up.weight).masks, masks)
+
+
+def test_masks_of_other_weights_are_not_saved():
+    """Weights that were loaded, and that no call has pruned since."""
+    model = FFN()
+    step, optimizer = compiled(model, refresh=100), torch.optim.SGD(model.parameters(), lr=0.5)
+    step_once(step, optimizer)
+    model.load_state_dict(FFN().state_dict())
+    resumed = FFN()
+    again, its_optimizer = compiled(resumed, refresh=100), torch.optim.SGD(resumed.parameters(), lr=0.5)
+    resumed.load_state_dict(model.state_dict())
+    its_optimizer.load_state_dict(optimizer.state_dict())
+    again(torch.randn(16, 64))
+    assert torch.equal(state_of(resumed.up.weight).masks, transposable_masks(resumed.up.weight.detach()))
+
+
 def test_an_invalidated_weight_gets_masks_of_its_own():
     """After an optimizer step, with which masks alone would be kept."""
     model = FFN()

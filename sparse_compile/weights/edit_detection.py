@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from sparse_compile.weights.record import OperandSet, WeightRecord
+
 # Rows, and columns of each, that a sample takes at most.
 _SAMPLED = 32
 
@@ -33,6 +35,16 @@ def find_edited(weights: Sequence[Tensor], samples: Sequence[Tensor]) -> list[in
         if not torch.equal(torch.cat(before), torch.cat(now)):
             edited += [index for index, old, new in zip(indices, before, now, strict=True) if not torch.equal(old, new)]
     return edited
+
+
+def is_edited(weight: Tensor, record: WeightRecord, kept: OperandSet) -> bool:
+    """Whether something else than a step changed the weight: since its last step, or since its operands were made."""
+    counter = -1 if weight.is_inference() else weight._version  # tensors made under inference_mode have none
+    if record.steps != kept.steps:
+        return record.stepped_to is not None and record.stepped_to != counter
+    if kept.sample is None or kept.version is None or kept.version[1:] != (counter, weight.data_ptr()):
+        return True
+    return bool(find_edited([weight], [kept.sample]))
 
 
 def _view(weight: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparse_compile.torch_internals.tensors import is_held, versions_kept
 from sparse_compile.weights.beta_fit import Fit, fit_betas
-from sparse_compile.weights.edit_detection import find_edited, take_samples
+from sparse_compile.weights.edit_detection import find_edited, is_edited, take_samples
 from sparse_compile.weights.optimizer_watch import watch
 from sparse_compile.weights.pattern_24 import is_24
 from sparse_compile.weights.record import (
@@ -179,14 +179,14 @@ def _refresh(
     beta = None
     if slot.projection.has_beta:
         beta = record.beta_on(_beta(weight, matrix, slot, record, training), weight.device)
-    search = _needs_masks(weight, slot, record, kept, stepped=stepped)
+    search = _needs_masks(weight, slot, record, kept)
     same = freed and not stepped  # as for the gathered weight itself, being freed and made again is no change
     with versions_kept(kept.operands) if same else nullcontext():
         slot.fill(matrix, kept.operands, beta, kept.masks, search)
     if in_place and not same:
         # A backward that comes after the optimizer step must fail as it does for a dense weight.
         torch.autograd.graph.increment_version(kept.operands)
-    kept.version = version
+    kept.version, kept.steps = version, record.steps
     kept.refreshes += 1
 
 
@@ -195,12 +195,8 @@ def _matrix(weight: Tensor, transposed: bool) -> Tensor:
     return weight.detach().mT if transposed else weight.detach()
 
 
-def _needs_masks(weight: Tensor, slot: WeightSlot, record: WeightRecord, kept: OperandSet, *, stepped: bool) -> bool:
-    """Whether transposable masks must be found: at first, after so many optimizer steps, and for an edited weight.
-
-    Args:
-        stepped: whether its optimizer has stepped since the operands were made.
-    """
+def _needs_masks(weight: Tensor, slot: WeightSlot, record: WeightRecord, kept: OperandSet) -> bool:
+    """Whether transposable masks must be found: at first, after so many optimizer steps, and for an edited weight."""
     if not slot.refresh:
         return False
     if record.loaded_masks is not None:
@@ -209,22 +205,15 @@ def _needs_masks(weight: Tensor, slot: WeightSlot, record: WeightRecord, kept: O
         if kept.mask_steps < slot.refresh:
             return False
     else:
-        kept.mask_steps += stepped
+        kept.mask_steps += record.steps != kept.steps
         if kept.masks is None:
             kept.masks = slot.new_masks()
-        elif kept.version != STALE and kept.mask_steps < slot.refresh and not _edited(weight, record, kept, stepped):
-            return False
+        elif kept.version != STALE and kept.mask_steps < slot.refresh:
+            reused = record.steps != kept.steps or not _capturing(weight)
+            if reused and not is_edited(weight, record, kept):
+                return False
     kept.mask_steps = 0
     return True
-
-
-def _edited(weight: Tensor, record: WeightRecord, kept: OperandSet, stepped: bool) -> bool:
-    """Whether something else than a step has changed the weight: since its last step, or since there were operands."""
-    if stepped:
-        return record.stepped_to is not None and record.stepped_to != _counter(weight)
-    if _capturing(weight) or kept.sample is None or kept.version is None:
-        return True
-    return kept.version[1:] != (_counter(weight), weight.data_ptr()) or bool(find_edited([weight], [kept.sample]))
 
 
 def _keep_samples(weights: Sequence[Tensor], sets: Sequence[OperandSet]) -> None:

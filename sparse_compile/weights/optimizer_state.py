@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from sparse_compile.weights.record import Beta, BetaSource, WeightRecord
+from sparse_compile.weights.record import Beta, BetaSource, OperandSet, WeightRecord
 
 BETA = "sste_beta"
 STEPS = "sste_steps"  # of the optimizer with this weight
@@ -39,11 +39,14 @@ class SavedState:
         return bool(self.numbers.get(PRUNED)) and BETA not in self.numbers
 
     @classmethod
-    def of(cls, record: WeightRecord, stepped: Callable[[], bool]) -> "SavedState | None":
+    def of(
+        cls, record: WeightRecord, stepped: Callable[[], bool], edited: Callable[[OperandSet], bool]
+    ) -> "SavedState | None":
         """Of a weight that is or will be pruned; None of others.
 
         Args:
             stepped: whether the weight's optimizer has stepped since its operands were made.
+            edited: whether something else has changed the weight since then, of which its masks know nothing.
         """
         if record.target is None and record.schedule is None and not record.pruned and record.loaded_from is None:
             return None
@@ -57,8 +60,9 @@ class SavedState:
         if record.beta is not None and record.beta.source is BetaSource.PRIOR:
             numbers[PRIOR_STEPS] = record.prior_steps
         masks = None
-        if record.pruned and record.trained_set is not None and record.trained_set.masks is not None:
-            masks = record.trained_set.masks, record.trained_set.mask_steps + stepped()
+        kept = record.trained_set
+        if record.pruned and kept is not None and kept.masks is not None and not edited(kept):
+            masks = kept.masks, kept.mask_steps + stepped()
         return cls(numbers, masks)
 
     def to(self, record: WeightRecord) -> None:

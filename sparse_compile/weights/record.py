@@ -94,7 +94,7 @@ class OperandSet:
 
     __slots__ = (
         "__weakref__", "dropped", "freed", "mask_steps", "masks", "operands", "readers", "refreshes", "reuses",
-        "sample", "shards", "used", "version",
+        "sample", "shards", "steps", "used", "version",
     )  # fmt: skip
 
     def __init__(self, shards: ref[Tensor] | None) -> None:
@@ -104,6 +104,7 @@ class OperandSet:
         self.dropped = False  # by the record
         self.masks: Tensor | None = None  # transposable ones, and the optimizer steps since they were found
         self.mask_steps = 0
+        self.steps = 0  # of the weight, when the operands were made
         self.version: WeightVersion | None = None
         self.sample: Tensor | None = None  # of the weight that the operands were made from
         self.refreshes = 0  # how often the operands were made

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_compile.torch_internals.distributed import first_local, local_tensor
 from sparse_compile.torch_internals.fsdp2 import call_when_freed, sharded_parameter
+from sparse_compile.weights.edit_detection import is_edited
 from sparse_compile.weights.masked_decay import MaskedDecay
 from sparse_compile.weights.optimizer_state import SavedState, connect, read, writes_its_own
 from sparse_compile.weights.optimizer_watch import Stage, held_by, watch
@@ -103,7 +104,11 @@ def _saved_of(weight: Tensor) -> SavedState | None:
     if record is None:
         return None
     made = record.trained_set.version if record.trained_set is not None else None
-    return SavedState.of(record, lambda: made is not None and made[0] not in (None, watch.last_of(weight)))
+    return SavedState.of(
+        record,
+        stepped=lambda: made is not None and made[0] not in (None, watch.last_of(weight)),
+        edited=lambda kept: is_edited(weight.detach(), record, kept),
+    )
 
 
 def _load(weight: Tensor, saved: SavedState | None, keeps_state: bool) -> None:

@@ -5,7 +5,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -27,7 +27,7 @@ LARGEST = {"float32": 1e12, "bfloat16": 1e12, "autocast": 1e12, "float16": 1e3}
 TOLERANCES = {"float32": 4e-3, "bfloat16": 5e-2, "autocast": 5e-2, "float16": 2e-2}
 MOST = {"float32": 0.02, "bfloat16": 0.1, "autocast": 0.1, "float16": 0.05}
 # Of a product, relative.
-ROUNDING = {"float32": 2.0**-21, "bfloat16": 2.0**-8, "autocast": 2.0**-8, "float16": 2.0**-10}
+ROUNDING = {"float32": 2.0**-20, "bfloat16": 2.0**-8, "autocast": 2.0**-8, "float16": 2.0**-10}
 # A sampled gradient is off by up to its own norm: then its cosine to the exact one is 0.7.  Of another one it is 0.
 LEAST_COSINE = 0.35
 LEFT_DENSE = re.compile("adapter|head", re.IGNORECASE)
@@ -73,18 +73,17 @@ class Session:
     Attributes:
         trained: the weights that are pruned whatever comes, with their betas.
         masks: those that are kept, of the recipe that keeps them.
-        dense: the weights that stay so for a reason of their own, as the report says.
+        places: what the report says of linears that stay dense for their place, by which weights are frozen.
     """
 
-    def __init__(self, program: Program, seed: int, kind: Kind, mvue: bool) -> None:
+    def __init__(self, program: Program, seed: int, kind: Kind, mvue: bool, places: "Places | None" = None) -> None:
         self.program, self.kind, self.sampled = program, kind, mvue
         self.recipe = RECIPES[program.recipe]
         self.trained: dict[int, float] = {}
         self.masks: dict[int, Tensor] = {}
         self.betas: dict[int, float] = {}  # of the last call
-        self.dense: set[int] = set()
+        self.places = places or Places()
         self.noise = 0.0
-        self.priced: dict[int, Recipe] = {}
         self.optimizer: torch.optim.Optimizer | None = None
         self.optimizer_name = ""
         self.compile(real(program)(program, seed).to(kind.device))
@@ -128,7 +127,9 @@ class Session:
         bias = getattr(self.oracle, f"b{index}", None)
         y = self._product(index, x, weight)
         if self.noise:
-            y = y * (1 + self.noise * torch.randn_like(y))
+            # As large as what rounds in a sum: some of its addends may be larger than it.
+            size = y.detach().square().mean(-1, keepdim=True).sqrt()
+            y = y * (1 + self.noise * torch.randn_like(y)) + self.noise * size * torch.randn_like(y)
         return y if bias is None else y + bias
 
     def _product(self, index: int, x: Tensor, weight: Tensor) -> Tensor:
@@ -146,11 +147,11 @@ class Session:
 
     def recipe_of(self, index: int) -> Recipe | None:
         """None where the linear is dense."""
-        if index in self.program.dense or index in self.dense:
+        if index in self.program.dense or index in self.places.dense.get(self._frozen(), ()):
             return None
         if not self.weight(index).requires_grad and index not in self.trained:
             return None
-        return self.priced.get(index, self.recipe)
+        return self.places.priced.get(index, self.recipe)
 
     def call(self, leading: Sequence[int], seed: int, around: bool | None = None, training: bool = True) -> "Called":
         """Of the model; the oracle has its weights as they are now."""
@@ -186,17 +187,23 @@ class Session:
                     found[f"gradient of {name}"] = grad + before.get(f"gradient of {name}", 0.0)
         return found
 
+    def _frozen(self) -> frozenset[int]:
+        weights = range(len(self.program.weights))
+        return frozenset(index for index in weights if not self.weight(index).requires_grad)
+
     def _read_report(self) -> None:
         """What follows from a linear's place in the model, or from times, of which the oracle knows nothing."""
-        for row in sparse_compile.report().rows:
+        graphs = sparse_compile.report().graphs
+        new, self.places.graphs = graphs[self.places.graphs :], len(graphs)
+        for row in (row for graph in new for row in graph.rows):
             index = int(re.findall(r"\bw(\d+)", row.module)[-1])
             if row.decision == "dense":
                 if self.kind.priced or LEFT_DENSE.search(row.reason):
-                    self.dense.add(index)
+                    self.places.dense.setdefault(self._frozen(), set()).add(index)
             elif self.kind.priced:
                 products = re.findall("fp8|bf16|dense", row.decision.split("(")[1])[:3]
                 fprop, dgrad, wgrad = cast(list[Product], products)
-                self.priced[index] = replace(self.recipe, fprop=fprop, dgrad=dgrad, wgrad=wgrad)
+                self.places.priced[index] = replace(self.recipe, fprop=fprop, dgrad=dgrad, wgrad=wgrad)
 
     def compare(self, called: "Called", before: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What is expected of the call, and was found.
@@ -226,11 +233,11 @@ class Session:
                 far.append((what, found))
         if far:
             # Where rounding alone moves the oracle as far, as at the kink of a ReLU, nothing can be said.
-            moved = [self.expected(called, before, ROUNDING[self.program.dtype]) for _ in range(16)]
+            moved = [self.expected(called, before, ROUNDING[self.program.dtype]) for _ in range(24)]
             for what, found in far:
                 spread = max(float((other[what] - expected[what]).norm()) for other in moved)
                 error, norm = float((found - expected[what]).norm()), float(expected[what].norm())
-                allowed = self._allowed(expected[what]) + 2 * spread
+                allowed = self._allowed(expected[what]) + 6 * spread
                 assert error <= allowed, f"{what} is off by {error:.3g} of {norm:.3g}; allowed is {allowed:.3g}"
         for name, parameter in self.model.named_parameters():
             unexpected = parameter.grad is not None and f"gradient of {name}" not in expected
@@ -252,6 +259,15 @@ class Session:
         dtype = self.program.dtype
         tolerance = max(self.kind.tolerance, min(TOLERANCES[dtype] * linears, MOST[dtype]))
         return tolerance * float(value.norm()) + self._floor(value)
+
+
+@dataclass
+class Places:
+    """Of one program, whatever script runs over it; and how many graphs of the report were read."""
+
+    dense: dict[frozenset[int], set[int]] = field(default_factory=dict)
+    priced: dict[int, Recipe] = field(default_factory=dict)  # what times have made of recipes
+    graphs: int = 0
 
 
 @dataclass
@@ -477,9 +493,9 @@ def scripts(draw: st.DrawFn, most: int = 6, small: bool = False) -> Script:
     return Script(seed=draw(seeds), actions=(draw(train), *draw(st.lists(st.one_of(anything), max_size=most))))
 
 
-def run(program: Program, script: Script, kind: Kind, mvue: bool) -> bool:
+def run(program: Program, script: Script, kind: Kind, mvue: bool, places: Places) -> bool:
     """Whether it could be compared to its end."""
-    session = Session(program, script.seed, kind, mvue)
+    session = Session(program, script.seed, kind, mvue, places)
     try:
         for action in script.actions:
             action.run(session)
@@ -488,17 +504,32 @@ def run(program: Program, script: Script, kind: Kind, mvue: bool) -> bool:
     return True
 
 
+def runs(program: Program) -> bool:
+    """Whether the dense model may do what it does: not write into what its backward reads."""
+    model = real(program)(program, 0)
+    try:
+        model(input_of(program, program.leading[0], 0).requires_grad_()).sum().backward()
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        return False
+    return True
+
+
 def check(program: Program, scripts: list[Script], kind: Kind, mvue: bool) -> Counter[str]:
     """How many scripts were compared to their end, and how many grew too large."""
     note(source(program, spelt))
+    if not runs(program):
+        return Counter()
     torch._dynamo.reset()
     sparse_compile.report().graphs.clear()
     compared: Counter[str] = Counter()
+    places = Places()
     patch = torch._dynamo.config.patch(
         automatic_dynamic_shapes=program.dynamic is None, recompile_limit=64, fail_on_recompile_limit_hit=True
     )
     with patch:
         for script in scripts:
             note(f"{script}")
-            compared["compared" if run(program, script, kind, mvue) else "too large"] += 1
+            compared["compared" if run(program, script, kind, mvue, places) else "too large"] += 1
     return compared
