@@ -55,7 +55,9 @@ def leave_without_kernels(plans: Sequence[Plan]) -> tuple[list[Plan], list[Rejec
     rejections: list[Rejection] = []
     for plan in plans:
         device = example_value(plan.site.weight).device
-        missing = (ops if plan.site.experts is None else grouped_ops).missing_kernels(device)
+        missing = ops.missing_kernels(device)
+        if plan.site.experts is not None:
+            missing = grouped_ops.missing_kernels(device) or _not_for_experts(plan)
         if missing is None or (plan.recipe.projection.prunes and plan.pruned):
             kept.append(plan)
             continue
@@ -65,6 +67,14 @@ def leave_without_kernels(plans: Sequence[Plan]) -> tuple[list[Plan], list[Rejec
             who = "the model runs" if missing == ops.missing_kernels(device) else "they run"
             warnings.warn(f"sparse_compile: {missing}: {who} dense; 'sste.when': 'always' emulates", stacklevel=2)
     return kept, rejections
+
+
+def _not_for_experts(plan: Plan) -> str | None:
+    """Why the kernels of experts can't run a plan; None where they can."""
+    features = (plan.site.in_features, plan.site.out_features)
+    if any(size % grouped_ops.FEATURES_MULTIPLE for size in features):
+        return f"no kernels for experts whose features are no multiples of {grouped_ops.FEATURES_MULTIPLE}"
+    return "no kernels for experts without FP8" if plan.recipe.is_bf16 else None
 
 
 def for_all_processes(question: str, tokens: int, answer: Callable[[], str]) -> str:

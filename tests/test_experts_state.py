@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,14 @@ import sparse_compile
 import warm
 from experts_training import COUNT, EAGER, EXACT, WIDTH, Model, adamw, batches, compiled, operands, train
 from sparse_compile.export.check import Verdict, check_weights
-from sparse_compile.kernels import ops, reference
+from sparse_compile.kernels import grouped_ops, ops, reference
 from sparse_compile.measuring.weight_health import monitor
 from sparse_compile.passes import choose
+from sparse_compile.passes.decide import decide
+from sparse_compile.passes.find import find
+from sparse_compile.passes.flow import Flow
+from sparse_compile.passes.parameter_owners import ParameterOwners
+from sparse_compile.recipe import RECIPES
 from sparse_compile.weights.pattern_24 import is_24
 from sparse_compile.weights.registry import find_record, record_of
 
@@ -311,3 +317,21 @@ def test_two_processes_train_as_one(tmp_path):
         cases = json.loads(result.read_text())
         assert len(cases) == 6
         assert {name: same for name, same in cases.items() if same != [True] * 3} == {}
+
+
+@pytest.mark.parametrize(
+    ("width", "recipe", "why"),
+    [(80, "s-ste", "whose features are no multiples of 64"), (64, "s-ste-bf16", "without FP8"), (64, "s-ste", "")],
+)
+def test_verified_kernels_run_what_they_can(monkeypatch, trace, width, recipe, why):
+    monkeypatch.setattr(ops, "_missing_kernels", lambda device: None)
+    monkeypatch.setattr(grouped_ops, "VERIFIED", True)
+    monkeypatch.setattr(choose, "warned", set())
+    weight = nn.Parameter(torch.randn(COUNT, width, 64))
+    graph = trace(lambda x: torch.bmm(x, weight.mT).relu(), torch.randn(COUNT, 8, 64))
+    plans, _ = decide(find(Flow(graph)).sites, RECIPES[recipe], "all", ParameterOwners())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kept, rejections = choose.leave_without_kernels(plans)
+    assert (len(kept), len(rejections)) == ((0, 1) if why else (1, 0))
+    assert all(f"no kernels for experts {why}" == rejection.detail for rejection in rejections)

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from sparse_compile.kernels.expert_blocks import most_blocks, plan_expert_blocks
 from sparse_compile.kernels.formats import PAD, check_buffer, check_fp8, metadata_shape, values_shape
+from sparse_compile.kernels.grouped_ops import FEATURES_MULTIPLE
 from sparse_compile.kernels.launch_plan import LaunchPlan, UncachedPlan, planned
 from sparse_compile.kernels.sparse_gemm.configs import Config, choose, contraction_stages
 from sparse_compile.kernels.sparse_gemm.kernel import COLUMNS, CONTRACTION
 from sparse_compile.kernels.sparse_gemm.plan import plan_grouped_gemm, sm_count
 
 _OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Rows of A that a warpgroup multiplies: those of two experts are never in one of its blocks.
-FEATURES_MULTIPLE = 64
 
 
 @planned
