@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
 from math import prod
+from statistics import mean
 
 from torch.fx import Node
 
@@ -100,21 +101,21 @@ def choose(
         training: price forward, backward and the casts of the weight; otherwise forward alone.
     """
     inputs = Counter(plan.site.input for plan in plans)
-    asked = [_question(plan) for plan in plans]
+    asked = [_questions(plan) for plan in plans]
     components: dict[ShapeKey, dict[str, None]] = {}  # a set that keeps its order
-    for plan, question in zip(plans, asked, strict=True):
-        if question is not None:
+    for plan, questions in zip(plans, asked, strict=True):
+        for question in questions:
             components.setdefault(question, {}).update(dict.fromkeys(_needed(plan.recipe, training)))
     # Asked when the first answer is needed: processes that find the others' choices measure nothing.
     times = cache(lambda: clock(components))
 
     priced: list[tuple[Plan, Choice | None]] = []
-    for plan, question in zip(plans, asked, strict=True):
-        if question is None:
+    for plan, questions in zip(plans, asked, strict=True):
+        if not questions:
             priced.append((plan, None))
             continue
-        (shape, _), sharing = question, inputs[plan.site.input]
-        answer = partial(_find, plan, question, sharing, times, training)
+        (shape, _), sharing = questions[0], inputs[plan.site.input]
+        answer = partial(_find, plan, questions, sharing, times, training)
         told = agree(_agreed_on(plan, shape, sharing, training), shape.tokens, answer)
         priced.append((plan, from_json(Choice, told)))
 
@@ -155,7 +156,7 @@ def _agreed_on(plan: Plan, shape: LinearShape, sharing: int, training: bool) -> 
 
 def _find(
     plan: Plan,
-    question: ShapeKey,
+    questions: Sequence[ShapeKey],
     sharing: int,
     times: Callable[[], Mapping[ShapeKey, Mapping[str, float]]],
     training: bool,
@@ -163,9 +164,11 @@ def _find(
     """The fastest variant, in JSON.
 
     Args:
+        questions: what was measured of it; a time is the mean of all.
         sharing: linears that read the same input, whose cast they share.
     """
-    (shape, _), measured = question, times()[question]
+    (shape, _), answers = questions[0], [times()[question] for question in questions]
+    measured = {component: mean(answer[component] for answer in answers) for component in answers[0]}
     prices = {}
     if training:
         dense = _dense_microseconds(plan.site, measured)
@@ -180,14 +183,12 @@ def _find(
     return json.dumps(asdict(Choice(variant=variant, rewritten=prices[variant], dense=dense)))
 
 
-def _question(plan: Plan) -> ShapeKey | None:
-    """None where nothing can be measured; of experts nothing is yet."""
+def _questions(plan: Plan) -> tuple[ShapeKey, ...]:
+    """What is measured of a linear: of experts an even routing and a skewed one; nothing where nothing can be."""
     site = plan.site
-    if site.experts is not None:
-        return None
     tokens, device = hint(prod(example_value(site.input).shape[:-1])), example_value(site.weight).device
-    if not tokens or ops.emulation_reason(device) is not None:
-        return None
+    if not tokens or (ops if site.experts is None else grouped_ops).emulation_reason(device) is not None:
+        return ()
     shape = LinearShape(
         tokens=tokens,
         in_features=site.in_features,
@@ -196,8 +197,9 @@ def _question(plan: Plan) -> ShapeKey | None:
         weight_dtype=example_value(site.weight).dtype,
         transposed=site.transposed,
         grad_dtype=plan.recipe.grad_format.dtype,
+        experts=site.experts,
     )
-    return shape, device
+    return ((shape, device),) if site.experts is None else ((shape, device), (replace(shape, skewed=True), device))
 
 
 def _needed(recipe: Recipe, training: bool) -> list[str]:

@@ -295,7 +295,6 @@ def test_devices_with_kernels_leave_experts_dense_and_say_so(monkeypatch):
     """Until there are kernels for experts; nor does a linear beside them change."""
     monkeypatch.setattr(ops, "_missing_kernels", lambda device: None)
     monkeypatch.setattr(choose, "warned", set())
-    monkeypatch.setattr("sparse_compile.passes.choose._question", lambda plan: None)
     model = Model()
     with pytest.warns(UserWarning, match="no kernels for experts yet: they run dense"):
         y = compiled(model, {"sste.executor": "eager"})(*next(batches()))
