@@ -101,8 +101,10 @@ def _sparse_mm(s: "LinearShape", rows: int, dense: Tensor, make: "RandomOperands
 def sparse_wgrad(s: "LinearShape", make: "RandomOperands") -> Callable[[], object]:
     total = grouped_columns(s.tokens, _experts(s))
     operands = (*make.sparse(s.out_features, total, s.grad_dtype), make.fp8(s.in_features, total))
-    rest = (make.ones(_experts(s), _SCALE_INV), _offsets(s, make), s.weight_dtype, s.transposed)
-    return partial(grouped_ops.grouped_wgrad_sparse_mm, *operands, *rest)
+    scale_inv, offsets = make.ones(_experts(s), _SCALE_INV), _offsets(s, make)
+    return partial(
+        grouped_ops.grouped_wgrad_sparse_mm, *operands, scale_inv, offsets, s.weight_dtype, s.transposed
+    )  # fmt: skip
 
 
 def transpose_tokens(s: "LinearShape", make: "RandomOperands") -> Callable[[], object]:
@@ -114,8 +116,10 @@ def cast_transpose(s: "LinearShape", make: "RandomOperands") -> Callable[[], obj
 
 
 def cast_mvue(s: "LinearShape", make: "RandomOperands", approximate: bool, stochastic: bool) -> Callable[[], object]:
-    rest = (make.seed(), 0, _offsets(s, make), approximate, stochastic, s.grad_dtype)
-    return partial(grouped_ops.grouped_cast_mvue, *make.gradient(s), *rest)
+    gradient, seed, offsets = make.gradient(s), make.seed(), _offsets(s, make)
+    return partial(
+        grouped_ops.grouped_cast_mvue, *gradient, seed, 0, offsets, approximate, stochastic, s.grad_dtype
+    )  # fmt: skip
 
 
 def add_masked_decay(s: "LinearShape", make: "RandomOperands") -> Callable[[], object]:
