@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
 import shared_graphs
 import sparse_compile
@@ -229,6 +230,24 @@ def test_health_counts_all_experts():
     assert health.flips == pytest.approx(flipped, rel=0.1)  # ties apart
     assert health.beta == pytest.approx(1.48, abs=0.05)
     assert 0.5 <= health.zeros < 0.55
+
+
+def test_a_checkpointed_region_is_the_same():
+    """Offsets are found inside of it, and again when it is computed again."""
+    results = []
+    for region in (False, True):
+        model = Model()
+
+        def forward(x, ids, model=model, region=region):
+            return checkpoint(model, x, ids, use_reentrant=False) if region else model(x, ids)
+
+        step = torch.compile(forward, backend="sste", options=EAGER)
+        x, ids = next(batches())
+        torch.manual_seed(5)
+        y = step(x, ids)
+        y.sum().backward()
+        results.append([y, *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_numbers_of_tokens_may_change_in_one_graph():
