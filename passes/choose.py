@@ -56,8 +56,8 @@ def leave_without_kernels(plans: Sequence[Plan]) -> tuple[list[Plan], list[Rejec
     rejections: list[Rejection] = []
     for plan in plans:
         device = example_value(plan.site.weight).device
-        missing = ops.missing_kernels(device)
-        if plan.site.experts is not None:
+        missing = for_all = ops.missing_kernels(device)
+        if missing is None and plan.site.experts is not None:
             missing = grouped_ops.missing_kernels(device) or _not_for_experts(plan)
         if missing is None or (plan.recipe.projection.prunes and plan.pruned):
             kept.append(plan)
@@ -65,7 +65,7 @@ def leave_without_kernels(plans: Sequence[Plan]) -> tuple[list[Plan], list[Rejec
         rejections.append(plan.site.reject(Reason.NO_KERNELS, missing, "'sste.when': 'always' emulates"))
         if missing not in warned:
             warned.add(missing)
-            who = "the model runs" if missing == ops.missing_kernels(device) else "they run"
+            who = "they run" if for_all is None else "the model runs"
             warnings.warn(f"sparse_compile: {missing}: {who} dense; 'sste.when': 'always' emulates", stacklevel=2)
     return kept, rejections
 
