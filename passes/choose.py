@@ -23,7 +23,7 @@ from sparse_compile.kernels.timing.linear_costs import LinearShape, ShapeKey, co
 from sparse_compile.passes.agreement import agreed
 from sparse_compile.passes.decide import Plan, Price
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
-from sparse_compile.recipe import Gemm, Recipe
+from sparse_compile.recipe import Gemm, GradFormat, Recipe
 from sparse_compile.reporting.model import Choice
 from sparse_compile.torch_internals.graph import example_value
 from sparse_compile.torch_internals.sizes import hint
@@ -75,6 +75,8 @@ def _not_for_experts(plan: Plan) -> str | None:
     features = (plan.site.in_features, plan.site.out_features)
     if any(size % grouped_ops.FEATURES_MULTIPLE for size in features):
         return f"no kernels for experts whose features are no multiples of {grouped_ops.FEATURES_MULTIPLE}"
+    if plan.recipe.grad_format is not GradFormat.E4M3 and Gemm.FP8 in (plan.recipe.dgrad, plan.recipe.wgrad):
+        return "no kernels for experts with dense products of e5m2"  # PyTorch's take e4m3 alone
     return "no kernels for experts without FP8" if plan.recipe.is_bf16 else None
 
 

@@ -27,6 +27,7 @@ from triton.runtime import interpreter
 
 from sparse_compile.kernels import reference, tiles
 from sparse_compile.kernels.activation import cast_mvue, cast_transpose
+from sparse_compile.kernels.expert_blocks import most_blocks, plan_expert_blocks
 from sparse_compile.kernels.formats import (
     E4M3,
     E5M2,
@@ -413,8 +414,29 @@ def routings(*counts: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
         yield sum(of_experts) + 3 * index, torch.tensor(of_experts).cumsum(0, dtype=dtype)
 
 
+def check_expert_blocks() -> None:
+    """Each block has tokens of one expert; then, of each expert, its first block and how many it has."""
+    counts = ((3, 0, 300, 1), (0, 0), (256, 128), (0, 1000, 0, 5), (1,) * 9)
+    for (tokens, offsets), of_experts in zip(routings(*counts), counts, strict=True):
+        for block in (128, 192, 256):
+            expected: list[tuple[int, ...]] = []
+            spans, begin = [], 0
+            for expert, count in enumerate(of_experts):
+                spans.append((len(expected), -(-count // block)))
+                expected += [(expert, first, begin + count, begin) for first in range(begin, begin + count, block)]
+                begin += count
+            blocks = most_blocks(tokens, len(offsets), block)
+            _, table, find = plan_expert_blocks(offsets, tokens, block)
+            find(offsets.data_ptr(), table.data_ptr())
+            rows = [tuple(row) for row in table.tolist()]
+            assert rows[:blocks] == expected + [(-1, 0, 0, 0)] * (blocks - len(expected)), (of_experts, block)
+            assert rows[blocks][0] == len(expected), (of_experts, block)
+            assert [row[:2] for row in rows[blocks + 1 :]] == spans, (of_experts, block)
+
+
 def check_experts_casts() -> None:
     """The operands of wgrad, each expert's tokens padded on their own."""
+    check_expert_blocks()
     torch.manual_seed(0)
     shapes = [(80 if ALL else 16, torch.float32, E4M3), (16, torch.bfloat16, E5M2), (144, torch.float16, E4M3)]
     counts: list[tuple[int, ...]] = [(3, 0, 130, 1), (0, 40, 0), (0, 0), (128, 7), (5,) * 9]

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.parameter_owners import ParameterOwners
-from sparse_compile.recipe import RECIPES
+from sparse_compile.recipe import RECIPES, GradFormat
 from sparse_compile.weights.pattern_24 import is_24
 from sparse_compile.weights.registry import find_record, record_of
 
@@ -339,7 +340,13 @@ def test_two_processes_train_as_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("width", "recipe", "why"),
-    [(80, "s-ste", "whose features are no multiples of 64"), (64, "s-ste-bf16", "without FP8"), (64, "s-ste", "")],
+    [
+        (80, RECIPES["s-ste"], "whose features are no multiples of 64"),
+        (64, RECIPES["s-ste-bf16"], "without FP8"),
+        (64, replace(RECIPES["s-ste"], grad_format=GradFormat.E5M2), "with dense products of e5m2"),
+        (64, replace(RECIPES["s-ste-transposable"], grad_format=GradFormat.E5M2), ""),
+        (64, RECIPES["s-ste"], ""),
+    ],
 )
 def test_verified_kernels_run_what_they_can(monkeypatch, trace, width, recipe, why):
     monkeypatch.setattr(ops, "_missing_kernels", lambda device: None)
@@ -347,7 +354,7 @@ def test_verified_kernels_run_what_they_can(monkeypatch, trace, width, recipe, w
     monkeypatch.setattr(choose, "warned", set())
     weight = nn.Parameter(torch.randn(COUNT, width, 64))
     graph = trace(lambda x: torch.bmm(x, weight.mT).relu(), torch.randn(COUNT, 8, 64))
-    plans, _ = decide(find(Flow(graph)).sites, RECIPES[recipe], "all", ParameterOwners())
+    plans, _ = decide(find(Flow(graph)).sites, recipe, "all", ParameterOwners())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kept, rejections = choose.leave_without_kernels(plans)
