@@ -1,24 +1,23 @@
-"""Every kernel once, on small operands with tails, to be watched by compute-sanitizer.
+"""Every kernel once, on small operands with tails, to be watched by compute-sanitizer: scripts/sanitize.sh."""
 
-compute-sanitizer --tool memcheck --error-exitcode 1 python benchmarks/all_kernels.py
-compute-sanitizer --tool racecheck --error-exitcode 1 python benchmarks/all_kernels.py
-"""
-
+import argparse
 import sys
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sparse_compile.kernels import ops
-from sparse_compile.kernels.formats import E4M3, FP8_DTYPES, padded
+from sparse_compile.kernels.formats import E4M3, FP8_DTYPES, metadata_shape, padded
 from sparse_compile.kernels.sparse_gemm import plan as plan_module
-from sparse_compile.kernels.sparse_gemm.configs import configs
-from sparse_compile.projections.groups_of_four import SOFT, prune_weight_
+from sparse_compile.kernels.sparse_gemm.configs import Config, configs
+from sparse_compile.projections.groups_of_four import SOFT, SOFT_ONCE, prune_weight_
 from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16, prune_weight_bf16_
-from sparse_compile.projections.identity import IDENTITY, cast_weight_
+from sparse_compile.projections.identity import IDENTITY, IDENTITY_BACKWARD, IDENTITY_ONCE, cast_weight_
 from sparse_compile.projections.transposable import (
     SOFT_TRANSPOSABLE,
     TRANSPOSABLE,
@@ -53,6 +52,10 @@ def weight_kernels(matrix: torch.Tensor) -> None:
         prune_weight_bf16_(matrix, one, *SOFT_BF16.new_operands(*shape, DEVICE), hard)
     prune_soft_transposable_(matrix, one, *SOFT_TRANSPOSABLE.new_operands(*shape, DEVICE))
     cast_weight_(matrix, *IDENTITY.new_operands(*shape, DEVICE))
+    for projection in (SOFT_ONCE, IDENTITY_ONCE, IDENTITY_BACKWARD):
+        operands = projection.new_operands(*shape, DEVICE)
+        projection.fill(matrix, operands, None, None, False)
+        projection.dgrad_operand(*projection.kept_for_dgrad(operands))
     masks, operands = TRANSPOSABLE.new_masks(*shape, DEVICE), TRANSPOSABLE.new_operands(*shape, DEVICE)
     for search in (True, False):
         prune_transposable_(matrix, *operands, masks, search)
@@ -60,23 +63,58 @@ def weight_kernels(matrix: torch.Tensor) -> None:
         ops.add_masked_decay_(torch.randn_like(matrix), matrix, one, known)
 
 
-def sparse_gemms() -> None:
-    """Every configuration, with several tiles and more stages than the ring holds."""
+class Variant(NamedTuple):
+    """Of the GEMM: what it is compiled for."""
+
+    config: Config
+    dtype: torch.dtype  # of the sparse operand
+    dense_dtype: torch.dtype
+    out_dtype: torch.dtype
+    accurate: bool
+    scaled: bool
+    transpose: bool
+
+
+def variants(every: bool) -> Iterator[Variant]:
+    """Of each configuration, each pair of operands and dtype of the result; of the rest all, or by turns."""
+    operands = [*product(FP8_DTYPES, repeat=2), (torch.bfloat16, torch.bfloat16)]
+    results = (torch.bfloat16, torch.float16, torch.float32)
+    for index, (config, (dtype, dense), out) in enumerate(product(configs(), operands, results)):
+        forms = list(product((False, True), repeat=3))
+        for accurate, scaled, transpose in forms if every else (forms[index % 8], forms[7 - index % 8]):
+            if not (accurate and dtype is torch.bfloat16):
+                yield Variant(config, dtype, dense, out, accurate, scaled, transpose)
+
+
+def sparse_gemms(every: bool) -> int:
+    """As many variants, with several tiles and more stages than the ring holds."""
     rows, columns, contraction = 5 * 128 + 80, 600, 20 * 128
-    out = torch.empty(rows * columns, device=DEVICE, dtype=torch.bfloat16)
-    values = torch.randn(rows, padded(contraction) // 2, device=DEVICE).to(E4M3)
-    dense = torch.randn(columns, contraction, device=DEVICE).to(E4M3)
-    metadata = torch.full((contraction // 128, padded(rows) // 16, 32, 2), _WORD, dtype=torch.int32, device=DEVICE)
     scale_inv, scales = torch.ones(1, device=DEVICE), torch.ones(columns, device=DEVICE)
-    for config in configs():
-        for accurate, dense_scale_inv, shape in ((False, scales, (columns, rows)), (True, None, (rows, columns))):
-            tensors = (values, metadata, dense, scale_inv, dense_scale_inv, out.view(shape))
-            multiply = plan_module.plan_gemm(config, accurate, *tensors, shape[0] == columns)
-            multiply(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
+    count = 0
+    for variant in variants(every):
+        values = torch.randn(rows, padded(contraction) // 2, device=DEVICE).to(variant.dtype)
+        dense = torch.randn(columns, contraction, device=DEVICE).to(variant.dense_dtype)
+        shape = metadata_shape(rows, contraction, variant.dtype)
+        metadata = torch.full(shape, _WORD, dtype=torch.int32, device=DEVICE)
+        out_shape = (columns, rows) if variant.transpose else (rows, columns)
+        out = torch.empty(out_shape, device=DEVICE, dtype=variant.out_dtype)
+        tensors = (values, metadata, dense, scale_inv, scales if variant.scaled else None, out)
+        multiply = plan_module.plan_gemm(variant.config, variant.accurate, *tensors, variant.transpose)
+        multiply(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
+        torch.cuda.synchronize()  # before the operands are freed
+        count += 1
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="all forms of the GEMM, not each with a few of the others")
+    args = parser.parse_args()
+    memory_kernels()
+    count = sparse_gemms(args.all)
+    torch.cuda.synchronize()
+    print(f"ran every kernel that prunes or casts, and {count} variants of the GEMM")
 
 
 if __name__ == "__main__":
-    memory_kernels()
-    sparse_gemms()
-    torch.cuda.synchronize()
-    print("ran every kernel")
+    main()

@@ -30,9 +30,9 @@ from harness import Candidate, Report, Timing, brief, measure, run_parts, set_co
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, E4M3_MAX, E5M2, MVUE_GAIN
 from sparse_compile.kernels.reference import saturating_cast
-from sparse_compile.projections.groups_of_four import SOFT, prune_weight_
+from sparse_compile.projections.groups_of_four import SOFT, SOFT_ONCE, prune_weight_
 from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16, prune_weight_bf16_
-from sparse_compile.projections.identity import IDENTITY, cast_weight_
+from sparse_compile.projections.identity import IDENTITY, IDENTITY_ONCE, cast_weight_
 from sparse_compile.projections.transposable import (
     SOFT_TRANSPOSABLE,
     TRANSPOSABLE,
@@ -71,6 +71,27 @@ def _prune(weight: Tensor, beta: Tensor, *buffers: Tensor, hard: bool = False) -
     return buffers
 
 
+def _prune_once_inputs(n: int, k: int, device: torch.device) -> Tensors:
+    return _normal(n, k, device), torch.ones(1, device=device), *SOFT_ONCE.new_operands(n, k, device)
+
+
+def _prune_once(weight: Tensor, beta: Tensor, *buffers: Tensor) -> Tensors:
+    values, metadata, scale_inv = buffers
+    prune_weight_(weight, beta, values, metadata, None, scale_inv, False)
+    return buffers
+
+
+def _pruned(n: int, k: int, device: torch.device) -> Tensors:
+    operands = SOFT_ONCE.new_operands(n, k, device)
+    if device.type != "meta":
+        SOFT_ONCE.fill(_normal(n, k, device), operands, None, None, False)
+    return operands.values, operands.metadata
+
+
+def _transpose_pruned(values: Tensor, metadata: Tensor) -> Tensors:
+    return (ops.transpose_pruned(values, metadata),)
+
+
 def _prune_bf16_inputs(n: int, k: int, device: torch.device) -> Tensors:
     return _normal(n, k, device), torch.ones(1, device=device), *SOFT_BF16.new_operands(n, k, device)
 
@@ -87,6 +108,15 @@ def _cast_weight_inputs(n: int, k: int, device: torch.device) -> Tensors:
 def _cast_weight(weight: Tensor, *buffers: Tensor) -> Tensors:
     cast_weight_(weight, *buffers)
     return buffers
+
+
+def _cast_once_inputs(n: int, k: int, device: torch.device) -> Tensors:
+    return _normal(n, k, device), *IDENTITY_ONCE.new_operands(n, k, device)
+
+
+def _cast_once(weight: Tensor, payload: Tensor, scale_inv: Tensor) -> Tensors:
+    cast_weight_(weight, payload, None, scale_inv)
+    return payload, scale_inv
 
 
 def _soft_transposable_inputs(n: int, k: int, device: torch.device) -> Tensors:
@@ -160,6 +190,9 @@ WEIGHT_OPS = {
     "prune_soft_transposable_": Op(make=_soft_transposable_inputs, run=_prune_soft_transposable),
     "prune_weight_bf16_": Op(make=_prune_bf16_inputs, run=_prune_bf16),
     "cast_weight_": Op(make=_cast_weight_inputs, run=_cast_weight),
+    "prune_weight_, one copy": Op(make=_prune_once_inputs, run=_prune_once),
+    "cast_weight_, one copy": Op(make=_cast_once_inputs, run=_cast_once),
+    "transpose_pruned": Op(make=_pruned, run=_transpose_pruned),
 }
 MASK_OPS = {
     "prune_transposable_, search": Op(make=_transposable_inputs, run=partial(_prune_transposable, True)),

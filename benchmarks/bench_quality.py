@@ -14,7 +14,6 @@ so do ``tasks`` with ``--arms``, ``search`` with ``--trials``, and ``rates`` wit
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,7 +38,7 @@ import recipe_search
 import task_runs
 import timed_runs
 import train_gpt
-from harness import RESULTS, Report, Run, keep_parts, write
+from harness import RESULTS, Report, Run, earlier, keep_parts, write
 
 import sparse_compile
 from sparse_compile.kernels import ops
@@ -190,9 +189,8 @@ def rates_part(
 
 
 def _runs_in(folder: Path, part: str) -> list[Run]:
-    """The runs of earlier calls."""
-    path = folder / "bench_quality.json"
-    runs: list[Run] = json.loads(path.read_text()).get(part, {}).get("runs", []) if path.exists() else []
+    """The runs of earlier calls, on a device of this kind."""
+    runs: list[Run] = earlier("bench_quality", part, folder).get("runs", [])
     return runs
 
 

@@ -1,4 +1,4 @@
-"""Training steps of Hugging Face models: time, memory and compilation, against torch.compile bf16 and torchao float8.
+"""Training steps of models: time, memory and compilation, against torch.compile bf16 and torchao float8.
 
     python benchmarks/bench_step.py step        time and peak memory
     python benchmarks/bench_step.py profile     where the GPU's time goes, by kind of kernel
@@ -251,9 +251,10 @@ def main() -> None:
         first_part(args.models[0], kinds[0])
         return
     print(", ".join(f"{key} {value}" for key, value in provenance().items()), flush=True)
-    results, table = parts[args.part](args.models, kinds, args.rounds)
-    print(table, flush=True)
-    write("bench_step", args.part, results, table, args.out)
+    for name in args.models:  # a section each, which the next run of that model replaces
+        results, table = parts[args.part]([name], kinds, args.rounds)
+        print(table, flush=True)
+        write("bench_step", f"{args.part} {name}", results, table, args.out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ through the backend, by the eager definitions of its kernels.  Runs are added to
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import train_gpt
-from harness import RESULTS, Run, side_by_side, write
+from harness import RESULTS, Run, earlier, side_by_side, write
 from recipe_search import compared, merged
 
 import sparse_compile  # noqa: F401 - registers the backend where it is not installed
@@ -244,8 +243,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one core each (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
-    path = args.out / "emulate_recipes.json"
-    runs: list[Run] = json.loads(path.read_text())["emulated"]["runs"] if path.exists() else []
+    runs: list[Run] = earlier("emulate_recipes", "emulated", args.out).get("runs", [])
     wanted = [(name, rate, seed) for seed, rate, name in product(args.seeds, args.learning_rates, args.trials)]
     for run in side_by_side(run_trial, wanted, args.jobs):
         runs = merged(runs, [run])

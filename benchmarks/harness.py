@@ -233,20 +233,45 @@ def _printed_by(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def earlier(name: str, part: str, folder: Path = RESULTS) -> dict[str, Any]:
+    """What an earlier run of this part on a device of this kind gave; nothing if there was none."""
+    path = folder / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text()).get(_title(part), {}) if path.exists() else {}
+    return found
+
+
+def _title(part: str) -> str:
+    """Of a part's section.  It names the device, so that there is one current run of each benchmark on each device."""
+    return f"{part}, {_device()['device']}"
+
+
 def write(name: str, part: str, results: Mapping[str, Any], table: str, folder: Path = RESULTS) -> None:
-    """Add one part's results, their provenance and their table to ``<name>.json``, and all tables to ``<name>.md``."""
+    """Put one part's results, their provenance and their table in ``<name>.json``, and all tables in ``<name>.md``.
+
+    They replace those of an earlier run of the part on a device of this kind.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     parts = json.loads(path.read_text()) if path.exists() else {}
-    parts[part] = {"provenance": provenance(), "table": table.splitlines(), **results}
+    parts[_title(part)] = {"provenance": provenance(), "table": table.splitlines(), **results}
+    write_parts(name, parts, folder)
+
+
+def write_parts(name: str, parts: Mapping[str, Any], folder: Path = RESULTS) -> None:
+    """The two files of a program, from all of its sections."""
     text = json.dumps(parts, indent=1)
-    path.write_text(_NUMBERS.sub(lambda numbers: " ".join(numbers[0].split()), text) + "\n")
+    (folder / f"{name}.json").write_text(_NUMBERS.sub(lambda numbers: " ".join(numbers[0].split()), text) + "\n")
+    (folder / f"{name}.md").write_text(as_markdown(name, parts))
+
+
+def as_markdown(name: str, parts: Mapping[str, Any]) -> str:
+    """All tables of a program, each below where it comes from."""
     sections = [
         f"## {title}\n\n{', '.join(f'{key} {value}' for key, value in content['provenance'].items())}\n\n"
         + "\n".join(content["table"])
         for title, content in parts.items()
     ]
-    (folder / f"{name}.md").write_text(f"# {name}\n\n" + "\n\n".join(sections) + "\n")
+    return f"# {name}\n\n" + "\n\n".join(sections) + "\n"
 
 
 def run_parts(name: str, description: str | None, parts: Mapping[str, Callable[[], Report]]) -> None:

@@ -41,7 +41,7 @@ def tokens_of(file: Path, vocabulary: int) -> Tensor:
     kept = _kept(vocabulary, f"{file.name}-{zlib.crc32(text):08x}.pt")
     if not kept.exists():
         pieces = [text[start : start + _PIECE].decode(errors="replace") for start in range(0, len(text), _PIECE)]
-        encoded = _encoding(vocabulary, _texts).encode_batch(pieces)
+        encoded = _encoding(vocabulary, texts).encode_batch(pieces)
         torch.save(torch.tensor([token for piece in encoded for token in piece.ids], dtype=torch.int32), kept)
     found: Tensor = torch.load(kept)
     return found
@@ -51,25 +51,25 @@ def _kept(vocabulary: int, name: str) -> Path:
     return Path(tempfile.gettempdir()) / f"python-source-{vocabulary}-{name}"
 
 
-def _encoding(vocabulary: int, texts: Callable[[], list[str]]) -> "Tokenizer":
+def _encoding(vocabulary: int, make_texts: Callable[[], list[str]]) -> "Tokenizer":
     """Made of the first texts, and kept."""
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
     kept = _kept(vocabulary, "encoding.json")
     if not kept.exists():
         encoding = ByteLevelBPETokenizer()
-        encoding.train_from_iterator(_first(texts(), _TRAINED_ON), vocab_size=vocabulary, show_progress=False)
+        encoding.train_from_iterator(_first(make_texts(), _TRAINED_ON), vocab_size=vocabulary, show_progress=False)
         encoding.save(str(kept))
     return Tokenizer.from_file(str(kept))
 
 
 def _encoded(vocabulary: int, at_least: int) -> tuple[Tensor, Tensor]:
-    texts = _texts()
-    encoding = _encoding(vocabulary, lambda: texts)
+    found = texts()
+    encoding = _encoding(vocabulary, lambda: found)
     parts: dict[bool, list[np.ndarray]] = {True: [], False: []}
     count = 0
-    for start in range(0, len(texts), _BATCH):
-        for offset, encoded in enumerate(encoding.encode_batch(texts[start : start + _BATCH])):
+    for start in range(0, len(found), _BATCH):
+        for offset, encoded in enumerate(encoding.encode_batch(found[start : start + _BATCH])):
             held_out = (start + offset) % _HELD_OUT == 0
             parts[held_out].append(np.array(encoded.ids, dtype=np.int32))
             count += 0 if held_out else len(encoded.ids)
@@ -79,16 +79,15 @@ def _encoded(vocabulary: int, at_least: int) -> tuple[Tensor, Tensor]:
     raise SystemExit(f"the Python sources installed here have {count:,} tokens; asked for were {at_least:,}")
 
 
-def _texts() -> list[str]:
+def texts() -> list[str]:
     """Files of the standard library and of the installed packages, without duplicates."""
     names = sysconfig.get_paths()
     files = sorted(
         {path.resolve() for key in ("stdlib", "purelib", "platlib") for path in Path(names[key]).rglob("*.py")}
     )
     unique = dict.fromkeys(text for file in files if (text := file.read_text(errors="replace")).strip())
-    texts = list(unique)
-    order = np.random.default_rng(0).permutation(len(texts))
-    return [texts[index] for index in order]
+    found = list(unique)
+    return [found[index] for index in np.random.default_rng(0).permutation(len(found))]
 
 
 def _first(texts: list[str], characters: int) -> Iterator[str]:

@@ -1,18 +1,26 @@
-"""The training steps that are measured: Hugging Face's own classes, random weights, random tokens, fused AdamW.
+"""The training steps that are measured: random weights and random inputs, in the classes of Hugging Face and timm.
 
 The tables of rotary embeddings that the backend keeps have nothing to do with sparsity or FP8, so every candidate has
 them: the graphs of the baselines go through that pass, too.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from modern_gpt import ModernGPT, MuonAndAdamW
+from train_gpt import GPTConfig, TrainConfig
 
 import sparse_compile  # noqa: F401 - registers the backend where it is not installed
 from sparse_compile.passes.keep_rotary_tables import keep_rotary_tables
@@ -64,14 +72,36 @@ COMPILE: Mapping[str, dict[str, Any]] = {
 }
 
 
+def _draw_tokens(model: "StepModel", generator: torch.Generator) -> tuple[Tensor, ...]:
+    return (torch.randint(model.vocabulary, model.batch, device=generator.device, generator=generator),)
+
+
+def _draw_images(model: "StepModel", generator: torch.Generator) -> tuple[Tensor, ...]:
+    count, width = model.batch
+    images = torch.randn(count, 3, width, width, device=generator.device, generator=generator)
+    return images, torch.randint(model.vocabulary, (count,), device=generator.device, generator=generator)
+
+
+def _adamw(network: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
+
+
+def _muon_and_adamw(network: nn.Module) -> Any:
+    return MuonAndAdamW(network, TrainConfig(steps=1, batch=1, learning_rate=1e-5, seed=0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepModel:
     """A model and its step.
 
     Args:
         make: returns the model with random fp32 weights.
-        vocabulary: tokens are drawn below it.
-        batch: sequences of a microbatch and their length.
+        vocabulary: tokens, or classes, are drawn below it.
+        batch: sequences of a microbatch and their length, or images and their width.
+        draw: inputs of a microbatch.
+        loss: of what is compiled, and these inputs.
+        dtype: of the parameters; those in fp32 are multiplied under autocast.
+        make_optimizer: of the network.
         microbatches: in an optimizer step.
         checkpointing: recompute each layer in backward.
     """
@@ -79,6 +109,10 @@ class StepModel:
     make: Callable[[], nn.Module]
     vocabulary: int
     batch: tuple[int, int]
+    draw: Callable[["StepModel", torch.Generator], tuple[Tensor, ...]] = _draw_tokens
+    loss: Callable[..., Tensor] = lambda network, ids: network(input_ids=ids, labels=ids).loss
+    dtype: torch.dtype = torch.bfloat16
+    make_optimizer: Callable[[nn.Module], Any] = _adamw
     microbatches: int = 1
     checkpointing: bool = False
 
@@ -92,7 +126,7 @@ def _causal_attention() -> str:
     return "causal_sdpa"
 
 
-def llama(hidden: int, intermediate: int, layers: int, context: int) -> nn.Module:
+def llama(hidden: int, intermediate: int, layers: int, context: int, heads: int = 32) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -100,8 +134,8 @@ def llama(hidden: int, intermediate: int, layers: int, context: int) -> nn.Modul
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4,
         max_position_embeddings=context,
         use_cache=False,
         attn_implementation=_causal_attention(),
@@ -115,6 +149,10 @@ def _llama_8b_layers() -> nn.Module:
 
 def _llama_1b_layers() -> nn.Module:
     return llama(2048, 8192, layers=8, context=2048)
+
+
+def _llama_350m() -> nn.Module:
+    return llama(1024, 2816, layers=12, context=1024, heads=16)
 
 
 def _qwen_7b_layers() -> nn.Module:
@@ -206,6 +244,20 @@ def _gpt2_small() -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
+def _gpt_1280() -> nn.Module:
+    network = ModernGPT(GPTConfig(layers=20, width=1280, heads=20, context=2048, vocabulary=8192, tied=False))
+    for parameter in network.parameters():
+        if not parameter.any():  # where training begins; products of zeros draw less power than any others
+            nn.init.normal_(parameter, std=1280**-0.5)
+    return network
+
+
+def _vit_large() -> nn.Module:
+    import timm
+
+    return timm.create_model("vit_large_patch16_224", pretrained=False)
+
+
 MODELS = {
     "llama-8b": StepModel(make=_llama_8b_layers, vocabulary=32000, batch=(4, 4096)),
     "llama-1b": StepModel(make=_llama_1b_layers, vocabulary=32000, batch=(8, 2048)),
@@ -216,9 +268,22 @@ MODELS = {
     "experts-mixtral-skewed": experts(4096, 14336, 8, 2, skewed=True),
     "experts-olmoe": experts(2048, 1024, 64, 8),
     "experts-qwen3-30b-a3b": experts(2048, 768, 128, 8),
+    "llama-350m": StepModel(make=_llama_350m, vocabulary=32000, batch=(16, 1024)),
+    "gpt-1280": StepModel(
+        make=_gpt_1280, vocabulary=8192, batch=(16, 2048), loss=lambda network, ids: network(ids, ids),
+        make_optimizer=_muon_and_adamw, microbatches=4,
+    ),
+    "vit-large": StepModel(
+        make=_vit_large, vocabulary=1000, batch=(128, 224), draw=_draw_images, dtype=torch.float32,
+        loss=lambda network, images, labels: F.cross_entropy(network(images), labels),
+    ),
     "llama-8b-checkpointed": StepModel(make=_llama_8b_layers, vocabulary=32000, batch=(4, 4096), checkpointing=True),
     "llama-8b-microbatches": StepModel(make=_llama_8b_layers, vocabulary=32000, batch=(4, 4096), microbatches=4),
-}
+}  # fmt: skip
+
+
+def _is_no_head(module: nn.Module, name: str) -> bool:
+    return name.rpartition(".")[2] not in ("lm_head", "head")
 
 
 # Those with experts are measured where they are named: they are dense as long as their kernels are not verified.
@@ -228,35 +293,29 @@ BY_DEFAULT = [name for name in MODELS if "mixtral" not in name and "experts" not
 def training_step(model: StepModel, kind: str, device: torch.device) -> Callable[[], Tensor]:
     """Forward and backward of each microbatch and one step of the optimizer, in bf16; returns the last loss."""
     torch.manual_seed(0)
-    network = model.make().to(device, torch.bfloat16).train()
+    network = model.make().to(device, model.dtype).train()
     if model.checkpointing:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if kind.startswith("torchao "):
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
         config = Float8LinearConfig.from_recipe_name(kind.removeprefix("torchao "))
-        convert_to_float8_training(network, config=config, module_filter_fn=lambda module, name: "lm_head" not in name)
+        convert_to_float8_training(network, config=config, module_filter_fn=_is_no_head)
     compiled = torch.compile(network, **COMPILE.get(kind, COMPILE[BF16]))
-    return steps_of(model, compiled, torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True), device)
+    return steps_of(model, compiled, model.make_optimizer(network), device)
 
 
 def steps_of(
-    model: StepModel,
-    compiled: Callable[..., Any],
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    seed: int = 0,
+    model: StepModel, compiled: Callable[..., Any], optimizer: Any, device: torch.device, seed: int = 0
 ) -> Callable[[], Tensor]:
-    """One step of a compiled network, on random tokens that are the same in each; ``seed`` says which."""
+    """One step of a compiled network, on random inputs that are the same in each; ``seed`` says which."""
     generator = torch.Generator(device).manual_seed(seed)
-    batches = [
-        torch.randint(model.vocabulary, model.batch, device=device, generator=generator)
-        for _ in range(model.microbatches)
-    ]
+    batches = [model.draw(model, generator) for _ in range(model.microbatches)]
 
     def step() -> Tensor:
-        for ids in batches:
-            loss: Tensor = compiled(input_ids=ids, labels=ids).loss
+        for batch in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=model.dtype is torch.float32):
+                loss = model.loss(compiled, *batch)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()

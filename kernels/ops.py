@@ -165,10 +165,11 @@ def no_results(*arguments: Tensor | bool | None) -> None:
     """The fake of an op that writes into its arguments alone."""
 
 
-def fill(buffers: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-    """Copy results into buffers."""
+def fill(buffers: Sequence[Tensor | None], results: Sequence[Tensor]) -> None:
+    """Copy results into buffers, where there are any."""
     for buffer, result in zip(buffers, results, strict=True):
-        buffer.copy_(result)
+        if buffer is not None:
+            buffer.copy_(result)
 
 
 def _add_masked_decay_eager(grad: Tensor, weight: Tensor, factor: Tensor, masks: Tensor | None = None) -> None:
@@ -213,6 +214,18 @@ transpose_tokens = define(
     reference.transpose_tokens,
     launcher("activation.cast_transpose.launch_transpose_tokens", _transpose_tokens_fake),
     _transpose_tokens_fake,
+)
+
+
+def _transpose_pruned_fake(values: Tensor, metadata: Tensor) -> Tensor:
+    return empty(values, (2 * values.shape[1], values.shape[0]), values.dtype)
+
+
+transpose_pruned = define(
+    "transpose_pruned(Tensor values, Tensor metadata) -> Tensor",
+    reference.transpose_pruned,
+    launcher("weight.transpose_pruned.launch_transpose_pruned", _transpose_pruned_fake),
+    _transpose_pruned_fake,
 )
 
 

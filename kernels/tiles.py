@@ -221,6 +221,23 @@ def store_compressed(
 
 
 @gluon.jit
+def load_metadata(metadata_ptr, row, column, rows, columns, R: gl.constexpr, C: gl.constexpr, EVEN: gl.constexpr):
+    """Where what is kept of the tile at (row, column) of a matrix [rows, columns] stood: a pair of groups an int32.
+
+    Two nibbles each, [R, C / 8], C a multiple of 128.
+    """
+    blocks_c, blocks_r = gl.cdiv(columns, 128), gl.cdiv(rows, 128)
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, gl.num_warps()], [1, 0])
+    words = load_tile(
+        metadata_ptr, column // 128, row * 4, blocks_c, blocks_r * 512, blocks_r * 512, 1, C // 128, R * 4, EVEN, layout
+    )
+    pairs = gl.join(gl.join(words & 255, words >> 16 & 255), gl.join(words >> 8 & 255, words >> 24 & 255))
+    # block, r // 16, r % 8, p % 2, r // 8 % 2, p // 2, p's pairs
+    blocks = gl.reshape(pairs, [C // 128, R // 16, 8, 2, 2, 2, 4])
+    return gl.reshape(gl.permute(blocks, [1, 4, 2, 0, 5, 3, 6]), [R, C // 8])
+
+
+@gluon.jit
 def cast_words(x0, x1, x2, x3, FORMAT: gl.constexpr = gl.float8e4nv):
     """Four fp32 in FP8: a word.  It saturates, and NaN stays NaN."""
     return gl.inline_asm_elementwise(_cast_asm(FORMAT), "=r,f,f,f,f", [x0, x1, x2, x3], gl.int32, True, 1)

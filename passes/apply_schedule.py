@@ -25,7 +25,7 @@ def apply_schedule(
         if not plan.recipe.projection.prunes or is_pruned_now(plan):
             scheduled.append(plan)
         elif plan.recipe.is_bf16:
-            advice = "'sste.warmup' and 'sste.tail' say when it is pruned"
+            advice = "'sste.warmup' and 'sste.tail' set when it is pruned"
             rejections.append(plan.site.reject(Reason.DENSE_PHASE, f"{when}, by its schedule", advice))
         else:
             dense, shadow_projection = plan.recipe.unpruned(), plan.recipe.projection

@@ -62,11 +62,13 @@ def leave_without_kernels(plans: Sequence[Plan]) -> tuple[list[Plan], list[Rejec
         if missing is None or (plan.recipe.projection.prunes and plan.pruned):
             kept.append(plan)
             continue
-        rejections.append(plan.site.reject(Reason.NO_KERNELS, missing, "'sste.when': 'always' emulates"))
+        rejections.append(plan.site.reject(Reason.NO_KERNELS, missing, "'sste.when': 'always' emulates the kernels"))
         if missing not in warned:
             warned.add(missing)
             who = "they run" if for_all is None else "the model runs"
-            warnings.warn(f"sparse_compile: {missing}: {who} dense; 'sste.when': 'always' emulates", stacklevel=2)
+            warnings.warn(
+                f"sparse_compile: {missing}: {who} dense; 'sste.when': 'always' emulates the kernels", stacklevel=2
+            )
     return kept, rejections
 
 
@@ -140,7 +142,7 @@ def choose(
             detail = (
                 f"{call} would take {fastest.rewritten:.0f} us in {recipe.short_str()}, {fastest.dense:.0f} us dense"
             )
-            advice = "more tokens in a call may change that; 'sste.when': 'always' rewrites it all the same"
+            advice = "more tokens in a call may change that; 'sste.when': 'always' rewrites it anyway"
             rejections.append(replace(plan.site.reject(Reason.SLOWER, detail, advice), dense_us=fastest.dense))
     return chosen, rejections
 
@@ -219,7 +221,14 @@ def _components(recipe: Recipe) -> list[str]:
         components.append("transpose_tokens")
     if recipe.dgrad is Gemm.MVUE24:
         components.append(_sampled(recipe, "cast_mvue for dgrad"))
+    components += _before_dgrad(recipe)
     return components
+
+
+def _before_dgrad(recipe: Recipe) -> list[str]:
+    """What makes the copy of the weight that dgrad reads, where none is kept."""
+    component = recipe.projection.dgrad_component
+    return [component] if component is not None and recipe.dgrad is not Gemm.DENSE else []
 
 
 def _ops_around(recipe: Recipe) -> list[str]:
@@ -256,7 +265,7 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
     total += sum(times[component] for component in _ops_around(recipe))
     total += times[f"{recipe.wgrad.value} wgrad"] + times.get("transpose_tokens", 0.0) / sharing
     if _needs_dgrad(site):
-        total += times[f"{recipe.dgrad.value} dgrad"]
+        total += times[f"{recipe.dgrad.value} dgrad"] + sum(times[component] for component in _before_dgrad(recipe))
         if recipe.dgrad in (Gemm.FP8, Gemm.MVUE24):
             total += inputs * _PRODUCT_BYTES * byte
         if recipe.dgrad is Gemm.MVUE24:

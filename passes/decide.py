@@ -125,7 +125,7 @@ def _names(site: LinearSite, targets: str) -> str:
     if targets == "all":
         return "name it in 'sste.targets'"
     wider = "ffn" if site.role in TARGETS["ffn"] else "all"
-    return f"say 'sste.targets': {wider!r}, or name it there"
+    return f"set 'sste.targets': {wider!r}, or name it there"
 
 
 def _cannot(
@@ -150,17 +150,17 @@ def _cannot(
         advice = "pad " + " and ".join(f"{name} to {size}" for name, size in padded.items())
         return site.reject(Reason.SHAPE, detail, advice)
     parameter = real_parameter(site.weight)
-    in_features_dim = 0 if site.transposed else 1
+    in_features_dim = -2 if site.transposed else -1
     if not (weight.requires_grad or pruned or (parameter is not None and is_24(parameter, in_features_dim))):
         detail = "requires_grad is False, and it was never trained pruned"
-        advice = "set requires_grad to train it; 'sste.frozen': 'sparse' if it was finalized"
+        advice = "set requires_grad to train it, or 'sste.frozen': 'sparse' if it was finalized"
         return site.reject(Reason.FROZEN, detail, advice)
     # What was trained pruned goes on so, whoever else reads it by now.
     if pruned:
         return None
-    untie = "give each use a parameter of its own, if the model allows"
+    untie = "give each use its own parameter, if the model allows"
     if site.other_uses:
-        return site.reject(Reason.TIED, f"{', '.join(site.other_uses)} of this graph reads it, too", untie)
+        return site.reject(Reason.TIED, f"{', '.join(site.other_uses)} of this graph reads it as well", untie)
     holders = owners.holders(parameter) if parameter is not None else ()
     embedded = parameter is not None and owners.is_embedding(parameter)
     if len(holders) > 1 or embedded:
@@ -188,12 +188,14 @@ def _should_not(site: LinearSite, owners: ParameterOwners, head: Recipe | None) 
         why = "its output goes to the loss"
         if site.role is Role.LAST:
             why = "its output leaves the graph and it has an embedding's shape"
-        return site.reject(Reason.HEAD, why, "say 'sste.head': 'fp8', and compare losses (README.md, Limits)")
+        return site.reject(Reason.HEAD, why, "set 'sste.head': 'fp8', and compare losses (docs/limits.md)")
     if site.role is Role.ADAPTER:
-        detail = "of low rank, beside a frozen linear"
-        return site.reject(Reason.ADAPTER, detail, "name it in 'sste.targets' to rewrite it all the same")
+        detail = "of low rank, next to a frozen linear"
+        return site.reject(Reason.ADAPTER, detail, "name it in 'sste.targets' to rewrite it anyway")
     if min(site.in_features, site.out_features) < MIN_FEATURES:
-        return site.reject(Reason.TOO_SMALL, f"fewer than {MIN_FEATURES} features", "name it in 'sste.targets'")
+        return site.reject(
+            Reason.TOO_SMALL, f"fewer than {MIN_FEATURES} features", "name it in 'sste.targets' to rewrite it anyway"
+        )
     return None
 
 

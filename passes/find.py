@@ -73,7 +73,7 @@ def find(flow: Flow, whole: GraphModule | None = None, name_of: Callable[[Node],
             found.sites.append(site)
         else:
             spelling = "F.linear" if site.experts is None else "grouped_mm"
-            advice = f"write it as {spelling}, and move the extra work into operations of its own"
+            advice = f"write it as {spelling}, and move the extra work into separate operations"
             found.rejections.append(site.reject(Reason.UNSUPPORTED_FORM, linear.pattern.refusal, advice))
     return found
 

@@ -40,12 +40,13 @@ def read_plan(path: Path) -> Agreement:
             outcomes = {(choice.variant, gain(choice) >= 0) for choice in of_question.values()}
             if len(outcomes) != 1:
                 known = (
-                    f"it does for {', '.join(of_question)} tokens, each in its way" if of_question else "it is silent"
+                    f"its choices for {', '.join(of_question)} tokens differ"
+                    if of_question
+                    else "it has no choice for it"
                 )
                 raise ValueError(
                     f"option 'sste.plan': {path} does not say how to run {question}, with {tokens} tokens: {known}. "
-                    "Let a run with this model and these options write a report that does: "
-                    "'sste.report': 'report.json'"
+                    "Write a new report with this model and these options: 'sste.report': 'report.json'"
                 )
             found = next(iter(of_question.values()))
         return json.dumps(asdict(found))

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Try random models against an oracle of their own: scripts/fuzz.sh [EXAMPLES [ARGUMENTS OF PYTEST]]
-# FUZZ_SHRINK=1 looks for the smallest example that fails, which takes minutes.
+# Try random models and scripts against an oracle of their own, in parallel, with a summary in
+# benchmarks/results/fuzz.json: scripts/fuzz.sh [EXAMPLES [ARGUMENTS]], see tests/fuzz/campaign.py --help.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 use_environment dev
-export FUZZ_EXAMPLES=${1:-1000} OMP_NUM_THREADS=1
-exec "$PYTHON" -m pytest --nightly -n 2 --timeout 0 --show-capture no tests/fuzz "${@:2}"
+export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
+exec "$PYTHON" tests/fuzz/campaign.py "${1:-1000}" "${@:2}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up .venv and run what takes long: every architecture of the zoo, then the other tests marked nightly.  Prints a table
-# of the zoo, and writes it where README.md's numbers come from.  Arguments go to pytest, both times; PYTHON and NO_VENV
+# of the zoo, and writes it where docs/limits.md has its numbers from.  Arguments go to pytest, both times; PYTHON and NO_VENV
 # are described in environment.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -14,12 +14,10 @@ from sparse_compile.reporting import show as report
 _USAGE = """\
 python -m sparse_compile [run] [--report FILE] [--auto] [--option NAME=VALUE] [-m] SCRIPT ...
        python -m sparse_compile COMMAND ..."""
-_DESCRIPTION = (
-    'Run a training script through the torch.compile backend "sste", look at its results, or list the options.'
-)
+_DESCRIPTION = 'Run a training script with the torch.compile backend "sste", inspect its results, or list the options.'
 _EPILOG = """\
 "python -m sparse_compile COMMAND --help" explains a command. If the first argument is not a command, "run" is implied.
-To run a script whose name is that of a command, say "run report" or "./report".
+To run a script that has the name of a command, type "run report" or "./report".
 """
 
 

@@ -14,6 +14,7 @@ from sparse_compile.kernels import ops
 from sparse_compile.linear.function import linear
 from sparse_compile.linear.seed import new_seed
 from sparse_compile.measuring.baseline import Baseline
+from sparse_compile.measuring.eager_fallbacks import watch_fallbacks
 from sparse_compile.measuring.step_times import time_steps
 from sparse_compile.measuring.weight_health import leave_gradients
 from sparse_compile.options import Executor, Options, read_options
@@ -25,6 +26,7 @@ from sparse_compile.passes.decide import Plan, decide
 from sparse_compile.passes.expand import expand
 from sparse_compile.passes.find import Found, find
 from sparse_compile.passes.flow import Flow
+from sparse_compile.passes.keep_one_copy import keep_one_copy
 from sparse_compile.passes.keep_rotary_tables import keep_rotary_tables
 from sparse_compile.passes.live_modules import LiveModules
 from sparse_compile.passes.module_names import ModuleNames
@@ -63,7 +65,11 @@ def sste(
         graph_module: the forward graph that dynamo traced.
         example_inputs: its inputs, the parameters among them.
         mode: any mode of torch.compile.
-        options: ours, which start with ``sste.`` (see ``Options``), and Inductor's.
+        options: ours, which start with ``sste.`` (``python -m sparse_compile options`` lists them), and Inductor's.
+
+    Returns:
+        What dynamo calls in place of the graph, with the graph's inputs.  It returns the graph's outputs, with their
+        shapes, strides and dtypes.
 
     Raises:
         ValueError: an unknown mode or option, or a linear that the user named and that can't be rewritten.
@@ -168,6 +174,10 @@ def _apply_schedule(
     return plans, (*rejections, *dense_now)
 
 
+def _keep_one_copy(plans: Sequence[Plan], options: Options) -> Sequence[Plan]:
+    return keep_one_copy(plans) if options.recompute else plans
+
+
 def _choose(
     plans: Sequence[Plan], rejections: Sequence[Rejection], options: Options
 ) -> tuple[Sequence[Plan], Sequence[Rejection]]:
@@ -208,7 +218,7 @@ def _compile(
     with backend_fake_mode(inputs):
         fakes = [new_seed(device) for device in seeded]
         fakes += [operand for slot in slots for operand in slot.new_operands()]
-    with announced(f"compiling a graph in which {len(plans)} linears are rewritten"):
+    with announced(f"compiling a graph with {len(plans)} rewritten linears"):
         compiled = compile_graph(
             graph,
             [*inputs, *fakes],
@@ -249,6 +259,7 @@ PLANNED = (
         name="apply_schedule", reads=("plans", "rejections", "standing", "options"), returns=("plans", "rejections"),
         run=_apply_schedule,
     ),
+    Pass(name="keep_one_copy", reads=("plans", "options"), returns=("plans",), run=_keep_one_copy),
     Pass(
         name="choose", reads=("plans", "rejections", "options"), returns=("plans", "rejections"), run=_choose
     ),
@@ -266,6 +277,9 @@ REWRITTEN = (
     ),
 )  # fmt: skip
 PASSES = (*TRACED, *DECIDED, *PLANNED, *REWRITTEN)
+
+# From now on, as it may be that nothing is ever compiled that should be.
+watch_fallbacks()
 
 # torch._dynamo.reset() calls this attribute of a backend.
 sste.reset = reset_cuda_graphs  # type: ignore[attr-defined]

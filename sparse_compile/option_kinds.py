@@ -182,10 +182,10 @@ STEPS = Kind(read=_count, parse=_parse_count, others="a number of optimizer step
 INTERVAL = Kind(
     read=_above_zero(_count), parse=_parse_count, others="a number of optimizer steps, 1 for every step"
 )  # fmt: skip
-NUMBER = Kind(read=_number, parse=_parse_number, others="a finite number from 0 up")
+NUMBER = Kind(read=_number, parse=_parse_number, others="a finite number, 0 or above")
 FACTOR = Kind(read=_above_zero(_number), parse=_parse_number, others="a finite number above 0")
 STEPS_OR_SHARE = Kind(
     read=_count_or_share, parse=_parse_count_or_share, others="a number of optimizer steps, or a share below 1.0"
 )  # fmt: skip
-REPORT_FILE = Kind(read=_report_file, others=f"the path of a file that ends in {', '.join(FORMATS)}")
-PLAN_FILE = Kind(read=_plan_file, others="the path of a report that was written as JSON")
+REPORT_FILE = Kind(read=_report_file, others=f"a file path that ends in {', '.join(FORMATS)}")
+PLAN_FILE = Kind(read=_plan_file, others="the path of a report in JSON")

@@ -1,7 +1,7 @@
 """What the user may say: ``torch.compile(model, backend="sste", mode=..., options={"sste.recipe": ...})``.
 
 The fields of ``UserOptions`` declare each option once: ``read_options`` checks them, the launcher's ``--option`` parses
-them, and ``python -m sparse_compile options`` and README.md list them.
+them, and ``python -m sparse_compile options`` and docs/options.md list them.
 """
 
 from collections.abc import Mapping
@@ -70,12 +70,12 @@ class UserOptions:
 
     recipe: str | Recipe = _option(  # noqa: RUF009, it is a field
         choice_or(RECIPES, Recipe),
-        "how the linears of `sste.targets` are pruned, and the precision of their products",
+        "how the linears that `sste.targets` selects are pruned, and the precision of their GEMMs",
         SSTE.name,
     )
     mvue: str | None = _optional(
         choice(MVUE),
-        'estimator that makes the gradient 2:4 for wgrad; `"off"` runs wgrad in dense FP8',
+        'estimator that samples the output gradient to 2:4 for wgrad; `"off"` runs wgrad in dense FP8',
         "the recipe's",
     )
     beta: float | None = _optional(
@@ -90,74 +90,72 @@ class UserOptions:
     )
     refresh: int | None = _optional(
         INTERVAL,
-        f'optimizer steps between two searches for the masks of `"{T_SR_STE.name}"`',
+        f'optimizer steps between two mask searches of `"{T_SR_STE.name}"`',
         f"`{T_SR_STE.refresh}`",
     )
     warmup: int | float | None = _optional(
-        STEPS_OR_SHARE, "the first optimizer steps, in which nothing is pruned: dense FP8", "`0`"
+        STEPS_OR_SHARE, "optimizer steps at the start that run in dense FP8, without pruning", "`0`"
     )
     tail: int | float | None = _optional(
         STEPS_OR_SHARE,
-        "the last optimizer steps, in which nothing is pruned: dense FP8",
+        "optimizer steps at the end that run in dense FP8, without pruning",
         '`0`; a sixth for `"ste-dense-tail"`',
     )
     total_steps: int | None = _optional(
-        STEPS, "optimizer steps of the whole run; required if a tail or a share is given", "none"
+        STEPS, "optimizer steps in the whole run; required if a tail or a share is given", "none"
     )
     targets: str = _option(
         name_or_glob(TARGETS),
-        "linears that get the recipe; the others get dense FP8. "
-        '`"ffn-up"`: only the first linears of FFNs and their gates',
+        "linears that use the recipe; the others use dense FP8. "
+        '`"ffn-up"` selects only the up and gate projections of FFNs',
         "ffn",
     )
     head: str | Recipe = _option(  # noqa: RUF009, it is a field
         choice_or(HEAD, Recipe),
         "precision of the vocabulary head; a head with a tied weight stays dense. "
-        '`"fp8-backward"`: its logits stay as precise as they are',
+        '`"fp8-backward"` runs only the backward GEMMs in FP8, so the logits do not change',
         "dense",
     )
     frozen: str = _option(
         choice(["dense", "sparse"]),
-        '`"sparse"` rewrites frozen weights that are 2:4 along in_features, as `finalize` leaves them',
+        '`"sparse"` also rewrites linears whose frozen weight is 2:4, as `finalize` leaves it',
         "dense",
     )
     when: str = _option(
         choice(["faster", "always"]),
-        '`"faster"` rewrites what measured times predict to be faster, and nothing on devices without kernels; '
-        '`"always"` rewrites all that can be, and emulates missing kernels',
+        '`"faster"` rewrites a linear if measured times predict a speedup, and nothing on devices without kernels; '
+        '`"always"` rewrites every linear that it can, and emulates missing kernels',
         "faster",
     )
     memory: str = _option(
         choice(["fast", "small"]),
-        '`"fast"` keeps the FP8 copies of activations for backward; `"small"` recomputes them there',
+        '`"fast"` keeps FP8 copies of activations, and two of each weight, for backward; `"small"` remakes them',
         "fast",
     )
     rotary_tables: str = _option(
         choice(["kept", "inlined"]),
-        '`"kept"` computes sines and cosines of rotary embeddings once, `"inlined"` in each kernel that reads them, as '
-        "Inductor does; this has nothing to do with sparsity or FP8",
+        '`"kept"` computes the sines and cosines of rotary embeddings once; `"inlined"` computes them in each kernel '
+        "that reads them, as Inductor does. Independent of sparsity and FP8",
         "kept",
     )
     executor: str = _option(
         choice(each.value for each in Executor),
-        '`"inductor"` generates code, `"eager"` runs the traced operators one by one, for tests and without a compiler',
+        '`"inductor"` generates code; `"eager"` runs the traced operators one by one and needs no compiler',
         Executor.INDUCTOR.value,
     )
     tune: bool = _option(
         SWITCH,
-        "`True` times every configuration of new 2:4 GEMMs while a graph is compiled, and keeps the fastest",
+        "`True` times every configuration of each new 2:4 GEMM at compile time, and keeps the fastest",
         False,
     )
     plan: Path | None = _optional(  # noqa: RUF009, it is a field
-        PLAN_FILE, "the report of an earlier run, as JSON: linears run as it chose, and nothing is measured", "none"
+        PLAN_FILE, "JSON report of an earlier run, whose choices are used again; nothing is measured", "none"
     )
     report: Path | None = _optional(  # noqa: RUF009, it is a field
-        REPORT_FILE, "the file that the report is written to when the process ends", "stderr"
+        REPORT_FILE, "file that the report is written to when the process ends", "stderr"
     )
-    report_measure: bool = _option(
-        SWITCH, "`True` times each graph and its dense baseline at the first call of the graph", False
-    )
-    health: int = _option(STEPS, "optimizer steps between two samples of the health of the pruned weights", 0)
+    report_measure: bool = _option(SWITCH, "`True` times each graph and its dense baseline at the first call", False)
+    health: int = _option(STEPS, "optimizer steps between two health samples of the pruned weights", 0)
 
 
 _FIELDS: Mapping[str, "Field[Any]"] = {PREFIX + option.name: option for option in fields(UserOptions)}
@@ -201,7 +199,7 @@ class Options:
         head: what the vocabulary head gets; None leaves it dense.
         frozen: whether frozen weights that are 2:4 are treated as if they were trained.
         measure: whether only what measured times predict to be faster is rewritten, and nothing without kernels.
-        recompute: whether backward makes FP8 copies of activations again, where forward could keep them.
+        recompute: whether backward makes FP8 copies of activations and weights, where forward could keep them.
         keep_rotary_tables: whether tables of sines and cosines that are broadcast get memory of their own.
         executor: what runs the rewritten graph.
         tune: whether the 2:4 GEMMs are timed, those that no earlier run has timed, while the graph is compiled.
@@ -242,7 +240,10 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
     for name in inductors:
         if name.replace("-", "_") not in inductor_names:
             hint = nearest(name, [*inductor_names, *_FIELDS])
-            raise ValueError(f"unknown option {name!r}: neither ours nor Inductor's; {hint}")
+            raise ValueError(
+                f"unknown option {name!r}; {hint}allowed are the options of sparse_compile (python -m sparse_compile "
+                "options) and of Inductor"
+            )
     user = UserOptions(**{_FIELDS[name].name: value for name, value in ours.items()})
     recipe = _recipe(user)
     return Options(
@@ -268,7 +269,7 @@ def _recipe(user: UserOptions) -> Recipe:
     recipe = user.recipe if isinstance(user.recipe, Recipe) else RECIPES[user.recipe]
     if user.mvue is not None:
         if recipe.estimator is None:
-            raise ValueError(f"recipe {recipe.name!r} samples no gradients, so that 'sste.mvue' would change nothing")
+            raise ValueError(f"recipe {recipe.name!r} samples no gradients, so 'sste.mvue' has no effect; remove it")
         recipe = recipe.with_estimator(MVUE[user.mvue])
     if user.beta is not None:
         if not recipe.projection.has_beta:
@@ -282,7 +283,7 @@ def _recipe(user: UserOptions) -> Recipe:
         recipe = replace(recipe, decay=user.decay)
     if user.refresh is not None:
         if not recipe.refresh:
-            raise ValueError(f"recipe {recipe.name!r} has no masks that are kept; 'sste.refresh' is for 't-sr-ste'")
+            raise ValueError(f"recipe {recipe.name!r} keeps no masks; option 'sste.refresh' is for 't-sr-ste'")
         recipe = replace(recipe, refresh=user.refresh)
     return recipe
 
@@ -294,15 +295,17 @@ def _head(given: str | Recipe, recipe: Recipe) -> Recipe | None:
         return named and replace(named, grad_format=recipe.grad_format)
     if given.projection.prunes:
         raise ValueError(
-            f"option 'sste.head' is the recipe {given.name!r}, which prunes; allowed is one whose weight is not "
-            "projected. A head is pruned where 'sste.targets' names it"
+            f"option 'sste.head' is the recipe {given.name!r}, which prunes; allowed are recipes that do not prune. To "
+            "prune the head, name it in 'sste.targets'"
         )
     return given
 
 
 def _plan(user: UserOptions) -> Path | None:
     if user.plan is not None and user.when == "always":
-        raise ValueError("'sste.when': 'always' chooses nothing, so that 'sste.plan' would change nothing")
+        raise ValueError(
+            "'sste.plan' has no effect with 'sste.when': 'always', which rewrites all that it can; remove one of them"
+        )
     return user.plan
 
 
@@ -310,19 +313,24 @@ def _schedule(user: UserOptions, recipe: Recipe) -> Schedule | None:
     values = {"sste.warmup": user.warmup, "sste.tail": user.tail, "sste.total_steps": user.total_steps}
     given = [name for name, value in values.items() if value is not None]
     if given and not recipe.projection.prunes:
-        raise ValueError(f"recipe {recipe.name!r} prunes nothing, so that {listed(given)} would change nothing")
+        raise ValueError(f"recipe {recipe.name!r} does not prune, so {listed(given)} has no effect; remove it")
     total = user.total_steps or 0
     warmup = _span("sste.warmup", user.warmup, 0, total)
     tail = _span("sste.tail", user.tail, recipe.tail, total)
     if tail and not total:
         raise ValueError(
-            f"the last steps of recipe {recipe.name!r} are dense (sste.tail), so it must know how many there will be: "
-            "give option 'sste.total_steps', the number of optimizer steps of the whole run"
+            f"recipe {recipe.name!r} ends with dense steps (sste.tail), so it needs the length of the run: set option "
+            "'sste.total_steps' to the number of optimizer steps of the whole run"
         )
     if total and not (warmup or tail):
-        raise ValueError("option 'sste.total_steps' is for a schedule; give 'sste.warmup' or 'sste.tail' as well")
+        raise ValueError(
+            "option 'sste.total_steps' has no effect alone; set 'sste.warmup' or 'sste.tail' as well, or remove it"
+        )
     if total and warmup + tail >= total:
-        raise ValueError(f"of {total} optimizer steps {warmup} + {tail} are dense, which leaves none to be pruned")
+        raise ValueError(
+            f"'sste.warmup' and 'sste.tail' make {warmup} + {tail} of {total} optimizer steps dense, which leaves none "
+            "to prune in; shorten one of them"
+        )
     return Schedule(begin=warmup, end=total - tail if tail else None) if warmup or tail else None
 
 
@@ -334,6 +342,6 @@ def _span(name: str, given: int | float | None, default: float, total: int) -> i
     if span and not total:
         # The tail of a recipe says so in its own words.
         if given is not None:
-            raise ValueError(f"option {name!r} is {given!r}, a share of all optimizer steps: give 'sste.total_steps'")
+            raise ValueError(f"option {name!r} is {given!r}, a share of the run: set 'sste.total_steps' as well")
         return 1
     return round(span * total)

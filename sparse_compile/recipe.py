@@ -11,17 +11,26 @@ from sparse_compile.kernels.formats import E4M3, E5M2
 from sparse_compile.projections.base import Projection, projection_of
 from sparse_compile.projections.groups_of_four import SOFT, TOP2
 from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16, TOP2_BF16
-from sparse_compile.projections.identity import IDENTITY
+from sparse_compile.projections.identity import IDENTITY, IDENTITY_BACKWARD
 from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE, TRANSPOSABLE
 
 
 class Gemm(Enum):
-    """How one of the three products runs."""
+    """How one of the three products runs.
 
-    DENSE = "dense"  # unchanged, in the dtype of the activations
+    Attributes:
+        DENSE: unchanged, in the dtype of the activations.
+        FP8: dense, both operands in FP8.
+        SPARSE24: in FP8, one operand 2:4: the weight in fprop and dgrad, grad_output in wgrad.
+        MVUE24: of dgrad, an experiment: in FP8, grad_output is sampled to 2:4 along out_features.
+        BF16: dense, in bf16, beside a weight that is pruned in bf16.
+        SPARSE24_BF16: of fprop: in bf16, the weight 2:4.
+    """
+
+    DENSE = "dense"
     FP8 = "fp8"
     SPARSE24 = "sparse24"
-    MVUE24 = "mvue24"  # of dgrad: grad_output is sampled along out_features
+    MVUE24 = "mvue24"
     BF16 = "bf16"
     SPARSE24_BF16 = "sparse24_bf16"
 
@@ -34,28 +43,47 @@ _SHOWN = {Gemm.SPARSE24: "2:4 fp8", Gemm.MVUE24: "2:4 fp8 mvue", Gemm.SPARSE24_B
 
 
 class Estimator(Enum):
-    """How grad_output is made 2:4: along tokens for wgrad, along out_features for a dgrad that is so by sampling."""
+    """How grad_output is made 2:4: along tokens for wgrad, along out_features for a dgrad that is so by sampling.
+
+    Both keep two of each four elements at random, such that their mean is the gradient (MVUE, Chmiel et al., ICLR 2023,
+    arXiv 2203.10991).
+
+    Attributes:
+        EXACT_MVUE: with the least variance.
+        APPROXIMATE_MVUE: as the training code of the S-STE authors does, with probabilities that come near to it.
+    """
 
     EXACT_MVUE = "exact"
     APPROXIMATE_MVUE = "approximate"
 
 
 class GradFormat(Enum):
-    """The FP8 of grad_output; that of inputs and weights is e4m3."""
+    """The FP8 of grad_output; that of inputs and weights is e4m3.
+
+    Attributes:
+        E4M3: up to 448.
+        E5M2: up to 57344, with one bit less in the mantissa; an experiment.
+    """
 
     E4M3 = "e4m3"
-    E5M2 = "e5m2"  # of larger range, and one bit less in the mantissa
+    E5M2 = "e5m2"
 
     @property
     def dtype(self) -> torch.dtype:
+        """PyTorch's."""
         return E5M2 if self is GradFormat.E5M2 else E4M3
 
 
 class Rounding(Enum):
-    """How what the estimator keeps becomes FP8."""
+    """How what the estimator keeps becomes FP8.
+
+    Attributes:
+        NEAREST: to the nearest value of the format.
+        STOCHASTIC: up or down at random, so that the mean is the estimate's; an experiment.
+    """
 
     NEAREST = "nearest"
-    STOCHASTIC = "stochastic"  # up or down at random, so that the mean is the estimate's
+    STOCHASTIC = "stochastic"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +99,13 @@ class Recipe:
         name: a word; that of the recipe that it is, or is made of, where that is among ``RECIPES``.
         projection: what the weight becomes before its cast.
         fprop, dgrad, wgrad: how the products run.
-        estimator: what prunes grad_output for wgrad.
-        grad_format, rounding: of grad_output; no named recipe has others than the defaults.
+        estimator: what prunes grad_output for wgrad; None if wgrad is dense.
+        grad_format: the FP8 of grad_output; no named recipe has another than the default.
+        rounding: of what the estimator keeps; no named recipe has another than the default.
+        decay: masked decay: ``decay * (1 - mask) * W`` is added to the gradient.
+        refresh: optimizer steps between two searches for transposable masks; 0 without them.
+        beta_factor: times the beta that is the best fit of a weight that is not 2:4 yet.
+        tail: share of the optimizer steps, the last ones, in which it is dense.
 
     Raises:
         ValueError: the parts do not go together.
@@ -86,20 +119,20 @@ class Recipe:
     estimator: Estimator | None
     grad_format: GradFormat = GradFormat.E4M3
     rounding: Rounding = Rounding.NEAREST
-    decay: float = 0.0  # of what the mask drops, added to the gradient
-    refresh: int = 0  # optimizer steps between two searches for transposable masks
-    beta_factor: float = 1.0  # times the beta that is the best fit of a weight that is not 2:4 yet
-    tail: float = 0.0  # share of the optimizer steps, the last ones, in which it is dense
+    decay: float = 0.0
+    refresh: int = 0
+    beta_factor: float = 1.0
+    tail: float = 0.0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name):
-            raise ValueError(f"a recipe is named {self.name!r}; allowed are letters, digits, '-', '_' and '.'")
+            raise ValueError(f"the name of a recipe is {self.name!r}; allowed are letters, digits, '-', '_' and '.'")
         if (self.fprop in (Gemm.SPARSE24, Gemm.SPARSE24_BF16)) != self.projection.prunes:
             raise ValueError(f"recipe {self.name!r}: fprop is 2:4 if and only if the weight is projected")
         if (self.wgrad is Gemm.SPARSE24) != (self.estimator is not None):
             raise ValueError(f"recipe {self.name!r}: wgrad is 2:4 if and only if an estimator is named")
         if len({self.is_bf16, self.dgrad is Gemm.BF16, self.wgrad is Gemm.BF16}) > 1:
-            raise ValueError(f"recipe {self.name!r}: all three products are in bf16, or none")
+            raise ValueError(f"recipe {self.name!r}: all three products must be in bf16, or none")
         if self.projection.prunes and self.is_bf16 != self.projection.is_bf16:
             raise ValueError(
                 f"recipe {self.name!r}: its products and projection {self.projection} have different dtypes"
@@ -112,21 +145,21 @@ class Recipe:
         if (self.dgrad is Gemm.SPARSE24) != self.projection.prunes_both_ways:
             raise ValueError(f"recipe {self.name!r}: dgrad is 2:4 if and only if the weight is 2:4 both ways")
         if self.dgrad is Gemm.MVUE24 and not (self.projection.prunes and self.estimator):
-            raise ValueError(f"recipe {self.name!r}: dgrad is sampled only beside a pruned weight and a sampled wgrad")
+            raise ValueError(f"recipe {self.name!r}: a sampled dgrad needs a pruned weight and a sampled wgrad")
         if self.dgrad is Gemm.DENSE and self.projection.prunes:
             raise ValueError(
                 f"recipe {self.name!r}: dgrad must be dense fp8, or dense where the weight is not projected"
             )
         if self.grad_format is not GradFormat.E4M3 and not self.has_fp8_gradients:
-            raise ValueError(f"recipe {self.name!r}: a format of gradients needs a product that reads them in FP8")
+            raise ValueError(f"recipe {self.name!r}: grad_format needs a product that reads gradients in FP8")
         if self.rounding is not Rounding.NEAREST and self.estimator is None:
-            raise ValueError(f"recipe {self.name!r}: rounding is of what an estimator keeps")
+            raise ValueError(f"recipe {self.name!r}: rounding needs an estimator")
         if self.decay and not self.projection.is_hard:
-            raise ValueError(f"recipe {self.name!r}: a decay needs a mask, and so hard pruning")
+            raise ValueError(f"recipe {self.name!r}: a decay needs a mask, which only hard pruning has")
         if self.beta_factor != 1.0 and not self.projection.has_beta:
-            raise ValueError(f"recipe {self.name!r}: a factor of beta is for a projection that has one")
+            raise ValueError(f"recipe {self.name!r}: beta_factor needs a projection that has a beta")
         if self.projection.keeps_masks != (self.refresh > 0):
-            raise ValueError(f"recipe {self.name!r}: masks are refreshed if and only if they are transposable")
+            raise ValueError(f"recipe {self.name!r}: refresh must be above 0 if and only if the masks are transposable")
 
     @property
     def is_bf16(self) -> bool:
@@ -154,17 +187,32 @@ class Recipe:
         return "/".join((self.name, *changes))
 
     def with_estimator(self, estimator: Estimator | None) -> "Recipe":
-        """This recipe with another estimator; without one, wgrad is dense FP8.  Only of recipes that have one."""
+        """This recipe with another estimator.  Only of recipes that have one.
+
+        Args:
+            estimator: None for a wgrad in dense FP8.
+
+        Returns:
+            A recipe that is the same in all else.
+        """
         if estimator is None:
             return next(v for v in self.variants() if (v.dgrad, v.wgrad) == (self.dgrad, Gemm.FP8))
         return replace(self, estimator=estimator)
 
     def unpruned(self) -> "Recipe":
-        """What linears get that are none of its targets, and its own in a dense phase: dense FP8."""
+        """What linears get that are none of its targets, and its own in a dense phase.
+
+        Returns:
+            Dense FP8, with this recipe's format of gradients.
+        """
         return replace(FP8, grad_format=self.grad_format)
 
     def short_str(self) -> str:
-        """Its products, and what else differs from the default, in a few characters, for the report."""
+        """Its products, and what else differs from the default, in a few characters.
+
+        Returns:
+            What the report shows, as ``s-ste (2:4 fp8, fp8, 2:4 fp8)``.
+        """
         parts = [f"{self.fprop}, {self.dgrad}, {self.wgrad}"]
         if self.grad_format is not GradFormat.E4M3:
             parts.append(f"{self.grad_format.value} gradients")
@@ -176,6 +224,9 @@ class Recipe:
         """This recipe, and those that differ from it by more precise backward products, of the same weight.
 
         A dense dgrad saves the cast of grad_output only if wgrad is dense, too.
+
+        Returns:
+            What ``sste.when="faster"`` chooses from.
         """
         if self.is_bf16:
             return (self,)
@@ -186,6 +237,7 @@ class Recipe:
         others = (
             replace(
                 self,
+                projection=self.projection if dgrad is not Gemm.DENSE else self.projection.one_copy or self.projection,
                 dgrad=dgrad,
                 wgrad=wgrad,
                 estimator=self.estimator if wgrad is self.wgrad else None,
@@ -214,7 +266,7 @@ SR_STE = replace(STE, name="sr-ste", decay=2e-4)
 T_SR_STE = replace(SR_STE, name="t-sr-ste", projection=TRANSPOSABLE, dgrad=Gemm.SPARSE24, refresh=40)
 STE_DENSE_TAIL = replace(STE, name="ste-dense-tail", tail=1 / 6)
 FP8 = Recipe(name="fp8", projection=IDENTITY, fprop=Gemm.FP8, dgrad=Gemm.FP8, wgrad=Gemm.FP8, estimator=None)
-FP8_BACKWARD = replace(FP8, name="fp8-backward", fprop=Gemm.DENSE)
+FP8_BACKWARD = replace(FP8, name="fp8-backward", fprop=Gemm.DENSE, projection=IDENTITY_BACKWARD)
 
 SSTE_BF16 = replace(
     SSTE, name="s-ste-bf16", projection=SOFT_BF16, fprop=Gemm.SPARSE24_BF16, dgrad=Gemm.BF16, wgrad=Gemm.BF16,

@@ -37,11 +37,21 @@ from sparse_compile.kernels.formats import (
     padded,
     values_shape,
 )
-from sparse_compile.kernels.weight import fp8_tiles, groups_of_four, masked_decay, prune_bf16, prune_fp8, transposable
+from sparse_compile.kernels.weight import (
+    fp8_tiles,
+    groups_of_four,
+    masked_decay,
+    prune_bf16,
+    prune_fp8,
+    transposable,
+    transpose_pruned,
+)
 from sparse_compile.projections.groups_of_four import SOFT, TOP2
 from sparse_compile.projections.identity import IDENTITY
 from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE, TRANSPOSABLE
 from sparse_compile.testing import assert_same_bits, hard_groups
+from tests.fuzz import kernels as fuzz_kernels
+from tests.fuzz.kernels import KERNELS
 from tests.gluon_interpreter import elementwise, fp8_word, interpret, prmt
 
 ALL = False
@@ -67,14 +77,14 @@ def interpret_weight_kernels() -> None:
         return elementwise(word, tl.int32)(x0, x1, x2, x3)
 
     def cast_positive(x0, x1, x2, x3, signs):
-        words = elementwise(lambda *x: fp8_word(*(np.where(y < 0, np.float32(0), y) for y in x)), tl.int32)(
+        words = elementwise(lambda *x: fp8_word(*(np.where(y <= 0, np.float32(0), y) for y in x)), tl.int32)(
             x0, x1, x2, x3
         )
         return words | (signs & -2139062144)
 
     interpret(
         tiles, groups_of_four, transposable, masked_decay, fp8_tiles, prune_fp8, prune_bf16, cast_transpose,
-        cast_words=cast, permute_bytes=elementwise(prmt, tl.int32),
+        transpose_pruned, cast_words=cast, permute_bytes=elementwise(prmt, tl.int32),
         with_layout_of=lambda x, y: x,
         _widen=widen, _cast_positive_words=cast_positive, magnitude=elementwise(np.abs, tl.float32),
         _is_positive=elementwise(lambda x: (x > 0).astype(np.float32), tl.float32),
@@ -155,21 +165,26 @@ def check_prune() -> None:
                 values, weight_t = poisoned_payload(*values_shape(n, k)), poisoned_payload(k, n)
                 metadata = poisoned(*metadata_shape(n, k), dtype=torch.int32)
                 scale_inv = torch.tensor([hint])
-                prune_fp8.launch_prune_weight(weight, beta, values, metadata, weight_t, scale_inv, hard)
-                what = f"{name}, hard {hard}"
-                assert_same_bits(values, expected[0], f"values, {what}")
-                assert_same_bits(metadata, expected[1], f"metadata, {what}")
-                assert_same_bits(weight_t, expected[2], f"weight_t, {what}")
-                assert_same_bits(scale_inv, expected[3], f"scale_inv, {what}")
+                # By turns, where not all are wanted.
+                for buffer in (weight_t, None) if ALL else ((weight_t, None)[index % 2],):
+                    prune_fp8.launch_prune_weight(weight, beta, values, metadata, buffer, scale_inv, hard)
+                    what = f"{name}, hard {hard}"
+                    assert_same_bits(values, expected[0], f"values, {what}")
+                    assert_same_bits(metadata, expected[1], f"metadata, {what}")
+                    assert_same_bits(scale_inv, expected[3], f"scale_inv, {what}")
+                    if buffer is not None:
+                        assert_same_bits(weight_t, expected[2], f"weight_t, {what}")
     for index, (name, weight) in enumerate(cases.items()):
         n, k = weight.shape
         expected = reference.cast_weight(weight)
         for hint in hints(float(expected[-1]), index):
             payload, payload_t, scale_inv = poisoned_payload(n, k), poisoned_payload(k, n), torch.tensor([hint])
-            prune_fp8.launch_cast_weight(weight, payload, payload_t, scale_inv)
-            assert_same_bits(payload, expected[0], f"payload, {name}")
-            assert_same_bits(payload_t, expected[1], f"payload_t, {name}")
-            assert_same_bits(scale_inv, expected[2], f"cast scale_inv, {name}")
+            wanted = ((payload, payload_t), (payload, None), (None, payload_t))
+            for buffers in wanted if ALL else wanted[index % 3 : index % 3 + 1]:
+                prune_fp8.launch_cast_weight(weight, *buffers, scale_inv)
+                for actual, right in zip((*buffers, scale_inv), expected, strict=True):
+                    if actual is not None:
+                        assert_same_bits(actual, right, f"cast, {name}, {actual.dtype} {tuple(actual.shape)}")
 
 
 def check_transposable() -> None:
@@ -216,6 +231,20 @@ def poisoned_both_ways(n: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         poisoned_payload(*values_shape(k, n)),
         poisoned(*metadata_shape(k, n), dtype=torch.int32),
     )
+
+
+def check_transpose_pruned() -> None:
+    torch.manual_seed(0)
+    for rows, columns in ((16, 128), (80, 384), (256, 256), (128, 512)) if ALL else ((80, 384), (128, 256)):
+        dense = torch.randint(0, 256, (rows, columns), dtype=torch.uint8).view(E4M3)
+        positions = torch.rand(rows, columns // 4, 4).argsort(dim=-1)[..., :2].sort(dim=-1).values
+        values, metadata = reference.compress24(dense, positions)
+        kept = torch.zeros(rows, columns // 4, 4, dtype=torch.bool).scatter_(-1, positions, True)
+        expected = dense.view(torch.uint8).where(kept.view(rows, columns), 0).t().contiguous().view(E4M3)
+        assert_same_bits(reference.transpose_pruned(values, metadata), expected, f"the reference, {rows} x {columns}")
+        out = poisoned_payload(columns, rows)
+        transpose_pruned.launch_transpose_pruned(values, metadata, out)
+        assert_same_bits(out, expected, f"{rows} x {columns}")
 
 
 def check_prune_bf16() -> None:
@@ -342,6 +371,15 @@ def check_mvue() -> None:
                 what = f"approximate {approximate}, stochastic {stochastic}, {fp8}"
                 assert_same_bits(actual, wanted, f"{name}, {tuple(grad.shape)}, {what}")
     check_philox()
+
+
+def check_random() -> None:
+    """Of any shapes, strides and values, in memory that is watched."""
+    for kernel in KERNELS:
+        # The GEMM's program is for warps that wait for each other, which no interpreter runs.
+        if kernel != "sparse_gemm":
+            for seed in range(15 if ALL else 1):
+                fuzz_kernels.check(kernel, seed, "cpu", largest=272 if ALL else 64)
 
 
 def check_experts_weights() -> None:
@@ -474,11 +512,13 @@ CHECKS = {
     "experts_weights": check_experts_weights,
     "prune": check_prune,
     "prune_bf16": check_prune_bf16,
+    "transpose_pruned": check_transpose_pruned,
     "transposable": check_transposable,
     "soft_transposable": check_soft_transposable,
     "decay": check_decay,
     "quantize": check_quantize,
     "mvue": check_mvue,
+    "random": check_random,
 }
 
 

@@ -77,7 +77,7 @@ def test_the_first_training_call_is_compiled_already(auto: AutoCompile, capsys: 
     assert auto.compiled == ["FFN"]
     assert type(model) is FFN
     assert list(model.state_dict()) == list(state)
-    assert capsys.readouterr().err == "sparse_compile: compiles FFN (33,088 parameters) with backend 'sste'\n"
+    assert capsys.readouterr().err == "sparse_compile: compiling FFN (33,088 parameters) with backend 'sste'\n"
     assert rewritten() == ["up", "down"], "a graph that both share"
 
 

@@ -18,19 +18,19 @@ ROOT = Path(__file__).parents[1]
     [
         (
             {"SPARSE_COMPILE": "0"},
-            "SPARSE_COMPILE is '0'; allowed are 1, to use backend 'sste' in torch.compile, and auto, to compile ",
+            "SPARSE_COMPILE is '0'; allowed are 1 (torch.compile uses backend 'sste') and auto (models that the ",
         ),
         ({"SPARSE_COMPILE": ""}, "SPARSE_COMPILE is ''; allowed are 1"),
         (
             {"SPARSE_COMPILE": "yes", "SPARSE_COMPILE_REPORT": "no/r.json"},
-            "REPORT: there is no folder 'no' for the report's file 'no/r.json'; make it first",
+            "REPORT: there is no folder 'no' for the report file 'no/r.json'; create it first",
         ),
         (
             {"SPARSE_COMPILE_REPORT": "r.xml"},
-            "SPARSE_COMPILE_REPORT: the report's file 'r.xml' must end in .txt or .json or .html",
+            "SPARSE_COMPILE_REPORT: the report file 'r.xml' must end in .txt or .json or .html",
         ),
-        ({"SPARSE_COMPILE_REPORT": ""}, "SPARSE_COMPILE_REPORT: the report's file '.' must end in .txt"),
-        ({"SPARSE_COMPILE_REPORT": "folder.txt"}, "'folder.txt' cannot be written; name another"),
+        ({"SPARSE_COMPILE_REPORT": ""}, "SPARSE_COMPILE_REPORT: the report file '.' must end in .txt"),
+        ({"SPARSE_COMPILE_REPORT": "folder.txt"}, "'folder.txt' cannot be written; choose another"),
         ({"SPARSE_COMPILE_REPORT": "read_only/r.txt"}, "'read_only/r.txt' cannot be written"),
         ({"SPARSE_COMPILE_REPORT": "read_only.txt"}, "'read_only.txt' cannot be written"),
         ({"SPARSE_COMPILE_REPORT": f"{'x' * 5000}/r.txt"}, "there is no folder 'xxx"),

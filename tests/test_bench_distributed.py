@@ -27,7 +27,7 @@ def test_two_processes_measure(tmp_path: Path) -> None:
     )
     results = tmp_path / "bench_distributed.json"
     assert results.exists(), done.stderr[-4000:]
-    rows = json.loads(results.read_text())["2 processes"]["rows"]
+    rows = json.loads(results.read_text())["2 processes, CPU"]["rows"]
     assert [(row["parallelism"], row["kind"]) for row in rows] == [
         ("DDP", "bf16"), ("DDP", "sste"), ("FSDP2", "bf16"), ("FSDP2", "sste")
     ]  # fmt: skip

@@ -1,16 +1,21 @@
 """bench_step without a GPU: its categories of kernels, its tables, and its check of losses."""
 
+import math
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_step
 import step_models
+from modern_gpt import ModernGPT
 from step_models import SSTE
 
 import sparse_compile
@@ -60,6 +65,55 @@ def test_table_of_compilations() -> None:
     ]
     last = [cell.strip() for cell in bench_step.compile_table(rows).splitlines()[-1].split("|")[1:-1]]
     assert last == ["m", "sste", "30.0", "1.50", "11.0", "1.10"]
+
+
+class Classifier(nn.Module):
+    """A vision transformer as far as its step goes: images in, logits out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3 * 8 * 8, 1000)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.logits = self.head(images.flatten(1))
+        return self.logits
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "batch", "dtype"),
+    [
+        (
+            "gpt-1280",
+            lambda: ModernGPT(step_models.GPTConfig(layers=1, width=64, heads=1, context=16, vocabulary=8192)),
+            (2, 16),
+            torch.bfloat16,
+        ),
+        ("vit-large", Classifier, (64, 8), torch.float32),
+    ],
+)
+def test_steps_of_other_models_than_hugging_faces(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    make: Callable[[], nn.Module],
+    batch: tuple[int, int],
+    dtype: torch.dtype,
+) -> None:
+    made: list[nn.Module] = []
+
+    def remembered() -> nn.Module:
+        made.append(make())
+        return made[0]
+
+    monkeypatch.setitem(step_models.COMPILE, step_models.BF16, {"backend": "eager"})
+    model = replace(step_models.MODELS[name], make=remembered, batch=batch)
+    step = step_models.training_step(model, step_models.BF16, torch.device("cpu"))
+    before = [parameter.detach().clone() for parameter in made[0].parameters()]
+    assert float(step()) == pytest.approx(math.log(model.vocabulary), abs=bench_step.LOSS_TOLERANCE)
+    changed = [not torch.equal(old, new) for old, new in zip(before, made[0].parameters(), strict=True)]
+    assert any(changed)
+    assert {parameter.dtype for parameter in made[0].parameters()} == {dtype}
+    if isinstance(made[0], Classifier):
+        assert made[0].logits.dtype == torch.bfloat16, "fp32 parameters are multiplied under autocast"
 
 
 def test_a_wrong_loss_ends_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:

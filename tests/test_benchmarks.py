@@ -361,9 +361,22 @@ def test_all_kernels_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_are_written_side_by_side(tmp_path: Path) -> None:
     for part in ("first", "second"):
         harness.write("program", part, {"rows": [part]}, f"table of {part}", tmp_path)
-    assert json.loads((tmp_path / "program.json").read_text())["first"]["rows"] == ["first"]
+    assert harness.earlier("program", "first", tmp_path)["rows"] == ["first"]
     page = (tmp_path / "program.md").read_text()
     assert page.index("table of first") < page.index("table of second")
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_run_replaces_the_one_before_it_on_such_a_device_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for device, rows in (("CPU", 1), ("NVIDIA H200", 2), ("CPU", 3)):
+        monkeypatch.setattr(harness, "_device", lambda device=device: {"device": device})
+        harness.write("program", "part", {"rows": rows}, "", tmp_path)
+    found = json.loads((tmp_path / "program.json").read_text())
+    assert {title: part["rows"] for title, part in found.items()} == {"part, CPU": 3, "part, NVIDIA H200": 2}
+    assert harness.earlier("program", "part", tmp_path)["rows"] == 3
+    assert harness.earlier("program", "another part", tmp_path) == harness.earlier("none", "part", tmp_path) == {}
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -372,6 +385,6 @@ def test_a_list_of_numbers_takes_one_line(tmp_path: Path) -> None:
     harness.write("program", "part", results, "", tmp_path)
     text = (tmp_path / "program.json").read_text()
     assert "[ 2.5, -1e-05, 3 ]" in text
-    kept = json.loads(text)["part"]
+    (kept,) = json.loads(text).values()
     assert [kept[key] for key in ("losses", "rows", "failed")] == [results[key] for key in ("losses", "rows", "failed")]
     assert kept["unknown"][1] == 1

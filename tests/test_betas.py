@@ -167,7 +167,7 @@ def test_without_it_a_resumed_run_differs_and_warns(batch) -> None:
     for kept in checkpoint[1]["state"].values():
         kept.pop(BETA, None)
     optimizer.load_state_dict(checkpoint[1])
-    with pytest.warns(UserWarning, match=r"trained 'up' before, and has no S-STE scale beta of it"):
+    with pytest.warns(UserWarning, match=r"trained 'up' before but holds no S-STE scale beta for it"):
         losses = train(compiled(resumed), optimizer, batch)
     assert losses != continued
 

@@ -101,7 +101,7 @@ def test_the_table_and_its_end(tmp_path: Path) -> None:
     assert re.search(r"16 x 32 +float32 .* 100% +[\d.]+% +2:4$", lines["up.weight"])
     assert "99.22%" in lines["broken"], "one of 128 groups"
     assert "of 6 weights: 1 2:4, 1 2:4, stored transposed, 1 2:4 in part, 1 zero, 2 dense" in done.stdout
-    assert done.stdout.endswith("not as it should be:\n  broken is 2:4 in part\n")
+    assert done.stdout.endswith("the check failed:\n  broken is 2:4 in part\n")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str)
     assert f"two{suffix} lacks 'fc.weight', which the index places there" in capsys.readouterr().err
     (tmp_path / f"two{suffix}").unlink()
     assert status(tmp_path) == 2
-    assert f"names the shard 'two{suffix}', which is not there" in capsys.readouterr().err
+    assert f"names the shard 'two{suffix}', which does not exist" in capsys.readouterr().err
 
 
 def test_safetensors_come_first(tmp_path: Path) -> None:
@@ -183,8 +183,8 @@ def test_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         ({}, ".", r"holds neither \*\.safetensors nor \*\.pt"),
         ({"model.npz": b""}, "model.npz", r"ends in '\.npz'; allowed are \.safetensors, \.pt"),
         ({"model.pt": b"nothing"}, "model.pt", r"cannot be loaded with weights_only=True"),
-        ({"model.safetensors": b"nothing"}, "model.safetensors", r"is no safetensors file"),
-        ({"model.bin.index.json": b"[]"}, ".", r"is no index of shards"),
+        ({"model.safetensors": b"nothing"}, "model.safetensors", r"is not a safetensors file"),
+        ({"model.bin.index.json": b"[]"}, ".", r"is not an index of shards"),
         ({"a.bin.index.json": b"{}", "b.bin.index.json": b"{}"}, ".", r"several checkpoints: a\.bin\.index\.json, b"),
     ],
 )

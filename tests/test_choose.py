@@ -30,7 +30,8 @@ COMPONENTS = {
     "cast_mvue exact nearest": 10.0, "cast_mvue approximate nearest": 10.0, "cast_transpose": 10.0,
     "transpose_tokens": 8.0, "weight soft24": 2.0, "weight top24": 2.0, "add_masked_decay": 3.0,
     "weight transposable24": 2.0, "sparse24 dgrad": 40.0, "weight soft24-bf16": 2.0, "weight top24-bf16": 2.0,
-    "weight identity": 2.0, "copy": 0.0, "mvue24 dgrad": 40.0,
+    "weight identity": 2.0, "weight identity-once": 2.0, "weight identity-backward": 2.0, "copy": 0.0,
+    "mvue24 dgrad": 40.0,
     "cast_mvue for dgrad exact nearest": 10.0, "cast_mvue for dgrad approximate nearest": 10.0,
     "cast_mvue exact stochastic": 10.0,
 }  # fmt: skip

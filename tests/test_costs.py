@@ -4,18 +4,21 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Barrier
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E5M2, FP8_DTYPES, grouped_columns, padded
 from sparse_compile.kernels.timing import expert_costs, gpu_times, linear_costs
-from sparse_compile.kernels.timing.linear_costs import COMPONENTS, LinearShape, component_times
+from sparse_compile.kernels.timing.linear_costs import COMPONENTS, LinearShape, RandomOperands, component_times
 
 DEVICE = torch.device("cuda", 0)
 SHAPE = LinearShape(
@@ -43,8 +46,8 @@ def timed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
     def fake(name: str) -> Callable[..., Callable[[], str]]:
         return lambda shape, make: lambda: f"{name} {shape.tokens}"
 
-    def measure(call: Callable[[], str]) -> float:
-        names.append(call())
+    def measure(make: Callable[[Any], Callable[[], str]], operands: None) -> float:
+        names.append(make(operands)())
         return float(len(names[-1].rsplit(" ", 1)[0]))
 
     monkeypatch.setattr(linear_costs, "RandomOperands", lambda device: None)
@@ -55,6 +58,49 @@ def timed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
     )
     monkeypatch.setattr(linear_costs, "_measure", measure)
     return names
+
+
+class TestOperands:
+    """Those of a measurement take turns, so that none is found in the cache."""
+
+    @pytest.fixture
+    def gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One with 50 MiB of L2 cache, that calls take 100 us."""
+        properties = SimpleNamespace(L2_cache_size=50 * 2**20)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda other: 0.1)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+
+    @pytest.mark.parametrize(
+        ("nbytes", "sets"),
+        [(4, 30), (2 * 2**20, 30), (10 * 2**20, 10), (2**28, 1)],
+        ids=["a few bytes: as many as launches", "2 MiB: too", "10 MiB", "256 MiB: they do not fit in any case"],
+    )
+    def test_as_many_as_the_cache_does_not_hold(
+        self, gpu: None, monkeypatch: pytest.MonkeyPatch, nbytes: int, sets: int
+    ) -> None:
+        seen: list[tuple[int, list[int]]] = []
+
+        def clock(calls: Any, launches: int, rounds: int) -> dict[str, float]:
+            seen.append((launches, [call() for call in calls[""]]))
+            return {"": 7.0}
+
+        monkeypatch.setattr(linear_costs, "median_microseconds", clock)
+        made: list[int] = []
+
+        def make(operands: Any) -> Callable[[], int]:
+            made.append(len(made))
+            return partial(int, made[-1])
+
+        operands: Any = SimpleNamespace(device=DEVICE, nbytes=nbytes)
+        assert linear_costs._measure(make, operands) == 7.0
+        assert seen == [(30, list(range(sets)))]  # 3 ms of launches
+
+    @pytest.mark.parametrize("make", [RandomOperands.normal, RandomOperands.fp8])
+    def test_their_bytes_are_counted(self, make: Callable[..., Tensor]) -> None:
+        operands = RandomOperands(torch.device("cpu"))
+        made = [make(operands, 64, 32, dtype=E5M2), operands.ones(7), operands.weight(SHAPE)]
+        assert operands.nbytes == sum(tensor.nbytes for tensor in made) == 64 * 32 + 7 * 4 + 64 * 48 * 4
 
 
 def times_of(shape: LinearShape, device: torch.device, components: Iterable[str]) -> dict[str, float]:
@@ -68,7 +114,7 @@ class TestComponents:
     @pytest.mark.parametrize("grad_dtype", FP8_DTYPES, ids=str)
     @pytest.mark.parametrize("name", COMPONENTS)
     def test_runs_with_the_sizes_of_the_linear(self, name: str, grad_dtype: torch.dtype, transposed: bool) -> None:
-        make = linear_costs.RandomOperands(torch.device("cpu"))
+        make = RandomOperands(torch.device("cpu"))
         call = COMPONENTS[name].make(replace(SHAPE, grad_dtype=grad_dtype, transposed=transposed), make)
         result: Any = call()
         shapes = [tuple(r.shape) for r in (result if isinstance(result, tuple) else (result,)) if r is not None]
@@ -80,7 +126,7 @@ class TestComponents:
             "sparse24 dgrad": [(100, 64)], "dense dgrad": [(100, 64)], "fp8 dgrad": [(100, 64)],
             "dense wgrad": [gradient], "fp8 wgrad": [gradient], "sparse24 wgrad": [gradient],
             "transpose_tokens": [(64, padded(100))], "cast_transpose": [(100, 48), (48, padded(100))],
-            "copy": [(100, 48)],
+            "copy": [(100, 48)], "transpose_pruned": [(padded(64), 48)], "transpose_weight": [(64, padded(48))],
         }  # fmt: skip
         if name in expected:
             assert shapes == expected[name]
@@ -92,7 +138,7 @@ class TestComponents:
             assert result is None  # written into buffers
 
     def test_products_are_of_random_operands(self) -> None:
-        make = linear_costs.RandomOperands(torch.device("cpu"))
+        make = RandomOperands(torch.device("cpu"))
         for name in COMPONENTS:
             result: Any = COMPONENTS[name].make(SHAPE, make)()
             if isinstance(result, torch.Tensor):
@@ -101,7 +147,7 @@ class TestComponents:
                 assert values.isfinite().all(), name
 
     def test_the_weight_lies_as_it_is_stored(self) -> None:
-        make = linear_costs.RandomOperands(torch.device("cpu"))
+        make = RandomOperands(torch.device("cpu"))
         for experts, stack in ((None, ()), (3, (3,))):
             shape = replace(SHAPE, experts=experts)
             assert make.weight(shape).is_contiguous()
@@ -115,7 +161,7 @@ class TestComponents:
     def test_experts_have_all_but_what_they_do_not_run(
         self, dtype: torch.dtype, transposed: bool, skewed: bool
     ) -> None:
-        make, total = linear_costs.RandomOperands(torch.device("cpu")), grouped_columns(100, 3)
+        make, total = RandomOperands(torch.device("cpu")), grouped_columns(100, 3)
         shape = replace(SHAPE, experts=3, skewed=skewed, transposed=transposed, dtype=dtype)
         without = set()
         for name, component in COMPONENTS.items():
@@ -139,7 +185,8 @@ class TestComponents:
             else:
                 assert name == "copy" or result is None, name  # written into buffers
         sampled = {name for name in COMPONENTS if name.startswith("cast_mvue for dgrad")}
-        assert without == {"mvue24 dgrad", "sparse24_bf16 fprop", "bf16 dgrad", "bf16 wgrad", *sampled}
+        of_one_copy = {"transpose_pruned", "transpose_weight"}
+        assert without == {"mvue24 dgrad", "sparse24_bf16 fprop", "bf16 dgrad", "bf16 wgrad", *sampled, *of_one_copy}
 
     def test_routings(self) -> None:
         assert expert_costs.ends(100, 4, skewed=False) == [25, 50, 75, 100]
@@ -234,11 +281,11 @@ class TestDisk:
         )
         with pytest.raises(SparseCompileError, match="a wrong product"):
             times_of(SHAPE, DEVICE, ["copy", "sparse24 fprop"])
-        assert list(folder.glob("*/linear/*")) == []
+        assert list(folder.glob("*/linear-cold/*")) == []
 
     def test_a_damaged_file_is_measured_again(self, timed: list[str], folder: Path) -> None:
         times_of(SHAPE, DEVICE, ["copy"])
-        (file,) = folder.glob("*/linear/*")
+        (file,) = folder.glob("*/linear-cold/*")
         file.write_text("{")
         with pytest.warns(UserWarning, match="is damaged"):
             times_of(SHAPE, DEVICE, ["copy"])
@@ -269,3 +316,14 @@ def test_times_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert times["fp8 fprop"] < times["dense fprop"]
     assert times["sparse24 fprop"] < times["dense fprop"]
     gpu_times.folder.cache_clear()
+
+
+@pytest.mark.gpu
+def test_a_copy_is_not_faster_than_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Though both of its sides would fit the L2 cache, which is faster."""
+    monkeypatch.setenv("SPARSE_COMPILE_CACHE_DIR", str(tmp_path))
+    gpu_times.folder.cache_clear()
+    shape = replace(SHAPE, tokens=4096, out_features=2048)
+    microseconds = times_of(shape, DEVICE, ["copy"])["copy"]
+    gpu_times.folder.cache_clear()
+    assert 2 * shape.tokens * shape.out_features * 2 / microseconds < 5.0e6  # bytes a microsecond

@@ -41,7 +41,7 @@ def test_the_first_linears_of_ffns_alone(gpt_graph, gated):
 def test_advice_names_the_smallest_targets_that_a_linear_is_one_of(gpt_graph):
     sites, _ = found(gpt_graph())
     plans, _ = decide(sites, SSTE, "ffn-up", ParameterOwners())
-    said = {plan.site.name: plan.advice.partition("say ")[2] for plan in plans}
+    said = {plan.site.name: plan.advice.partition("set ")[2] for plan in plans}
     ffn, everywhere = (f"'sste.targets': {targets!r}, or name it there" for targets in ("ffn", "all"))
     assert said == {"blocks.0.qkv": everywhere, "blocks.0.proj": everywhere, "blocks.0.up": "", "blocks.0.down": ffn}
 

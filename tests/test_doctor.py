@@ -99,7 +99,7 @@ def test_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SPARSE_COMPILE_CACHE_DIR", str(tmp_path / "file" / "cache"))
     (finding,) = checks.cache(None)
-    assert (finding.status, "can't be written" in finding.text) == (Status.WARNING, True)
+    assert (finding.status, "cannot be written" in finding.text) == (Status.WARNING, True)
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

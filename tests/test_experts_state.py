@@ -159,7 +159,7 @@ def test_finalize_makes_every_expert_sparse_and_changes_nothing_else(tmp_path):
 def test_a_copy_that_no_call_has_used_must_say_how_it_lies():
     model = Model()
     sparse_compile.set_beta(model, {"experts.up": [1.5] * COUNT})
-    with pytest.raises(ValueError, match=r"nothing tells along which dimension 'experts.up'"):
+    with pytest.raises(ValueError, match=r"the dimension along which 'experts.up'"):
         sparse_compile.finalize(model)
     model.experts.num_experts, model.experts.is_transposed = COUNT, False  # as transformers does
     assert sparse_compile.finalize(model) == ["experts.up"]
@@ -321,7 +321,7 @@ def test_devices_with_kernels_leave_experts_dense_and_say_so(monkeypatch):
     assert torch.equal(y, model(*next(batches())))
     rows = sparse_compile.report().rows
     assert {row.module: row.reason for row in rows} == dict.fromkeys(NAMES, "not emulated: no kernels for experts yet")
-    assert {row.advice for row in rows} == {"'sste.when': 'always' emulates"}
+    assert {row.advice for row in rows} == {"'sste.when': 'always' emulates the kernels"}
 
 
 @pytest.mark.nightly

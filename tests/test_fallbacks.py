@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("uncompiled")
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always", "sste.recipe": "fp8"}
 LIMIT = 3
-ADVICE = f"recompile limit {LIMIT}; say dynamic=True or raise it"
+ADVICE = f"recompile limit {LIMIT}; use dynamic=True or raise it"
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +126,7 @@ def test_parts_that_are_disabled():
     for block in model.blocks[1:]:
         block.down.forward = torch.compiler.disable(block.down.forward)
     call = torch.compile(model, backend="sste", options=OPTIONS)
-    why = "in no graph: a graph break or torch.compiler.disable around it; TORCH_LOGS=graph_breaks says which"
+    why = "outside any graph, because of a graph break or torch.compiler.disable; TORCH_LOGS=graph_breaks shows which"
     # A break inside of a loop makes dynamo leave the frame around it, and what that calls of PyTorch's own modules.
     assert train(model, call) == [f"{name} of Blocks runs eagerly, {why}" for name in ("blocks.*.down (2)", "head")]
 
@@ -168,6 +168,33 @@ def test_the_limit_is_recognised_by_its_function():
     path = f"{torch.__path__[0]}/_dynamo/external_utils.py"
     assert RecompileLimit(f"'inner' ({path}:62)", "recompile limit", 8).is_pytorchs
     assert not RecompileLimit("'forward' (/home/me/model.py:12)", "recompile limit", 8).is_pytorchs
+
+
+def test_a_module_of_pytorchs_that_is_compiled_in_place_is_warned_of() -> None:
+    """Dynamo traces nothing of it, so no graph tells."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    model.compile(backend="sste", options=OPTIONS)
+    watch_fallbacks()._warned.clear()
+    watch_fallbacks()._noted.clear()
+    with pytest.warns(UserWarning, match=r"Sequential.compile\(\) had no effect.*use torch.compile\(module\)"):
+        train(model)
+    assert [line.partition(",")[0] for line in sparse_compile.report().fallbacks] == [
+        "Sequential.compile() had no effect"
+    ]
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        lambda model: torch.compile(model, backend="sste", options=OPTIONS),
+        lambda model: (nn.Sequential(*(Block(),)).compile(backend="sste", options=OPTIONS), model)[1],
+    ],
+    ids=["by torch.compile", "another one, of one's own classes"],
+)
+def test_modules_of_pytorchs_that_are_traced_are_not(compiled) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    train(model, compiled(model))
+    assert sparse_compile.report().fallbacks == []
 
 
 def test_a_loop_over_experts_is_told_with_what_to_do():

@@ -269,7 +269,7 @@ def test_a_copy_whose_layout_nothing_tells(conv1d, examples) -> None:
     train(compiled(model), optimizer_of(model), examples, steps=1)
     average = copy.deepcopy(model)
     sparse_compile.set_beta(average, sparse_compile.beta(model))
-    with pytest.raises(ValueError, match=r"which dimension 'up.weight' of a Conv1D is pruned; call the comp"):
+    with pytest.raises(ValueError, match=r"which 'up.weight' of a Conv1D is pruned is not known; call the comp"):
         sparse_compile.finalize(average)
     with torch.no_grad():
         compiled(average)(*examples)
@@ -335,7 +335,7 @@ def test_sharded_weights_are_refused() -> None:
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         call(torch.randn(2, 32, 64)).sum().backward()
         assert sparse_compile.beta(model)
-        with pytest.raises(ValueError, match=r"'up.weight' is a DTensor; only a weight that is whole can be finalized"):
+        with pytest.raises(ValueError, match=r"'up.weight' is a DTensor; only a whole weight can be finalized"):
             sparse_compile.finalize(model)
     finally:
         torch.distributed.destroy_process_group()
@@ -361,7 +361,7 @@ def tiny(architecture: str) -> Any:
     [
         pytest.param("gpt2", torch.float32, marks=pytest.mark.nightly),
         ("gpt2", torch.bfloat16),
-        # By day ``test_readme.py`` does this with one.
+        # By day ``test_snippets.py`` does this with one.
         pytest.param("llama", torch.float32, marks=pytest.mark.nightly),
         pytest.param("llama", torch.bfloat16, marks=pytest.mark.nightly),
     ],

@@ -84,7 +84,9 @@ def test_a_named_head_has_the_recipe_s_format_of_gradients_and_a_composed_one_it
 
 
 def test_a_head_that_prunes_is_named_as_a_target_instead():
-    with pytest.raises(ValueError, match=r"'sste.head' is the recipe 's-ste', which prunes; .*'sste.targets' names it"):
+    with pytest.raises(
+        ValueError, match=r"'sste.head' is the recipe 's-ste', which prunes; .*name it in 'sste.targets'"
+    ):
         read_options(None, {"sste.head": SSTE})
 
 

@@ -65,9 +65,10 @@ def test_bf16_operands_are_sampled_alike(device):
         TOP2_BF16.fill(weight, operands, None, None, False)
         samples.append(operands[:2])
     # Two of four zeros are kept in each row, and the padding.
-    assert health._counts(*samples[0], None).tolist() == [-1, 80 * (2 + (256 - 208) // 2), 0]
+    scale = torch.ones(1)
+    assert health._counts(*samples[0], scale, None).tolist() == [-1, 80 * (2 + (256 - 208) // 2), 0, 0]
     flips = int((reference.top2_mask(before) != reference.top2_mask(after)).sum())
-    assert health._counts(*samples[1], samples[0][1]).tolist()[0] == flips
+    assert health._counts(*samples[1], scale, samples[0][1]).tolist()[0] == flips
 
 
 def ffn(features=80):
@@ -130,7 +131,7 @@ def test_noise_where_dgrad_is_24():
     weight, grad = torch.randn(out_features, in_features), torch.randn(tokens, out_features)
     operands = TRANSPOSABLE.new_operands(out_features, in_features, weight.device)
     TRANSPOSABLE.fill(weight, operands, None, TRANSPOSABLE.new_masks(out_features, in_features, weight.device), True)
-    values_t, metadata_t, weight_scale_inv = TRANSPOSABLE.dgrad_operand(operands)
+    values_t, metadata_t, weight_scale_inv = TRANSPOSABLE.kept_for_dgrad(operands)
     scale, seed, x_t = torch.ones(tokens), torch.zeros(1, dtype=torch.int64), torch.randn(in_features, 128)
     noise = GradNoise()
     noise.watch(True)

@@ -63,7 +63,7 @@ def test_an_archive_that_says_it_is_larger_than_it_is(tmp_path: Path, capsys: py
     entry = content.index(b"PK\x01\x02")  # of the directory at the end: the sizes are 20 bytes behind
     content[entry + 20 : entry + 28] = struct.pack("<II", 2**31, 2**31)
     file.write_bytes(content)
-    assert "bytes, and is smaller" in check(file, capsys)
+    assert "bytes but is smaller" in check(file, capsys)
 
 
 @pytest.mark.parametrize("cut", [0.1, 0.5, 0.9, 0.99])
@@ -84,10 +84,10 @@ def test_headers_without_measure(tmp_path: Path, capsys: pytest.CaptureFixture[s
     pytest.importorskip("safetensors")
     file = tmp_path / "model.safetensors"
     file.write_bytes(struct.pack("<Q", 2**62) + b"{}")
-    assert "is no safetensors file" in check(file, capsys)
+    assert "is not a safetensors file" in check(file, capsys)
     header = json.dumps({"w": {"dtype": "F32", "shape": [2**31, 2**31], "data_offsets": [0, 16]}}).encode()
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
-    assert "is no safetensors file" in check(file, capsys)
+    assert "is not a safetensors file" in check(file, capsys)
 
 
 def test_a_tensor_that_repeats_one_element(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,10 +106,10 @@ def test_a_mapping_that_holds_itself(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("placed", "message"),
     [
-        ({"w": "../secret.bin"}, "names the shard '../secret.bin'; allowed is a file beside it"),
-        ({"w": "/etc/secret.bin"}, "names the shard '/etc/secret.bin'; allowed is a file beside it"),
-        ({"w": 3}, "is no index of shards"),
-        (["w"], "is no index of shards"),
+        ({"w": "../secret.bin"}, "names the shard '../secret.bin'; allowed is a file in the same folder"),
+        ({"w": "/etc/secret.bin"}, "names the shard '/etc/secret.bin'; allowed is a file in the same folder"),
+        ({"w": 3}, "is not an index of shards"),
+        (["w"], "is not an index of shards"),
     ],
 )
 def test_an_index_that_names_other_places(
@@ -142,7 +142,7 @@ def test_a_hostile_report_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as exited:
         main(["report", str(file)])
     assert exited.value.code == 2
-    assert "this is no report of sparse_compile" in capsys.readouterr().err
+    assert "this is not a report of sparse_compile" in capsys.readouterr().err
 
 
 def test_bytes_of_a_checkpoint_changed_at_random(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

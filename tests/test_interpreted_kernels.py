@@ -12,6 +12,7 @@ import pytest
 KERNELS = (
     "prune",
     "prune_bf16",
+    "transpose_pruned",
     "transposable",
     "soft_transposable",
     "decay",
@@ -19,6 +20,7 @@ KERNELS = (
     "mvue",
     "experts_weights",
     "experts_casts",
+    pytest.param("random", marks=pytest.mark.nightly),
 )
 
 

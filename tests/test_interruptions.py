@@ -12,13 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from ffn_training import EAGER, FFN, adamw, assert_equal, some_tokens
+from sparse_compile.kernels import ops
 from sparse_compile.projections.groups_of_four import SOFT
 from sparse_compile.weights import beta
 
 OPTIONS = EAGER | {"sste.mvue": "off"}
-STEPS = 7
+STEPS = 10
 ERRORS = [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError]
-PLACES = ["between two graphs", "backward", "before the optimizer", "after the optimizer", "while operands are made"]
+PRODUCTS = {"a forward product": 1, "a backward product": 6}  # of eight of forward and backward by our kernels
+PLACES = [
+    "between two graphs", "backward", "before the optimizer", "after the optimizer", "while operands are made",
+    "a module's hook", *PRODUCTS,
+]  # fmt: skip
 
 
 class TwoGraphs(nn.Module):
@@ -59,6 +64,20 @@ def raising(place: str, error: type[BaseException], model: TwoGraphs, optimizer:
         handle = register(fail)
         yield
         handle.remove()
+    elif place == "a module's hook":
+        handle = model.register_forward_hook(fail)
+        yield
+        handle.remove()
+    elif place in PRODUCTS:
+        products = iter(range(100))
+
+        def observer(name: str, call: Callable[..., Any], arguments: Any) -> Any:
+            if name.endswith("_mm") and next(products) == PRODUCTS[place]:
+                fail()
+            return call(*arguments)
+
+        with ops.observed(observer):
+            yield
     elif place == "backward":
         handle = model.second.norm.weight.register_hook(fail)
         yield
@@ -125,7 +144,7 @@ def assert_same_training(actual: tuple[list[Tensor], list[Any]], expected: Any, 
 
 def test_steps_that_are_made_again(uninterrupted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One in each place.  A step that a hook of the user's ends is none to those who count them."""
-    errors = [*ERRORS, *ERRORS]
+    errors = [*ERRORS, *ERRORS, *ERRORS]
     interruptions = {index: (place, errors[index]) for index, place in enumerate(PLACES, 1)}
     assert_same_training(trained(interruptions, monkeypatch), uninterrupted, uncounted=1)
 

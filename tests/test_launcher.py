@@ -103,7 +103,7 @@ def test_auto_compiles_a_model_that_the_script_does_not(tmp_path: Path) -> None:
     options += ["--option", "sste.health=1", "--option", "sste.tune=false", "--option", "sste.report=report.html"]
     done = launch(tmp_path, "lambda model: (__import__('os').chdir('/'), model)[1]", *options, "scripts/train.py")
     assert done.returncode == 3, done.stderr
-    assert done.stderr == "sparse_compile: compiles Net (33,088 parameters) with backend 'sste'\n"
+    assert done.stderr == "sparse_compile: compiling Net (33,088 parameters) with backend 'sste'\n"
     (graph,) = json.loads((tmp_path / "report.json").read_text())["graphs"]
     assert [row["decision"].split()[0] for row in graph["rows"]] == ["fp8", "fp8"]
     assert "2 of 2 linears rewritten" in (tmp_path / "report.html").read_text()
@@ -112,18 +112,26 @@ def test_auto_compiles_a_model_that_the_script_does_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "compile", "reason"),
     [
-        ((), "lambda model: model", "the script calls neither torch.compile nor Module.compile; `python -m sparse_com"),
+        (
+            (),
+            "lambda model: model",
+            "the script calls neither torch.compile nor Module.compile; to compile its model, use `python",
+        ),
         (
             (),
             'lambda model: torch.compile(model, backend="eager")',
-            "only called with other backends, which are kept: eager",
+            "called only with other backends, which are kept: eager",
         ),
         (
             ("--auto",),
             "lambda model: model.requires_grad_(False)(torch.ones(8, 64)) is None or exit(3)",
             "no module wi",
         ),
-        ((), "lambda model: [torch.compile(model), exit(3)]", "was never called with a graph to trace"),
+        (
+            (),
+            "lambda model: [torch.compile(model), exit(3)]",
+            "no compiled function was called, or none had a graph to trace",
+        ),
     ],
     ids=["no call", "another backend", "nothing to train", "no graph"],
 )
@@ -162,8 +170,8 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nothing.py",), "there is no file 'nothing.py'; for a module, say -m nothing.py"),
-        (("--report", "no/folder/r.txt", "train.py"), "there is no folder 'no/folder' for the report's file"),
+        (("nothing.py",), "there is no file 'nothing.py'; to run a module, use -m nothing.py"),
+        (("--report", "no/folder/r.txt", "train.py"), "there is no folder 'no/folder' for the report file"),
         (("--report", "r.xml", "train.py"), "'r.xml' must end in .txt or .json or .html"),
         ((), "the following arguments are required: SCRIPT"),
         (("--option", "recipe=fp8", "train.py"), "'recipe=fp8' is not of the form sste.NAME=VALUE"),

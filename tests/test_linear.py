@@ -11,7 +11,7 @@ from sparse_compile.kernels.reference.transposable import dense_mask, transposab
 from sparse_compile.linear.function import LinearSpec, linear
 from sparse_compile.projections.groups_of_four import SOFT, TOP2
 from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16, TOP2_BF16
-from sparse_compile.projections.identity import IDENTITY
+from sparse_compile.projections.identity import IDENTITY, IDENTITY_BACKWARD, IDENTITY_ONCE
 from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE, TRANSPOSABLE
 from sparse_compile.recipe import (
     FP8,
@@ -42,7 +42,7 @@ def operands_of(weight, recipe):
 
 
 PROJECTIONS = {
-    IDENTITY: lambda weight: weight,
+    **dict.fromkeys((IDENTITY, IDENTITY_ONCE, IDENTITY_BACKWARD), lambda weight: weight),
     SOFT: reference.soft_threshold24,
     TOP2: reference.hard_threshold24,
     SOFT_BF16: reference.soft_threshold24,

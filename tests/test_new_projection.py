@@ -66,8 +66,11 @@ class FirstAndThird(Projection):
     def fprop_operand(self, operands: FixedWeight) -> SparseOperand:
         return SparseOperand(operands.kept, operands.where, operands.scale_inv)
 
-    def dgrad_operand(self, operands: FixedWeight) -> DenseOperand:
-        return DenseOperand(operands.dense_t, operands.scale_inv)
+    def kept_for_dgrad(self, operands: FixedWeight) -> tuple[Tensor, ...]:
+        return operands.dense_t, operands.scale_inv
+
+    def dgrad_operand(self, *kept: Tensor) -> DenseOperand:
+        return DenseOperand(*kept)
 
 
 FIXED = FirstAndThird("first-and-third")

@@ -37,7 +37,12 @@ def cases():
     bf16 = SOFT_BF16.new_operands(48, 80, torch.device("cpu"))
     yield "prune_weight_bf16_", (torch.randn(48, 80), torch.ones(1), *bf16)
     yield "prune_weight_bf16_", (torch.randn(80, 48).t(), torch.ones(1), *(b.clone() for b in bf16), True)
-    yield "cast_weight_", (torch.randn(48, 80), *IDENTITY.new_operands(48, 80, torch.device("cpu")))
+    payload, payload_t, cast_scale_inv = IDENTITY.new_operands(48, 80, torch.device("cpu"))
+    for buffers in ((payload, payload_t), (payload.clone(), None), (None, payload_t.clone())):
+        yield "cast_weight_", (torch.randn(48, 80), *buffers, cast_scale_inv.clone())
+    once = pruned(48, 80)
+    yield "prune_weight_", (torch.randn(48, 80), torch.ones(1), *once[:2], None, once[3])
+    yield "transpose_pruned", (values, metadata)
     masks, cpu = torch.full((12, 20), 0x5A5A, dtype=torch.int16), torch.device("cpu")
     for weight in (torch.randn(48, 80), torch.randn(80, 48).t()):
         yield "prune_soft_transposable_", (weight, torch.ones(1), *SOFT_TRANSPOSABLE.new_operands(48, 80, cpu))

@@ -337,7 +337,7 @@ def test_an_optimizer_that_writes_its_own_state_dict_says_that_it_cannot_hold_be
 
     model = model_of()
     optimizer = Own(model.parameters())
-    with pytest.warns(UserWarning, match=r"Own writes a state_dict of its own, .* sparse_compile.set_beta"):
+    with pytest.warns(UserWarning, match=r"Own writes its own state_dict, .* sparse_compile.set_beta"):
         losses_of(compiled(model), optimizer, range(1))
 
 

@@ -52,9 +52,9 @@ def measurement():
 
 def test_measured_times_in_the_text():
     text = str(Report([GraphReport(rows=(), execution="kernels", measured=measurement())]))
-    assert "measured: 3.00x, medians of 5 runs of each" in text
+    assert "measured: 3.00x, medians of 5 alternating runs of each" in text
     assert "dense forward 2.000 ms (1.900 to 2.500), backward 4.000 ms (3.900 to 4.500), peak 3 MiB" in text
-    assert "of now: weights 0.500 ms (25 %), casts 0.150 ms (8 %); the weights once per optimizer step" in text
+    assert "of which weights 0.500 ms (25 %), casts 0.150 ms (8 %); weights are made once per optimizer step" in text
 
 
 def test_json_is_read_again():
@@ -74,9 +74,9 @@ def test_json_is_read_again():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "this is no report of sparse_compile"),
-        ("[]", "this is no report of sparse_compile"),
-        ('{"version": 99}', "the report is of version 99; this sparse_compile reads version 3"),
+        ("{", "this is not a report of sparse_compile"),
+        ("[]", "this is not a report of sparse_compile"),
+        ('{"version": 99}', "the report has version 99; this sparse_compile reads version 3"),
         ('{"version": 3, "graphs": [{"rows": []}]}', "the report is damaged"),
     ],
 )
@@ -118,12 +118,12 @@ def test_training_steps():
     assert report.step() == Spread(median=20.0, low=20.0, high=20.0)
     assert report.dense_step_ms() == 20.0 - (3 * 1.5 + 0.5) + 3 * 6.0
     assert (
-        "training: 20.0 ms a step (8 of 10 take 20.0 to 20.0; the last 20 steps); about 33.0 ms if its measured graphs "
+        "training: 20.0 ms a step (8 of 10 take 20.0 to 20.0; last 20 steps); about 33.0 ms if the measured graphs "
         "were dense: 1.65x" in str(report)
     )
     idle.calls_a_step = 1
     assert report.dense_step_ms() is None  # one that was not measured
-    assert str(report).endswith("the last 20 steps)")
+    assert str(report).endswith("last 20 steps)")
     assert Report([graph]).dense_step_ms() is None
     busy = Report([graph], step_ms=[4.0])  # shorter than the graphs were when they were measured
     assert busy.dense_step_ms() == pytest.approx(4.0 * 18.0 / 5.0)
@@ -294,7 +294,7 @@ def test_view_explains_wrong_arguments(tmp_path, capsys):
     wrong = tmp_path / "wrong.json"
     wrong.write_text("text")
     for arguments, message in (
-        ([wrong], "this is no report of sparse_compile"),
+        ([wrong], "this is not a report of sparse_compile"),
         ([tmp_path / "none.json"], "No such file"),
     ):
         with pytest.raises(SystemExit):

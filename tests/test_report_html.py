@@ -138,7 +138,7 @@ def test_names_of_weights_are_text(tmp_path):
     search = DecayTable(recipe=HOSTILE, dense=run, runs=(replace(run, decay=0.1), replace(run, decay=0.2)))
     shown = Page(as_html(search))
     assert "script" not in shown.tags
-    assert f"Which decay suits recipe {HOSTILE}" in shown.text
+    assert f"Decay for recipe {HOSTILE}" in shown.text
 
 
 def test_a_value_that_a_template_misses_is_an_error():
@@ -152,7 +152,8 @@ def test_measured_times(tmp_path):
     now = GraphTiming(forward=forward, backward=Spread(median=1.5, low=1.4, high=1.6), peak_bytes=2**21)
     measured = Measurement(dense=dense, rewritten=now, rounds=7, weights_ms=0.5, casts_ms=0.25, mvue_ms=None)
     shown = page(Report([GraphReport(rows=(), execution="kernels", measured=measured)]), tmp_path / "report.html")
-    for text in ("Measured: 2.00x", "8 ms", "1 MiB", "2 MiB", "6 ms (5.9 to 6.1)", "0.25 ms, 6 %", "7 runs"):
+    assert "of 7 alternating runs" in shown.text
+    for text in ("Measured: 2.00x", "8 ms", "1 MiB", "2 MiB", "6 ms (5.9 to 6.1)", "0.25 ms, 6 %"):
         assert text in shown.text
     for text in ("peak memory", "forward backward weights", "0.5 ms, 12 %"):
         assert text in shown.text
@@ -165,9 +166,9 @@ def test_training_steps_and_several_graphs(tmp_path):
     graphs = [GraphReport(rows=(row(f"up{n}", rewritten_us=617.2),), execution="kernels") for n in range(2)]
     shown = page(Report(graphs, step_ms=[8.0, 9.0, 10.0]), tmp_path / "report.html")
     assert "Training step 9.0 ms a step" in shown.text
-    assert "A call of each graph and its backward" in shown.text
-    assert "2.00x predicted of 1 linears" in shown.text
-    assert "A call of each graph" not in page(Report(graphs[:1]), tmp_path / "report.html").text
+    assert "Forward and backward of each graph" in shown.text
+    assert "2.00x predicted for 1 linears" in shown.text
+    assert "Forward and backward of each graph" not in page(Report(graphs[:1]), tmp_path / "report.html").text
 
 
 def test_health_as_plots(tmp_path):
@@ -181,7 +182,7 @@ def test_health_as_plots(tmp_path):
     assert over_time(report.health, "flips") == [(10, 0.2, 0.3), (20, 0.125, 0.2)]
     shown = page(report, tmp_path / "report.html")
     assert "flips at step 20: median 12.5 %, largest 20 % in a" in shown.text
-    assert "Dashed: 5 %," in shown.text
+    assert "Dashed line: 5 %;" in shown.text
     lines = [value for name, value in shown.attributes if name == "points"]
     assert len(lines) == 9  # three plots with the limit, the largest, the median
     assert lines[1] == "0.0,9.09 1000.0,39.39"  # 0.3 and 0.2 of 1.1 * 0.3

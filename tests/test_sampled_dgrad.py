@@ -155,7 +155,7 @@ class TestRecipe:
         assert (recipe.dgrad, recipe.estimator) == (Gemm.MVUE24, Estimator.APPROXIMATE_MVUE)
 
     def test_it_needs_an_estimator_and_a_dgrad_that_is_not_24_by_the_weight(self):
-        with pytest.raises(ValueError, match="dgrad is sampled only beside a pruned weight and a sampled wgrad"):
+        with pytest.raises(ValueError, match="a sampled dgrad needs a pruned weight and a sampled wgrad"):
             replace(FP8, dgrad=Gemm.MVUE24)
         with pytest.raises(ValueError, match="dgrad is 2:4 if and only if the weight is 2:4 both ways"):
             replace(T_SR_STE, dgrad=Gemm.MVUE24)

@@ -313,15 +313,15 @@ def test_steps_or_shares(options, begin, end):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recipe": "ste-dense-tail"}, r"the last steps of recipe 'ste-dense-tail' are dense .* give option 'sste.t"),
-        ({"tail": 10}, r"the last steps of recipe 's-ste' are dense .* give option 'sste.total_steps'"),
-        ({"warmup": 0.5}, r"'sste.warmup' is 0.5, a share of all optimizer steps: give 'sste.total_steps'"),
-        ({"total_steps": 10}, r"'sste.total_steps' is for a schedule"),
-        ({"warmup": 5, "tail": 5, "total_steps": 10}, r"of 10 optimizer steps 5 \+ 5 are dense, which leaves none"),
+        ({"recipe": "ste-dense-tail"}, r"recipe 'ste-dense-tail' ends with dense steps .* set option 'sste.t"),
+        ({"tail": 10}, r"recipe 's-ste' ends with dense steps .* set option 'sste.total_steps'"),
+        ({"warmup": 0.5}, r"'sste.warmup' is 0.5, a share of the run: set 'sste.total_steps'"),
+        ({"total_steps": 10}, r"'sste.total_steps' has no effect alone"),
+        ({"warmup": 5, "tail": 5, "total_steps": 10}, r"make 5 \+ 5 of 10 optimizer steps dense, which leaves none"),
         ({"warmup": 1.5, "total_steps": 10}, r"'sste.warmup' is 1.5; allowed is .* a share below 1.0"),
         ({"warmup": -1}, r"'sste.warmup' is -1; allowed is a number of optimizer steps"),
         ({"tail": True, "total_steps": 10}, r"'sste.tail' is True; allowed is"),
-        ({"recipe": "fp8", "warmup": 5}, r"recipe 'fp8' prunes nothing, so that 'sste.warmup' would change nothing"),
+        ({"recipe": "fp8", "warmup": 5}, r"recipe 'fp8' does not prune, so 'sste.warmup' has no effect"),
     ],
 )  # fmt: skip
 def test_schedules_that_cannot_be(options, message):

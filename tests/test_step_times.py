@@ -46,6 +46,18 @@ def graph(**fields):
     return GraphReport(rows=(), execution="kernels", **fields)
 
 
+def test_a_clock_that_jumps(clock):
+    """Back, as on a machine that was moved, and far ahead: the report shows what most steps took."""
+    report, training = Report([graph()]), optimizer()
+    times = StepTimes(report)
+    for milliseconds in (5, 7, -3600_000, 7, 7, 7, 86_400_000, 7, 0, 7, -1, 7, 7, 7, 7, 7, 7):
+        clock.now += milliseconds
+        report.graphs[0].calls += 1
+        times.on_step(training)
+    assert report.step_ms == [7, 7, 7, 7, 86_400_000, *[7] * 8]
+    assert "training: 7.0 ms a step" in str(report)
+
+
 def test_steps_in_which_the_graphs_ran(clock):
     report, training, other = Report([graph()]), optimizer(), optimizer()
     times = StepTimes(report)

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import subprocess
+import sys
 import threading
 from itertools import pairwise, product
 
@@ -294,6 +296,50 @@ def test_forked_loader_workers_change_nothing(x):
                 optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[0] == losses[1]
+
+
+LOADERS = """
+import json, sys, torch
+from torch.utils.data import DataLoader, Dataset
+from sparse_compile.reporting.process_report import report_so_far
+
+class Numbers(Dataset):
+    def __len__(self):
+        return 16
+    def __getitem__(self, index):
+        assert torch.utils.data.get_worker_info() is None or report_so_far().graphs == []
+        return torch.randn(64, generator=torch.Generator().manual_seed(index))
+
+if __name__ == "__main__":
+    losses = []
+    for context in (None, sys.argv[1]):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+        options = {"sste.executor": "eager", "sste.when": "always", "sste.mvue": "off", "sste.report": "report.txt"}
+        step = torch.compile(model, backend="sste", options=options)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        step(torch.randn(4, 64)).sum().backward()
+        workers = {"num_workers": 2, "multiprocessing_context": context} if context else {}
+        for batch in DataLoader(Numbers(), batch_size=4, **workers):
+            loss = step(batch).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == losses[1], losses
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("context", ["spawn", "forkserver"])
+def test_loader_workers_that_import_the_package_anew(tmp_path, context):
+    """They compile nothing, and write no report."""
+    (tmp_path / "train.py").write_text(LOADERS)
+    done = subprocess.run([sys.executable, "train.py", context], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.txt", "train.py"]
+    assert "2 of 2 linears rewritten" in (tmp_path / "report.txt").read_text()
 
 
 def test_weights_made_under_inference_mode(x):

@@ -201,6 +201,25 @@ def test_an_edited_weight_gets_masks_of_its_own():
     assert torch.equal(state_of(model.up.weight).masks, transposable_masks(model.up.weight.detach()))
 
 
+def test_an_evaluation_of_a_resumed_run_leaves_the_masks():
+    """Before its optimizer has stepped in this process, when a weight is pruned at every call."""
+    model = FFN()
+    step, optimizer = compiled(model, refresh=100), torch.optim.SGD(model.parameters(), lr=0.5)
+    step_once(step, optimizer)
+    step_once(step, optimizer)
+    masks = state_of(model.up.weight).masks.clone()
+    resumed = FFN()
+    again, its_optimizer = compiled(resumed, refresh=100), torch.optim.SGD(resumed.parameters(), lr=0.5)
+    resumed.load_state_dict(model.state_dict())
+    its_optimizer.load_state_dict(optimizer.state_dict())
+    assert not torch.equal(masks, transposable_masks(model.up.weight.detach())), "they are those of the first step"
+    for _ in range(2):
+        with torch.no_grad():
+            again(torch.randn(16, 64))
+        step_once(again, its_optimizer)
+        assert torch.equal(state_of(resumed.up.weight).masks, masks)
+
+
 def test_an_invalidated_weight_gets_masks_of_its_own():
     """After an optimizer step, with which masks alone would be kept."""
     model = FFN()

@@ -150,7 +150,7 @@ def test_the_dense_run_is_dense_and_decays_nothing(tmp_path):
     assert_counted(tmp_path, dense, "sr-ste")
     trained = torch.load(tmp_path / "weights.pt")
     options = f"torch.compile(model, backend='sste', options={OPTIONS | {'sste.recipe': 'fp8'}})"
-    with pytest.raises(RunFailed, match=r"dense run no weight is or would be pruned(.|\n)*fp8"):
+    with pytest.raises(RunFailed, match=r"no weight is or would be pruned in the dense run; (.|\n)*fp8"):
         run_script(None, asked(6, {}, {}), script(tmp_path, options))
     for expected, weights in zip(torch.load(tmp_path / "weights.pt"), trained, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(expected, weights, strict=True))
@@ -206,10 +206,17 @@ def test_scripts_that_end_by_themselves(tmp_path):
 @pytest.mark.parametrize(
     ("compile", "message"),
     [
-        ("1 / 0", r"run with decay 0.5 failed, exit status 1; the last (.|\n)*ZeroDivisionError: division by zero"),
+        (
+            "1 / 0",
+            r"run with decay 0.5 failed, exit status 1; its last output was:(.|\n)*ZeroDivisionError: division by zero",
+        ),
         ("sys.exit(7)", "run with decay 0.5 failed, exit status 7"),
         ("__import__('os').kill(__import__('os').getpid(), 9)", f"failed, ended by signal {int(signal.SIGKILL)}"),
-        ("model", r"with decay 0.5 no weight is or would be pruned; (.|\n)*neither torch.compile nor Module.compile"),
+        (
+            "model",
+            r"no weight is or would be pruned in the run with decay 0.5; "
+            r"(.|\n)*neither torch.compile nor Module.compile",
+        ),
     ],
     ids=["error", "exit", "signal", "nothing compiled"],
 )
@@ -224,7 +231,7 @@ def test_the_command_shows_what_failed(tmp_path, capsys):
     assert "dense run failed, exit status 1" in capsys.readouterr().err
     assert status("--steps", "4", "--option", "sste.executor=eager", *script(tmp_path, rate=0.0)) == 1
     said = capsys.readouterr().err
-    assert "no mask changes in the dense run, in optimizer steps 3 to 4" in said
+    assert "no mask changes in the dense run in optimizer steps 3 to 4" in said
     assert said.count("sparse_compile: run ") == 1
 
 
@@ -232,7 +239,7 @@ def test_the_command_shows_what_failed(tmp_path, capsys):
     ("arguments", "message"),
     [
         ("", "the following arguments are required: SCRIPT"),
-        ("nothing.py", "there is no file 'nothing.py'; for a module, say -m nothing.py"),
+        ("nothing.py", "there is no file 'nothing.py'; to run a module, use -m nothing.py"),
         ("--decays 1e-4,0 train.py", "the decays are 0.0001, 0; allowed are positive, finite numbers, each once"),
         ("--decays 1e-4,1e-4 train.py", "the decays are 0.0001, 0.0001; allowed"),
         ("--decays nan train.py", "the decays are nan; allowed"),
@@ -282,21 +289,21 @@ def test_what_is_accepted_and_recommended():
 @pytest.mark.parametrize(
     ("mus", "advice"),
     [
-        ({"1e-5": 1.2, "1e-4": 1.0}, "all are too weak: give larger ones than 0.0001"),
-        ({"1e-5": 0.5, "1e-4": 0.1}, "all are too strong: give smaller ones than 1e-05"),
-        ({"1e-6": 1.1, "1e-5": 1.2, "1e-4": 0.1}, "give some between 1e-05 and 0.0001"),
+        ({"1e-5": 1.2, "1e-4": 1.0}, "all are too weak: try larger ones than 0.0001"),
+        ({"1e-5": 0.5, "1e-4": 0.1}, "all are too strong: try smaller ones than 1e-05"),
+        ({"1e-6": 1.1, "1e-5": 1.2, "1e-4": 0.1}, "try some between 1e-05 and 0.0001"),
     ],
 )
 def test_where_none_is_accepted(mus, advice):
     assert table(**mus).recommended() is None
-    assert table(**mus).advice() == f"no decay is accepted; {advice} by --decays"
+    assert table(**mus).advice() == f"no decay is accepted; {advice} with --decays"
 
 
 def test_runs_of_different_lengths_are_compared_where_all_have_steps():
     short = made(1e-4, 90, 80, 50, 30, stopped=False)
     found = DecayTable(recipe="sr-ste", dense=made(None, 90, 90, 90, 70, 10, 10), runs=(short,))
     assert found.mu(short) == pytest.approx((50 + 30) / (90 + 70))
-    assert found.notes()[1] == "the script ended by itself before all steps in: decay 0.0001"
+    assert found.notes()[1] == "the script ended before its last step in: decay 0.0001"
     two = Run(decay=None, elements={"up": 60, "down": 40}, flips={"up": [6, 3, 1], "down": [4, 2]})
     assert two.rates() == [0.10, 0.05]
 
@@ -304,11 +311,11 @@ def test_runs_of_different_lengths_are_compared_where_all_have_steps():
 def test_runs_that_cannot_be_compared():
     dense = made(None, 1, 1)
     other = replace(made(1e-4, 1, 1), elements={"down": 1000})
-    with pytest.raises(ValueError, match="not the same weights are pruned in all runs: down, up of dense and decay"):
+    with pytest.raises(ValueError, match="the runs prune different weights: down, up of dense and decay"):
         DecayTable(recipe="sr-ste", dense=dense, runs=(other,))
     with pytest.raises(ValueError, match="no mask changes in the dense run"):
         DecayTable(recipe="sr-ste", dense=made(None, 1, 0))
-    with pytest.raises(ValueError, match="there are 1 optimizer steps to compare"):
+    with pytest.raises(ValueError, match="a run has 1 optimizer steps; at least 2"):
         DecayTable(recipe="sr-ste", dense=made(None, 1))
     with pytest.raises(ValueError, match="no weight is pruned"):
         DecayTable(recipe="sr-ste", dense=Run(decay=None, elements={}, flips={}))

@@ -193,6 +193,7 @@ def test_times_are_of_one_launch_of_each_configuration(monkeypatch, dtype, dense
         transpose=transpose, use_fast_accum=False,
     )  # fmt: skip
     turns: list[Config] = []
+    launched: dict[Config, list[tuple[int | None, ...]]] = {SLOW: [], FAST: []}
 
     def plan(config: Config, accurate: bool, *arguments: Any) -> Callable[..., None]:
         assert accurate == (dtype != torch.bfloat16)
@@ -214,15 +215,22 @@ def test_times_are_of_one_launch_of_each_configuration(monkeypatch, dtype, dense
             return 900.0 if config == FAST and turns.count(config) == 3 else {FAST: 12.5, SLOW: 25.0}[config]
 
         def multiply(*addresses: int | None) -> None:
-            assert addresses == tuple(None if x is None else x.data_ptr() for x in tensors)
+            if not launched[config]:
+                assert addresses == tuple(None if x is None else x.data_ptr() for x in tensors)
+            launched[config].append(addresses)
             cuda.launch(microseconds)
 
         return multiply
 
     monkeypatch.setattr(plan_module, "plan_gemm", plan)
+    monkeypatch.setattr(tuning, "set_count", lambda nbytes, device: 4)
     state = torch.get_rng_state()
     assert tuning.measure(problem, [SLOW, FAST], cpu) == {SLOW: pytest.approx(25.0), FAST: pytest.approx(12.5)}
     assert turns == [SLOW, FAST] * tuning._ROUNDS, "they take turns"
+    for used in launched.values():
+        assert len(used) == tuning._LAUNCHES
+        for position in (0, 1, 2, 5):  # values, metadata, dense, out
+            assert len({addresses[position] for addresses in used}) == 4, "operands take turns"
     assert torch.equal(torch.get_rng_state(), state)
 
 

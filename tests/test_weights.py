@@ -162,14 +162,10 @@ def test_nothing_is_told_where_one_name_is_wrong(batch) -> None:
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     for called in (False, True):
         for name, message in (
-            ("blocks.0.up.bias", r"'blocks.0.up.bias' can have no scale, being no matrix: its shape is \(256,\)"),
-            ("embedding.weight", r"'embedding.weight' of a Embedding can have no scale"),
-            ("norm.weight", "can have no scale"),
-            *(
-                [("blocks.0.proj.weight", "the linear of 'blocks.0.proj.weight' computes with it dense")]
-                if called
-                else []
-            ),
+            ("blocks.0.up.bias", r"'blocks.0.up.bias' has no scale, because it is not a matrix: its shape is \(256,\)"),
+            ("embedding.weight", r"'embedding.weight' of a Embedding has no scale"),
+            ("norm.weight", "has no scale"),
+            *([("blocks.0.proj.weight", "the linear of 'blocks.0.proj.weight' stays dense")] if called else []),
         ):
             with pytest.raises(ValueError, match=message):
                 sparse_compile.set_beta(model, good | {name: 1.5})
@@ -186,9 +182,7 @@ def test_a_scale_of_a_weight_that_turns_out_dense_is_refused_by_finalize(batch) 
     sparse_compile.set_beta(model, {"blocks.0.proj.weight": 1.5})
     weight = model.blocks[0].proj.weight.detach().clone()
     torch.compile(model, backend="sste", options=OPTIONS)(*batch).backward()
-    with pytest.raises(
-        ValueError, match=r"'blocks.0.proj.weight' was told a scale, and its linear computes with it dense"
-    ):
+    with pytest.raises(ValueError, match=r"'blocks.0.proj.weight' was given a scale, but its linear stays dense"):
         sparse_compile.finalize(model)
     assert torch.equal(model.blocks[0].proj.weight, weight)
 

@@ -59,12 +59,12 @@ def test_it_is_dense_with_one_warning_and_a_reason(targets):
         train(model, FASTER | {"sste.targets": targets}, steps=3)
         train(model, FASTER | {"sste.recipe": "fp8"})  # warned of already
     (message,) = [str(w.message) for w in warned if "kernels" in str(w.message)]
-    expected = "sparse_compile: no kernels for cpu: the model runs dense; 'sste.when': 'always' emulates"
+    expected = "sparse_compile: no kernels for cpu: the model runs dense; 'sste.when': 'always' emulates the kernels"
     assert message == expected
     first, _ = sparse_compile.report().graphs
     assert (first.rewritten, first.execution) == (0, "dense")
     assert {row.reason for row in first.rows} == {"not emulated: no kernels for cpu"}
-    assert {row.advice for row in first.rows} == {"'sste.when': 'always' emulates"}
+    assert {row.advice for row in first.rows} == {"'sste.when': 'always' emulates the kernels"}
     assert "no kernels for cpu" in str(sparse_compile.report())
     for step in range(4):
         if step in (0, 3):

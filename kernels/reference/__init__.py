@@ -5,7 +5,7 @@ payloads and metadata can be compared bit by bit.  The mathematical pieces (``so
 in fp64, as oracles.
 """
 
-from sparse_compile.kernels.reference.compression import compress24, decompress24, saturating_cast
+from sparse_compile.kernels.reference.compression import compress24, decompress24, saturating_cast, transpose_pruned
 from sparse_compile.kernels.reference.gemm import scaled_mm, sparse_mm
 from sparse_compile.kernels.reference.grouped import (
     grouped_cast_mvue,
@@ -56,5 +56,6 @@ __all__ = [
     "grouped_wgrad_sparse_mm", "hard_threshold24", "mvue24", "philox4x32", "prune_soft_transposable",
     "prune_transposable", "prune_weight", "prune_weight_bf16", "rounding_uniforms", "saturating_cast", "scaled_mm",
     "soft_mask24", "soft_threshold24", "soft_threshold24_both", "sparse_mm", "sste_beta", "stochastic_round",
-    "tensorwise_scale", "tokens_of_experts", "top2_mask", "transposable_masks", "transpose_tokens",
+    "tensorwise_scale", "tokens_of_experts", "top2_mask", "transposable_masks", "transpose_pruned",
+    "transpose_tokens",
 ]  # fmt: skip

@@ -43,6 +43,11 @@ def decompress24(values: Tensor, metadata: Tensor) -> Tensor:
     return dense.scatter_(-1, positions, raw).reshape(rows, columns).view(values.dtype)
 
 
+def transpose_pruned(values: Tensor, metadata: Tensor) -> Tensor:
+    """What ``compress24`` has compressed, dense and transposed: ``[padded(C), R]``."""
+    return decompress24(values, metadata).t().contiguous()
+
+
 def _bits(x: Tensor) -> torch.dtype:
     return torch.uint8 if x.dtype.itemsize == 1 else torch.int16
 

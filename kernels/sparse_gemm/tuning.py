@@ -11,11 +11,20 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
 from sparse_compile.kernels.sparse_gemm.configs import Config, configs
 from sparse_compile.kernels.sparse_gemm.problem import Problem
 from sparse_compile.kernels.sparse_gemm.selfcheck import ELEMENTS, check_variant, random_operands
-from sparse_compile.kernels.timing.gpu_times import keep, kept, median_microseconds, path_of, round_up, undisturbed
+from sparse_compile.kernels.timing.gpu_times import (
+    keep,
+    kept,
+    median_microseconds,
+    path_of,
+    round_up,
+    set_count,
+    undisturbed,
+)
 from sparse_compile.progress import tracked
 
 logger = logging.getLogger(__name__)
@@ -60,18 +69,21 @@ def measure(problem: Problem, candidates: Iterable[Config], device: torch.device
         # Normal, as trained weights and activations nearly are: how fast a GPU may run depends on its data.
         normal = torch.randn(ELEMENTS, generator=generator, device=device, dtype=torch.float32)
         elements = (normal * 80).clamp(-448, 448)
-        values, metadata, dense = random_operands(problem, elements, generator)
         scale_inv = torch.full((1,), 2.0**-12, device=device, dtype=torch.float32)
         dense_scale_inv = scale_inv.repeat(problem.columns) if problem.scaled else None
         shape = (problem.rows, problem.columns)
-        out = torch.empty(shape[::-1] if problem.transpose else shape, device=device, dtype=problem.out_dtype)
-        tensors = (values, metadata, dense, scale_inv, dense_scale_inv, out)
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
-        calls = {
-            config: partial(plan_gemm(config, problem.accurate, *tensors, problem.transpose), *addresses)
-            for config in candidates
-        }
+        def operands() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+            out = torch.empty(shape[::-1] if problem.transpose else shape, device=device, dtype=problem.out_dtype)
+            return (*random_operands(problem, elements, generator), scale_inv, dense_scale_inv, out)
+
+        sets = [operands()]
+        nbytes = sum(tensor.nbytes for tensor in sets[0] if tensor is not None)
+        # They take turns, so that none is in the L2 cache.
+        sets += [operands() for _ in range(min(_LAUNCHES, set_count(nbytes, device)) - 1)]
+        addresses = [[None if tensor is None else tensor.data_ptr() for tensor in tensors] for tensors in sets]
+        plans = {config: plan_gemm(config, problem.accurate, *sets[0], problem.transpose) for config in candidates}
+        calls = {config: [partial(plan, *each) for each in addresses] for config, plan in plans.items()}
         return median_microseconds(calls, _LAUNCHES, _ROUNDS)
 
 

@@ -9,11 +9,13 @@ import os
 import re
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
@@ -72,8 +74,8 @@ def keep(path: Path, value: object) -> None:
             new.unlink(missing_ok=True)
         if not _unwritten:
             warnings.warn(
-                f"sparse_compile: {path.parent} can't be written ({error}): every process measures again what could be "
-                "kept there; SPARSE_COMPILE_CACHE_DIR names another folder",
+                f"sparse_compile: {path.parent} can't be written ({error}), so every process measures again what could "
+                "be kept there; set SPARSE_COMPILE_CACHE_DIR to another folder",
                 stacklevel=2,
             )
         _unwritten[path] = text
@@ -98,18 +100,31 @@ def round_up(size: int) -> int:
     return -(-size // step) * step
 
 
-def median_microseconds(calls: Mapping[K, Callable[[], object]], launches: int, rounds: int) -> dict[K, float]:
-    """Median time of each call, on the current device.
+def set_count(nbytes: int, device: torch.device) -> int:
+    """How many sets of operands, of so many bytes each, take turns so that none is found in the L2 cache."""
+    return -(-2 * torch.cuda.get_device_properties(device).L2_cache_size // nbytes)
 
-    The calls take turns, each as a CUDA graph of so many launches.  What they compile they must have compiled before.
+
+def median_microseconds(
+    calls: Mapping[K, Sequence[Callable[[], object]]], launches: int, rounds: int
+) -> dict[K, float]:
+    """Median time of a call of each name, on the current device.
+
+    The names take turns, each as a CUDA graph of so many launches.  What they compile they must have compiled before.
+
+    Args:
+        calls: of each name those that take turns in its graph, one for each set of operands.
     """
     graphs = {}
-    for name, call in calls.items():
+    for name, of_name in calls.items():
         graphs[name] = torch.cuda.CUDAGraph()
+        turns = cycle(of_name)
+        # Results take turns as well: memory that is free again would be written while it is in the L2 cache.
+        results = deque[object](maxlen=len(of_name))
         # Other threads may go on using the device.
         with torch.cuda.graph(graphs[name], capture_error_mode="thread_local"):
             for _ in range(launches):
-                call()
+                results.append(next(turns)())
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times: dict[K, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):

@@ -1,6 +1,7 @@
 """What a linear costs: the times of its products, and of the ops around them, measured and kept on disk.
 
-A component is one product or op.  Each is timed on its own, on random operands, the first time that it is asked for.
+A component is one product or op.  Each is timed on its own the first time that it is asked for, on random operands that
+are not in the L2 cache: between two uses of a weight in a step, more than a cache holds is read and written.
 """
 
 import logging
@@ -19,7 +20,15 @@ from torch import Tensor
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, allows_fast_accum, metadata_shape, padded, unscaled_dtype, values_shape
 from sparse_compile.kernels.timing import expert_costs
-from sparse_compile.kernels.timing.gpu_times import keep, kept, median_microseconds, path_of, round_up, undisturbed
+from sparse_compile.kernels.timing.gpu_times import (
+    keep,
+    kept,
+    median_microseconds,
+    path_of,
+    round_up,
+    set_count,
+    undisturbed,
+)
 from sparse_compile.progress import tracked
 
 logger = logging.getLogger(__name__)
@@ -84,7 +93,7 @@ def component_times(questions: Mapping[ShapeKey, Iterable[str]]) -> dict[ShapeKe
         RuntimeError: a CUDA graph is being captured.
     """
     measured = {question: _measured(*question) for question in questions}
-    paths = {question: path_of("linear", *measured[question]) for question in questions}
+    paths = {question: path_of("linear-cold", *measured[question]) for question in questions}
     times = {path: kept(path, dict[str, float]) or {} for path in paths.values()}
     missing: dict[Path, list[_Timed]] = {}
     for question, components in questions.items():
@@ -122,19 +131,20 @@ class _Timed(NamedTuple):
     shape: LinearShape
     device: torch.device
 
-    def call(self) -> Callable[[], Any]:
+    def call(self, operands: "RandomOperands") -> Callable[[], Any]:
+        """On operands of its own."""
         component = COMPONENTS[self.name]
         make = component.make if self.shape.experts is None else component.of_experts
         assert make is not None, self
-        return make(self.shape, RandomOperands(self.device))
+        return make(self.shape, operands)
 
     def compile(self) -> None:
         with undisturbed(self.device), torch.cuda.device(self.device):
-            self.call()()
+            self.call(RandomOperands(self.device))()
 
     def measure(self) -> float:
         with undisturbed(self.device), torch.cuda.device(self.device):
-            return _measure(self.call())
+            return _measure(self.call, RandomOperands(self.device))
 
 
 def _measure_all(missing: Mapping[Path, Sequence[_Timed]], times: Mapping[Path, dict[str, float]]) -> None:
@@ -164,8 +174,9 @@ def _measure_all(missing: Mapping[Path, Sequence[_Timed]], times: Mapping[Path, 
     )  # fmt: skip
 
 
-def _measure(call: Callable[[], object]) -> float:
-    """Median microseconds of a call, on the current device."""
+def _measure(make: Callable[["RandomOperands"], Callable[[], Any]], operands: "RandomOperands") -> float:
+    """Median microseconds of a call, on the current device, which finds its operands in memory, as in a step."""
+    call = make(operands)
     call()  # loads what a library needs
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -174,25 +185,32 @@ def _measure(call: Callable[[], object]) -> float:
     end.synchronize()
     launches = round(_TARGET_MICROSECONDS / max(1.0, start.elapsed_time(end) * 1000))
     launches = max(1, min(_MAX_LAUNCHES, launches))
-    return median_microseconds({"": call}, launches, _ROUNDS)[""]
+    others = min(launches, set_count(operands.nbytes, operands.device)) - 1
+    return median_microseconds({"": [call, *(make(operands) for _ in range(others))]}, launches, _ROUNDS)[""]
 
 
 class RandomOperands:
-    """Makes random operands: how fast a GPU may run depends on its data."""
+    """Makes random operands: how fast a GPU may run depends on its data.
+
+    Attributes:
+        nbytes: of all that it has made.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.nbytes = 0
         self._generator = torch.Generator(device).manual_seed(0)
 
     def normal(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, device=self.device, dtype=torch.float32, generator=self._generator).to(dtype)
+        drawn = torch.randn(shape, device=self.device, dtype=torch.float32, generator=self._generator)
+        return self._counted(drawn.to(dtype))
 
     def fp8(self, *shape: int, dtype: torch.dtype = E4M3) -> Tensor:
         drawn = torch.randn(shape, device=self.device, dtype=torch.bfloat16, generator=self._generator)
-        return (drawn * 80).clamp_(-448, 448).to(dtype)
+        return self._counted((drawn * 80).clamp_(-448, 448).to(dtype))
 
     def ones(self, size: int, value: float = 1.0) -> Tensor:
-        return torch.full((size,), value, device=self.device, dtype=torch.float32)
+        return self._counted(torch.full((size,), value, device=self.device, dtype=torch.float32))
 
     def sparse(self, rows: int, columns: int, dtype: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
         """``values`` and ``metadata`` of a 2:4 operand."""
@@ -217,6 +235,10 @@ class RandomOperands:
         """Of the output, and two scales for each token."""
         gradient = self.normal(shape.tokens, shape.out_features, dtype=shape.dtype)
         return gradient, self.ones(shape.tokens, 40.0), self.ones(shape.tokens, 20.0)
+
+    def _counted(self, operand: Tensor) -> Tensor:
+        self.nbytes += operand.nbytes
+        return operand
 
 
 def _hp_fprop(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
@@ -307,6 +329,14 @@ def _transpose_tokens(s: LinearShape, make: RandomOperands) -> Callable[[], obje
     return partial(ops.transpose_tokens, make.fp8(s.tokens, s.in_features))
 
 
+def _transpose_pruned(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
+    return partial(ops.transpose_pruned, *make.sparse(s.out_features, s.in_features))
+
+
+def _transpose_weight(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
+    return partial(ops.transpose_tokens, make.fp8(s.out_features, s.in_features))
+
+
 def _cast_transpose(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     return partial(ops.cast_transpose, *make.gradient(s), s.grad_dtype)
 
@@ -341,7 +371,7 @@ class Component(NamedTuple):
     """What is timed on its own.
 
     Attributes:
-        of_weight: whether it happens once per optimizer step, whatever the number of tokens.
+        of_weight: whether it takes as long, whatever the number of tokens.
         of_library: whether it runs no kernel of ours, which would have to be compiled.
         of_experts: makes it for a linear of experts; None where these have none.
     """
@@ -382,6 +412,8 @@ add_component("sparse24_bf16 fprop", _sparse_bf16_fprop)
 add_component("bf16 dgrad", _bf16_dgrad)
 add_component("bf16 wgrad", _bf16_wgrad)
 add_component("transpose_tokens", _transpose_tokens, expert_costs.transpose_tokens)
+add_component("transpose_pruned", _transpose_pruned, of_weight=True)
+add_component("transpose_weight", _transpose_weight, of_weight=True)
 add_component("cast_transpose", _cast_transpose, expert_costs.cast_transpose)
 add_component("add_masked_decay", _add_masked_decay, expert_costs.add_masked_decay, of_weight=True)
 for _approximate, _estimator in ((False, "exact"), (True, "approximate")):

@@ -81,10 +81,19 @@ def prune_tile(
     # Rows and columns beyond the weight were loaded as zeros, whose groups name positions 0 and 1: the padding word.
     values_layout: gl.constexpr = _words_layout([dense.shape[0], dense.shape[1] // 2], 1, gl.num_warps(), COLUMN_MAJOR)
     store_compressed(dense, index, values_ptr, metadata_ptr, row, column, rows, columns, EVEN, values_layout)
-    transposed = transpose_words(dense)
-    transposed_layout: gl.constexpr = _transposed_layout(transposed.shape, gl.num_warps(), COLUMN_MAJOR)
-    store_tile(word_ptr(weight_t_ptr), transposed, column, row // 4, columns, rows // 4, EVEN, transposed_layout)
+    _store_transposed(dense, weight_t_ptr, row, column, rows, columns, COLUMN_MAJOR, EVEN)
     return reduce_amax(amax)
+
+
+@gluon.jit
+def _store_transposed(
+    words, ptr, row, column, rows, columns, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr
+):  # fmt: skip
+    """Store a tile transposed, if there is a buffer for it."""
+    if ptr is not None:
+        transposed = transpose_words(words)
+        layout: gl.constexpr = _transposed_layout(transposed.shape, gl.num_warps(), COLUMN_MAJOR)
+        store_tile(word_ptr(ptr), transposed, column, row // 4, columns, rows // 4, EVEN, layout)
 
 
 @gluon.jit
@@ -186,13 +195,12 @@ def prune_soft_transposable_tile(
 def cast_tile(
     w, row, column, payload_ptr, payload_t_ptr, scale, rows, columns, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr
 ):
-    """Cast and store a tile; the bits of its amax."""
+    """Cast and store a tile, as it lies and transposed where there is a buffer for it; the bits of its amax."""
     w0, w1, w2, w3, _ = groups(w)  # [BLOCK_N, BLOCK_K / 4]
     amax = maximum(maximum(magnitude(w0), magnitude(w1)), maximum(magnitude(w2), magnitude(w3)))
     words = cast_words(w0 * scale, w1 * scale, w2 * scale, w3 * scale)
-    words_layout: gl.constexpr = _words_layout(words.shape, 2, gl.num_warps(), COLUMN_MAJOR)
-    store_tile(word_ptr(payload_ptr), words, row, column // 4, rows, columns // 4, EVEN, words_layout)
-    transposed = transpose_words(words)
-    transposed_layout: gl.constexpr = _transposed_layout(transposed.shape, gl.num_warps(), COLUMN_MAJOR)
-    store_tile(word_ptr(payload_t_ptr), transposed, column, row // 4, columns, rows // 4, EVEN, transposed_layout)
+    if payload_ptr is not None:
+        words_layout: gl.constexpr = _words_layout(words.shape, 2, gl.num_warps(), COLUMN_MAJOR)
+        store_tile(word_ptr(payload_ptr), words, row, column // 4, rows, columns // 4, EVEN, words_layout)
+    _store_transposed(words, payload_t_ptr, row, column, rows, columns, COLUMN_MAJOR, EVEN)
     return reduce_amax(amax)

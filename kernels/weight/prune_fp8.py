@@ -12,7 +12,7 @@
 ``scale`` is the largest power of two with ``amax * scale <= 448``.  ``weight [N, K]`` may have any strides.  Pruning
 writes ``values [N, padded(K) / 2]`` and ``metadata`` (see ``formats``) for fprop and, transposed, the payload
 ``[K, N]`` for dgrad, which is compressed as well where it is 2:4 along both dimensions.  Casting writes the payload as
-it is and transposed.  Arithmetic is fp32.
+it is and transposed.  Dense ones may be left out.  Arithmetic is fp32.
 
 The weight is read once.  Its scale hardly ever changes from one step to the next, being a power of two.  So a first
 launch casts with the scale that stands behind the old ``scale_inv`` and finds the amax of each tile; a second one finds
@@ -192,7 +192,7 @@ def _correct_kernel(
 
 @planned
 def launch_prune_weight(
-    weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, weight_t: Tensor, scale_inv: Tensor,
+    weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, weight_t: Tensor | None, scale_inv: Tensor,
     hard: bool = False,
 ) -> LaunchPlan:  # fmt: skip
     """Prune and cast ``weight`` into the buffers, all of which are written in full.
@@ -202,7 +202,7 @@ def launch_prune_weight(
         beta: fp32 ``[1]``, of experts ``[E]``.
         values: e4m3 ``[N, padded(K) / 2]``.
         metadata: int32 ``[padded(K) / 128, padded(N) / 16, 32, 2]``.
-        weight_t: e4m3 ``[K, N]``.
+        weight_t: e4m3 ``[K, N]``, or None.
         scale_inv: fp32 ``[1]``; 0 for an empty weight, NaN for one with NaN or infinity.  Faster where it still holds
             the result of a similar weight.
         hard: whether the two largest magnitudes are kept as they are, instead of S-STE's soft threshold.
@@ -213,7 +213,8 @@ def launch_prune_weight(
     experts, n, k = _check_weight(weight, beta, scale_inv)
     check_buffer("values", values, (*experts, *values_shape(n, k)), E4M3, weight.device)
     check_buffer("metadata", metadata, (*experts, *metadata_shape(n, k)), torch.int32, weight.device)
-    check_buffer("weight_t", weight_t, (*experts, k, n), E4M3, weight.device)
+    if weight_t is not None:
+        check_buffer("weight_t", weight_t, (*experts, k, n), E4M3, weight.device)
     if weight.numel() == 0:
         return UncachedPlan(scale_inv.zero_)
     # Metadata is written for the padding too.
@@ -295,13 +296,15 @@ def _check_transposable(
 
 
 @planned
-def launch_cast_weight(weight: Tensor, payload: Tensor, payload_t: Tensor, scale_inv: Tensor) -> LaunchPlan:
+def launch_cast_weight(
+    weight: Tensor, payload: Tensor | None, payload_t: Tensor | None, scale_inv: Tensor
+) -> LaunchPlan:
     """Cast ``weight`` into the buffers, all of which are written in full.
 
     Args:
         weight: ``[N, K]``, any strides, bf16, fp16 or fp32; N and K multiples of 16.
-        payload: e4m3 ``[N, K]``.
-        payload_t: e4m3 ``[K, N]``.
+        payload: e4m3 ``[N, K]``, or None.
+        payload_t: e4m3 ``[K, N]``, or None.
         scale_inv: fp32 ``[1]``; 0 for an empty weight, NaN for one with NaN or infinity.  Faster where it still holds
             the result of a similar weight.
 
@@ -309,8 +312,10 @@ def launch_cast_weight(weight: Tensor, payload: Tensor, payload_t: Tensor, scale
         ValueError: a tensor has another shape, dtype, layout or device.
     """
     experts, n, k = _check_weight(weight, None, scale_inv)
-    check_buffer("payload", payload, (*experts, n, k), E4M3, weight.device)
-    check_buffer("payload_t", payload_t, (*experts, k, n), E4M3, weight.device)
+    if payload is not None:
+        check_buffer("payload", payload, (*experts, n, k), E4M3, weight.device)
+    if payload_t is not None:
+        check_buffer("payload_t", payload_t, (*experts, k, n), E4M3, weight.device)
     if weight.numel() == 0:
         return UncachedPlan(scale_inv.zero_)
     cast = _plan(_CAST, weight, None, payload, None, payload_t, None, None, scale_inv, (n, k))
@@ -320,8 +325,9 @@ def launch_cast_weight(weight: Tensor, payload: Tensor, payload_t: Tensor, scale
 
 
 def _plan(
-    mode: gl.constexpr, weight: Tensor, beta: Tensor | None, payload: Tensor, metadata: Tensor | None,
-    weight_t: Tensor, metadata_t: Tensor | None, masks: Tensor | None, scale_inv: Tensor, covered: tuple[int, int],
+    mode: gl.constexpr, weight: Tensor, beta: Tensor | None, payload: Tensor | None, metadata: Tensor | None,
+    weight_t: Tensor | None, metadata_t: Tensor | None, masks: Tensor | None, scale_inv: Tensor,
+    covered: tuple[int, int],
 ) -> LaunchPlan:  # fmt: skip
     """Of both launches, over tiles that cover ``covered`` rows and columns; called with all tensors' addresses."""
     *experts, n, k = weight.shape

@@ -18,14 +18,14 @@ from sparse_compile.launcher.arguments import add_script, read_script
 from sparse_compile.reporting.report_file import check_file
 
 _DESCRIPTION = f"""\
-Find the decay of a recipe from flip rates (T-SR-STE, arXiv 2404.01847).
+Find a good decay for a recipe by measuring flip rates (T-SR-STE, arXiv 2404.01847).
 
-The script runs once dense, which only records the masks that pruning would choose, and once with each decay. Each run
-stops after --steps optimizer steps, and its output is not shown. mu is the share of mask bits that flip per step,
-divided by that of the dense run; both are means over the last half of the steps. Decays with mu in
-[{LOWEST:.2f}, {HIGHEST:.2f}] are accepted.
+The script runs once dense, to record the masks that pruning would choose, and once with each decay. Each run stops
+after --steps optimizer steps, and its output is hidden. mu is the share of mask bits that flip per step, divided by the
+same share in the dense run; both are means over the second half of the steps. A decay is accepted if its mu is in
+[{LOWEST:.2f}, {HIGHEST:.2f}].
 
-The exit status is 0 if a decay is accepted, 1 if none is or a run fails.
+The exit status is 0 if a decay is accepted, and 1 if none is accepted or a run fails.
 """
 _RECIPES = ("sr-ste", "t-sr-ste")
 _DECAYS = "2e-6,6e-6,2e-5,6e-5,2e-4,6e-4,2e-3,6e-3"
@@ -44,21 +44,21 @@ class RunFailed(Exception):
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "tune-decay",
-        help=f"search the decay of the recipe {' or '.join(_RECIPES)} for a training script",
+        help=f"find a good decay for recipe {' or '.join(_RECIPES)} and a training script",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--recipe", choices=_RECIPES, default=_RECIPES[0], help=f"default {_RECIPES[0]}")
+    parser.add_argument("--recipe", choices=_RECIPES, default=_RECIPES[0], help=f"default: {_RECIPES[0]}")
     parser.add_argument(
-        "--decays", type=_decays, default=_DECAYS, metavar="A,B,...", help=f"decays to try; default {_DECAYS}"
+        "--decays", type=_decays, default=_DECAYS, metavar="A,B,...", help=f"decays to try; default: {_DECAYS}"
     )
     parser.add_argument(
-        "--steps", type=_steps, default=50, metavar="N", help="optimizer steps of each run; default %(default)s"
+        "--steps", type=_steps, default=50, metavar="N", help="optimizer steps of each run; default: %(default)s"
     )
     parser.add_argument(
         "--out", type=Path, action="append", default=[], metavar="FILE",
-        help="also write the result to FILE: .json for all numbers, .html for plots; may be repeated",
+        help="also write the result to FILE: .json for all numbers, .html for plots; can be repeated",
     )  # fmt: skip
     add_script(parser)
     parser.set_defaults(parser=parser, execute=tune_decay)
@@ -138,11 +138,11 @@ def run_script(decay: float | None, request: Request, command: Sequence[str]) ->
             )
         last = "\n".join(output.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:])
         if not written.exists():
-            raise RunFailed(f"the {name} failed, {_status(done.returncode)}; the last that it wrote:\n{last}")
+            raise RunFailed(f"the {name} failed, {_status(done.returncode)}; its last output was:\n{last}")
         # Errors while a stopped script ends do not matter.
         result = from_json(Result, written.read_text(encoding="utf-8"))
     if not result.weights:
-        raise RunFailed(f"in the {name} no weight is or would be pruned; the last that it wrote:\n{last}")
+        raise RunFailed(f"no weight is or would be pruned in the {name}; its last output was:\n{last}")
     return Run(
         decay=decay,
         elements={name: elements for name, (elements, _) in result.weights.items()},

@@ -64,17 +64,17 @@ class DecayTable:
             if run.elements != self.dense.elements:
                 differing = sorted(dict(run.elements.items() ^ self.dense.elements.items()))
                 raise ValueError(
-                    f"not the same weights are pruned in all runs: {', '.join(differing)} of {self.dense.name} and "
+                    f"the runs prune different weights: {', '.join(differing)} of {self.dense.name} and "
                     f"{run.name}; the script must build the same model each time"
                 )
         if not self.dense.elements:
-            raise ValueError("no weight is pruned, so that there is no mask")
+            raise ValueError("no weight is pruned, so there is no mask")
         if self.steps < 2:
-            raise ValueError(f"there are {self.steps} optimizer steps to compare, and at least 2 are needed")
+            raise ValueError(f"a run has {self.steps} optimizer steps; at least 2 are needed")
         if self.mean(self.dense) == 0:
             raise ValueError(
-                f"no mask changes in the dense run, in {self._which_steps}: the learning rate may be too small so "
-                "early; raise --steps"
+                f"no mask changes in the dense run in {self._which_steps}; the learning rate may still be too small: "
+                "raise --steps"
             )
 
     @property
@@ -104,20 +104,20 @@ class DecayTable:
         decay = self.recommended()
         if decay is not None:
             return (
-                f"recommended: {decay:g}, whose mu is the nearest to {(LOWEST + HIGHEST) / 2:g}, the middle of what is "
-                "accepted\n"
+                f"recommended: {decay:g}; its mu is the closest to {(LOWEST + HIGHEST) / 2:g}, the middle of the "
+                "accepted range\n"
                 f'    options={{"sste.recipe": "{self.recipe}", "sste.decay": {decay:g}}}'
             )
         above = [run.decay or 0.0 for run in self.runs if self.mu(run) > HIGHEST]
         below = [run.decay or 0.0 for run in self.runs if self.mu(run) < LOWEST]
         if not below:
-            where = f"all are too weak: give larger ones than {max(above):g}"
+            where = f"all are too weak: try larger ones than {max(above):g}"
         elif not above:
-            where = f"all are too strong: give smaller ones than {min(below):g}"
+            where = f"all are too strong: try smaller ones than {min(below):g}"
         else:
             first, last = sorted((max(above), min(below)))
-            where = f"give some between {first:g} and {last:g}"
-        return f"no decay is accepted; {where} by --decays"
+            where = f"try some between {first:g} and {last:g}"
+        return f"no decay is accepted; {where} with --decays"
 
     def notes(self) -> list[str]:
         """What a reader must know of the numbers."""
@@ -125,7 +125,7 @@ class DecayTable:
         weights = "1 weight" if len(self.dense.elements) == 1 else f"{len(self.dense.elements)} weights"
         notes = [f"flip rates are means over {self._which_steps}, of {weights}"]
         if early:
-            notes.append(f"the script ended by itself before all steps in: {', '.join(run.name for run in early)}")
+            notes.append(f"the script ended before its last step in: {', '.join(run.name for run in early)}")
         return notes
 
     @property

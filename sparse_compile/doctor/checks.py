@@ -70,7 +70,7 @@ def versions() -> Iterator[Finding]:
     if absent:
         yield Finding("versions", Status.PROBLEM, text, f"pip install {' '.join(absent)}", found)
     elif not OLDEST_TORCH <= torch.__version__ < TOO_NEW_TORCH:
-        remedy = f"install torch>={OLDEST_TORCH},<{TOO_NEW_TORCH}: others were not tested"
+        remedy = f"install torch>={OLDEST_TORCH},<{TOO_NEW_TORCH}: other versions are untested"
         yield Finding("versions", Status.WARNING, text, remedy, found)
     else:
         yield Finding("versions", Status.OK, text, values=found)
@@ -80,7 +80,7 @@ def versions() -> Iterator[Finding]:
 
         missing = launch_plan.self_test()
     if missing:
-        remedy = "install a version of PyTorch and Triton that the package requires"
+        remedy = "install the versions of PyTorch and Triton that the package requires"
         yield Finding("private interfaces", Status.PROBLEM, f"missing: {', '.join(missing)}", remedy)
 
 
@@ -106,9 +106,11 @@ def devices() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         why = "this PyTorch was built without CUDA" if built is None else f"PyTorch for CUDA {built} sees no GPU"
-        remedy = "models run dense here; 'sste.when': 'always' emulates the arithmetic, slowly. For speed: a Hopper GPU"
+        remedy = (
+            "models run dense here; 'sste.when': 'always' emulates the kernels, slowly. A speedup needs a Hopper GPU"
+        )
         if built is not None:
-            remedy += "; see whether nvidia-smi lists one, and what CUDA_VISIBLE_DEVICES says"
+            remedy += "; check that nvidia-smi lists one and that CUDA_VISIBLE_DEVICES does not hide it"
         yield Finding("device", Status.PROBLEM, why, remedy)
         return
     for index in range(torch.cuda.device_count()):
@@ -124,7 +126,7 @@ def devices() -> Iterator[Finding]:
         if missing is None:
             yield Finding(f"device {index}", Status.OK, text)
         else:
-            remedy = "models run dense on it; for speed: a Hopper GPU (H100, H200, GH200)"
+            remedy = "models run dense on it; a speedup needs a Hopper GPU (H100, H200, GH200)"
             yield Finding(f"device {index}", Status.PROBLEM, f"{text}: {missing}", remedy)
 
 
@@ -148,9 +150,9 @@ def cache(device: torch.device | None) -> Iterator[Finding]:
     folder = gpu_times.root() if device is None else gpu_times.folder(device)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     files = list(folder.rglob("*.json")) if folder.exists() else []
-    remedy = "SPARSE_COMPILE_CACHE_DIR names another folder"
+    remedy = "set SPARSE_COMPILE_CACHE_DIR to another folder"
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        text = f"{folder} can't be written: every process measures again"
+        text = f"{folder} cannot be written, so every process measures again"
         yield Finding("cache", Status.WARNING, text, remedy)
         return
     space = shutil.disk_usage(existing).free
@@ -187,8 +189,10 @@ def kernels(device: torch.device) -> Iterator[Finding]:
     for name, component in COMPONENTS.items():
         if not (component.of_library or component.of_weight):
             runs[name] = component.make(_SMALL, RandomOperands(device))
-    for projection in dict.fromkeys(recipe.projection for recipe in RECIPES.values()):
-        runs[projection.cost_key] = _filled(projection, RandomOperands(device))
+    for recipe in RECIPES.values():
+        for projection in (recipe.projection, recipe.projection.one_copy):
+            if projection is not None and projection.cost_key not in runs:
+                runs[projection.cost_key] = _filled(projection, RandomOperands(device))
 
     def run(call: Callable[[], Any]) -> Any:
         with gpu_times.undisturbed(device), torch.cuda.device(device):
@@ -208,7 +212,7 @@ def kernels(device: torch.device) -> Iterator[Finding]:
         remedy = "'sste.recipe': 'fp8' uses the fewest kernels; report this with the device and the versions above"
         yield Finding("kernels", Status.PROBLEM, "; ".join(wrong), remedy)
     else:
-        yield Finding("kernels", Status.OK, f"{len(checked)} compute what their definitions say: {', '.join(checked)}")
+        yield Finding("kernels", Status.OK, f"{len(checked)} match their reference: {', '.join(checked)}")
 
 
 def _filled(projection: Projection, random: RandomOperands) -> Callable[[], tuple[Tensor, ...]]:
@@ -220,7 +224,11 @@ def _filled(projection: Projection, random: RandomOperands) -> Callable[[], tupl
         operands, masks = projection.new_operands(n, k, random.device), projection.new_masks(n, k, random.device)
         operands.scale_inv.fill_(1.0)  # of an earlier weight, by which it is faster alone
         projection.fill(weight, operands, beta, masks, masks is not None)
-        return (*operands, *([] if masks is None else [masks]))
+        return (
+            *operands,
+            *projection.dgrad_operand(*projection.kept_for_dgrad(operands)),
+            *([] if masks is None else [masks]),
+        )
 
     return fill
 
@@ -251,7 +259,8 @@ def speed(device: torch.device) -> Iterator[Finding]:
         calls = {name: COMPONENTS[name].make(_LARGE, RandomOperands(device)) for name in names}
         for call in calls.values():
             call()
-        times = gpu_times.median_microseconds(calls, _LAUNCHES, _ROUNDS)
+        # Operands of this size don't stay in the L2 cache.
+        times = gpu_times.median_microseconds({name: [call] for name, call in calls.items()}, _LAUNCHES, _ROUNDS)
     ours = ("sparse24 fprop", "fp8 dgrad", "sparse24 wgrad")
     ratios = {product: times[f"dense {product}"] / times[name] for product, name in zip(_PRODUCTS, ours, strict=True)}
     text = ", ".join(
@@ -260,7 +269,7 @@ def speed(device: torch.device) -> Iterator[Finding]:
     )
     slow = [product for product, ratio in ratios.items() if ratio < 1]
     if slow:
-        remedy = "see with nvidia-smi whether another program uses the GPU, and its clocks and power limit"
+        remedy = "check with nvidia-smi whether another program uses the GPU, and the clocks and power limit"
         yield Finding("speed", Status.WARNING, f"{text}; slower than bf16: {', '.join(slow)}", remedy, times)
     else:
         yield Finding("speed", Status.OK, text, values=times)
@@ -271,7 +280,7 @@ def attention(device: torch.device) -> Iterator[Finding]:
     heads = torch.empty(1, 8, 1024, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
     chosen = chosen_backend(heads, heads, heads)
     cudnn = torch.backends.cudnn.version()
-    text = f"scaled_dot_product_attention runs {chosen}, cuDNN {cudnn} is loaded"
+    text = f"scaled_dot_product_attention runs {chosen}; cuDNN {cudnn} is loaded"
     if chosen == "CUDNN_ATTENTION":
         yield Finding("attention", Status.OK, text)
     else:

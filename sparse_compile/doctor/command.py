@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from sparse_compile.doctor.checks import Finding
 
 _DESCRIPTION = """\
-Check what the backend needs: versions, GPUs and whether there are kernels for them, a compiler, the cache folder, each
-kernel against its definition, the speed of three products against cuBLAS, and which kernel attention gets.
+Check that the backend works on this machine: package versions, GPUs and their kernels, a C++ compiler, the cache
+folder, the results of each kernel, the speed of three GEMMs against cuBLAS, and which kernel attention uses.
 
-The exit status is 1 if something keeps the backend from working; the table says what to do about it.
+The exit status is 1 if something keeps the backend from working; the output then says how to fix it.
 """
 
 
@@ -27,7 +27,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.set_defaults(execute=examine)
 
 
@@ -69,7 +69,7 @@ def findings() -> "Iterator[Finding]":
     for check_on in on_gpu:
         what = check_on.__name__.replace("_", " ")
         if device is None:
-            yield checks.Finding(what, checks.Status.SKIPPED, "there is no GPU with kernels")
+            yield checks.Finding(what, checks.Status.SKIPPED, "no GPU here has kernels")
         else:
             yield from _safely(what, partial(check_on, device))
 

@@ -90,7 +90,7 @@ def as_table(rows: Sequence[Checked]) -> str:
         )
         for row in rows
     ]
-    headers = ("weight", "shape", "dtype", "zeros", "2:4 along rows", "along columns", "it is")
+    headers = ("weight", "shape", "dtype", "zeros", "2:4 along rows", "along columns", "verdict")
     return tabulate(lines, headers=headers, disable_numparse=True, colalign=("left",) * 3 + ("right",) * 3 + ("left",))
 
 
@@ -112,7 +112,7 @@ def wrong(rows: Sequence[Checked], globs: Sequence[str]) -> list[str]:
     """What keeps the exit status from being 0, a line for each."""
     if globs:
         unmatched = [glob for glob in globs if not any(fnmatchcase(row.name, glob) for row in rows)]
-        lines = [f"  {glob!r} names no matrix" for glob in unmatched]
+        lines = [f"  {glob!r} matches no matrix" for glob in unmatched]
         return lines + [f"  {row.name} is {row.verdict.value}" for row in rows if not row.is_24]
     lines = [f"  {row.name} is {row.verdict.value}" for row in rows if row.verdict is Verdict.IN_PART]
     if not any(row.verdict in (Verdict.PRUNED, Verdict.TRANSPOSED) for row in rows):

@@ -63,9 +63,9 @@ def finalize(model: Module) -> list[str]:
     weights = _pruned_weights(model)
     if not weights:
         raise ValueError(
-            "no weight of this model was trained pruned in this process, so there is nothing to finalize. Call it "
-            "where the model was trained with backend 'sste', or after optimizer.load_state_dict of that run, or give "
-            "the model the scales of another by sparse_compile.set_beta; a model that is loaded 2:4 needs no finalize"
+            "no weight of this model was trained pruned in this process, so there is nothing to finalize. Call "
+            "finalize in the process that trained the model with backend 'sste', or after optimizer.load_state_dict of "
+            "that run, or after sparse_compile.set_beta with its scales. A model that was saved 2:4 needs no finalize"
         )
     # First only looked at, so that an error leaves all as they were, without a second copy of the model.
     for weight in weights:
@@ -98,9 +98,9 @@ def _pruned_weights(model: Module) -> list[_Weight]:
         name, *others = (plain_name(name) for name in names[id(parameter)])
         if type(parameter.data) is not Tensor:
             raise ValueError(
-                f"{name!r} is a {type(parameter.data).__name__}; only a weight that is whole can be finalized. Gather "
-                "the model's full state_dict into a plain model (torch.distributed.checkpoint.state_dict), give that "
-                "sparse_compile.set_beta(plain, sparse_compile.beta(model)), and finalize it"
+                f"{name!r} is a {type(parameter.data).__name__}; only a whole weight can be finalized. Gather the "
+                "model's full state_dict into a plain model (torch.distributed.checkpoint.state_dict), call "
+                "sparse_compile.set_beta(plain, sparse_compile.beta(model)), and finalize the plain model"
             )
         if others:
             raise ValueError(
@@ -108,8 +108,8 @@ def _pruned_weights(model: Module) -> list[_Weight]:
             )
         if record.target is None and record.operands:
             raise ValueError(
-                f"{name!r} was told a scale, and its linear computes with it dense, not pruned: leave it out of "
-                "sparse_compile.set_beta, or name it in 'sste.targets'"
+                f"{name!r} was given a scale, but its linear stays dense: leave it out of sparse_compile.set_beta, or "
+                "name it in 'sste.targets'"
             )
         transposed = state.transposed if state.transposed is not None else _stored_transposed(model, name)
         weights.append(_Weight(name=name, parameter=parameter, record=record, state=state, transposed=transposed))
@@ -140,7 +140,7 @@ def _stored_transposed(model: Module, name: str) -> bool:
     dim = in_features_dim(modules[owner])
     if dim is None:
         raise ValueError(
-            f"nothing tells along which dimension {name!r} of a {type(modules[owner]).__name__} is pruned; call the "
+            f"the dimension along which {name!r} of a {type(modules[owner]).__name__} is pruned is not known; call the "
             "compiled model once, then finalize"
         )
     return dim == -2
@@ -150,10 +150,9 @@ def _check(weight: _Weight) -> None:
     if weight.state.finalized:
         if not is_24(weight.parameter, weight.dim):
             raise ValueError(
-                f"{weight.name!r} was finalized, then changed without the backend, and is no longer 2:4. What it "
-                "computes now is not its projection, so it is not pruned again: load the weights that were finalized, "
-                "or train with the backend, or accept the pruning by sparse_compile.set_beta(model, "
-                f"{{{weight.name!r}: 1.0}}), and then finalize"
+                f"{weight.name!r} was finalized, then changed without the backend, and is no longer 2:4. To prune it "
+                "again would change what the model computes. Load the finalized weights, or train with the backend, or "
+                f"accept the pruning with sparse_compile.set_beta(model, {{{weight.name!r}: 1.0}}), then finalize"
             )
     elif not bool(weight.projected().isfinite().all()):
         raise ValueError(f"the projection of {weight.name!r} to {weight.parameter.dtype} holds NaN or infinite values")

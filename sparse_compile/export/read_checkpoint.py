@@ -59,13 +59,13 @@ def _indexed(index: Path) -> dict[Path, set[str] | None]:
     try:
         placed = build(dict[str, str], json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of shards: {error!r}") from error
+        raise ValueError(f"{index} is not an index of shards: {error!r}") from error
     files: dict[Path, set[str] | None] = {}
     for file in sorted(set(placed.values())):
         if Path(file).name != file:
-            raise ValueError(f"{index.name} names the shard {file!r}; allowed is a file beside it")
+            raise ValueError(f"{index.name} names the shard {file!r}; allowed is a file in the same folder")
         if not (index.parent / file).is_file():
-            raise ValueError(f"{index.name} names the shard {file!r}, which is not there")
+            raise ValueError(f"{index.name} names the shard {file!r}, which does not exist")
         files[index.parent / file] = {name for name, where in placed.items() if where == file}
     return files
 
@@ -81,7 +81,7 @@ def _read_safetensors(file: Path, names: set[str] | None) -> Iterator[tuple[str,
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
                 yield name, opened.get_tensor(name)
     except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file: {error}") from error
+        raise ValueError(f"{file} is not a safetensors file: {error}") from error
 
 
 def _read_torch(file: Path, names: set[str] | None) -> Iterator[tuple[str, Tensor]]:
@@ -107,7 +107,7 @@ def _require_stored(file: Path) -> None:
         raise ValueError("it holds compressed records, which torch.save never writes")
     held = sum(record.file_size for record in records)
     if held > file.stat().st_size:
-        raise ValueError(f"it says that it holds {held} bytes, and is smaller")
+        raise ValueError(f"it claims to hold {held} bytes but is smaller")
 
 
 def _walk(path: str, content: Any) -> Iterator[tuple[str, Tensor]]:

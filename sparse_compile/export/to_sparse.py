@@ -26,6 +26,9 @@ def to_sparse(model: Module) -> list[str]:
     it.  Save the model before: compressed weights cannot be saved by safetensors.  The weights of experts stay as they
     are, as PyTorch has no product for them.
 
+    Args:
+        model: the model, on a GPU, in bf16 or fp16.
+
     Returns:
         The names of the weights that are compressed now.
 
@@ -40,12 +43,12 @@ def to_sparse(model: Module) -> list[str]:
     missed = sorted({plain_name(name) for name in beta(model)} - set(names) - set(_experts_24(original(model))))
     if missed:
         raise ValueError(
-            f"{', '.join(map(repr, missed))}: trained pruned, but no 2:4 weight of a linear that can be compressed; "
+            f"trained pruned, but not a 2:4 weight of a linear that can be compressed: {', '.join(map(repr, missed))}; "
             "call sparse_compile.finalize(model) first"
         )
     if not found:
         raise ValueError(
-            "no linear of this model has a 2:4 weight; sparse_compile.finalize makes those 2:4 that were trained pruned"
+            "no linear of this model has a 2:4 weight; sparse_compile.finalize makes weights 2:4 that training pruned"
         )
     for name, _, weight, _ in found:
         _check(name, weight)
@@ -82,10 +85,10 @@ def _find_24(model: Module) -> Iterator[tuple[str, Module, Tensor, int]]:
 
 def _check(name: str, weight: Tensor) -> None:
     if not weight.is_cuda:
-        raise ValueError(f"{name!r} is on {weight.device}; compressed weights run on GPUs only: move the model there")
+        raise ValueError(f"{name!r} is on {weight.device}; compressed weights run only on GPUs: move the model to one")
     if weight.dtype not in _DTYPES:
         raise ValueError(
-            f"{name!r} is {weight.dtype}; cuSPARSELt takes bfloat16 and float16: say model.to(torch.bfloat16) first, "
+            f"{name!r} is {weight.dtype}; cuSPARSELt takes bfloat16 and float16: call model.to(torch.bfloat16) first, "
             "which keeps weights 2:4"
         )
     if any(size % _MULTIPLE for size in weight.shape):

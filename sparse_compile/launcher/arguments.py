@@ -34,7 +34,7 @@ def add_script(parser: ArgumentParser) -> None:
 
     The parser must not allow abbreviations: it would look for them among the arguments of the script, too.
     """
-    parser.add_argument("--auto", action="store_true", help="also compile the model of a script that compiles none")
+    parser.add_argument("--auto", action="store_true", help="compile the model if the script does not")
     parser.add_argument(
         "--option",
         dest="options",
@@ -42,12 +42,12 @@ def add_script(parser: ArgumentParser) -> None:
         type=_option,
         default=[],
         metavar="NAME=VALUE",
-        help="set an option of the backend for every compilation, such as sste.recipe=fp8; may be repeated; "
-        '"python -m sparse_compile options" lists them',
+        help="set a backend option for every compilation, such as sste.recipe=fp8; can be repeated; "
+        '"python -m sparse_compile options" lists the options',
     )
     parser.add_argument("-m", dest="module", action="store_true", help="run SCRIPT as a module, like python -m")
     # PARSER takes all that is left, as subcommands do; REMAINDER would drop a "--" among it.
-    parser.add_argument("script", nargs=PARSER, metavar="SCRIPT", help="the script, then its own arguments")
+    parser.add_argument("script", nargs=PARSER, metavar="SCRIPT", help="the script, followed by its own arguments")
 
 
 def read_script(args: Namespace) -> Script:
@@ -55,7 +55,8 @@ def read_script(args: Namespace) -> Script:
     name, *arguments = args.script[1:] if args.script[0] == "--" else args.script
     if not args.module and not Path(name).is_file():
         args.parser.error(
-            f'there is no file {name!r}; for a module, say -m {name}; "python -m sparse_compile --help" lists commands'
+            f'there is no file {name!r}; to run a module, use -m {name}; "python -m sparse_compile --help" lists the '
+            "commands"
         )
     if VARIABLE in os.environ:
         args.parser.error(

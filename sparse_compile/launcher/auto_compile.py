@@ -59,7 +59,7 @@ class AutoCompile:
         name = type(module).__name__
         self.compiled.append(name)
         weights = sum(parameter.numel() for parameter in module.parameters())
-        sys.stderr.write(f"sparse_compile: compiles {name} ({weights:,} parameters) with backend 'sste'\n")
+        sys.stderr.write(f"sparse_compile: compiling {name} ({weights:,} parameters) with backend 'sste'\n")
         compiled = self._compile(with_frame_of_its_own(module))
 
         def call(*args: Any, **kwargs: Any) -> Any:

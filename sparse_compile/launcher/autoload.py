@@ -36,8 +36,8 @@ def _auto() -> bool | None:
     value = os.environ.get(VARIABLE)
     if value not in (None, "1", "auto"):
         _warn(
-            f"{VARIABLE} is {value!r}; allowed are 1, to use backend 'sste' in torch.compile, and auto, to compile "
-            "also models that the script does not compile; it is ignored in this process"
+            f"{VARIABLE} is {value!r}; allowed are 1 (torch.compile uses backend 'sste') and auto (models that the "
+            "script does not compile are compiled, too); it is ignored in this process"
         )
         return None
     return None if value is None else value == "auto"

@@ -7,14 +7,15 @@ from sparse_compile.launcher.arguments import add_script, read_script
 from sparse_compile.reporting.report_file import check_file
 
 _DESCRIPTION = (
-    'Run a script. Its calls of torch.compile and Module.compile that name no backend, or "inductor", use "sste".'
+    'Run a script. Its calls of torch.compile and Module.compile use the backend "sste" if they name no backend or '
+    '"inductor".'
 )
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "run",
-        help="run a training script through the backend; may be left out",
+        help="run a training script with the backend; this is the default command",
         description=_DESCRIPTION,
         allow_abbrev=False,
     )

@@ -1,4 +1,4 @@
-"""``python -m sparse_compile options``: the table of the backend's options, which README.md has as well."""
+"""``python -m sparse_compile options``: the table of the backend's options, which docs/options.md has as well."""
 
 import argparse
 import shutil
@@ -15,7 +15,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description='List the options of torch.compile(model, backend="sste", options={NAME: value}) and of --option '
         "NAME=VALUE.",
     )
-    parser.add_argument("--markdown", action="store_true", help="print the table as README.md has it")
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     parser.set_defaults(execute=show_options)
 
 

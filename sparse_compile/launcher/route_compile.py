@@ -103,14 +103,14 @@ def _warn_if_nothing(seen: _Seen, automatic: AutoCompile | None) -> None:
         return
     others = sorted(set(seen.backends) - {"sste"})
     if "sste" in seen.backends or (automatic is not None and automatic.compiled):
-        reason = "what was compiled was never called with a graph to trace"
+        reason = "no compiled function was called, or none had a graph to trace"
     elif others:
-        reason = f"torch.compile was only called with other backends, which are kept: {', '.join(others)}"
+        reason = f"torch.compile was called only with other backends, which are kept: {', '.join(others)}"
     elif automatic is not None:
         reason = "no module with parameters that require gradients was called in training mode with gradients enabled"
     else:
         reason = (
-            "the script calls neither torch.compile nor Module.compile; `python -m sparse_compile --auto`, or "
-            "SPARSE_COMPILE=auto, compiles the model of such a script"
+            "the script calls neither torch.compile nor Module.compile; to compile its model, use "
+            "`python -m sparse_compile --auto` or SPARSE_COMPILE=auto"
         )
     sys.stderr.write(f"sparse_compile: nothing was compiled with backend 'sste' in this process: {reason}\n")

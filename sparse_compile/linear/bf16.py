@@ -29,7 +29,7 @@ def forward(
     pruned = recipe.projection.fprop_operand(operands)
     assert isinstance(pruned, SparseOperand)  # dense products stay without us
     output = products.sparse(tokens, None, pruned, out_dtype)
-    return output, (tokens, *recipe.projection.dgrad_operand(operands))
+    return output, (tokens, *recipe.projection.kept_for_dgrad(operands))
 
 
 def backward(
@@ -37,7 +37,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """grad_input ``[T, K]`` and grad_weight, where they are needed."""
     del seed  # nothing is sampled
-    tokens, dense, scale_inv = saved
+    tokens, *kept = saved
+    dense, scale_inv = ctx.recipe.projection.dgrad_operand(*kept)
     grad_bf16 = grad_output.to(torch.bfloat16)
     grad_input = grad_weight = None
     if ctx.needs_input_grad[0]:

@@ -50,7 +50,7 @@ def forward(
     else:
         output = _multiply(products, x_fp8, scale_inv, recipe.projection.fprop_operand(operands), out_dtype)
     saved_input = (x, None) if recipe.wgrad is Gemm.DENSE else (x_fp8, scale_inv)
-    saved_weight = (weight,) if recipe.dgrad is Gemm.DENSE else recipe.projection.dgrad_operand(operands)
+    saved_weight = (weight,) if recipe.dgrad is Gemm.DENSE else recipe.projection.kept_for_dgrad(operands)
     return output, (*saved_input, *saved_weight)
 
 
@@ -74,10 +74,12 @@ def backward(
             product = products.dense(grad, (weight[0].mT if ctx.transposed else weight[0]).to(grad.dtype))
         elif recipe.dgrad is Gemm.MVUE24:
             assert seed is not None
-            product = _sampled_dgrad(ctx, grad, amax, DenseOperand(*weight), seed)
+            projected = recipe.projection.dgrad_operand(*weight)
+            assert isinstance(projected, DenseOperand)
+            product = _sampled_dgrad(ctx, grad, amax, projected, seed)
         else:
-            kind = SparseOperand if recipe.dgrad is Gemm.SPARSE24 else DenseOperand
-            product = _multiply(products, grad_fp8, row_scale_inv, kind(*weight), ctx.input_dtype)
+            projected = recipe.projection.dgrad_operand(*weight)
+            product = _multiply(products, grad_fp8, row_scale_inv, projected, ctx.input_dtype)
         grad_input = product.to(ctx.input_dtype)
     if ctx.needs_input_grad[1]:
         if recipe.wgrad is Gemm.DENSE:

@@ -5,6 +5,7 @@ are called with are noted, and at the optimizer's step compared with those of co
 """
 
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,12 +24,12 @@ from sparse_compile.reporting.model import fold_names
 from sparse_compile.reporting.process_report import report_so_far
 from sparse_compile.reporting.report import Report
 from sparse_compile.torch_internals.dynamo import RecompileLimit, on_recompile_limit
-from sparse_compile.torch_internals.modules import compiled_modules
+from sparse_compile.torch_internals.modules import compiled_modules, is_compiled_in_place, is_pytorchs
 from sparse_compile.weights.pattern_24 import may_be_of_experts
 
 # Steps 2, 8, 32, ... of each optimizer are looked at: the first compiles, and a look may walk over the heap.
 _FIRST, _FACTOR = 2, 4
-_ADVICE = "say dynamic=True or raise it"
+_ADVICE = "use dynamic=True or raise it"
 _EXPERTS_ADVICE = "a loop over experts does that; transformers: model.set_experts_implementation('grouped_mm')"
 
 _Weights = dict[int, "ref[Tensor]"]  # by their ids
@@ -62,6 +63,7 @@ class Fallbacks:
         self._captured = False  # by the user: what a CUDA graph replays calls nothing
         self._limits: dict[str, RecompileLimit] = {}  # by function
         self._eager: list[str] = []
+        self._warned: set[str] = set()
 
     def note(self, arguments: Iterable[Any]) -> None:
         """A graph is called with these."""
@@ -96,6 +98,8 @@ class Fallbacks:
             noted = _alive(self._noted)
             ours = {type(root) for root, linears in roots if noted & {id(weight) for weight in linears.values()}}
             self._eager = list(self._described([pair for pair in roots if type(pair[0]) in ours], now))
+            if not noted:
+                self._eager += self._without_effect(roots)
         self._tell()
 
     def _described(self, roots: list[tuple[Module, dict[str, Parameter]]], now: set[int]) -> Iterator[str]:
@@ -114,16 +118,36 @@ class Fallbacks:
                 parts[type(root)] |= eager
         for kind, fallen in whole.items():
             limit = self._limit_of(fallen[0])
-            why = f"{limit.name} {limit.value}; {_ADVICE}" if limit else "TORCH_LOGS=graph_breaks says why"
+            why = f"{limit.name} {limit.value}; {_ADVICE}" if limit else "TORCH_LOGS=graph_breaks shows why"
             count = f"{len(fallen)} of {len(alike[kind])}"
             yield f"{count} compiled modules of class {kind.__name__} fell back to eager: {why}"
         for kind, names in parts.items():
             for pattern in fold_names(names):
                 yield (
-                    f"{pattern} of {kind.__name__} runs eagerly, in no graph: a graph break or torch.compiler.disable "
-                    "around it; TORCH_LOGS=graph_breaks says which"
+                    f"{pattern} of {kind.__name__} runs eagerly, outside any graph, because of a graph break or "
+                    "torch.compiler.disable; TORCH_LOGS=graph_breaks shows which"
                     f"{'; ' + _EXPERTS_ADVICE if names & experts[kind] else ''}"
                 )
+
+    def _without_effect(self, roots: list[tuple[Module, dict[str, Parameter]]]) -> list[str]:
+        """Modules that ``Module.compile`` did nothing for, where no graph was ever called: no report would come."""
+        names = {
+            type(root).__name__
+            for root, linears in roots
+            if is_compiled_in_place(root)
+            and all(map(is_pytorchs, root.modules()))
+            and any(map(_is_trained, linears.values()))
+        }
+        lines = [
+            f"{name}.compile() had no effect, and the module runs eagerly: PyTorch traces none of its own classes that "
+            "are compiled in place; use torch.compile(module), or compile a class of your own that holds it"
+            for name in sorted(names)
+        ]
+        for line in lines:
+            if line not in self._warned:
+                self._warned.add(line)
+                warnings.warn(f"sparse_compile: {line}", stacklevel=2)
+        return lines
 
     def _limit_of(self, module: Module) -> RecompileLimit | None:
         code = type(module).forward.__code__

@@ -57,6 +57,8 @@ class GradNoise:
         self._values: dict[_Key, _Draw] = {}
         # A sampled dgrad reads, in place of the payload, what a second call makes of the same gradient.
         self._linears: dict[_Linear, _Key] = {}
+        # What was transposed for a dgrad, by its result: the address of what is kept of the weight.
+        self._transposed: dict[_Key, int] = {}
 
     def watch(self, on: bool) -> None:
         """Watch from now on, or no longer."""
@@ -66,10 +68,12 @@ class GradNoise:
             self._payloads.clear()
             self._values.clear()
             self._linears.clear()
+            self._transposed.clear()
 
     def take(self) -> dict[int, Tensor]:
         """By the address of what dgrad reads of a weight: the ``[4]`` sums since the last time, see ``_Draw``."""
         sums, self._sums = self._sums, {}
+        self._transposed.clear()
         return sums
 
     def _see(self, op: str, call: Any, arguments: tuple[Any, ...]) -> Any:
@@ -86,6 +90,8 @@ class GradNoise:
                     self._linears[seed.data_ptr(), index, grad.shape[1]] = _key(result[0])
                 else:
                     self._replace_payload((seed.data_ptr(), index - DGRAD_DRAWS, grad.shape[0]), result[1])
+            elif op in ("transpose_pruned", "transpose_tokens"):
+                self._transposed[_key(result)] = arguments[0].data_ptr()
             elif op == "scaled_mm":
                 draw = self._dgrad(arguments[0], arguments[1])
             elif op == "sparse_mm" and arguments[4] is not None:  # the scale of each token, which wgrad has not
@@ -105,7 +111,7 @@ class GradNoise:
         """The draw of which ``payload`` is the other half, told the weight."""
         draw = self._payloads.pop(_key(payload), None)
         if draw is not None:
-            draw.weight = weight.data_ptr()
+            draw.weight = self._transposed.pop(_key(weight), weight.data_ptr())
         return draw
 
     def _replace_payload(self, linear: _Linear, values: Tensor) -> None:

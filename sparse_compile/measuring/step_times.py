@@ -69,7 +69,10 @@ class StepTimes:
             self._count(graphs, last.calls, mark.calls)
         times = self._report.step_ms
         while self._pending and self._clock.is_past(self._pending[0][1]):
-            times.append(round(self._clock.between(*self._pending.popleft()), 3))
+            milliseconds = self._clock.between(*self._pending.popleft())
+            # The clock of a machine that was moved or asleep may have gone back.
+            if milliseconds > 0:
+                times.append(round(milliseconds, 3))
         del times[:-_MAX_TIMES]
 
     def _count(self, graphs: Sequence[GraphReport], before: Sequence[int], after: Sequence[int]) -> None:

@@ -70,7 +70,7 @@ class HealthMonitor:
         self.listeners: list[Listener] = []
         self.noise = GradNoise()
         self._gradients_left = False
-        # The steps that each weight had made when it was asked about.
+        # Of which gradients were asked for, and how many steps each had made then.
         self._asked: WeakKeyDictionary[WeightRecord, int] = WeakKeyDictionary()
 
     def watch(self, slot: WeightSlot, weight: Tensor, operands: OperandSet, every: int) -> None:
@@ -164,9 +164,11 @@ def watch(slot: WeightSlot, weight: Tensor, operands: OperandSet, every: int) ->
 
 
 def on_health(listener: Listener) -> None:
-    """Hand every sample on: ``listener(tag, value, step)``, as TensorBoard's ``SummaryWriter.add_scalar`` takes it.
+    """Pass every sample on, for instance to TensorBoard's ``SummaryWriter.add_scalar``.
 
-    Tags are ``sste/flips/<module>`` and alike, for each quantity of ``Health``.
+    Args:
+        listener: called as ``listener(tag, value, step)`` for each quantity of ``Health``.  Tags are
+            ``sste/flips/<module>`` and alike, values are shares from 0 to 1, the step is the weight's optimizer step.
     """
     if listener not in monitor.listeners:
         monitor.listeners.append(listener)
@@ -178,12 +180,15 @@ def leave_gradients() -> None:
 
 
 def health() -> dict[str, Health]:
-    """A sample of every pruned weight that is alive, by the name of its module: see ``Health``.
+    """A sample of every pruned weight that is alive.
 
     The first call, or the first sample of option ``sste.health``, begins: flips are counted from one to the next, and
-    the gradients of the optimizer step after a call are compared for the next one.  Weights that FSDP2 holds in shards
-    are not among them: the option looks at these before they are given back.  Waits for the GPU.  A graph that several
-    blocks share names their weights ``up``, ``up (2)``, ...
+    the gradients of the optimizer step after a call are compared for the next one.  Waits for the GPU.
+
+    Returns:
+        A ``Health`` by the name of the weight's module.  A graph that several blocks share names their weights ``up``,
+        ``up (2)``, ...  Weights that FSDP2 holds in shards are not among them: the option ``sste.health`` looks at
+        them before they are given back.
     """
     return monitor.sample_all()
 
@@ -192,12 +197,10 @@ def _take(state: OperandSet, watched: _Watched) -> tuple[Tensor, Tensor, int] | 
     """Counts, a copy of the metadata, and the address by which its gradients are kept; None before it was pruned."""
     if not state.operands:
         return None
-    pruned, for_dgrad = (
-        watched.projection.fprop_operand(state.operands),
-        watched.projection.dgrad_operand(state.operands),
-    )
+    pruned = watched.projection.fprop_operand(state.operands)
+    for_dgrad = watched.projection.kept_for_dgrad(state.operands)
     assert isinstance(pruned, SparseOperand)
-    counts = _counts(pruned.values, pruned.metadata, watched.last)
+    counts = _counts(pruned.values, pruned.metadata, pruned.scale_inv, watched.last)
     return counts, pruned.metadata.clone(), for_dgrad[0].data_ptr()
 
 
@@ -222,19 +225,21 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(masks, dtype=torch.uint8, device=device), torch.tensor(ones, device=device)
 
 
-def _counts(values: Tensor, metadata: Tensor, last: Tensor | None) -> Tensor:
-    """int64 ``[3]``: flips, or -1 at the first sample; zeros among the values, padding included; the largest."""
+def _counts(values: Tensor, metadata: Tensor, scale_inv: Tensor, last: Tensor | None) -> Tensor:
+    """int64 ``[4]``: flips, or -1 at the first sample; zeros among the values, padding included; the largest; whether
+    NaN or infinity is among them."""
     if values.dtype is torch.bfloat16:
-        zero, largest = values == 0, values.isinf()
+        zero, largest, broken = values == 0, values.isinf(), ~values.isfinite().all()
     else:
         magnitude = values.view(torch.uint8) & _MAGNITUDE
-        zero, largest = magnitude == 0, magnitude == _LARGEST
+        # FP8 has no infinity; the scale is that of the largest magnitude.
+        zero, largest, broken = magnitude == 0, magnitude == _LARGEST, ~scale_inv.isfinite().all()
     flips = torch.full((), -1, device=values.device) if last is None else mask_flips(last, metadata)
-    return torch.stack([flips, zero.sum(), largest.sum()])
+    return torch.stack([flips, zero.sum(), largest.sum(), broken.long()])
 
 
 def _health(watched: _Watched, counts: list[int], sums: list[float] | None) -> Health:
-    flips, zeros, saturated = counts
+    flips, zeros, saturated, nonfinite = counts
     elements = watched.rows * watched.in_features
     kept = elements // 2
     noise, grad_underflow = (None, None) if sums is None else noise_and_underflow(sums)
@@ -251,6 +256,7 @@ def _health(watched: _Watched, counts: list[int], sums: list[float] | None) -> H
         grad_underflow=grad_underflow,
         beta=None if beta is None else median(beta.values),
         beta_source="" if beta is None else beta.source.value,
+        nonfinite=bool(nonfinite),
     )
 
 

@@ -64,6 +64,9 @@ class Projection(ABC):
         is_hard: whether what it keeps stays as it is; what it drops can decay then.
         rows: how many rows, from the first, are projected together: 1, or 4 where tiles are.
         dtype: of the payload.
+        one_copy: projects alike and keeps fprop's copy of the weight alone, of which ``dgrad_operand`` makes the other
+            one in each backward; of weights whose dimensions are multiples of 128.  None where there is no such thing.
+        dgrad_component: the component of ``kernels.timing.linear_costs`` that times what ``dgrad_operand`` runs.
     """
 
     prunes: bool = True
@@ -73,6 +76,8 @@ class Projection(ABC):
     is_hard: bool = False
     rows: int = 1
     dtype: torch.dtype = E4M3
+    one_copy: "Projection | None" = None
+    dgrad_component: str | None = None
     # A NamedTuple of tensors.  The last is ``scale_inv``, which stays where the others give their memory back.
     Operands: ClassVar[type[Any]]
 
@@ -93,6 +98,7 @@ class Projection(ABC):
 
     @property
     def has_beta(self) -> bool:
+        """Whether a scale is found for each weight."""
         return self.beta_limits is not None
 
     @property
@@ -107,10 +113,28 @@ class Projection(ABC):
 
     @abstractmethod
     def new_operands(self, n: int, k: int, device: torch.device) -> Any:
-        """Uninitialised ``Operands`` of a weight ``[n, k]``; fake ones under a FakeTensorMode."""
+        """Uninitialised operands of a weight.
+
+        Args:
+            n: its out_features.
+            k: its in_features.
+            device: where they are made.
+
+        Returns:
+            An ``Operands``; of fake tensors under a FakeTensorMode.
+        """
 
     def new_masks(self, n: int, k: int, device: torch.device) -> Tensor | None:
-        """Uninitialised masks of a weight ``[n, k]``; None for projections that keep none."""
+        """Uninitialised masks of a weight.
+
+        Args:
+            n: its out_features.
+            k: its in_features.
+            device: where they are made.
+
+        Returns:
+            None for projections that keep none.
+        """
         del n, k, device
         return None
 
@@ -127,19 +151,47 @@ class Projection(ABC):
         """
 
     def new_operands_of_experts(self, experts: int, n: int, k: int, device: torch.device) -> Any:
-        """Uninitialised ``Operands`` of the matrices of experts ``[E, n, k]``: those of each, stacked."""
+        """Allocate the operands of the matrices of experts.
+
+        Args:
+            experts: how many there are.
+            n: out_features of each.
+            k: in_features of each.
+            device: where the operands lie.
+
+        Returns:
+            Uninitialised ``Operands``: those of each expert, stacked.  Fake ones under a FakeTensorMode.
+        """
         of_one = self.new_operands(n, k, torch.device("meta"))
         return self.Operands(*(torch.empty(experts, *o.shape, dtype=o.dtype, device=device) for o in of_one))
 
     def new_masks_of_experts(self, experts: int, n: int, k: int, device: torch.device) -> Tensor | None:
-        """As ``new_masks``, stacked."""
+        """Allocate the masks of experts.
+
+        Args:
+            experts: how many there are.
+            n: out_features of each.
+            k: in_features of each.
+            device: where the masks lie.
+
+        Returns:
+            Those of ``new_masks`` of each expert, stacked; None for projections that keep none.
+        """
         masks = self.new_masks(n, k, torch.device("meta"))
         return None if masks is None else torch.empty(experts, *masks.shape, dtype=masks.dtype, device=device)
 
     def fill_experts(
         self, weight: Tensor, operands: Any, beta: Tensor | None, masks: Tensor | None, search: bool
     ) -> None:
-        """``fill`` for each matrix of ``weight [E, N, K]``; ``operands``, ``beta [E]`` and ``masks`` stacked."""
+        """``fill`` for the matrix of each expert.
+
+        Args:
+            weight: ``[E, N, K]``, any strides, bf16, fp16 or fp32.
+            operands: from ``new_operands_of_experts``; they are written.
+            beta: fp32 ``[E]``, or None for 1.
+            masks: from ``new_masks_of_experts``; None for projections that keep none.
+            search: whether masks are searched for anew, or read.
+        """
         for e, matrix in enumerate(weight):
             of_one = self.Operands(*(operand[e] for operand in operands))
             own_beta, own_masks = None if beta is None else beta[e : e + 1], None if masks is None else masks[e]
@@ -147,22 +199,59 @@ class Projection(ABC):
 
     @abstractmethod
     def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
-        """The weight ``[N, K]``, fp32, as its products read it, without beta and the cast; runs on any device.
+        """The weight as its products read it, without beta and the cast; runs on any device.
 
         Args:
-            masks: None to search for them.
+            weight: ``[N, K]``, fp32.
+            masks: from ``new_masks``; None to search for them.
+
+        Returns:
+            ``[N, K]``, fp32.
         """
 
     @abstractmethod
     def fprop_operand(self, operands: Any) -> SparseOperand | DenseOperand:
-        """What fprop multiplies the input with: ``[N, K]``."""
+        """What fprop multiplies the input with.
+
+        Args:
+            operands: filled ones.
+
+        Returns:
+            A matrix ``[N, K]``.
+        """
 
     @abstractmethod
-    def dgrad_operand(self, operands: Any) -> SparseOperand | DenseOperand:
-        """What dgrad multiplies grad_output with: ``[K, N]``, or ``[N, K]`` in bf16."""
+    def kept_for_dgrad(self, operands: Any) -> tuple[Tensor, ...]:
+        """What ``dgrad_operand`` reads of the operands: saved for backward.
+
+        Args:
+            operands: filled ones.
+
+        Returns:
+            Tensors, of which the first is of this weight alone.
+        """
+
+    @abstractmethod
+    def dgrad_operand(self, *kept: Tensor) -> SparseOperand | DenseOperand:
+        """What dgrad multiplies grad_output with; called in backward.
+
+        Args:
+            kept: from ``kept_for_dgrad``.
+
+        Returns:
+            A matrix ``[K, N]``, or ``[N, K]`` in bf16.
+        """
 
     def time(self, shape: LinearShape, random: RandomOperands) -> Callable[[], Any]:
-        """A call of ``fill``, to be timed; with masks that are there, since a search is rare."""
+        """A call of ``fill``, to be timed; with masks that are there, since a search is rare.
+
+        Args:
+            shape: of the linear.
+            random: makes its weight, of random numbers.
+
+        Returns:
+            Without arguments.
+        """
         n, k, device = shape.out_features, shape.in_features, random.device
         weight, beta = random.weight(shape), random.ones(shape.experts or 1) if self.has_beta else None
         if shape.experts is None:

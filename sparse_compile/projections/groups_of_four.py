@@ -23,6 +23,14 @@ class PrunedWeight(NamedTuple):
     scale_inv: Tensor
 
 
+class PrunedWeightOnce(NamedTuple):
+    """``[N, K]`` compressed for fprop."""
+
+    values: Tensor
+    metadata: Tensor
+    scale_inv: Tensor
+
+
 class GroupsOfFour(Projection):
     """Groups of four along in_features, in whatever dtype.
 
@@ -47,6 +55,10 @@ class GroupsOfFourFP8(GroupsOfFour):
 
     Operands = PrunedWeight
 
+    def __init__(self, key: str, *, hard: bool, one_copy: Projection) -> None:
+        self.one_copy = one_copy
+        super().__init__(key, hard=hard)
+
     def new_operands(self, n: int, k: int, device: torch.device) -> PrunedWeight:
         return PrunedWeight(
             values=torch.empty(values_shape(n, k), dtype=E4M3, device=device),
@@ -60,19 +72,49 @@ class GroupsOfFourFP8(GroupsOfFour):
     ) -> None:
         prune_weight_(weight, ops.unit_scale(weight.device) if beta is None else beta, *operands, self.is_hard)
 
-    def dgrad_operand(self, operands: PrunedWeight) -> DenseOperand:
-        return DenseOperand(operands.weight_t, operands.scale_inv)
+    def kept_for_dgrad(self, operands: PrunedWeight) -> tuple[Tensor, ...]:
+        return operands.weight_t, operands.scale_inv
+
+    def dgrad_operand(self, *kept: Tensor) -> DenseOperand:
+        return DenseOperand(*kept)
+
+
+class GroupsOfFourOnce(GroupsOfFour):
+    """The copy for dgrad is made of the one for fprop, which is 5/8 of a byte an element."""
+
+    Operands = PrunedWeightOnce
+    dgrad_component = "transpose_pruned"
+
+    def new_operands(self, n: int, k: int, device: torch.device) -> PrunedWeightOnce:
+        return PrunedWeightOnce(
+            values=torch.empty(values_shape(n, k), dtype=E4M3, device=device),
+            metadata=torch.empty(metadata_shape(n, k), dtype=torch.int32, device=device),
+            scale_inv=torch.empty(1, device=device),
+        )
+
+    def fill(
+        self, weight: Tensor, operands: PrunedWeightOnce, beta: Tensor | None, masks: Tensor | None, search: bool
+    ) -> None:
+        beta = ops.unit_scale(weight.device) if beta is None else beta
+        prune_weight_(weight, beta, operands.values, operands.metadata, None, operands.scale_inv, self.is_hard)
+
+    def kept_for_dgrad(self, operands: PrunedWeightOnce) -> tuple[Tensor, ...]:
+        return operands
+
+    def dgrad_operand(self, *kept: Tensor) -> DenseOperand:
+        values, metadata, scale_inv = kept
+        return DenseOperand(ops.transpose_pruned(values, metadata), scale_inv)
 
 
 def _prune_weight_eager(
-    weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, weight_t: Tensor, scale_inv: Tensor,
+    weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, weight_t: Tensor | None, scale_inv: Tensor,
     hard: bool = False,
 ) -> None:  # fmt: skip
     ops.fill((values, metadata, weight_t, scale_inv), reference.prune_weight(weight, beta, hard))
 
 
 prune_weight_ = ops.define(
-    "prune_weight_(Tensor weight, Tensor beta, Tensor(a!) values, Tensor(b!) metadata, Tensor(c!) weight_t, "
+    "prune_weight_(Tensor weight, Tensor beta, Tensor(a!) values, Tensor(b!) metadata, Tensor(c!)? weight_t, "
     "Tensor(d!) scale_inv, bool hard=False) -> ()",
     _prune_weight_eager,
     ops.launcher("weight.prune_fp8.launch_prune_weight", ops.no_results),
@@ -80,5 +122,7 @@ prune_weight_ = ops.define(
     any_strides=1,
 )
 
-SOFT = GroupsOfFourFP8("soft24", hard=False)
-TOP2 = GroupsOfFourFP8("top24", hard=True)
+SOFT_ONCE = GroupsOfFourOnce("soft24-once", hard=False)
+TOP2_ONCE = GroupsOfFourOnce("top24-once", hard=True)
+SOFT = GroupsOfFourFP8("soft24", hard=False, one_copy=SOFT_ONCE)
+TOP2 = GroupsOfFourFP8("top24", hard=True, one_copy=TOP2_ONCE)

@@ -39,8 +39,11 @@ class GroupsOfFourBF16(GroupsOfFour):
     ) -> None:
         prune_weight_bf16_(weight, ops.unit_scale(weight.device) if beta is None else beta, *operands, self.is_hard)
 
-    def dgrad_operand(self, operands: PrunedWeightBF16) -> DenseOperand:
-        return DenseOperand(operands.dense, operands.scale_inv)
+    def kept_for_dgrad(self, operands: PrunedWeightBF16) -> tuple[Tensor, ...]:
+        return operands.dense, operands.scale_inv
+
+    def dgrad_operand(self, *kept: Tensor) -> DenseOperand:
+        return DenseOperand(*kept)
 
 
 def _prune_weight_bf16_eager(

@@ -39,8 +39,11 @@ class Transposable(Projection):
     def fprop_operand(self, operands: TransposableWeight) -> SparseOperand:
         return SparseOperand(operands.values, operands.metadata, operands.scale_inv)
 
-    def dgrad_operand(self, operands: TransposableWeight) -> SparseOperand:
-        return SparseOperand(operands.values_t, operands.metadata_t, operands.scale_inv)
+    def kept_for_dgrad(self, operands: TransposableWeight) -> tuple[Tensor, ...]:
+        return operands.values_t, operands.metadata_t, operands.scale_inv
+
+    def dgrad_operand(self, *kept: Tensor) -> SparseOperand:
+        return SparseOperand(*kept)
 
 
 class SoftTransposable(Transposable):

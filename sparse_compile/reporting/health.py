@@ -9,18 +9,23 @@ from dataclasses import dataclass
 class Health:
     """A pruned weight at one optimizer step; see ``sparse_compile.health``.
 
+    Shares are numbers from 0 to 1.
+
     Attributes:
+        step: the optimizer steps that the weight has made.
         flips: share of the bits of its mask that changed since the sample before; None at the first.
         zeros: share of zeros in the pruned weight; a half, and what ties and underflow add.
         underflow: share of the elements kept by the mask that are zero in FP8.
         saturated: share of the kept elements that have the largest magnitude of FP8.
         noise: error of the weight's gradient by MVUE and FP8, over the gradient without them; root mean squares.
         grad_underflow: share of the elements of its output's gradient that are zero in FP8, and were not before.
-            Both None where no gradient was seen: none came since it was asked for, CUDA graphs run in the process,
-            dgrad does not run in FP8, by which a gradient's weight is known, or the weight is that of experts.
+            This and ``noise`` are None where no gradient was seen: none came since it was asked for, CUDA graphs run
+            in the process, dgrad does not run in FP8, by which a gradient's weight is known, or the weight is that of
+            experts.
         beta: the scale of S-STE, of experts the median; None where the recipe has none.
         beta_source: ``"fitted"``, ``"prior"`` (the weight was not representative when training began),
             ``"checkpoint"``, ``"told"``, or ``"of a 2:4 weight"``.
+        nonfinite: whether it holds NaN or infinity.
     """
 
     step: int
@@ -32,6 +37,7 @@ class Health:
     grad_underflow: float | None = None
     beta: float | None = None
     beta_source: str = ""
+    nonfinite: bool = False
 
     @property
     def unusual_beta(self) -> bool:
@@ -43,28 +49,28 @@ class Health:
 HEALTH_LIMITS = {
     "flips": (
         0.05,
-        "Mask bits that changed since the sample before. Masks move while the learning rate is high and settle as it "
-        "falls; a rate that stays high says that weights are pruned and brought back all the time.",
+        "Mask bits that changed since the previous sample. Masks change while the learning rate is high and settle as "
+        "it falls. A rate that stays high means that weights keep being pruned and restored.",
     ),
     "underflow": (
         0.01,
-        "Kept elements that are zero in FP8: too small beside the largest of their weight, or tied with the elements "
-        "that are pruned. A weight with few very large elements loses many.",
+        "Kept elements that become zero in FP8: they are too small next to the weight's largest element, or tie with "
+        "pruned elements. A weight with a few very large elements loses many.",
     ),
     "saturated": (
         0.001,
-        "Kept elements at FP8's largest magnitude. The scale follows the largest element, so they are few.",
+        "Kept elements at FP8's largest magnitude. The scale follows the largest element, so there should be few.",
     ),
     "noise": (
         1.0,
-        "What sampling (MVUE) and FP8 change in a weight's gradient, as a share of it. Sampling has no bias: like the "
-        "noise of small batches it averages out over steps. Above 100 % a step's gradient is mostly noise; larger "
-        "batches help, and recipe 'fp8' does not sample.",
+        "The change that sampling (MVUE) and FP8 make to a weight's gradient, relative to the gradient. Sampling is "
+        "unbiased: like the noise of small batches, it averages out over steps. Above 100 %, the gradient of a step is "
+        "mostly noise. Larger batches help; recipe 'fp8' does not sample.",
     ),
     "grad_underflow": (
         0.01,
-        "Elements of the gradient of a linear's output that FP8 makes zero, in dgrad: too small beside the largest of "
-        "their token.",
+        "Elements of a linear's output gradient that become zero in FP8, in dgrad: they are too small next to the "
+        "largest element of their token.",
     ),
 }
 

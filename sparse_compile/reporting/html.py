@@ -40,7 +40,7 @@ _LINEARS = (
     Column("wgrad", "wgrad", "whole"),
     Column("dense_us", "dense µs", "number"),
     Column("rewritten_us", "now µs", "number"),
-    Column("why", "why, and what to do"),
+    Column("why", "reason and advice"),
 )
 _WEIGHTS = (
     Column("name", "weight"),
@@ -162,7 +162,7 @@ def _call_times(graph: GraphReport) -> tuple[float, float, str] | None:
     if not timed:
         return None
     dense, now = (sum(getattr(row, name) for row in timed) / 1e3 for name in ("dense_us", "rewritten_us"))
-    return dense, now, f"predicted of {len(timed)} linears"
+    return dense, now, f"predicted for {len(timed)} linears"
 
 
 # A name, the milliseconds and colours of its pieces, and what follows their sum.
@@ -300,11 +300,13 @@ def _weights(report: ReportData) -> Table:
     """Each at its last sample."""
     lines = []
     for name, samples in report.health.items():
-        step, *quantities, beta, source = asdict(samples[-1]).values()
+        step, *quantities, beta, source, nonfinite = asdict(samples[-1]).values()
         shown = {
             column.key: "" if value is None else precise(value)
             for column, value in zip(_WEIGHTS[2:-1], quantities, strict=True)
         }
         scale = "" if beta is None else f"{beta:.3f}, {source}"
+        if nonfinite:
+            scale = "holds NaN or infinity"
         lines.append({"name": name, "step": str(step)} | shown | {"scale": scale})
     return table(_WEIGHTS, lines)

@@ -223,14 +223,24 @@ class ReportData:
 
     @property
     def rows(self) -> list[Row]:
+        """The products with a parameter of all graphs."""
         return [row for graph in self.graphs for row in graph.rows]
 
     def coverage(self) -> dict[str, float]:
-        """Share of all products' FLOPs by how they run, the largest first; each graph as often as it was called."""
+        """How all products run.
+
+        Returns:
+            The share of FLOPs, from 0 to 1, of each precision, the largest first; each graph counts as often as it was
+            called.
+        """
         return shares(sum((_times(graph.flops(), self._weight(graph)) for graph in self.graphs), Counter()))
 
     def gains(self) -> list[Gain]:
-        """What could gain more, what takes longest first; by FLOPs if a time is missing."""
+        """What could gain more, with the reason and what to do.
+
+        Returns:
+            What takes longest first; by FLOPs if a time is missing.
+        """
         total = sum(self._weight(graph) * graph.flops().total() for graph in self.graphs)
         alike: dict[tuple[str, str, str], list[tuple[GraphReport, Row]]] = {}
         for graph in self.graphs:
@@ -256,7 +266,11 @@ class ReportData:
         return [gain for *_, gain in gains]
 
     def step(self) -> Spread | None:
-        """Of training steps: the median, and what a tenth of them stays below and above."""
+        """The time of training steps.
+
+        Returns:
+            The median in milliseconds, and what a tenth of them stays below and above; None if no step was timed.
+        """
         if not self.step_ms:
             return None
         times = sorted(self.step_ms)
@@ -264,10 +278,13 @@ class ReportData:
         return Spread(median=statistics.median(times), low=times[tenth], high=times[-1 - tenth])
 
     def dense_step_ms(self) -> float | None:
-        """A training step if its graphs were dense, as they were measured; None if one that runs in it was not.
+        """What a training step would take if its graphs were dense, as option ``sste.report_measure`` measured them.
 
         What a step does besides stays as it is.  Where the graphs took longer by themselves than a step takes now, as
         happens on a busy machine, only the ratio of their times is used.
+
+        Returns:
+            Milliseconds; None if a graph that runs in the step was not measured.
         """
         step = self.step()
         graphs = [graph for graph in self.graphs if graph.calls_a_step and graph.rewritten]
@@ -285,6 +302,11 @@ class ReportData:
         return graph.calls if any(other.calls for other in self.graphs) else 1
 
     def to_dict(self) -> dict[str, Any]:
+        """All of it, in types that JSON knows.
+
+        Returns:
+            The attributes, the version of the format, and what ``coverage`` and ``gains`` return.
+        """
         gains = [asdict(gain) for gain in self.gains()]
         graphs = [asdict(graph) for graph in self.graphs]
         health = {name: [asdict(sample) for sample in samples] for name, samples in self.health.items()}
@@ -299,6 +321,11 @@ class ReportData:
         }  # fmt: skip
 
     def to_json(self) -> str:
+        """``to_dict`` as JSON.
+
+        Returns:
+            What ``from_json`` and ``python -m sparse_compile report`` read.
+        """
         return json.dumps(self.to_dict(), indent=1)
 
 

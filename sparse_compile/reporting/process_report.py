@@ -24,7 +24,12 @@ _rank: int | None = None
 
 
 def report() -> Report:
-    """The report of this process.  A program that asks for it is not shown it again when it ends."""
+    """The report of this process.
+
+    Returns:
+        All graphs compiled so far.  It grows with the process.  A program that asks for it is not shown it again on
+        stderr when the process ends.
+    """
     global _destined
     _destined = True
     return _report

@@ -11,13 +11,30 @@ from sparse_compile.reporting.report_file import check_file
 
 
 class Report(ReportData):
-    """``ReportData`` that prints as text, and goes to files and comes from them."""
+    """What was done to the models of a process, and what it gained.  ``print`` shows it as text.
+
+    Attributes:
+        graphs: a ``GraphReport`` for each graph that was compiled; its ``rows`` are the products with a parameter.
+        health: samples of the pruned weights, by their names, see ``sparse_compile.health``.
+        step_ms: milliseconds of the last training steps, from a step of an optimizer to its next; without those in
+            which a graph was compiled or measured.
+        fallbacks: what dynamo runs eagerly of the modules that were compiled, a sentence each.
+        torch: the version of PyTorch.
+        device: the name of the GPU; empty without one.
+        choices: what was chosen by measured time, for each question and number of tokens, see option ``sste.plan``.
+    """
 
     __slots__ = ()
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
         """The report that ``to_json`` wrote.
+
+        Args:
+            text: the JSON.
+
+        Returns:
+            An equal report.
 
         Raises:
             ValueError: it is none, or of another version.
@@ -26,9 +43,9 @@ class Report(ReportData):
             read = json.loads(text)
             version = read["version"]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f"this is no report of sparse_compile: {error!r}") from error
+            raise ValueError(f"this is not a report of sparse_compile: {error!r}") from error
         if version != VERSION:
-            raise ValueError(f"the report is of version {version}; this sparse_compile reads version {VERSION}")
+            raise ValueError(f"the report has version {version}; this sparse_compile reads version {VERSION}")
         # Older files of this version have none.
         read.setdefault("fallbacks", [])
         read.setdefault("choices", {})
@@ -41,7 +58,11 @@ class Report(ReportData):
             raise ValueError(f"the report is damaged: {error}") from error
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write one self-contained HTML file."""
+        """Write one self-contained HTML file.
+
+        Args:
+            path: of the file; one that is there is replaced.
+        """
         from sparse_compile.reporting.html import as_html
 
         Path(path).write_text(as_html(self), encoding="utf-8")
@@ -49,8 +70,11 @@ class Report(ReportData):
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the report in the format that the file's name ends in.
 
+        Args:
+            path: of the file, which ends in .txt, .json or .html; one that is there is replaced.
+
         Raises:
-            ValueError: see ``check_file``.
+            ValueError: it ends in something else, or its folder does not exist.
         """
         path = Path(path)
         check_file(path)

@@ -16,8 +16,8 @@ def check_file(path: Path, formats: Sequence[str] = FORMATS) -> None:
     # os.path and os.access answer, where pathlib may raise: of names that are too long, or folders that hide.
     folder = path.parent
     if path.suffix not in formats:
-        raise ValueError(f"the report's file {str(path)!r} must end in {' or '.join(formats)}")
+        raise ValueError(f"the report file {str(path)!r} must end in {' or '.join(formats)}")
     if not os.path.isdir(folder):
-        raise ValueError(f"there is no folder {str(folder)!r} for the report's file {str(path)!r}; make it first")
+        raise ValueError(f"there is no folder {str(folder)!r} for the report file {str(path)!r}; create it first")
     if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise ValueError(f"the report's file {str(path)!r} cannot be written; name another, or change its permissions")
+        raise ValueError(f"the report file {str(path)!r} cannot be written; choose another, or change its permissions")

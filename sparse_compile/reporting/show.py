@@ -13,7 +13,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "report", help="show a report that was saved as JSON", description="Show a report that was saved as JSON."
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="the report, as JSON")
-    parser.add_argument("--html", type=Path, metavar="OUT", help="write it to OUT as one HTML file, and print nothing")
+    parser.add_argument(
+        "--html", type=Path, metavar="OUT", help="write the report to OUT as a single HTML file instead of printing it"
+    )
     parser.set_defaults(parser=parser, execute=show)
 
 

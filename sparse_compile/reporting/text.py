@@ -31,10 +31,10 @@ def as_text(report: ReportData) -> str:
 def _graph(number: int, graph: GraphReport) -> str:
     lines = [f"graph {number}: {graph.rewritten} of {len(graph.rows)} linears rewritten, {graph.execution}"]
     if any(row.dense_us for row in graph.rows):
-        lines[0] += f", {graph.predicted_gain_ms:.1f} ms less a step predicted"
+        lines[0] += f", predicted to save {graph.predicted_gain_ms:.1f} ms a step"
     lines += [f"  {line}" for line in about(graph)]
     if flops := graph.flops():
-        lines.append(f"  FLOPs of its products: {covered(shares(flops))}")
+        lines.append(f"  share of FLOPs: {covered(shares(flops))}")
     if graph.measured is not None:
         lines += [f"  measured: {line}" for line in measured(graph.measured)]
     if graph.rows:
@@ -46,9 +46,9 @@ def about(graph: GraphReport) -> list[str]:
     """Where the graph comes from, why it ends, what changes."""
     lines = []
     if graph.origin:
-        inside = f", all of its linears in {graph.modules}" if graph.modules else ""
+        inside = f", its linears are in {graph.modules}" if graph.modules else ""
         calls = "1 call" if graph.calls == 1 else f"{graph.calls} calls"
-        lines.append(f"[{graph.id}] from {graph.origin} ({short(graph.origin_at)}){inside}; {calls}")
+        lines.append(f"[{graph.id}] traced from {graph.origin} ({short(graph.origin_at)}){inside}; {calls}")
     if graph.ends:
         lines.append(f"ends: {graph.ends}" + (f" ({short(graph.ends_at)})" if graph.ends_at else ""))
     if graph.hint:
@@ -62,12 +62,12 @@ def about(graph: GraphReport) -> list[str]:
 
 def measured(measurement: Measurement) -> list[str]:
     dense, now = measurement.dense, measurement.rewritten
-    lines = [f"{measurement.speedup:.2f}x, medians of {measurement.rounds} runs of each, in turns"]
+    lines = [f"{measurement.speedup:.2f}x, medians of {measurement.rounds} alternating runs of each"]
     lines += [f"{name} {_passes(passes)}" for name, passes in (("dense", dense), ("now  ", now))]
     own = (("weights", measurement.weights_ms), ("casts", measurement.casts_ms), ("MVUE", measurement.mvue_ms))
     whole = now.total + measurement.weights_ms
     parts = [f"{name} {time:.3f} ms ({per_cent(time / whole)})" for name, time in own if time is not None]
-    return [*lines, f"of now: {', '.join(parts)}; the weights once per optimizer step"]
+    return [*lines, f"of which {', '.join(parts)}; weights are made once per optimizer step"]
 
 
 def steps(report: ReportData) -> str:
@@ -76,10 +76,10 @@ def steps(report: ReportData) -> str:
     if step is None:
         return ""
     count = "1 step" if len(report.step_ms) == 1 else f"{len(report.step_ms)} steps"
-    line = f"{step.median:.1f} ms a step (8 of 10 take {step.low:.1f} to {step.high:.1f}; the last {count})"
+    line = f"{step.median:.1f} ms a step (8 of 10 take {step.low:.1f} to {step.high:.1f}; last {count})"
     if dense is None:
         return line
-    return f"{line}; about {dense:.1f} ms if its measured graphs were dense: {dense / step.median:.2f}x"
+    return f"{line}; about {dense:.1f} ms if the measured graphs were dense: {dense / step.median:.2f}x"
 
 
 def covered(coverage: dict[str, float]) -> str:
@@ -131,11 +131,11 @@ def _summary(report: ReportData) -> list[str]:
     """Of all graphs: the coverage, then what could gain more."""
     parts = []
     if coverage := report.coverage():
-        parts.append(f"of all products' FLOPs: {covered(coverage)}")
+        parts.append(f"share of all FLOPs: {covered(coverage)}")
     if whole := steps(report):
         parts.append(f"training: {whole}")
     if gains := report.gains():
-        lines = ["to gain more, the largest first:"]
+        lines = ["what could gain more, largest first:"]
         for number, gain in enumerate(gains, 1):
             size = [per_cent(gain.share)] if gain.share is not None else []
             size += [f"{gain.microseconds:.0f} us a call"] if gain.microseconds is not None else []
@@ -154,14 +154,16 @@ def _health(report: ReportData) -> Iterable[str]:
     for quantity, limit in {"zeros": 1.0, **{name: limit for name, (limit, _) in HEALTH_LIMITS.items()}}.items():
         if points := over_time(report.health, quantity):
             step, median, largest = points[-1]
-            look = f", above {precise(limit)}: look at the HTML report" if largest > limit else ""
+            look = f", above {precise(limit)}: see the HTML report" if largest > limit else ""
             yield f"  {quantity.replace('_', ' ')} at step {step}: {precise(median)}, {precise(largest)}{look}"
+    if broken := [name for name, samples in report.health.items() if samples[-1].nonfinite]:
+        yield f"  NaN or infinity in {', '.join(broken)}"
     betas = {name: samples[-1] for name, samples in report.health.items() if samples[-1].beta is not None}
     if betas:
         values = sorted(sample.beta for sample in betas.values() if sample.beta is not None)
         yield f"  scale beta: {values[0]:.2f} to {values[-1]:.2f}"
         for why, names in (
-            ("outside of 1.25 to 2", [name for name, sample in betas.items() if sample.unusual_beta]),
+            ("outside 1.25 to 2", [name for name, sample in betas.items() if sample.unusual_beta]),
             ("a prior, not fitted", [name for name, sample in betas.items() if sample.beta_source == "prior"]),
         ):
             if names:

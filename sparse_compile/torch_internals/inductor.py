@@ -95,9 +95,10 @@ def _eager_decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def _run_eagerly(graph_module: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-    from torch._functorch.aot_autograd import boxed_nop_preserve_node_meta
+    def run(inputs: list[Any]) -> Any:
+        return torch.fx.Interpreter(graph_module).boxed_run(inputs)
 
-    run: Callable[..., Any] = boxed_nop_preserve_node_meta(graph_module, inputs)
+    run._boxed_call = True  # type: ignore[attr-defined]
     return run
 
 

@@ -49,9 +49,14 @@ def with_frame_of_its_own(module: Module) -> Callable[..., Any]:
     Dynamo does not trace the forward of PyTorch's own containers if it is the outermost: there one is put around it.
     """
     call: Callable[..., Any] = module._call_impl
-    if type(module).forward.__module__.startswith("torch.nn.modules."):
+    if is_pytorchs(module):
         return import_module("torch._dynamo.external_utils").wrap_inline(call)  # type: ignore[no-any-return]
     return call
+
+
+def is_pytorchs(module: Module) -> bool:
+    """Whether its forward is one of PyTorch's own, of which dynamo traces none that is the outermost frame."""
+    return type(module).forward.__module__.startswith("torch.nn.modules.")
 
 
 def called_plainly() -> bool:

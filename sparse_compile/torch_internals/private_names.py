@@ -22,7 +22,6 @@ PRIVATE_NAMES = (
     ("torch._dynamo.backends.registry", "_BACKENDS"),
     ("torch._dynamo.external_utils", "wrap_inline"),
     ("torch._dynamo.symbolic_convert", "tls"),
-    ("torch._functorch.aot_autograd", "boxed_nop_preserve_node_meta"),
     ("torch._functorch.config", "ban_recompute_materialized_backward"),
     ("torch._guards", "CompileContext.current_compile_id"),
     ("torch._guards", "detect_fake_mode"),

@@ -11,12 +11,17 @@ from torch.optim import Optimizer
 
 
 def beta(model: Module) -> dict[str, float | list[float]]:
-    """The S-STE scale of each weight that is pruned, by the parameter's name; of experts a list, one for each matrix.
+    """The S-STE scale of each pruned weight, by the parameter's name; of experts a list, one for each matrix.
 
-    Empty before the first call.  Until a weight is trained, its scale is the one that the weight as it is would begin
-    with.  ``W~ = beta * S(W)`` is what the forward pass multiplies with (S-STE, arXiv
-    2409.09099).  Recipes that keep the largest elements as they are, such as ``ste``, have no scale: their weights are
-    not among these.
+    The forward pass multiplies with ``W~ = beta * S(W)`` (S-STE, Hu et al., NeurIPS 2024, arXiv 2409.09099).
+
+    Args:
+        model: the model, compiled or wrapped or not.
+
+    Returns:
+        Positive numbers without a unit.  Empty before the first call.  Until a weight is trained, its scale is the one
+        that the weight would begin with.  Recipes that keep the largest elements as they are, such as ``ste``, have no
+        scale: their weights are not listed.
     """
     from sparse_compile.weights.registry import find_record
 
@@ -36,6 +41,7 @@ def set_beta(model: Module, betas: Mapping[str, float | Sequence[float]]) -> Non
         sparse_compile.set_beta(average, sparse_compile.beta(model))
 
     Args:
+        model: the model, compiled or wrapped or not.
         betas: scales by the parameters' names, with or without what wrappers put in front or between.
 
     Raises:
@@ -54,13 +60,13 @@ def set_beta(model: Module, betas: Mapping[str, float | Sequence[float]]) -> Non
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"no parameter of the model is named {name!r}{hint}")
         if len(found) > 1:
-            raise ValueError(f"several parameters of the model may be meant by {name!r}; give the whole name")
+            raise ValueError(f"{name!r} matches several parameters of the model; give the full name")
         values = value if isinstance(value, Sequence) else (value,)
         if any(isinstance(one, bool) or not (isfinite(one) and one > 0) for one in values):
             raise ValueError(f"the scale of {name!r} is {value}; it must be a positive, finite number")
         reason = _why_not_pruned(name, *found[0])
         if reason is not None:
-            raise ValueError(f"{reason}; only the weights that 's-ste' recipes prune have one")
+            raise ValueError(f"{reason}; only weights that an 's-ste' recipe prunes have one")
         shape = found[0][1].shape
         if isinstance(value, Sequence) != (len(shape) == 3) or len(values) != shape[:-2].numel():
             needed = "one number" if len(shape) == 2 else f"a list of {shape[0]}, one for each expert"
@@ -71,10 +77,15 @@ def set_beta(model: Module, betas: Mapping[str, float | Sequence[float]]) -> Non
 
 
 def attach(model: Module, optimizer: Optimizer) -> None:
-    """Say that an optimizer trains a model, where this cannot be found: see README.md, checkpoints.
+    """Say that an optimizer trains a model, if the backend cannot find that out by itself.
 
-    Optimizers that are made after this package was imported are known, and those before that the interpreter lists.
-    Call it after ``optimizer.load_state_dict`` and before the first step where scripts freeze the garbage collector.
+    Known are the optimizers that were made after this package was imported, and those that the garbage collector lists.
+    Call it after ``optimizer.load_state_dict`` and before the first step if the script freezes the garbage collector,
+    or sets the optimizer's state without ``load_state_dict``.
+
+    Args:
+        model: the model, compiled or wrapped or not.
+        optimizer: a ``torch.optim.Optimizer`` that holds parameters of the model.
 
     Raises:
         ValueError: it is no optimizer of PyTorch, or holds no parameter of the model.
@@ -84,11 +95,11 @@ def attach(model: Module, optimizer: Optimizer) -> None:
 
     if "param_groups" not in getattr(optimizer, "__dict__", {}):
         raise ValueError(
-            f"a {type(optimizer).__name__} holds no parameters; give the torch.optim.Optimizer inside of it"
+            f"the optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer; give the one that it wraps"
         )
     held = {id(weight) for weight in held_by(optimizer)}
     if not any(id(owned_by_optimizer(parameter)) in held for parameter in original(model).parameters()):
-        raise ValueError("the optimizer holds no parameter of the model")
+        raise ValueError("the optimizer holds no parameter of the model; give the one that trains it")
     watch.meet(optimizer)
     read_now(optimizer)
 
@@ -99,6 +110,9 @@ def invalidate(model: Module) -> None:
     Needed after a change of a few elements that cannot be seen: through ``.data`` or from another library, between two
     steps of an optimizer that owns the weight.  Between a forward and its backward it makes that backward fail, as the
     change of a dense weight would.
+
+    Args:
+        model: the model, compiled or wrapped or not.
     """
     from sparse_compile.weights.registry import find_record
 
@@ -147,12 +161,12 @@ def _why_not_pruned(name: str, module: Module, parameter: Parameter) -> str | No
     from sparse_compile.weights.registry import find_record
 
     if parameter.ndim not in (2, 3) or not parameter.is_floating_point():
-        return f"{name!r} can have no scale, being no matrix: its shape is {tuple(parameter.shape)}"
+        return f"{name!r} has no scale, because it is not a matrix: its shape is {tuple(parameter.shape)}"
     if isinstance(module, (Embedding, EmbeddingBag)):
-        return f"{name!r} of a {type(module).__name__} can have no scale"
+        return f"{name!r} of a {type(module).__name__} has no scale"
     record = find_record(parameter)
     if record is not None and record.target is not None and not record.target.projection.has_beta:
         return f"the recipe of {name!r} has no scale"
     if record is not None and record.target is None and record.operands:
-        return f"the linear of {name!r} computes with it dense, without a scale"
+        return f"the linear of {name!r} stays dense, without a scale"
     return None

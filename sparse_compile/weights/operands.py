@@ -51,7 +51,7 @@ def operand_set(weight: Tensor, slot: WeightSlot) -> OperandSet:
     if slot.refresh and record.shards is not None:
         raise ValueError(
             f"FSDP2 gathers the weight of {slot.name!r} anew for each forward, but transposable masks stay with one; "
-            "take recipe 'sr-ste', or leave it out by 'sste.targets'"
+            "use recipe 'sr-ste', or exclude the linear with 'sste.targets'"
         )
     return record.operand_set(layout_of(slot))
 
@@ -89,7 +89,7 @@ def restore_operands(
                 if weight.untyped_storage().size() == 0:
                     raise RuntimeError(
                         f"the backward of {slot.name!r} runs while FSDP2 holds its weight in shards: call the module "
-                        "to which fully_shard was applied, whose hooks gather it, and not its forward or a submodule"
+                        "that fully_shard was applied to, whose hooks gather the weight, not its forward or a submodule"
                     )
                 _refresh(weight, slot, record, kept, _version(weight, kept), True)
 
@@ -179,8 +179,7 @@ def _refresh(
     beta = None
     if slot.projection.has_beta:
         beta = record.beta_on(_beta(weight, matrix, slot, record, training), weight.device)
-    edited = record.stepped_to is not None and record.stepped_to != version[1]
-    search = _needs_masks(slot, record, kept, stepped=stepped, edited=edited)
+    search = _needs_masks(weight, slot, record, kept, stepped=stepped)
     same = freed and not stepped  # as for the gathered weight itself, being freed and made again is no change
     with versions_kept(kept.operands) if same else nullcontext():
         slot.fill(matrix, kept.operands, beta, kept.masks, search)
@@ -196,12 +195,11 @@ def _matrix(weight: Tensor, transposed: bool) -> Tensor:
     return weight.detach().mT if transposed else weight.detach()
 
 
-def _needs_masks(slot: WeightSlot, record: WeightRecord, kept: OperandSet, *, stepped: bool, edited: bool) -> bool:
+def _needs_masks(weight: Tensor, slot: WeightSlot, record: WeightRecord, kept: OperandSet, *, stepped: bool) -> bool:
     """Whether transposable masks must be found: at first, after so many optimizer steps, and for an edited weight.
 
     Args:
         stepped: whether its optimizer has stepped since the operands were made.
-        edited: whether something has changed it since that step.
     """
     if not slot.refresh:
         return False
@@ -214,10 +212,19 @@ def _needs_masks(slot: WeightSlot, record: WeightRecord, kept: OperandSet, *, st
         kept.mask_steps += stepped
         if kept.masks is None:
             kept.masks = slot.new_masks()
-        elif stepped and kept.version != STALE and kept.mask_steps < slot.refresh and not edited:
+        elif kept.version != STALE and kept.mask_steps < slot.refresh and not _edited(weight, record, kept, stepped):
             return False
     kept.mask_steps = 0
     return True
+
+
+def _edited(weight: Tensor, record: WeightRecord, kept: OperandSet, stepped: bool) -> bool:
+    """Whether something else than a step has changed the weight: since its last step, or since there were operands."""
+    if stepped:
+        return record.stepped_to is not None and record.stepped_to != _counter(weight)
+    if _capturing(weight) or kept.sample is None or kept.version is None:
+        return True
+    return kept.version[1:] != (_counter(weight), weight.data_ptr()) or bool(find_edited([weight], [kept.sample]))
 
 
 def _keep_samples(weights: Sequence[Tensor], sets: Sequence[OperandSet]) -> None:
@@ -247,8 +254,8 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: WeightRecord
             if fit.is_24 and value != 1.0:
                 raise ValueError(
                     f"the weight of {slot.name!r} is 2:4 already, so its S-STE scale beta is 1, but its optimizer's "
-                    f"state_dict holds {value}: the weight was saved after finalize, the optimizer before. "
-                    "Load those that were saved together, or begin with a new optimizer"
+                    f"state_dict holds {value}: the weight was saved after finalize, the optimizer before it. "
+                    "Load a weight and an optimizer that were saved together, or start with a new optimizer"
                 )
     if record.refit_due:
         record.refit_due = False
@@ -289,9 +296,9 @@ def _provisional(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: Weigh
     all_24 = all(fit.is_24 for fit in fits)
     if training and take_blind(weight) and not all_24:
         warnings.warn(
-            f"an optimizer has trained {slot.name!r} before, and has no S-STE scale beta of it, which is therefore "
-            "computed from the weight as it is now. If this resumes a run with backend 'sste', its linears go on "
-            "with another scale; load the optimizer's state_dict of that run before the first step. "
+            f"an optimizer has trained {slot.name!r} before but holds no S-STE scale beta for it, so beta is computed "
+            "from the current weight. If this resumes a run with backend 'sste', the linear continues with a different "
+            "scale: load that run's optimizer state_dict before the first step. "
             "torch.distributed.checkpoint loads beta if the model is called once before get_state_dict.",
             stacklevel=2,
         )

@@ -41,7 +41,7 @@ def write_projected(matrix: Tensor, projection: Projection, beta: Scale | None, 
         raise ValueError(
             f"a shard of {n} out_features and {k} in_features ends within a tile of {projection.rows} x 4, so this "
             f"process cannot write what its linear computed with; shard along {'out' if k % 4 else 'in'}_features, or "
-            "among another number of processes, or remove 'sste.tail'"
+            "over another number of processes, or remove 'sste.tail'"
         )
     step = max(1, _ELEMENTS // k // 4) * 4
     for first in range(0, n, step):

@@ -170,9 +170,9 @@ def _after_step(optimizer: Optimizer, weights: list[Tensor]) -> None:
     if saves and writes_its_own(optimizer) and optimizer not in _warned:
         _warned.add(optimizer)
         warnings.warn(
-            f"{type(optimizer).__name__} writes a state_dict of its own, which cannot hold the S-STE scale beta of its "
-            "weights and their phase: save sparse_compile.beta(model) beside it, and give it to the resumed model by "
-            "sparse_compile.set_beta",
+            f"{type(optimizer).__name__} writes its own state_dict, which cannot hold the S-STE scale beta and the "
+            "phase of its weights: save sparse_compile.beta(model) next to it, and pass that to "
+            "sparse_compile.set_beta when you resume",
             stacklevel=2,
         )
 

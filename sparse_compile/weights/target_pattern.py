@@ -52,7 +52,7 @@ def _after_step(optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
             names = sorted({name for found in graphs for name in found.names})
             nearest = get_close_matches(pattern, names, n=1, cutoff=0.0)
             raise ValueError(
-                f"options={{'sste.targets': {pattern!r}}} names no linear of this model, so nothing was pruned. Its "
+                f"options={{'sste.targets': {pattern!r}}} matches no linear of this model, so nothing was pruned. Its "
                 f"linears are {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}; the nearest is "
                 f"{nearest[0] if nearest else 'none'}. Choose another pattern, or 'ffn', 'ffn-up' or 'all'"
             )

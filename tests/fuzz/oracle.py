@@ -1,9 +1,11 @@
 """What a rewritten linear computes, in fp64 and from the papers' formulas: written without the package's own reference.
 
-Only recipes without sampling have one answer: wgrad is dense FP8 here.
+What is sampled has no one answer: the oracle's gradient of a weight is what the samples are on average.
 """
 
 from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,12 +13,19 @@ from torch import Tensor
 LARGEST = 448.0  # of e4m3
 TINY = 2.0**-100  # a maximum below it is taken for it
 
+# How a product is made; "dense" is exact.
+Product = Literal["fp8", "bf16", "dense"]
+
 
 def e4m3(x: Tensor) -> Tensor:
     """To the nearest of 3 bits of mantissa and an exponent from -6, ties to even; it saturates."""
     exponent = torch.frexp(x.abs().clamp_min(2.0**-6))[1] - 1
     quantum = torch.ldexp(torch.ones_like(x), exponent - 3)
     return (x / quantum).round().mul(quantum).clamp(-LARGEST, LARGEST)
+
+
+def bf16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).double()
 
 
 def soft24(weight: Tensor) -> Tensor:
@@ -37,30 +46,84 @@ def soft_both(weight: Tensor) -> Tensor:
     return soft24(soft24(weight).t()).t()
 
 
-PROJECTIONS = {
-    "fp8": lambda weight: weight, "s-ste": soft24, "s-ste-transposable": soft_both, "ste": hard24
-}  # fmt: skip
+PROJECTIONS = {"none": lambda weight: weight, "soft": soft24, "soft, both": soft_both, "hard": hard24}
+
+_ROWS = [torch.zeros(4).scatter_(0, torch.tensor(pair), 1.0) for pair in combinations(range(4), 2)]
+# All masks of a 4 x 4 tile with two elements in each row and column.
+TILES = torch.stack([torch.stack(rows) for rows in product(_ROWS, repeat=4) if (sum(rows) == 2).all()])
+
+
+def transposable_mask(weight: Tensor) -> Tensor:
+    """Of each tile the mask that keeps most, of magnitudes."""
+    rows, columns = weight.shape
+    tiles = weight.abs().view(rows // 4, 4, columns // 4, 4).transpose(1, 2)
+    best = torch.einsum("abij,mij->abm", tiles, TILES.to(tiles)).argmax(-1)
+    return TILES.to(tiles)[best].transpose(1, 2).reshape(rows, columns)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The arithmetic of a linear's three products.
+
+    Attributes:
+        projection: by name; "masks" are transposable ones, which are kept.
+        factor: of beta.
+        sampled: whether the gradient of the weight may be an estimate.
+    """
+
+    projection: str
+    fprop: Product = "fp8"
+    dgrad: Product = "fp8"
+    wgrad: Product = "fp8"
+    factor: float = 1.0
+    sampled: bool = False
+
+    @property
+    def prunes(self) -> bool:
+        return self.projection != "none"
+
+    @property
+    def has_beta(self) -> bool:
+        return self.projection.startswith("soft")
+
+
+RECIPES = {
+    "fp8": Recipe("none"),
+    "fp8-backward": Recipe("none", fprop="dense"),
+    "s-ste": Recipe("soft", sampled=True),
+    "s-ste-approximate": Recipe("soft", sampled=True),
+    "s-ste-boosted": Recipe("soft", factor=1.7, sampled=True),
+    "s-ste-transposable": Recipe("soft, both", sampled=True),
+    "ste": Recipe("hard", sampled=True),
+    "sr-ste": Recipe("hard", sampled=True),
+    "t-sr-ste": Recipe("masks", sampled=True),
+    "s-ste-bf16": Recipe("soft", "bf16", "bf16", "bf16"),
+    "ste-bf16": Recipe("hard", "bf16", "bf16", "bf16"),
+}
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What is multiplied with in place of a weight ``[N, K]``: e4m3 times ``scale_inv``."""
+    """What is multiplied with in place of a weight ``[N, K]``: the payload times ``scale_inv``."""
 
     payload: Tensor
     scale_inv: float
 
 
-def beta_of(weight: Tensor, recipe: str) -> float:
-    """Of least squares; 1 where nothing is pruned."""
-    projected = PROJECTIONS[recipe](weight)
-    norm = float(projected.square().sum())
-    return 1.0 if recipe == "fp8" or not norm else float((weight * projected).sum()) / norm
+def beta_of(weight: Tensor, recipe: Recipe) -> float:
+    """Of least squares, times the recipe's factor; 1 where there is none."""
+    if not recipe.has_beta:
+        return 1.0
+    projected = PROJECTIONS[recipe.projection](weight)
+    return recipe.factor * float((weight * projected).sum() / projected.square().sum())
 
 
-def kept(weight: Tensor, recipe: str, beta: float) -> Kept:
-    """With a scale that is the largest power of two for which nothing saturates."""
-    projected = PROJECTIONS[recipe](weight)
-    amax = max(float(projected.abs().max()), TINY)
+def kept(weight: Tensor, recipe: Recipe, beta: float, mask: Tensor | None) -> Kept:
+    """In FP8 with a scale that is the largest power of two for which nothing saturates, masked or not."""
+    projected = weight * mask if mask is not None else PROJECTIONS[recipe.projection](weight)
+    if recipe.fprop == "bf16":
+        return Kept(bf16(projected), beta)
+    amax = max(float((weight if mask is not None else projected).abs().max()), TINY)
     scale = 2.0 ** int(torch.tensor(LARGEST / amax, dtype=torch.float64).log2().floor())
     return Kept(e4m3(projected * scale), beta / scale)
 
@@ -74,20 +137,31 @@ class Linear(torch.autograd.Function):
     """``x [T, K]`` by a weight ``[N, K]``, whose gradient goes straight through what was made of it."""
 
     @staticmethod
-    def forward(ctx, x, weight, operand):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, operand: Kept, recipe: Recipe) -> Tensor:
+        ctx.recipe, ctx.operand = recipe, operand
         scale = scales(x)
-        x_fp8 = e4m3(x * scale)
-        ctx.save_for_backward(x_fp8, scale, operand.payload)
-        ctx.scale_inv = operand.scale_inv
-        return (x_fp8 @ operand.payload.t()) * operand.scale_inv / scale
+        ctx.save_for_backward(x, scale, weight)
+        if recipe.fprop == "dense":
+            return x @ weight.t()
+        left = bf16(x) if recipe.fprop == "bf16" else e4m3(x * scale) / scale
+        return (left @ operand.payload.t()) * operand.scale_inv
 
     @staticmethod
-    def backward(ctx, grad):
-        x_fp8, x_scale, payload = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, x_scale, weight), recipe, operand = ctx.saved_tensors, ctx.recipe, ctx.operand
         scale = scales(grad)
-        grad_input = (e4m3(grad * scale) @ payload) * ctx.scale_inv / scale
-        # The scale of each token of the input is folded into the gradient; one scale is left for all.
-        folded = grad / x_scale
-        one = LARGEST / max(float(folded.abs().max()), TINY)
-        grad_weight = (e4m3(folded * one).t() @ x_fp8) / one
-        return grad_input, grad_weight, None
+        if recipe.dgrad == "dense":
+            grad_input = grad @ weight
+        else:
+            left = bf16(grad) if recipe.dgrad == "bf16" else e4m3(grad * scale) / scale
+            grad_input = (left @ operand.payload) * operand.scale_inv
+        if recipe.wgrad == "dense":
+            grad_weight = grad.t() @ x
+        elif recipe.wgrad == "bf16":
+            grad_weight = bf16(grad).t() @ bf16(x)
+        else:
+            # The scale of each token of the input is folded into the gradient; one scale is left for all.
+            folded = grad / x_scale
+            one = LARGEST / max(float(folded.abs().max()) if folded.numel() else 0.0, TINY)
+            grad_weight = (e4m3(folded * one).t() @ e4m3(x * x_scale)) / one
+        return grad_input, grad_weight, None, None

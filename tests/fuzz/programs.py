@@ -1,7 +1,10 @@
-"""Random models: linears in every spelling, and what lies between them."""
+"""Random models, as the source text of their forward: linears in every spelling, and what lies between them."""
 
-from collections.abc import Callable
+import linecache
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,53 +13,87 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 WIDTHS = (64, 80, 128)
-LEADING = ((16,), (4, 8), (2, 3, 5), (1,), (33,))
-
-# A spelling that is not rewritten.
-DENSE = "einsum"
-# By name, the product of ``x [..., K]`` with a weight ``[N, K]`` and a bias ``[N]`` or none.
-SPELLINGS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
-    "F.linear": F.linear,
-    "matmul": lambda x, w, b: _plus(torch.matmul(x, w.t()), b),
-    "@": lambda x, w, b: _plus(x @ w.transpose(0, 1), b),
-    "mm": lambda x, w, b: _plus(torch.mm(x.reshape(-1, x.shape[-1]), w.T).view(*x.shape[:-1], -1), b),
-    "addmm": lambda x, w, b: (
-        torch.mm(x.flatten(0, -2), w.t()) if b is None else torch.addmm(b, x.flatten(0, -2), w.t())
-    ).unflatten(0, x.shape[:-1]),
-    DENSE: lambda x, w, b: _plus(torch.einsum("...k,nk->...n", x, w), b),
-    "permuted": lambda x, w, b: F.linear(x, w.t().contiguous().t(), b),
+# Of inputs, but for the last dimension: by how many there are, so that a model may be called with several.
+LEADING: dict[int, tuple[tuple[int, ...], ...]] = {
+    1: ((16,), (1,), (33,), (0,)),
+    2: ((4, 8), (1, 1), (3, 11)),
+    3: ((2, 3, 5), (1, 2, 1)),
+    0: ((),),
 }
+# Dtypes of parameters and inputs; the last is float32 under autocast to bfloat16.
+DTYPES = ("float32", "bfloat16", "float16", "autocast")
 
-
-def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
-    return x if bias is None else x + bias
-
-
-def _in_place(x: Tensor) -> Tensor:
-    y = x + 0.25
-    y.mul_(0.5)
-    y[..., ::2].add_(1.0)
-    return y
-
-
-# Functions of ``[..., C]`` that keep its shape.
-BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
-    "nothing": lambda x: x,
-    "gelu": F.gelu,
-    "relu": torch.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "squared relu": lambda x: F.relu(x).square(),
-    "gated by itself": lambda x: x * torch.sigmoid(x),
-    "norm": lambda x: F.layer_norm(x, x.shape[-1:]),
-    "rms norm": lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5),
-    "halves swapped": lambda x: torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1),
-    "reversed": lambda x: x.flip(-1),
-    "strided": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
-    "flattened": lambda x: x.flatten(0, -2).clone().view(x.shape),
-    "in place": _in_place,
-    "scaled": lambda x: x * 3.0 - 1.0,
+# The product of ``x [..., {k}]`` with a weight ``{w} [{n}, {k}]`` and a bias ``{b}``, or none.
+SPELLINGS = {
+    "F.linear": "F.linear(x, {w}, {b})",
+    "F.linear of a transposed copy": "F.linear(x, {w}.t().contiguous().t(), {b})",
+    "F.linear of a clone": "F.linear(x.clone(), {w}.view({n}, {k}), {b})",
+    "matmul": "torch.matmul(x, {w}.t()){plus}",
+    "@": "x @ {w}.transpose(0, 1){plus}",
+    "@ mT": "(x @ {w}.mT){plus}",
+    "permute": "torch.matmul(x, {w}.permute(1, 0)){plus}",
+    "method": "x.matmul({w}.T){plus}",
+    "mm": "torch.mm(x.reshape(-1, {k}), {w}.T).view(*x.shape[:-1], {n}){plus}",
+    "addmm": "torch.addmm({b}, x.flatten(0, -2), {w}.t()).unflatten(0, x.shape[:-1])",
+    "baddbmm": "torch.addmm({b}, x.reshape(-1, {k}), {w}.t(), beta=1, alpha=1).reshape(x.shape[:-1] + ({n},))",
+    # These stay dense.
+    "einsum": "torch.einsum('...k,nk->...n', x, {w}){plus}",
+    "tensordot": "torch.tensordot(x, {w}, dims=([-1], [1])){plus}",
 }
+DENSE = ("einsum", "tensordot")
+# Where there is no bias to be added.
+WITHOUT_BIAS = {"addmm": "mm", "baddbmm": "mm"}
+# They need a dimension before the last.
+FLAT = ("addmm",)
+
+# What is done to ``y [..., {n}]``, and keeps its shape.
+BETWEEN = {
+    "nothing": (),
+    "gelu": ("y = F.gelu(y)",),
+    "relu": ("y = torch.relu(y)",),
+    "relu in place": ("y = y.relu_()",),
+    "silu": ("y = F.silu(y)",),
+    "tanh": ("y = y.tanh()",),
+    "squared relu": ("y = F.relu(y).square()",),
+    "leaky": ("y = torch.where(y > 0, y, 0.1 * y)",),
+    "gated by itself": ("y = y * torch.sigmoid(y)",),
+    "gated by its halves": ("a, b = y.chunk(2, dim=-1)", "y = torch.cat([a * b.sigmoid(), b], dim=-1)"),
+    "layer norm": ("y = F.layer_norm(y, ({n},))",),
+    "rms norm": ("y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5)",),
+    "divided by its size": ("with torch.no_grad():", "    size = y.abs().mean(-1, keepdim=True) + 1.0", "y = y / size"),
+    "softmax": ("y = y.softmax(-1) * {n}",),
+    "halves swapped": ("y = torch.cat(y.chunk(2, dim=-1)[::-1], dim=-1)",),
+    "rolled": ("y = y.roll(1, -1)",),
+    "reversed": ("y = y.flip(-1)",),
+    "strided": ("y = y.transpose(0, -1).contiguous().transpose(0, -1)",),
+    "as strided": ("y = y.view(*y.shape[:-1], 2, {n} // 2).transpose(-1, -2).reshape(y.shape)",),
+    "flattened": ("y = y.reshape(-1, {n}).clone().reshape(y.shape)",),
+    "expanded": ("y = y.unsqueeze(0).expand(2, *y.shape).sum(0) * 0.5",),
+    "doubled precision": ("y = y.double().sin().to(y.dtype)",),
+    "written in place": ("y.mul_(0.5)", "y.add_(0.25)"),
+    "written in part": ("y = y * 1.0", "y[..., ::2].add_(1.0)"),
+    "written through a view": ("y = y + 0.25", "y.unsqueeze(0).mul_(0.5)"),
+    "copied into": ("z = torch.zeros_like(y)", "z[..., 9:] = y[..., 9:]", "z[..., :9].copy_(y[..., 9:18])", "y = z"),
+    "scaled": ("y = y * 3.0 - 1.0",),
+    "shifted by a sum of all": ("y = y + y.detach().mean()",),
+}  # fmt: skip
+# Their derivatives jump, so what rounds coarsely can't be compared.
+KINKED = ("relu", "relu in place", "leaky")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Its linear is ``[rows, columns]``.
+
+    Attributes:
+        transposed: whether it is stored ``[columns, rows]``.
+    """
+
+    rows: int
+    columns: int
+    transposed: bool
+    bias: bool
+    frozen: bool
 
 
 @dataclass(frozen=True)
@@ -65,7 +102,8 @@ class Step:
 
     Attributes:
         weight: which of the program's weights; those that two steps name are shared.
-        after: functions, in order.
+        gate: another weight of the same shape, whose product with the same input multiplies this one's; or none.
+        after: what is done to the product, in order.
         residual: whether what went in is added to what comes out, where the shapes allow.
         checkpointed: whether backward makes it again; with reentrant autograd, or without.
         broken: whether the graph ends behind it.
@@ -73,105 +111,182 @@ class Step:
 
     spelling: str
     weight: int
+    gate: int | None
     after: tuple[str, ...]
     residual: bool
     checkpointed: bool | None
     broken: bool
 
+    @property
+    def weights(self) -> tuple[int, ...]:
+        return (self.weight,) if self.gate is None else (self.weight, self.gate)
+
 
 @dataclass(frozen=True)
 class Program:
-    """A model of several linears and its input.
+    """A model of several linears, and how it is called.
 
     Attributes:
-        shapes: ``(N, K)`` of each weight, whether it is stored transposed, has a bias, and is frozen.
-        leading: dimensions of the input, but the last one.
-        again: leading dimensions of a second call, if there is one.
+        leading: dimensions of inputs, but the last one, that calls may have.
+        dynamic: of torch.compile.
     """
 
-    shapes: tuple[tuple[int, int, bool, bool, bool], ...]
+    weights: tuple[Weight, ...]
     steps: tuple[Step, ...]
-    leading: tuple[int, ...]
-    again: tuple[int, ...] | None
-    dtype: torch.dtype
-    seed: int
+    leading: tuple[tuple[int, ...], ...]
+    dtype: str
+    dynamic: bool | None
+    recipe: str
+
+    @property
+    def features(self) -> int:
+        return self.weights[self.steps[0].weight].columns
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of parameters and inputs."""
+        return torch.float32 if self.dtype == "autocast" else getattr(torch, self.dtype)
+
+    @property
+    def dense(self) -> set[int]:
+        """The weights that no recipe touches."""
+        return {index for step in self.steps if step.spelling in DENSE for index in step.weights}
 
 
 @st.composite
-def programs(draw: st.DrawFn, dtype: torch.dtype = torch.float32, most: int = 8) -> Program:
-    """Of up to so many linears.  A weight of an einsum, which stays dense, is no other linear's."""
-    count = draw(st.integers(2, most))
-    width = first = draw(st.sampled_from(WIDTHS))
-    shapes: list[tuple[int, int, bool, bool, bool]] = []
+def programs(
+    draw: st.DrawFn,
+    recipes: Sequence[str],
+    dtypes: Sequence[str] = DTYPES,
+    most: int = 8,
+    small: bool = False,
+    widths: Sequence[int] = WIDTHS,
+    shapes: Mapping[int, Sequence[tuple[int, ...]]] = LEADING,
+) -> Program:
+    """Of up to so many linears; ``small`` ones compile once, or nearly.
+
+    A weight of a spelling that stays dense is no other linear's.
+    """
+    dtype = draw(st.sampled_from(dtypes))
+    # What rounds coarsely can be compared after a few products only.
+    most = most if dtype == "float32" else min(most, 2)
+    between = sorted(name for name in BETWEEN if dtype == "float32" or name not in KINKED)
+    dimensions = draw(st.sampled_from(list(shapes)))
+    leading = draw(st.lists(st.sampled_from(shapes[dimensions]), min_size=1, max_size=1 if small else 2, unique=True))
+    weights: list[Weight] = []
     steps: list[Step] = []
-    for _ in range(count):
-        spelling = draw(st.sampled_from(sorted(SPELLINGS)))
-        fitting = [
-            index for index, shape in enumerate(shapes)
-            if shape[1] == width
-            and all((step.spelling == DENSE) == (spelling == DENSE) for step in steps if step.weight == index)
-        ]  # fmt: skip
-        if fitting and draw(st.integers(0, 5)) == 0:
-            index = draw(st.sampled_from(fitting))
-        else:
-            index = len(shapes)
-            rows = draw(st.sampled_from(WIDTHS))
-            shapes.append((rows, width, draw(st.booleans()), draw(st.booleans()), draw(st.integers(0, 7)) == 0))
+    width = draw(st.sampled_from(widths))
+    count = draw(st.integers(1 if small else 2, most))
+    while (linears := sum(len(step.weights) for step in steps)) < count:
+        spelling = draw(st.sampled_from([name for name in SPELLINGS if dimensions or name not in FLAT]))
+
+        def weight(columns: int, rows: int | None, spelling: str = spelling) -> int:
+            """A new one, or now and then one that is there and fits."""
+            dense = {index for step in steps if step.spelling in DENSE for index in step.weights}
+            fitting = [
+                index for index, old in enumerate(weights)
+                if old.columns == columns and rows in (None, old.rows) and (index in dense) == (spelling in DENSE)
+            ]  # fmt: skip
+            if fitting and draw(st.integers(0, 5)) == 0:
+                return draw(st.sampled_from(fitting))
+            rows = rows or draw(st.sampled_from(widths))
+            frozen = draw(st.integers(0, 7)) == 7
+            weights.append(Weight(rows, columns, draw(st.booleans()), draw(st.booleans()), frozen))
+            return len(weights) - 1
+
+        first = weight(width, None)
+        gated = draw(st.integers(0, 3)) == 3 and linears + 2 <= most
+        rare = st.sampled_from((False,) * (11 if small else 5) + (True,))
         steps.append(
             Step(
                 spelling=spelling,
-                weight=index,
-                after=tuple(draw(st.lists(st.sampled_from(sorted(BETWEEN)), max_size=2))),
+                weight=first,
+                gate=weight(width, weights[first].rows) if gated else None,
+                after=tuple(draw(st.lists(st.sampled_from(between), max_size=2))),
                 residual=draw(st.booleans()),
-                checkpointed=draw(st.sampled_from((None, None, None, True, False))),
-                broken=draw(st.integers(0, 5)) == 0,
+                checkpointed=draw(st.sampled_from((None, None, None, None, None, True, False))),
+                broken=draw(rare),
             )
         )
-        width = shapes[index][0]
-    assert shapes[steps[0].weight][1] == first
+        width = weights[first].rows
     return Program(
-        shapes=tuple(shapes), steps=tuple(steps), leading=draw(st.sampled_from(LEADING)),
-        again=draw(st.sampled_from((None, *LEADING))), dtype=dtype,
-        seed=draw(st.integers(0, 2**16)),
+        weights=tuple(weights), steps=tuple(steps), leading=tuple(leading), dtype=dtype,
+        dynamic=draw(st.sampled_from((False,) if small else (None, False, True))),
+        recipe=draw(st.sampled_from(recipes)),
     )  # fmt: skip
 
 
-class Model(nn.Module):
-    """Runs a program.  ``multiply``, if given, takes the place of the spellings."""
-
-    def __init__(
-        self, program: Program, multiply: Callable[[int, Tensor, Tensor, Tensor | None], Tensor] | None = None
-    ) -> None:
-        super().__init__()
-        torch.manual_seed(program.seed)
-        self.program, self.multiply = program, multiply
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for rows, columns, transposed, bias, frozen in program.shapes:
-            weight = torch.randn(rows, columns) * columns**-0.5
-            self.weights.append(nn.Parameter(weight.t().contiguous() if transposed else weight, not frozen))
-            self.biases.append(nn.Parameter(0.1 * torch.randn(rows) if bias else torch.zeros(0)))
-        self.to(program.dtype)
-
-        # Written out: dynamo does not go on in a loop whose body ends a graph.
-        lines = []
-        for index, step in enumerate(program.steps):
-            run = f"self._step(self.program.steps[{index}], x)"
-            if step.checkpointed is not None:
-                run = f"checkpoint({run.replace('(', ', ', 1)[:-1]}, use_reentrant={step.checkpointed})"
-            lines.append(f"    x = {run}")
-            lines += ["    graph_break()"] * step.broken
-        scope = {"checkpoint": checkpoint, "graph_break": torch._dynamo.graph_break}
-        exec("\n".join(["def forward(self, x):", *lines, "    return x"]), scope)
-        self.forward = scope["forward"].__get__(self)
-
-    def _step(self, step: Step, x: Tensor) -> Tensor:
-        _, _, transposed, has_bias, _ = self.program.shapes[step.weight]
-        weight = self.weights[step.weight].t() if transposed else self.weights[step.weight]
-        bias = self.biases[step.weight] if has_bias else None
-        if self.multiply is None:
-            y = SPELLINGS[step.spelling](x, weight, bias)
+def source(program: Program, product: Callable[[Program, str, int], str]) -> str:
+    """The forward, and a method for each checkpointed step; ``product`` is the text of a linear of ``x``."""
+    methods, forward = [], ["def forward(self, x):"]
+    for number, step in enumerate(program.steps):
+        weight = program.weights[step.weight]
+        body = [f"y = {product(program, step.spelling, step.weight)}"]
+        if step.gate is not None:
+            body.append(f"y = F.silu({product(program, step.spelling, step.gate)}) * y")
+        body += [line.format(n=weight.rows) for name in step.after for line in BETWEEN[name]]
+        residual = step.residual and weight.rows == weight.columns
+        if step.checkpointed is None:
+            forward += [f"    {line}" for line in [*body, "x = x + y" if residual else "x = y"]]
         else:
-            y = self.multiply(step.weight, x, weight, bias)
-        for name in step.after:
-            y = BETWEEN[name](y)
-        return x + y if step.residual and x.shape == y.shape else y
+            methods += [f"def part{number}(self, x):", *(f"    {line}" for line in body)]
+            methods.append("    return x + y" if residual else "    return y")
+            forward.append(f"    x = checkpoint(self.part{number}, x, use_reentrant={step.checkpointed})")
+        if step.broken:
+            forward.append("    graph_break()")
+    return "\n".join([*methods, *forward, "    return x", ""])
+
+
+def spelt(program: Program, spelling: str, index: int) -> str:
+    """The linear as a user writes it."""
+    weight = program.weights[index]
+    bias = f"self.b{index}" if weight.bias else None
+    if bias is None:
+        spelling = WITHOUT_BIAS.get(spelling, spelling)
+    stored = f"self.w{index}.t()" if weight.transposed else f"self.w{index}"
+    plus = f" + {bias}" if bias else ""
+    return SPELLINGS[spelling].format(w=stored, b=bias, plus=plus, n=weight.rows, k=weight.columns)
+
+
+class Model(nn.Module):
+    """The parameters of a program; ``real`` and ``exact`` add the forward."""
+
+    def __init__(self, program: Program, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        for index, weight in enumerate(program.weights):
+            matrix = torch.randn(weight.rows, weight.columns, generator=generator) * weight.columns**-0.5
+            stored = matrix.t().contiguous() if weight.transposed else matrix
+            self.register_parameter(f"w{index}", nn.Parameter(stored, not weight.frozen))
+            if weight.bias:
+                self.register_parameter(f"b{index}", nn.Parameter(0.1 * torch.randn(weight.rows, generator=generator)))
+        self.to(program.torch_dtype)
+
+
+def _class(text: str, name: str, scope: dict[str, Any]) -> type[Model]:
+    """Of all models of that text: they share their compiled graphs."""
+    file = f"<fuzz {name} {hash(text) & 0xFFFFFFFF:x}>"
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+    exec(compile(text, file, "exec"), scope)
+    methods = {key: value for key, value in scope.items() if key == "forward" or key.startswith("part")}
+    return type(name, (Model,), methods)
+
+
+@cache
+def real(program: Program) -> type[Model]:
+    """The model as a user writes it."""
+    scope = {"torch": torch, "F": F, "checkpoint": checkpoint, "graph_break": torch._dynamo.graph_break}
+    return _class(source(program, spelt), "Real", scope)
+
+
+@cache
+def exact(program: Program) -> type[Model]:
+    """The model whose linears are ``self.multiply(index, x)``."""
+    scope = {"torch": torch, "F": F, "graph_break": lambda: None}
+    scope["checkpoint"] = lambda function, x, use_reentrant: function(x)
+    return _class(source(program, lambda _, spelling, index: f"self.multiply({index}, x)"), "Exact", scope)
+
+
+def input_of(program: Program, leading: Sequence[int], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*leading, program.features, generator=generator).to(program.torch_dtype)

@@ -1,6 +1,5 @@
-"""The snippets of README.md's ways in, and of its way out, run as they stand there."""
+"""The snippets of docs/ run as they stand there."""
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -13,15 +12,17 @@ from torch import nn
 import sparse_compile
 import warm
 from sparse_compile import backend
-from sparse_compile.launcher.option_table import as_markdown
 from sparse_compile.recipe import RECIPES
 
 ROOT = Path(__file__).parents[1]
-WAYS = (ROOT / "README.md").read_text().partition("## Ways in")[2].partition("\n## ")[0]
-OUT = (ROOT / "README.md").read_text().partition("## The way out")[2].partition("\n## ")[0]
+DOCS = ROOT / "docs"
+WAYS = (DOCS / "integrations.md").read_text()
+OUT = (DOCS / "checkpoints.md").read_text().partition("## Export: a 2:4 model")[2]
 SNIPPETS = {
-    next(name for name in ("transformers", "accelerate", "lightning") if name in snippet): snippet
+    library: snippet
     for snippet in re.findall(r"```python\n(.*?)```", WAYS, re.DOTALL)
+    for library in ("transformers", "accelerate", "lightning")
+    if library in snippet
 }
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", WAYS, re.DOTALL) for line in block.splitlines()]
 SCRIPT = """
@@ -143,34 +144,17 @@ def test_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name.rpartition(".")[2] for name in rewritten} == {"gate_proj", "up_proj", "down_proj"}
 
 
-def test_options_are_those_of_the_code() -> None:
-    """``python -m sparse_compile options --markdown`` prints the table."""
-    section = (ROOT / "README.md").read_text().partition("\n## Options")[2].partition("\n## ")[0]
-    options, recipes = re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)
-    assert options == as_markdown() + "\n"
+def test_recipes_are_those_of_the_code() -> None:
+    section = (DOCS / "recipes.md").read_text().partition("\n## All recipes")[2].partition("\n## ")[0]
+    (recipes,) = re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)
     first_cells = [line.split("|")[1] for line in recipes.splitlines()[2:]]
     assert sorted(re.findall(r'`"(.*?)"`', " ".join(first_cells))) == sorted(RECIPES)
 
 
-def test_numbers_of_the_zoo_are_those_of_its_results():
-    readme = (ROOT / "README.md").read_text()
-    architectures = json.loads((ROOT / "benchmarks" / "results" / "zoo.json").read_text())["architectures"]
-    total = {name: sum(found[name] for found in architectures) for name in ("linears", "rewritten", "ffn", "ffn_found")}
-    text = " ".join(readme.split())
-    assert f"A zoo of {len(architectures)} architectures" in text
-    assert f"{total['rewritten']} of {total['linears']} products with a parameter are rewritten" in text
-    assert f"{total['ffn_found']} of {total['ffn']} linears of FFNs are found" in text
-    assert min(found["cosine"] for found in architectures) >= 0.99
-    assert min(found["lowest_cosine"] for found in architectures) >= 0.96
-    partly = [found for found in architectures if found["training_reported"] != found["training_counted"]]
-    assert len(partly) == 1
-    assert not any(found["faults"] for found in architectures)
-
-
 def test_a_recipe_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     as_on_a_gpu(monkeypatch)
-    options = (ROOT / "README.md").read_text().partition("## Options")[2].partition("\n## ")[0]
-    (snippet,) = (code for code in re.findall(r"```python\n(.*?)```", options, re.DOTALL) if "name=" in code)
+    own = (DOCS / "recipes.md").read_text().partition("## A recipe of your own")[2]
+    (snippet,) = re.findall(r"```python\n(.*?)```", own, re.DOTALL)
     names: dict[str, Any] = {"torch": torch}
     names["model"] = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
     exec(snippet, names)

@@ -1,0 +1,198 @@
+"""Many random graphs and scripts, in several processes: ``python benchmarks/fuzzing.py EXAMPLES`` (scripts/fuzz.sh).
+
+An example is a script that runs over a graph, which is compiled once for several of them; of kernels alone, a call.
+"""
+
+import argparse
+import gc
+import math
+import os
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from secrets import randbelow
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from tabulate import tabulate
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from harness import RESULTS, write
+
+import warm
+from fuzz.kernels import KERNELS
+from fuzz.kernels import check as check_kernel
+from fuzz.oracle import RECIPES
+from fuzz.programs import DTYPES, LEADING, WIDTHS, Program, programs
+from fuzz.scripts import Kind, Script, check, scripts
+
+# One graph, and so many scripts over it.
+SCRIPTS = 4
+GRAPHS = 12  # of a batch, which is what a process does at a time
+SIXTEEN_BITS = tuple(dtype for dtype in DTYPES if dtype != "float32")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is drawn, and how it runs."""
+
+    kind: Kind
+    dtypes: tuple[str, ...] = DTYPES
+    widths: tuple[int, ...] = WIDTHS
+    shapes: Mapping[int, Sequence[tuple[int, ...]]] = field(default_factory=lambda: LEADING)
+
+
+# Sizes at which 2:4 may be faster than dense; few, since each is measured.
+_LARGE = {"widths": (1024, 2048), "shapes": {1: ((4096,), (1000,)), 2: ((2, 2048),)}}
+# Tensor cores sum with 14 bits.
+_GPU = Kind(device="cuda", executor="inductor", tolerance=0.03)
+PARTS = {
+    "fp32": Part(Kind(), ("float32",)),
+    "16 bits": Part(Kind(), SIXTEEN_BITS),
+    "gpu, always": Part(_GPU),
+    "gpu, faster": Part(replace(_GPU, priced=True), **_LARGE),
+    "gpu, reduce-overhead": Part(replace(_GPU, mode="reduce-overhead")),
+    "gpu, kernels": Part(_GPU),
+}
+
+
+@dataclass
+class Batch:
+    """What came of some graphs and the scripts over them."""
+
+    part: str
+    seed: int
+    graphs: int = 0
+    scripts: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    failure: str | None = None
+
+
+def batch(part: str, number: int, shrink: bool) -> Batch:
+    """So many graphs, drawn by a seed; the first that fails ends it."""
+    torch.set_num_threads(1)
+    done = Batch(part, number)
+    if part == "gpu, kernels":
+        call_kernels(done)
+        return done
+    what = PARTS[part]
+    phases = [Phase.generate, *([Phase.shrink] if shrink else [])]
+
+    @seed(number)
+    @settings(max_examples=GRAPHS, deadline=None, database=None, phases=phases, suppress_health_check=list(HealthCheck))
+    @given(
+        program=programs(sorted(RECIPES), what.dtypes, widths=what.widths, shapes=what.shapes), mvue=st.booleans(),
+        scripts=st.lists(scripts(), min_size=SCRIPTS, max_size=SCRIPTS),
+    )  # fmt: skip
+    def examples(program: Program, scripts: list[Script], mvue: bool) -> None:
+        done.scripts.update(check(program, scripts, what.kind, mvue))
+        done.graphs += 1
+        done.kinds[program.recipe] += len(scripts)
+
+    try:
+        examples()
+    except Exception as error:  # noqa: BLE001 - whatever is raised is what was looked for
+        done.failure = "".join(traceback.format_exception(error))
+    gc.collect()
+    return done
+
+
+def call_kernels(done: Batch) -> None:
+    """As many calls as there are examples in another batch, by turns."""
+    for number in range(done.seed * GRAPHS * SCRIPTS, (done.seed + 1) * GRAPHS * SCRIPTS):
+        kernel = list(KERNELS)[number % len(KERNELS)]
+        try:
+            check_kernel(kernel, number, "cuda")
+        except Exception as error:  # noqa: BLE001 - whatever is raised is what was looked for
+            done.failure = (done.failure or "") + "".join(traceback.format_exception(error))
+        done.scripts["compared"] += 1
+        done.kinds[kernel] += 1
+
+
+def ready() -> None:
+    """A process that compiles; what it says of what it compiled is of no interest."""
+    warm.compile_quickly()
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+
+
+def campaign(
+    part: str, examples: int, processes: int, first: int, shrink: bool, until: float = math.inf
+) -> Iterator[Batch]:
+    """Batches as they end, until so many examples ran, or no later than a time, but for those that run then."""
+    numbers = range(first, first + -(-examples // (GRAPHS * SCRIPTS)))
+    # Each in a process of its own: what a compiler keeps for each graph grows.
+    with ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=ready, max_tasks_per_child=1
+    ) as pool:
+        started = [pool.submit(batch, part, number, shrink) for number in numbers]
+        for future in as_completed(started):
+            if not future.cancelled():
+                yield future.result()
+            if time.monotonic() > until:
+                for other in started:
+                    other.cancel()
+
+
+def summary(batches: list[Batch], seconds: float) -> dict[str, Any]:
+    scripts, kinds = Counter[str](), Counter[str]()
+    for done in batches:
+        scripts.update(done.scripts)
+        kinds.update(done.kinds)
+    failures = [{"seed": done.seed, "error": done.failure} for done in batches if done.failure]
+    return {
+        "examples": sum(scripts.values()), "compared to their end": scripts["compared"],
+        "too large to be compared": scripts["too large"], "graphs": sum(done.graphs for done in batches),
+        "examples by kind": dict(sorted(kinds.items())), "seconds": round(seconds, 1),
+        "seeds": [min(done.seed for done in batches), max(done.seed for done in batches)],
+        "failures": failures,
+    }  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    rows = [(name, value) for name, value in results.items() if not isinstance(value, (dict, list))]
+    rows += [("failures", len(results["failures"]))]
+    return tabulate([*rows, *results["examples by kind"].items()], tablefmt="github", headers=("", "number"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    available = [name for name, part in PARTS.items() if (part.kind.device == "cuda") == torch.cuda.is_available()]
+    parser.add_argument("examples", type=int, help="of all parts together")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=available)
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of each part, at most (default: no limit)")
+    parser.add_argument("--seed", type=int, help="the first; each batch has the next (default: any)")
+    parser.add_argument("--shrink", action="store_true", help="look for the smallest example that fails, for minutes")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    args = parser.parse_args()
+    first, failed = randbelow(2**31) if args.seed is None else args.seed, 0
+    for part in args.parts:
+        begin, batches = time.perf_counter(), []
+        wanted = -(-args.examples // len(args.parts))
+        with tqdm(total=-(-wanted // SCRIPTS) * SCRIPTS, desc=part, unit="example") as bar:
+            until = time.monotonic() + 60 * args.minutes
+            for done in campaign(part, wanted, args.processes, first, args.shrink, until):
+                batches.append(done)
+                bar.update(sum(done.scripts.values()))
+                if done.failure:
+                    failed += 1
+                    bar.write(f"seed {done.seed} of {part}:\n{done.failure}")
+        results = summary(batches, time.perf_counter() - begin)
+        print(table(results), flush=True)
+        write("fuzz", part, results, table(results), args.out)
+    raise SystemExit(f"{failed} batches failed" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Losses and right answers: bench_quality and emulate_recipes."""
+
+from collections.abc import Callable, Mapping
+from statistics import mean
+from typing import Any
+
+from figures.results import FigureError, as_percent, as_table, listed, only_row, section_of
+
+BF16, TORCHAO = "bf16", "torchao tensorwise"
+# Of bench_quality's recipes and tasks, in the order of their tables.
+ARMS = {
+    "bf16": "dense, bf16",
+    "fp8": '`"fp8"`',
+    "s-ste-boosted, ffn-up": '`"s-ste-boosted"`, `sste.targets="ffn-up"`',
+    "s-ste-boosted": '`"s-ste-boosted"`',
+    "s-ste": '`"s-ste"` (default)',
+    "s-ste, bf16": '`"s-ste-bf16"`',
+    "ste": '`"ste"`',
+    "sr-ste": '`"sr-ste"`',
+    "t-sr-ste": '`"t-sr-ste"`',
+}
+_NUMERALS = ("no", "one", "two", "three", "four", "five", "six")
+
+
+def _runs(arm: str, part: str = "recipes") -> dict[int, Mapping[str, Any]]:
+    """The runs of an arm by seed."""
+    runs = section_of("bench_quality", part, "H100")["runs"]
+    found = {run["seed"]: run for run in runs if run["arm"] == arm}
+    if not found:
+        raise FigureError(f"{part} has no arm {arm!r}; there are {listed(sorted({run['arm'] for run in runs}))}")
+    return found
+
+
+def gaps_to_bf16(arm: str) -> list[float]:
+    """For each seed, the validation loss over that of bf16 with the same batches, as a share."""
+    dense = _runs(BF16)
+    return [run["validation_loss"] / dense[seed]["validation_loss"] - 1 for seed, run in sorted(_runs(arm).items())]
+
+
+def measured_arms() -> list[str]:
+    """The recipes that were trained beside bf16, in the order of tables."""
+    trained = {run["arm"] for run in section_of("bench_quality", "recipes", "H100")["runs"]}
+    return [arm for arm in ARMS if arm in trained - {BF16}]
+
+
+def loss_over_bf16(arm: str) -> str:
+    """Validation loss over bf16's, the mean of the seeds: GPT-2-small shape, 50 million tokens."""
+    return as_percent(mean(gaps_to_bf16(arm)))
+
+
+def seeds(arm: str) -> str:
+    """How many seeds ``loss_over_bf16`` is the mean of."""
+    count = len(_runs(arm))
+    return f"{_NUMERALS[count]} seed{'s' * (count > 1)}"
+
+
+def loss_table() -> str:
+    """Recipes against bf16: validation losses, and how far they are apart."""
+    rows = []
+    for arm in (BF16, *measured_arms()):
+        runs = sorted(_runs(arm).items())
+        over, each = "", ", ".join(as_percent(gap) for gap in gaps_to_bf16(arm))
+        if arm != BF16:
+            over = f"**{loss_over_bf16(arm)}**" + (f" ({each})" if len(runs) > 1 else "")
+        losses = ", ".join(f"{run['validation_loss']:.4f}" for _, run in runs)
+        speed = runs[0][1]["tokens_per_second"]
+        rows.append((ARMS[arm], losses, over, f"{speed:,.0f}" if speed else "not measured"))
+    return as_table(("recipe", "validation loss of each seed", "over bf16, mean (each seed)", "tokens a second"), rows)
+
+
+def torchao_over_fp8() -> str:
+    """Validation loss of torchao's tensorwise FP8 over that of the recipe "fp8", the mean of the seeds."""
+    ours, theirs = (_runs(arm, "recipes beside torchao") for arm in ("fp8", TORCHAO))
+    return as_percent(mean(theirs[seed]["validation_loss"] / ours[seed]["validation_loss"] - 1 for seed in ours))
+
+
+def kernels_loss(run: str, field: str) -> str:
+    """Losses of 300 steps through the kernels or their definitions ("reference")."""
+    found = section_of("bench_quality", "loss", "H100")["runs"][run]
+    last = found["losses"][-len(found["losses"]) // 10 :]
+    return f"{found['validation_loss'] if field == 'validation' else mean(last):.4f}"
+
+
+def head_loss(run: str) -> str:
+    """Validation loss of a run of bench_quality's part about the vocabulary head."""
+    runs = section_of("bench_quality", "head", "H100")["runs"]
+    if run not in runs:
+        raise FigureError(f"the part 'head' has no run {run!r}; there are {listed(runs)}")
+    return f"{runs[run]['validation_loss']:.3f}"
+
+
+def timed(arm: str, field: str) -> str:
+    """Of bench_quality's part "clock", a wide model: "loss", "seconds" or "tokens" of a run."""
+    run = only_row(section_of("bench_quality", "clock, a wide model", "H100")["runs"], "clock", arm=arm)
+    texts: dict[str, Callable[[], str]] = {
+        "loss": lambda: f"{run['validation_loss']:.3f}",
+        "seconds": lambda: f"{run['training_seconds']:.1f} s",
+        "tokens": lambda: f"{run['steps'] * run['tokens_a_step'] / 1e6:.1f} million tokens",
+    }
+    return texts[field]()
+
+
+def timed_tokens() -> str:
+    """How many times as many tokens "s-ste-boosted" saw in the same time."""
+    runs = section_of("bench_quality", "clock, a wide model", "H100")["runs"]
+    steps = [only_row(runs, "clock", arm=arm)["steps"] for arm in ("s-ste-boosted", BF16)]
+    return f"{steps[0] / steps[1]:.1f} times"
+
+
+def task_table() -> str:
+    """Right answers of two small classifications, by recipe."""
+    runs = section_of("bench_quality", "tasks", "H100")["runs"]
+    tasks = sorted({run["task"] for run in runs})
+    rows = []
+    for arm, name in ARMS.items():
+        cells = []
+        for task in tasks:
+            found = [run["accuracy"] for run in runs if (run["arm"], run["task"]) == (arm, task)]
+            if found:
+                cells.append(f"{100 * mean(found):.1f} % ({', '.join(f'{100 * one:.1f}' for one in found)})")
+        if cells:
+            rows.append((name, *cells))
+    return as_table(("right answers, mean (each seed)", *tasks), rows)
+
+
+def searched(trial: str, rate: float) -> str:
+    """Loss over dense of a run of bench_quality's part "search": a GPT of 14 million parameters."""
+    runs = section_of("bench_quality", "search", "H100")["runs"]
+    found, dense = (only_row(runs, "search", trial=name, learning_rate=rate) for name in (trial, BF16))
+    return as_percent(found["validation_loss"] / dense["validation_loss"] - 1)
+
+
+def best_of_rates(setting: str, arm: str) -> str:
+    """Loss over dense, each at the best learning rate that was tried: 8 million tokens, one seed."""
+    runs = section_of("bench_quality", "rates, windows drawn from as many tokens as a run reads", "H200")["runs"]
+    losses = {
+        name: [run["validation_loss"] for run in runs if (run["setting"], run["arm"]) == (setting, name)]
+        for name in (arm, "dense")
+    }
+    if not all(losses.values()):
+        raise FigureError(f"rates has no runs of {arm!r} in the setting {setting!r}")
+    return as_percent(min(losses[arm]) / min(losses["dense"]) - 1)
+
+
+def emulated(trial: str, rate: float = 0.003) -> str:
+    """Loss over dense, the mean of the seeds, and their number: a GPT of 0.4 million parameters on a CPU."""
+    runs = section_of("emulate_recipes", "emulated", "CPU")["runs"]
+    losses = {(run["trial"], run["learning_rate"], run["seed"]): run["validation_loss"] for run in runs}
+    pairs = [
+        loss / losses["dense", rate, seed] - 1
+        for (name, at, seed), loss in losses.items()
+        if (name, at) == (trial, rate) and ("dense", rate, seed) in losses
+    ]
+    if not pairs:
+        raise FigureError(f"no trial {trial!r} at {rate}; there are {listed(sorted({name for name, _, _ in losses}))}")
+    return f"{as_percent(mean(pairs))} ({len(pairs)})"

@@ -1,0 +1,504 @@
+"""Random training scripts over a model, beside the oracle: what each action does to both, and what is equal then."""
+
+import copy
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+import torch._dynamo.config
+import torch.nn.functional as F
+from hypothesis import note
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import sparse_compile
+from fuzz.oracle import RECIPES, Linear, Product, Recipe, beta_of, kept, transposable_mask
+from fuzz.programs import Model, Program, exact, input_of, real, source, spelt
+
+# Beyond it what is computed may overflow on the way.
+LARGEST = {"float32": 1e12, "bfloat16": 1e12, "autocast": 1e12, "float16": 1e3}
+# Of norms, for each linear.  fp32 and fp64 round a few elements to other neighbours in e4m3, which are 6 % apart, and
+# 16 bits many.  Products that should be in FP8 and are not would be off by 2.6 % each.
+TOLERANCES = {"float32": 4e-3, "bfloat16": 5e-2, "autocast": 5e-2, "float16": 2e-2}
+MOST = {"float32": 0.02, "bfloat16": 0.1, "autocast": 0.1, "float16": 0.05}
+# Of a product, relative.
+ROUNDING = {"float32": 2.0**-21, "bfloat16": 2.0**-8, "autocast": 2.0**-8, "float16": 2.0**-10}
+# A sampled gradient is off by up to its own norm: then its cosine to the exact one is 0.7.  Of another one it is 0.
+LEAST_COSINE = 0.35
+LEFT_DENSE = re.compile("adapter|head", re.IGNORECASE)
+
+
+class Diverged(Exception):
+    """Numbers are too large to be compared."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How models are compiled and called: on a CPU nothing but the definitions of kernels can run.
+
+    Attributes:
+        priced: whether measured times decide what becomes of linears; what they decided is then read in the report.
+        tolerance: of the norm, at least.
+    """
+
+    device: str = "cpu"
+    executor: str = "eager"
+    priced: bool = False
+    mode: str | None = None
+    tolerance: float = 0.0
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.02),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=0.01),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+    "fused AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=True),
+    "foreach Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, foreach=True),
+    "RMSprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.001),
+    "Adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.01),
+    "NAdam": lambda parameters: torch.optim.NAdam(parameters, lr=0.002),
+    "Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=0.01),
+    "LBFGS": lambda parameters: torch.optim.LBFGS(parameters, lr=0.01, max_iter=1),
+}
+
+
+class Session:
+    """A model in training, and what an oracle that is told of all that happens to it says of its weights.
+
+    Attributes:
+        trained: the weights that are pruned whatever comes, with their betas.
+        masks: those that are kept, of the recipe that keeps them.
+        dense: the weights that stay so for a reason of their own, as the report says.
+    """
+
+    def __init__(self, program: Program, seed: int, kind: Kind, mvue: bool) -> None:
+        self.program, self.kind, self.sampled = program, kind, mvue
+        self.recipe = RECIPES[program.recipe]
+        self.trained: dict[int, float] = {}
+        self.masks: dict[int, Tensor] = {}
+        self.betas: dict[int, float] = {}  # of the last call
+        self.dense: set[int] = set()
+        self.noise = 0.0
+        self.priced: dict[int, Recipe] = {}
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.optimizer_name = ""
+        self.compile(real(program)(program, seed).to(kind.device))
+        self.oracle = exact(program)(program, seed).double().to(kind.device)
+        self.oracle.multiply = self._multiply  # type: ignore[assignment]
+        self.optimize("SGD")
+
+    # What happens to the model.
+
+    def compile(self, model: Model) -> None:
+        options = {
+            "sste.executor": self.kind.executor, "sste.when": "faster" if self.kind.priced else "always",
+            "sste.targets": "all", "sste.recipe": self.program.recipe,
+            **({} if self.sampled or not self.recipe.sampled else {"sste.mvue": "off"}),
+        }  # fmt: skip
+        if self.kind.mode is not None:
+            from torch._inductor import list_mode_options
+
+            options |= list_mode_options(self.kind.mode)
+        self.model = model
+        self.step = torch.compile(model, backend="sste", options=options, dynamic=self.program.dynamic)
+
+    def optimize(self, name: str) -> None:
+        self.optimizer_name = name
+        self.optimizer = OPTIMIZERS[name](list(self.model.parameters()))
+
+    def weight(self, index: int) -> nn.Parameter:
+        return getattr(self.model, f"w{index}")
+
+    def forget(self, index: int) -> None:
+        """The weight is another one by now; it was never trained."""
+        self.trained.pop(index, None)
+        self.masks.pop(index, None)
+
+    # What must be true of it.
+
+    def _multiply(self, index: int, x: Tensor) -> Tensor:
+        """In fp64: the product with a weight as it must be."""
+        stored = getattr(self.oracle, f"w{index}")
+        weight = stored.t() if self.program.weights[index].transposed else stored
+        bias = getattr(self.oracle, f"b{index}", None)
+        y = self._product(index, x, weight)
+        if self.noise:
+            y = y * (1 + self.noise * torch.randn_like(y))
+        return y if bias is None else y + bias
+
+    def _product(self, index: int, x: Tensor, weight: Tensor) -> Tensor:
+        recipe = self.recipe_of(index)
+        if recipe is None:
+            return F.linear(x, weight)
+        matrix = weight.detach()
+        beta = self.trained.get(index) or beta_of(matrix, recipe)
+        self.betas[index] = beta
+        mask = None
+        if recipe.projection == "masks":
+            mask = self.masks.setdefault(index, transposable_mask(matrix))
+        flat = Linear.apply(x.reshape(-1, x.shape[-1]), weight, kept(matrix, recipe, beta, mask), recipe)
+        return flat.view(*x.shape[:-1], matrix.shape[0])
+
+    def recipe_of(self, index: int) -> Recipe | None:
+        """None where the linear is dense."""
+        if index in self.program.dense or index in self.dense:
+            return None
+        if not self.weight(index).requires_grad and index not in self.trained:
+            return None
+        return self.priced.get(index, self.recipe)
+
+    def call(self, leading: Sequence[int], seed: int, around: bool | None = None, training: bool = True) -> "Called":
+        """Of the model; the oracle has its weights as they are now."""
+        x = input_of(self.program, leading, seed).to(self.kind.device).requires_grad_(training)
+        autocast = self.program.dtype == "autocast"
+        if self.kind.mode is not None:
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast(self.kind.device, torch.bfloat16, enabled=autocast):
+            y = self.step(x) if around is None else checkpoint(self.step, x, use_reentrant=around)
+        self._read_report()
+        state = self.model.state_dict()
+        self.oracle.load_state_dict({name: value.detach().double() for name, value in state.items()})
+        for parameter, other in zip(self.model.parameters(), self.oracle.parameters(), strict=True):
+            other.requires_grad_(parameter.requires_grad)
+        return Called(x, y)
+
+    def expected(self, called: "Called", before: dict[str, Tensor], noise: float = 0.0) -> dict[str, Tensor]:
+        """What must have come of a call: the output, and what a backward has added to the gradients before it.
+
+        Args:
+            noise: relative, of each product, as of rounding.
+        """
+        self.noise = noise
+        x = called.x.detach().double().requires_grad_()
+        y = self.oracle(x)
+        found = {"output": y.detach()}
+        if called.weighting is not None:
+            wanted = {name: p for name, p in self.oracle.named_parameters() if p.requires_grad}
+            weighting = called.weighting.double()
+            grads = torch.autograd.grad(y, [x, *wanted.values()], weighting, allow_unused=True)
+            for name, grad in zip(("input", *wanted), grads, strict=True):
+                if grad is not None:
+                    found[f"gradient of {name}"] = grad + before.get(f"gradient of {name}", 0.0)
+        return found
+
+    def _read_report(self) -> None:
+        """What follows from a linear's place in the model, or from times, of which the oracle knows nothing."""
+        for row in sparse_compile.report().rows:
+            index = int(re.findall(r"\bw(\d+)", row.module)[-1])
+            if row.decision == "dense":
+                if self.kind.priced or LEFT_DENSE.search(row.reason):
+                    self.dense.add(index)
+            elif self.kind.priced:
+                products = re.findall("fp8|bf16|dense", row.decision.split("(")[1])[:3]
+                fprop, dgrad, wgrad = cast(list[Product], products)
+                self.priced[index] = replace(self.recipe, fprop=fprop, dgrad=dgrad, wgrad=wgrad)
+
+    def compare(self, called: "Called", before: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What is expected of the call, and was found.
+
+        Raises:
+            AssertionError: something else was.
+            Diverged: it is too large to be compared.
+        """
+        before = before or {}
+        expected = self.expected(called, before)
+        if any(value.numel() and not value.abs().max() < LARGEST[self.program.dtype] for value in expected.values()):
+            raise Diverged
+        actual = {"output": called.y, "gradient of input": called.x.grad}
+        actual |= {f"gradient of {name}": parameter.grad for name, parameter in self.model.named_parameters()}
+        far = []
+        for what, value in expected.items():
+            found = actual[what]
+            assert found is not None, what
+            assert found.shape == value.shape, what
+            found = found.detach().double()
+            if self._is_sampled(what):
+                cosine = float((found * value).sum()) / (float(found.norm() * value.norm()) + 1e-300)
+                near = cosine >= LEAST_COSINE or float(value.norm()) <= self._floor(value)
+                assert near, f"the cosine of {what} to the exact one is {cosine:.3g}"
+            # Not ">": NaN must count.
+            elif not float((found - value).norm()) <= self._allowed(value):
+                far.append((what, found))
+        if far:
+            # Where rounding alone moves the oracle as far, as at the kink of a ReLU, nothing can be said.
+            moved = [self.expected(called, before, ROUNDING[self.program.dtype]) for _ in range(16)]
+            for what, found in far:
+                spread = max(float((other[what] - expected[what]).norm()) for other in moved)
+                error, norm = float((found - expected[what]).norm()), float(expected[what].norm())
+                allowed = self._allowed(expected[what]) + 2 * spread
+                assert error <= allowed, f"{what} is off by {error:.3g} of {norm:.3g}; allowed is {allowed:.3g}"
+        for name, parameter in self.model.named_parameters():
+            unexpected = parameter.grad is not None and f"gradient of {name}" not in expected
+            assert called.weighting is None or not unexpected, f"{name} has a gradient"
+        return expected
+
+    def _is_sampled(self, what: str) -> bool:
+        if not (self.sampled and self.recipe.sampled and what.startswith("gradient of w")):
+            return False
+        return self.recipe_of(int(what.removeprefix("gradient of w"))) is not None
+
+    def _floor(self, value: Tensor) -> float:
+        """The derivative of a tanh that is nearly 1 has few bits in fp32, and may be none."""
+        return (1e-5 if self.program.dtype == "float32" else 1e-3) * value.numel() ** 0.5
+
+    def _allowed(self, value: Tensor) -> float:
+        """The norm of an error that rounding may make."""
+        linears = sum(len(step.weights) for step in self.program.steps)
+        dtype = self.program.dtype
+        tolerance = max(self.kind.tolerance, min(TOLERANCES[dtype] * linears, MOST[dtype]))
+        return tolerance * float(value.norm()) + self._floor(value)
+
+
+@dataclass
+class Called:
+    x: Tensor
+    y: Tensor
+    weighting: Tensor | None = None  # of the outputs, in a loss
+
+
+# What a script may do.  ``leading`` is an index into the program's.
+
+
+@dataclass(frozen=True)
+class Train:
+    """An optimizer's step, of one or several microbatches."""
+
+    leading: int
+    microbatches: int
+    seed: int
+    around: bool | None  # checkpointing of the whole model
+
+    def run(self, session: Session) -> None:
+        leading = session.program.leading[self.leading % len(session.program.leading)]
+        before: dict[str, Tensor] = {}
+        for index in range(self.microbatches):
+            called = session.call(leading, self.seed + index, self.around)
+            weighting = torch.randn(called.y.shape, generator=torch.Generator().manual_seed(self.seed + index))
+            called.weighting = weighting.to(called.y)
+            called.y.backward(called.weighting)
+            before = session.compare(called, before)
+            before.pop("gradient of input")
+        weights = {index for step in session.program.steps for index in step.weights}
+        passed = [index for index in weights if session.weight(index).requires_grad]
+        nn.utils.clip_grad_norm_(session.model.parameters(), 1.0)
+        if isinstance(session.optimizer, torch.optim.LBFGS):
+            session.optimizer.step(lambda: 0.0)
+        else:
+            session.optimizer.step()
+        session.optimizer.zero_grad()
+        if session.recipe.prunes:
+            for index in passed:
+                if session.recipe_of(index) is not None:
+                    session.trained.setdefault(index, session.betas[index])
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    leading: int
+    seed: int
+    inference: bool
+
+    def run(self, session: Session) -> None:
+        leading = session.program.leading[self.leading % len(session.program.leading)]
+        with torch.inference_mode() if self.inference else torch.no_grad():
+            session.compare(session.call(leading, self.seed, training=False))
+
+
+@dataclass(frozen=True)
+class Forward:
+    """With gradients, which no one asks for."""
+
+    leading: int
+    seed: int
+
+    def run(self, session: Session) -> None:
+        leading = session.program.leading[self.leading % len(session.program.leading)]
+        session.compare(session.call(leading, self.seed))
+
+
+@dataclass(frozen=True)
+class Edit:
+    weight: int
+    how: str
+    seed: int
+
+    def run(self, session: Session) -> None:
+        index = self.weight % len(session.program.weights)
+        weight = session.weight(index)
+        noise = 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(self.seed))
+        noise = noise.to(weight)
+        if self.how == "add":
+            with torch.no_grad():
+                weight.add_(noise)
+        elif self.how == "copy":
+            with torch.no_grad():
+                weight.copy_(weight.flip(0) + noise)
+        elif self.how == "data":
+            weight.data.mul_(-1.0).add_(noise)
+            sparse_compile.invalidate(session.model)
+        elif self.how == "new data":
+            weight.data = weight.data * 0.5 + noise
+        elif self.how == "new parameter":
+            new = nn.Parameter(weight.detach() + noise, weight.requires_grad)
+            setattr(session.model, f"w{index}", new)
+            session.forget(index)
+            session.optimize(session.optimizer_name)
+        session.masks.pop(index, None)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Other weights, into the same parameters."""
+
+    seed: int
+
+    def run(self, session: Session) -> None:
+        session.model.load_state_dict(Model(session.program, self.seed).state_dict())
+        session.masks.clear()
+
+
+@dataclass(frozen=True)
+class Freeze:
+    weight: int
+    frozen: bool
+
+    def run(self, session: Session) -> None:
+        session.weight(self.weight % len(session.program.weights)).requires_grad_(not self.frozen)
+
+
+@dataclass(frozen=True)
+class NewOptimizer:
+    name: str
+
+    def run(self, session: Session) -> None:
+        session.optimize(self.name)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A deep copy, which is told the betas or not; training goes on with it or with the original."""
+
+    told: bool
+    stay: bool
+
+    def run(self, session: Session) -> None:
+        kept_of = (session.model, session.step, session.trained, session.masks, session.optimizer)
+        session.compile(copy.deepcopy(session.model))
+        session.trained, session.masks = {}, {}
+        if self.told and session.recipe.has_beta:
+            session.trained = dict(kept_of[2])
+            sparse_compile.set_beta(session.model, {f"w{index}": beta for index, beta in session.trained.items()})
+        session.optimize(session.optimizer_name)
+        if self.stay:
+            Train(0, 1, 5, None).run(session)
+            session.model, session.step, session.trained, session.masks, session.optimizer = kept_of
+
+
+@dataclass(frozen=True)
+class Resume:
+    """In what a new process would make, from files; called before they are loaded, or not."""
+
+    seed: int
+    called: bool
+
+    def run(self, session: Session) -> None:
+        file = io.BytesIO()
+        torch.save((session.model.state_dict(), session.optimizer.state_dict()), file)
+        file.seek(0)
+        model = real(session.program)(session.program, self.seed).to(session.kind.device)
+        for new, old in zip(model.parameters(), session.model.parameters(), strict=True):
+            new.requires_grad_(old.requires_grad)
+        trained, masks = session.trained, session.masks
+        session.compile(model)
+        session.optimize(session.optimizer_name)
+        if self.called:
+            session.trained, session.masks = {}, {}
+            Forward(0, self.seed).run(session)
+        session.trained, session.masks = trained, masks
+        state, optimizer_state = torch.load(file)
+        model.load_state_dict(state)
+        session.optimizer.load_state_dict(optimizer_state)
+
+
+@dataclass(frozen=True)
+class Tell:
+    weight: int
+    beta: float
+
+    def run(self, session: Session) -> None:
+        index = self.weight % len(session.program.weights)
+        if session.recipe.has_beta and session.recipe_of(index) is not None:
+            sparse_compile.set_beta(session.model, {f"w{index}": self.beta})
+            session.trained[index] = self.beta
+
+
+Action = Train | Evaluate | Forward | Edit | Load | Freeze | NewOptimizer | Copy | Resume | Tell
+
+
+@dataclass(frozen=True)
+class Script:
+    """Of a model whose weights are made from ``seed``."""
+
+    seed: int
+    actions: tuple[Action, ...]
+
+
+EDITS = ("add", "copy", "data", "new data", "new parameter")
+
+
+@st.composite
+def scripts(draw: st.DrawFn, most: int = 6, small: bool = False) -> Script:
+    """``small`` ones need few graphs beside that of a training step."""
+    seeds, weights, leading = st.integers(0, 2**16), st.integers(0, 7), st.integers(0, 1)
+    train = st.builds(
+        Train, leading=leading, microbatches=st.sampled_from((1, 1, 1, 2)), seed=seeds,
+        around=st.none() if small else st.sampled_from((None, None, None, True, False)),
+    )  # fmt: skip
+    anything = [
+        train, train,
+        st.builds(Forward, leading=leading, seed=seeds),
+        st.builds(Edit, weight=weights, how=st.sampled_from(EDITS), seed=seeds),
+        st.builds(Load, seed=seeds),
+        st.builds(NewOptimizer, name=st.sampled_from(sorted(OPTIMIZERS))),
+        st.builds(Copy, told=st.booleans(), stay=st.booleans()),
+        st.builds(Resume, seed=seeds, called=st.booleans()),
+        st.builds(Tell, weight=weights, beta=st.sampled_from((1.25, 1.5, 1.75))),
+    ]  # fmt: skip
+    if not small:
+        anything += [
+            st.builds(Evaluate, leading=leading, seed=seeds, inference=st.booleans()),
+            st.builds(Freeze, weight=weights, frozen=st.booleans()),
+        ]
+    return Script(seed=draw(seeds), actions=(draw(train), *draw(st.lists(st.one_of(anything), max_size=most))))
+
+
+def run(program: Program, script: Script, kind: Kind, mvue: bool) -> bool:
+    """Whether it could be compared to its end."""
+    session = Session(program, script.seed, kind, mvue)
+    try:
+        for action in script.actions:
+            action.run(session)
+    except Diverged:
+        return False
+    return True
+
+
+def check(program: Program, scripts: list[Script], kind: Kind, mvue: bool) -> Counter[str]:
+    """How many scripts were compared to their end, and how many grew too large."""
+    note(source(program, spelt))
+    torch._dynamo.reset()
+    sparse_compile.report().graphs.clear()
+    compared: Counter[str] = Counter()
+    patch = torch._dynamo.config.patch(
+        automatic_dynamic_shapes=program.dynamic is None, recompile_limit=64, fail_on_recompile_limit_hit=True
+    )
+    with patch:
+        for script in scripts:
+            note(f"{script}")
+            compared["compared" if run(program, script, kind, mvue) else "too large"] += 1
+    return compared
