@@ -31,7 +31,7 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from harness import RESULTS, Report, interleave, provenance, write
-from step_models import BF16, MODELS, SSTE, training_step
+from step_models import BF16, BY_DEFAULT, MODELS, SSTE, training_step
 
 import sparse_compile
 
@@ -240,7 +240,7 @@ def main() -> None:
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*parts, "first"])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=BY_DEFAULT)
     parser.add_argument("--kinds", nargs="+", help=f"the first is the base of ratios; default: {', '.join(KINDS)}")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")

@@ -7,7 +7,9 @@ them: the graphs of the baselines go through that pass, too.
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -49,6 +51,7 @@ SSTE_BOTH_ALL_HEAD = "sste, transposable, all linears, head in fp8"
 SSTE_HEAD_BACKWARD = "sste, head's backward in fp8"
 SSTE_SMALL = "sste, small memory"
 SSTE_GRAPHS = "sste reduce-overhead"
+SSTE_FP8 = "sste, dense fp8"
 COMPILE: Mapping[str, dict[str, Any]] = {
     BF16: _inductor(),
     BF16_TUNED: _inductor("max-autotune-no-cudagraphs"),
@@ -65,6 +68,7 @@ COMPILE: Mapping[str, dict[str, Any]] = {
     SSTE_HEAD_BACKWARD: {"backend": "sste", "options": {"sste.head": "fp8-backward"}},
     SSTE_SMALL: {"backend": "sste", "options": {"sste.memory": "small"}},
     SSTE_GRAPHS: {"backend": "sste", "mode": "reduce-overhead"},
+    SSTE_FP8: {"backend": "sste", "options": {"sste.recipe": "fp8"}},
 }
 
 
@@ -168,6 +172,64 @@ def _qwen_7b_layers() -> nn.Module:
     return Qwen2ForCausalLM(config)
 
 
+def _mixtral_layers() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=4096,
+        use_cache=False,
+        attn_implementation=_causal_attention(),
+    )
+    return MixtralForCausalLM(config)
+
+
+class Experts(nn.Module):
+    """Gated experts of transformers alone: each token goes to ``top_k`` of them, which its number in the batch says.
+
+    Args:
+        skewed: whether few experts have most tokens.
+    """
+
+    def __init__(self, hidden: int, intermediate: int, number: int, top_k: int, tokens: int, *, skewed: bool) -> None:
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+        super().__init__()
+        config = MixtralConfig(hidden_size=hidden, intermediate_size=intermediate, num_local_experts=number)
+        self.experts = MixtralExperts(config)
+        self.experts.config._experts_implementation = "grouped_mm"
+        for weight in self.experts.parameters():
+            nn.init.normal_(weight, std=0.02)
+        self.hidden: Tensor
+        self.register_buffer("hidden", torch.randn(tokens, hidden))
+        self.shift = nn.Parameter(torch.zeros(hidden))  # so that the input needs a gradient
+        self.number, self.top_k, self.skewed = number, top_k, skewed
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
+        del labels
+        first = input_ids.flatten()
+        first = first * first // self.number if self.skewed else first
+        steps = torch.arange(self.top_k, device=first.device) * (self.number // self.top_k)
+        chosen = (first[:, None] + steps) % self.number
+        weights = torch.full_like(chosen, 1 / self.top_k, dtype=self.hidden.dtype)
+        return SimpleNamespace(loss=self.experts(self.hidden + self.shift, chosen, weights).float().square().mean())
+
+
+def experts(hidden: int, intermediate: int, number: int, top_k: int, *, skewed: bool = False) -> "StepModel":
+    """The step of experts alone, on 16,384 tokens."""
+    batch = (4, 4096)
+    make = partial(Experts, hidden, intermediate, number, top_k, batch[0] * batch[1], skewed=skewed)
+    return StepModel(make=make, vocabulary=number, batch=batch)
+
+
 def _gpt2_small() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -201,6 +263,11 @@ MODELS = {
     "llama-1b": StepModel(make=_llama_1b_layers, vocabulary=32000, batch=(8, 2048)),
     "qwen-7b": StepModel(make=_qwen_7b_layers, vocabulary=152064, batch=(2, 4096)),
     "gpt2-small": StepModel(make=_gpt2_small, vocabulary=50304, batch=(16, 1024)),
+    "mixtral": StepModel(make=_mixtral_layers, vocabulary=32000, batch=(4, 4096)),
+    "experts-mixtral": experts(4096, 14336, 8, 2),
+    "experts-mixtral-skewed": experts(4096, 14336, 8, 2, skewed=True),
+    "experts-olmoe": experts(2048, 1024, 64, 8),
+    "experts-qwen3-30b-a3b": experts(2048, 768, 128, 8),
     "llama-350m": StepModel(make=_llama_350m, vocabulary=32000, batch=(16, 1024)),
     "gpt-1280": StepModel(
         make=_gpt_1280, vocabulary=8192, batch=(16, 2048), loss=lambda network, ids: network(ids, ids),
@@ -217,6 +284,10 @@ MODELS = {
 
 def _is_no_head(module: nn.Module, name: str) -> bool:
     return name.rpartition(".")[2] not in ("lm_head", "head")
+
+
+# Those with experts are measured where they are named: they are dense as long as their kernels are not verified.
+BY_DEFAULT = [name for name in MODELS if "mixtral" not in name and "experts" not in name]
 
 
 def training_step(model: StepModel, kind: str, device: torch.device) -> Callable[[], Tensor]:

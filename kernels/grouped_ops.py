@@ -13,8 +13,15 @@ from sparse_compile.kernels import ops, reference
 from sparse_compile.kernels.formats import PAD, grouped_columns, metadata_shape, values_shape
 from sparse_compile.kernels.ops import define, empty
 
+# Rows of A that a warpgroup of the GEMM multiplies: those of two experts are never in one of its blocks.
+FEATURES_MULTIPLE = 64
 # Whether the kernels have passed the tests of ``test_experts_kernels.py`` on a GPU: then they run there.
 VERIFIED = False
+
+
+def emulation_reason(device: torch.device) -> str | None:
+    """Why the ops run their eager reference on ``device``; None where they run kernels."""
+    return ops.emulation_reason(device) or missing_kernels(device)
 
 
 def missing_kernels(device: torch.device) -> str | None:

@@ -73,8 +73,9 @@ def _refused(
     weight = min(origin.weights, key=list(flow.nodes).index)
     target, shape = target_name(node), tuple(example_value(weight).shape)
     as_linear = "write it as F.linear"
-    if not is_fake(example_value(weight)):
-        reason, detail = Reason.NOT_PLAIN, f"weight is a {type(example_value(weight)).__name__}"
+    kind = type(example_value(weight))
+    if not is_fake(example_value(weight)) and kind is not Tensor:
+        reason, detail = Reason.NOT_PLAIN, f"weight is a {kind.__name__}"
         advice = "leave it out of tensor and expert parallelism"
     elif "conv" in product.op:
         reason, detail, advice = Reason.CONVOLUTION, "convolutions are not rewritten", ""

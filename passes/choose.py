@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
 from math import prod
+from statistics import mean
 
 from torch.fx import Node
 
@@ -22,7 +23,7 @@ from sparse_compile.kernels.timing.linear_costs import LinearShape, ShapeKey, co
 from sparse_compile.passes.agreement import agreed
 from sparse_compile.passes.decide import Plan, Price
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
-from sparse_compile.recipe import Gemm, Recipe
+from sparse_compile.recipe import Gemm, GradFormat, Recipe
 from sparse_compile.reporting.model import Choice
 from sparse_compile.torch_internals.graph import example_value
 from sparse_compile.torch_internals.sizes import hint
@@ -55,18 +56,30 @@ def leave_without_kernels(plans: Sequence[Plan]) -> tuple[list[Plan], list[Rejec
     rejections: list[Rejection] = []
     for plan in plans:
         device = example_value(plan.site.weight).device
-        missing = (ops if plan.site.experts is None else grouped_ops).missing_kernels(device)
+        missing = for_all = ops.missing_kernels(device)
+        if missing is None and plan.site.experts is not None:
+            missing = grouped_ops.missing_kernels(device) or _not_for_experts(plan)
         if missing is None or (plan.recipe.projection.prunes and plan.pruned):
             kept.append(plan)
             continue
         rejections.append(plan.site.reject(Reason.NO_KERNELS, missing, "'sste.when': 'always' emulates the kernels"))
         if missing not in warned:
             warned.add(missing)
-            who = "the model runs" if missing == ops.missing_kernels(device) else "they run"
+            who = "they run" if for_all is None else "the model runs"
             warnings.warn(
                 f"sparse_compile: {missing}: {who} dense; 'sste.when': 'always' emulates the kernels", stacklevel=2
             )
     return kept, rejections
+
+
+def _not_for_experts(plan: Plan) -> str | None:
+    """Why the kernels of experts can't run a plan; None where they can."""
+    features = (plan.site.in_features, plan.site.out_features)
+    if any(size % grouped_ops.FEATURES_MULTIPLE for size in features):
+        return f"no kernels for experts whose features are no multiples of {grouped_ops.FEATURES_MULTIPLE}"
+    if plan.recipe.grad_format is not GradFormat.E4M3 and Gemm.FP8 in (plan.recipe.dgrad, plan.recipe.wgrad):
+        return "no kernels for experts with dense products of e5m2"  # PyTorch's take e4m3 alone
+    return "no kernels for experts without FP8" if plan.recipe.is_bf16 else None
 
 
 def for_all_processes(question: str, tokens: int, answer: Callable[[], str]) -> str:
@@ -92,21 +105,21 @@ def choose(
         training: price forward, backward and the casts of the weight; otherwise forward alone.
     """
     inputs = Counter(plan.site.input for plan in plans)
-    asked = [_question(plan) for plan in plans]
+    asked = [_questions(plan) for plan in plans]
     components: dict[ShapeKey, dict[str, None]] = {}  # a set that keeps its order
-    for plan, question in zip(plans, asked, strict=True):
-        if question is not None:
+    for plan, questions in zip(plans, asked, strict=True):
+        for question in questions:
             components.setdefault(question, {}).update(dict.fromkeys(_needed(plan.recipe, training)))
     # Asked when the first answer is needed: processes that find the others' choices measure nothing.
     times = cache(lambda: clock(components))
 
     priced: list[tuple[Plan, Choice | None]] = []
-    for plan, question in zip(plans, asked, strict=True):
-        if question is None:
+    for plan, questions in zip(plans, asked, strict=True):
+        if not questions:
             priced.append((plan, None))
             continue
-        (shape, _), sharing = question, inputs[plan.site.input]
-        answer = partial(_find, plan, question, sharing, times, training)
+        (shape, _), sharing = questions[0], inputs[plan.site.input]
+        answer = partial(_find, plan, questions, sharing, times, training)
         told = agree(_agreed_on(plan, shape, sharing, training), shape.tokens, answer)
         priced.append((plan, from_json(Choice, told)))
 
@@ -147,7 +160,7 @@ def _agreed_on(plan: Plan, shape: LinearShape, sharing: int, training: bool) -> 
 
 def _find(
     plan: Plan,
-    question: ShapeKey,
+    questions: Sequence[ShapeKey],
     sharing: int,
     times: Callable[[], Mapping[ShapeKey, Mapping[str, float]]],
     training: bool,
@@ -155,9 +168,11 @@ def _find(
     """The fastest variant, in JSON.
 
     Args:
+        questions: what was measured of it; a time is the mean of all.
         sharing: linears that read the same input, whose cast they share.
     """
-    (shape, _), measured = question, times()[question]
+    (shape, _), answers = questions[0], [times()[question] for question in questions]
+    measured = {component: mean(answer[component] for answer in answers) for component in answers[0]}
     prices = {}
     if training:
         dense = _dense_microseconds(plan.site, measured)
@@ -172,14 +187,12 @@ def _find(
     return json.dumps(asdict(Choice(variant=variant, rewritten=prices[variant], dense=dense)))
 
 
-def _question(plan: Plan) -> ShapeKey | None:
-    """None where nothing can be measured; of experts nothing is yet."""
+def _questions(plan: Plan) -> tuple[ShapeKey, ...]:
+    """What is measured of a linear: of experts an even routing and a skewed one; nothing where nothing can be."""
     site = plan.site
-    if site.experts is not None:
-        return None
     tokens, device = hint(prod(example_value(site.input).shape[:-1])), example_value(site.weight).device
-    if not tokens or ops.emulation_reason(device) is not None:
-        return None
+    if not tokens or (ops if site.experts is None else grouped_ops).emulation_reason(device) is not None:
+        return ()
     shape = LinearShape(
         tokens=tokens,
         in_features=site.in_features,
@@ -188,8 +201,9 @@ def _question(plan: Plan) -> ShapeKey | None:
         weight_dtype=example_value(site.weight).dtype,
         transposed=site.transposed,
         grad_dtype=plan.recipe.grad_format.dtype,
+        experts=site.experts,
     )
-    return shape, device
+    return ((shape, device),) if site.experts is None else ((shape, device), (replace(shape, skewed=True), device))
 
 
 def _needed(recipe: Recipe, training: bool) -> list[str]:

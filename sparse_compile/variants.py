@@ -321,10 +321,7 @@ class _Places:
 
 def _execution(slots: Iterable[WeightSlot]) -> str:
     """What runs the rewritten linears, as the report says it."""
-    reasons = {
-        ops.emulation_reason(slot.device) if slot.experts is None else grouped_ops.missing_kernels(slot.device)
-        for slot in slots
-    }
+    reasons = {(ops if slot.experts is None else grouped_ops).emulation_reason(slot.device) for slot in slots}
     emulated = sorted(filter(None, reasons))
     if emulated:
         return "emulated: " + "; ".join(emulated)

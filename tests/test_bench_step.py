@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench_step
 import step_models
 from modern_gpt import ModernGPT
+from step_models import SSTE
+
+import sparse_compile
+from libraries import library
 
 
 @pytest.mark.parametrize(
@@ -120,3 +125,19 @@ def test_a_wrong_loss_ends_the_measurement(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(torch.cuda, name, lambda: 0)
     with pytest.raises(SystemExit, match=r"FAILED: the first loss of gpt2-small is 10.0 in bf16, nan in sste"):
         bench_step.candidates("gpt2-small", ["bf16", "sste"])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("skewed", [False, True])
+def test_the_step_of_experts_trains_them(monkeypatch: pytest.MonkeyPatch, skewed: bool) -> None:
+    library("transformers")
+    options = {"sste.executor": "eager", "sste.when": "always"}
+    monkeypatch.setitem(step_models.COMPILE, SSTE, {"backend": "sste", "options": options})
+    make = partial(step_models.Experts, 64, 64, 8, 2, 32, skewed=skewed)
+    model = step_models.StepModel(make=make, vocabulary=8, batch=(2, 16))
+    step = step_models.training_step(model, SSTE, torch.device("cpu"))
+    assert 0 < float(step()) < float("inf")
+    rows = sparse_compile.report().graphs[-1].rows
+    assert {row.module: row.shape for row in rows} == {
+        "experts.gate_up_proj": "64 x 64 -> 128, 8 experts", "experts.down_proj": "64 x 64 -> 64, 8 experts"
+    }  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparse_compile.kernels import ops
+from sparse_compile.kernels import grouped_ops, ops
 from sparse_compile.kernels.timing import linear_costs
 from sparse_compile.passes import agreement
 from sparse_compile.passes.choose import _components, choose
@@ -307,3 +307,42 @@ def test_linears_that_share_a_weight_are_chosen_together(kernels, trace):
     kept, rejections = choose(plans, read(dense_of_few=-300.0))
     assert kept == []
     assert [rejection.reason for rejection in rejections] == [Reason.SLOWER, Reason.SLOWER]
+
+
+def experts_plans(trace, recipe=SSTE):
+    up, down = (nn.Parameter(torch.randn(4, 128, 128)) for _ in range(2))
+    x = torch.randn(4, 64, 128, requires_grad=True)
+    graph = trace(lambda x: torch.bmm(torch.bmm(x, up).relu(), down.mT), x)
+    return decide(find(Flow(graph)).sites, recipe, "ffn", ParameterOwners())[0]
+
+
+def test_experts_are_priced_by_an_even_and_a_skewed_routing(monkeypatch, kernels, trace):
+    monkeypatch.setattr(grouped_ops, "emulation_reason", lambda device: None)
+    asked = set()
+
+    def read(questions):
+        asked.update(shape for shape, _ in questions)
+        return {
+            (shape, device): {
+                name: (3.0 if shape.skewed and name in COMPONENTS else 1.0) * time
+                for name, time in clock()({(shape, device): components})[shape, device].items()
+            }
+            for (shape, device), components in questions.items()
+        }
+
+    plans = experts_plans(trace)
+    kept, rejections = choose(plans, read)
+    assert {(shape.tokens, shape.experts, shape.skewed, shape.transposed) for shape in asked} == {
+        (256, 4, skewed, transposed) for skewed in (False, True) for transposed in (False, True)
+    }
+    # What is rewritten takes twice as long in the mean, dense products take as long: more than they do.
+    assert kept == []
+    assert [rejection.reason for rejection in rejections] == [Reason.SLOWER] * 2
+    assert {rejection.dense_us for rejection in rejections} == {300.0}
+    kept, _ = choose(plans, clock())
+    assert {plan.price.rewritten for plan in kept} == {40.0 + 60.0 + 40.0 + 10.0 + 8.0 + 2.0}
+
+
+def test_experts_without_kernels_have_no_price(kernels, trace):
+    kept, rejections = choose(experts_plans(trace), clock())
+    assert ([plan.price for plan in kept], rejections) == ([None, None], [])

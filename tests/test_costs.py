@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.kernels import ops
-from sparse_compile.kernels.formats import E5M2, FP8_DTYPES, padded
-from sparse_compile.kernels.timing import gpu_times, linear_costs
+from sparse_compile.kernels.formats import E5M2, FP8_DTYPES, grouped_columns, padded
+from sparse_compile.kernels.timing import expert_costs, gpu_times, linear_costs
 from sparse_compile.kernels.timing.linear_costs import COMPONENTS, LinearShape, RandomOperands, component_times
 
 DEVICE = torch.device("cuda", 0)
@@ -148,10 +148,50 @@ class TestComponents:
 
     def test_the_weight_lies_as_it_is_stored(self) -> None:
         make = RandomOperands(torch.device("cpu"))
-        assert linear_costs._weight(SHAPE, make).is_contiguous()
-        transposed = linear_costs._weight(replace(SHAPE, transposed=True), make)
-        assert transposed.shape == (48, 64)
-        assert transposed.t().is_contiguous()
+        for experts, stack in ((None, ()), (3, (3,))):
+            shape = replace(SHAPE, experts=experts)
+            assert make.weight(shape).is_contiguous()
+            transposed = make.weight(replace(shape, transposed=True))
+            assert transposed.shape == (*stack, 48, 64)
+            assert transposed.mT.is_contiguous()
+
+    @pytest.mark.parametrize("skewed", [False, True])
+    @pytest.mark.parametrize("transposed", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    def test_experts_have_all_but_what_they_do_not_run(
+        self, dtype: torch.dtype, transposed: bool, skewed: bool
+    ) -> None:
+        make, total = RandomOperands(torch.device("cpu")), grouped_columns(100, 3)
+        shape = replace(SHAPE, experts=3, skewed=skewed, transposed=transposed, dtype=dtype)
+        without = set()
+        for name, component in COMPONENTS.items():
+            if component.of_experts is None:
+                without.add(name)
+                continue
+            result: Any = component.of_experts(shape, make)()
+            results = result if isinstance(result, (tuple, list)) else (result,)
+            shapes = [tuple(r.shape) for r in results if r is not None]
+            gradient = (3, 64, 48) if transposed else (3, 48, 64)
+            if name == "dense wgrad" and dtype is torch.float32:
+                assert shapes == [gradient[1:]] * 3, name  # in a loop
+            elif name.endswith("wgrad"):
+                assert shapes == [gradient], name
+            elif name.endswith(("fprop", "dgrad")):
+                assert shapes == [(100, 48 if name.endswith("fprop") else 64)], name
+            elif name.startswith(("cast", "transpose")):
+                of_input = name == "transpose_tokens"
+                columns = total // 2 if "mvue" in name else total
+                assert (64 if of_input else 48, columns) in shapes, name
+            else:
+                assert name == "copy" or result is None, name  # written into buffers
+        sampled = {name for name in COMPONENTS if name.startswith("cast_mvue for dgrad")}
+        of_one_copy = {"transpose_pruned", "transpose_weight"}
+        assert without == {"mvue24 dgrad", "sparse24_bf16 fprop", "bf16 dgrad", "bf16 wgrad", *sampled, *of_one_copy}
+
+    def test_routings(self) -> None:
+        assert expert_costs.ends(100, 4, skewed=False) == [25, 50, 75, 100]
+        assert expert_costs.ends(100, 4, skewed=True) == [48, 72, 88, 100]
+        assert expert_costs.ends(3, 8, skewed=True)[-1] == 3
 
 
 class TestDisk:

@@ -5,8 +5,10 @@ They run by default once these tests have passed on a Hopper GPU: then ``grouped
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.tools.disasm import get_sass
 
+from sparse_compile.errors import SparseCompileError
 from sparse_compile.kernels import grouped_ops, reference
 from sparse_compile.kernels.activation import cast_mvue, cast_transpose
 from sparse_compile.kernels.expert_blocks import most_blocks, plan_expert_blocks
@@ -27,8 +30,9 @@ from sparse_compile.kernels.formats import (
     metadata_shape,
     values_shape,
 )
-from sparse_compile.kernels.sparse_gemm import configs, grouped
+from sparse_compile.kernels.sparse_gemm import configs, grouped, grouped_selfcheck
 from sparse_compile.kernels.sparse_gemm import plan as plan_module
+from sparse_compile.kernels.sparse_gemm.grouped_selfcheck import GroupedVariant
 from sparse_compile.kernels.sparse_gemm.kernel import COLUMNS, CONTRACTION
 from sparse_compile.kernels.weight import prune_fp8
 from sparse_compile.projections.base import Projection
@@ -145,6 +149,94 @@ def test_launchers_refuse(what: str) -> None:
         grouped.launch_grouped_sparse_gemm(*operands, torch.tensor([3, 10]), out)
 
 
+FPROP = GroupedVariant(
+    over_tokens=False, dtype=E4M3, dense_dtype=E4M3, out_dtype=torch.bfloat16, scaled=True, transpose=True
+)
+WGRAD = replace(FPROP, over_tokens=True, scaled=False, transpose=False)
+CONFIG = configs.Config(block_d=128, cluster=1)
+
+
+class Kernel:
+    """Multiplies as the definition does, but for a mistake on its way."""
+
+    def __init__(self, mistake: Callable[..., None] = lambda *_: None) -> None:
+        self.mistake, self.launches = mistake, 0
+
+    def plan(self, config: configs.Config, *arguments: Any) -> Callable[..., None]:
+        *operands, offsets, out, transpose = arguments
+
+        def multiply(*addresses: int | None) -> None:
+            assert addresses == tuple(None if t is None else t.data_ptr() for t in arguments[:-1])
+            self.launches += 1
+            made: Any
+            if operands[0].dim() == 3:
+                made = reference.grouped_sparse_mm(*operands, offsets, out.dtype, True)
+                out[: offsets[-1]] = made[: offsets[-1]]
+            else:
+                made = reference.grouped_wgrad_sparse_mm(*operands[:4], offsets, out.dtype, transpose)
+                out.copy_(made)
+            self.mistake(out, offsets, self.launches)
+
+        return multiply
+
+
+@pytest.fixture
+def three_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped_selfcheck, "passed", set())
+    properties = SimpleNamespace(multi_processor_count=3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+@pytest.mark.usefixtures("three_multiprocessors")
+@pytest.mark.parametrize("variant", [FPROP, WGRAD, replace(WGRAD, transpose=True, dtype=E5M2)], ids=str)
+def test_a_right_product_passes_once(variant: GroupedVariant) -> None:
+    kernel = Kernel()
+    for _ in range(2):
+        grouped_selfcheck.check_grouped(CONFIG, variant, torch.device("cpu"), kernel.plan)
+    assert kernel.launches == 2
+    grouped_selfcheck.check_grouped(configs.Config(block_d=128, cluster=2), variant, torch.device("cpu"), kernel.plan)
+    assert kernel.launches == 4
+
+
+def one_element(out: Tensor, offsets: Tensor, launch: int) -> None:
+    out.flatten()[-1 if out.dim() == 3 else 5] += 1
+
+
+def beyond_the_last(out: Tensor, offsets: Tensor, launch: int) -> None:
+    out[offsets[-1]] = 0
+
+
+def on_the_second_launch(out: Tensor, offsets: Tensor, launch: int) -> None:
+    out[0] *= launch
+
+
+def not_zero_for_an_empty_expert(out: Tensor, offsets: Tensor, launch: int) -> None:
+    out[1, 0, 0] = 1.0
+
+
+MISTAKES = {
+    "one element": (FPROP, one_element, "1 of .* elements are wrong"),
+    "one of wgrad": (WGRAD, one_element, "1 of .* elements are wrong"),
+    "nobody's": (FPROP, beyond_the_last, "elements of tokens that are nobody's were written"),
+    "second launch": (FPROP, on_the_second_launch, "on the second launch"),
+    "empty expert": (WGRAD, not_zero_for_an_empty_expert, "1 of .* elements are wrong"),
+}
+
+
+@pytest.mark.usefixtures("three_multiprocessors")
+@pytest.mark.parametrize(("variant", "mistake", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_wrong_product_is_found(variant: GroupedVariant, mistake: Callable[..., None], message: str) -> None:
+    with pytest.raises(SparseCompileError, match=message):
+        grouped_selfcheck.check_grouped(CONFIG, variant, torch.device("cpu"), Kernel(mistake).plan)
+
+
+def test_no_check_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch, three_multiprocessors: None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="run one step with the same shapes before the capture"):
+        grouped_selfcheck.check_grouped(CONFIG, FPROP, torch.device("cpu"), Kernel().plan)
+
+
 def offsets_of(counts: tuple[int, ...], dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.tensor(counts, device="cuda").cumsum(0, dtype=dtype)
 
@@ -245,7 +337,7 @@ def test_tokens_times_the_matrix_of_their_expert(config: configs.Config, counts:
         of_tokens = 2.0 ** -torch.arange(tokens, device="cuda").float().remainder(3) if index != 3 else None
         operands = (weight.values, weight.metadata, dense, scale_inv, of_tokens)
         out = torch.full((tokens, n), 77.0, dtype=out_dtype, device="cuda")
-        plan = grouped._plan_tokens(config, *operands, offsets, out)
+        plan = grouped.plan_tokens(config, *operands, offsets, out)
         addresses = [None if t is None else t.data_ptr() for t in (*operands, offsets, out)]
         expected = reference.grouped_sparse_mm(*operands, offsets, out_dtype, True)
         for _ in range(2):
@@ -253,6 +345,18 @@ def test_tokens_times_the_matrix_of_their_expert(config: configs.Config, counts:
             plan(*addresses)
             assert torch.equal(out[: sum(counts)], expected[: sum(counts)])
             assert (out[sum(counts) :] == 77.0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", list(configs.configs()), ids=str)
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_every_variant_passes_its_check(config: configs.Config, out_dtype: torch.dtype) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    for variant in (FPROP, replace(FPROP, dense_dtype=E5M2), replace(FPROP, scaled=False)):
+        grouped_selfcheck.check_grouped(config, replace(variant, out_dtype=out_dtype), device, grouped.plan_tokens)
+    for dtype, transpose in product(FP8_DTYPES, (False, True)):
+        variant = replace(WGRAD, dtype=dtype, transpose=transpose, out_dtype=out_dtype)
+        grouped_selfcheck.check_grouped(config, variant, device, grouped.plan_wgrad)
 
 
 @pytest.mark.gpu

@@ -4,6 +4,8 @@ import copy
 import io
 import json
 import os
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,15 +16,21 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
 import shared_graphs
 import sparse_compile
 import warm
 from experts_training import COUNT, EAGER, EXACT, WIDTH, Model, adamw, batches, compiled, operands, train
 from sparse_compile.export.check import Verdict, check_weights
-from sparse_compile.kernels import ops, reference
+from sparse_compile.kernels import grouped_ops, ops, reference
 from sparse_compile.measuring.weight_health import monitor
 from sparse_compile.passes import choose
+from sparse_compile.passes.decide import decide
+from sparse_compile.passes.find import find
+from sparse_compile.passes.flow import Flow
+from sparse_compile.passes.parameter_owners import ParameterOwners
+from sparse_compile.recipe import RECIPES, GradFormat
 from sparse_compile.weights.pattern_24 import is_24
 from sparse_compile.weights.registry import find_record, record_of
 
@@ -225,6 +233,24 @@ def test_health_counts_all_experts():
     assert 0.5 <= health.zeros < 0.55
 
 
+def test_a_checkpointed_region_is_the_same():
+    """Offsets are found inside of it, and again when it is computed again."""
+    results = []
+    for region in (False, True):
+        model = Model()
+
+        def forward(x, ids, model=model, region=region):
+            return checkpoint(model, x, ids, use_reentrant=False) if region else model(x, ids)
+
+        step = torch.compile(forward, backend="sste", options=EAGER)
+        x, ids = next(batches())
+        torch.manual_seed(5)
+        y = step(x, ids)
+        y.sum().backward()
+        results.append([y, *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_numbers_of_tokens_may_change_in_one_graph():
     model = Model()
     step = compiled(model, dynamic=True, fullgraph=True)
@@ -289,7 +315,6 @@ def test_devices_with_kernels_leave_experts_dense_and_say_so(monkeypatch):
     """Until there are kernels for experts; nor does a linear beside them change."""
     monkeypatch.setattr(ops, "_missing_kernels", lambda device: None)
     monkeypatch.setattr(choose, "warned", set())
-    monkeypatch.setattr("sparse_compile.passes.choose._question", lambda plan: None)
     model = Model()
     with pytest.warns(UserWarning, match="no kernels for experts yet: they run dense"):
         y = compiled(model, {"sste.executor": "eager"})(*next(batches()))
@@ -311,3 +336,27 @@ def test_two_processes_train_as_one(tmp_path):
         cases = json.loads(result.read_text())
         assert len(cases) == 6
         assert {name: same for name, same in cases.items() if same != [True] * 3} == {}
+
+
+@pytest.mark.parametrize(
+    ("width", "recipe", "why"),
+    [
+        (80, RECIPES["s-ste"], "whose features are no multiples of 64"),
+        (64, RECIPES["s-ste-bf16"], "without FP8"),
+        (64, replace(RECIPES["s-ste"], grad_format=GradFormat.E5M2), "with dense products of e5m2"),
+        (64, replace(RECIPES["s-ste-transposable"], grad_format=GradFormat.E5M2), ""),
+        (64, RECIPES["s-ste"], ""),
+    ],
+)
+def test_verified_kernels_run_what_they_can(monkeypatch, trace, width, recipe, why):
+    monkeypatch.setattr(ops, "_missing_kernels", lambda device: None)
+    monkeypatch.setattr(grouped_ops, "VERIFIED", True)
+    monkeypatch.setattr(choose, "warned", set())
+    weight = nn.Parameter(torch.randn(COUNT, width, 64))
+    graph = trace(lambda x: torch.bmm(x, weight.mT).relu(), torch.randn(COUNT, 8, 64))
+    plans, _ = decide(find(Flow(graph)).sites, recipe, "all", ParameterOwners())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kept, rejections = choose.leave_without_kernels(plans)
+    assert (len(kept), len(rejections)) == ((0, 1) if why else (1, 0))
+    assert all(f"no kernels for experts {why}" == rejection.detail for rejection in rejections)

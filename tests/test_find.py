@@ -162,6 +162,7 @@ GROUPED_TRANSPOSED = {
 }
 
 
+@pytest.mark.nightly
 def test_transformers_own_grouped_product_is_found(trace):
     """In fp32, by its name; its backward reads the offsets on the host, which fake tensors can't tell."""
     library("transformers.integrations.moe")

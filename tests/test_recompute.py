@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from sparse_compile.kernels import ops
+import experts_training
+from sparse_compile.kernels import grouped_ops, ops
 from sparse_compile.torch_internals import inductor
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
@@ -27,7 +28,7 @@ def saves(*names):
 def run(small_gpt, batch, monkeypatch):
     """Gradients of a checkpointed model under a policy, and the calls of each operation in its backward graph."""
 
-    def go(policy):
+    def go(policy, experts=False):
         graphs = []
         run_eagerly = inductor._run_eagerly
 
@@ -36,7 +37,8 @@ def run(small_gpt, batch, monkeypatch):
             return run_eagerly(graph_module, inputs, **kwargs)
 
         contexts = partial(create_selective_checkpoint_contexts, policy)
-        model = small_gpt()
+        model = experts_training.Model() if experts else small_gpt()
+        given = next(experts_training.batches()) if experts else batch
         kwargs = {} if policy is None else {"context_fn": contexts}
         block = partial(checkpoint, use_reentrant=False, **kwargs)
 
@@ -47,9 +49,12 @@ def run(small_gpt, batch, monkeypatch):
             logits = model.head(model.norm(x))
             return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
+        def of_experts(x, ids):
+            return block(model, x, ids).float().square().mean()
+
         with monkeypatch.context() as patch:
             patch.setattr(inductor, "_run_eagerly", keep)
-            loss = torch.compile(forward, backend="sste", options=OPTIONS)(*batch)
+            loss = torch.compile(of_experts if experts else forward, backend="sste", options=OPTIONS)(*given)
             torch.manual_seed(1)
             loss.backward()
         _, backward = graphs
@@ -69,6 +74,18 @@ def test_products_are_saved_where_the_policy_saves_mm(run):
     # What the last layer of a block makes is not needed again.
     assert everything[ops.sparse_mm] > selected[ops.sparse_mm]
     assert everything[ops.scaled_mm] > selected[ops.scaled_mm]
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+
+
+@pytest.mark.nightly
+def test_products_of_experts_are_saved_where_the_policy_saves_grouped_mm(run):
+    torch.manual_seed(0)
+    gradients, everything = run(None, experts=True)
+    torch.manual_seed(0)
+    same, selected = run(saves(torch.ops.aten._grouped_mm.default), experts=True)
+    # dgrad of both; the product whose result the loss reads is needed again without the policy, and the one before it.
+    assert selected[grouped_ops.grouped_scaled_mm] == everything[grouped_ops.grouped_scaled_mm] == 2
+    assert (everything[grouped_ops.grouped_sparse_mm], selected[grouped_ops.grouped_sparse_mm]) == (2, 0)
     assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.formats import E4M3, PAD_WORD, expert_stream, grouped_columns, metadata_shape, padded
+from sparse_compile.kernels.formats import E4M3, PAD, PAD_WORD, expert_stream, grouped_columns, metadata_shape, padded
 from sparse_compile.kernels.reference.gemm import scaled_mm, sparse_mm
 from sparse_compile.kernels.reference.mvue import cast_mvue, cast_transpose, transpose_tokens
 
@@ -24,7 +24,15 @@ def tokens_of_experts(offsets: Tensor) -> Iterator[tuple[slice, slice]]:
 
     Args:
         offsets: int32 or int64 ``[E]``, where the tokens of each expert end.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, in which no offsets can be read.
     """
+    if offsets.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "experts are emulated, which reads on the host where the tokens of each end, and a CUDA graph is captured: "
+            "leave 'sste.when' at 'faster', or do without CUDA graphs"
+        )
     begin = first = 0
     for end in offsets.tolist():
         columns = padded(end - begin)
@@ -187,5 +195,5 @@ def _padding(x: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _blocks(columns: slice) -> slice:
-    """The blocks of 128 columns in the metadata of FP8 operands."""
-    return slice(columns.start // 128, columns.stop // 128)
+    """The blocks of columns in the metadata of FP8 operands."""
+    return slice(columns.start // PAD, columns.stop // PAD)

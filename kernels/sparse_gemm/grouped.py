@@ -14,14 +14,14 @@ from torch import Tensor
 
 from sparse_compile.kernels.expert_blocks import most_blocks, plan_expert_blocks
 from sparse_compile.kernels.formats import PAD, check_buffer, check_fp8, metadata_shape, values_shape
+from sparse_compile.kernels.grouped_ops import FEATURES_MULTIPLE
 from sparse_compile.kernels.launch_plan import LaunchPlan, UncachedPlan, planned
 from sparse_compile.kernels.sparse_gemm.configs import Config, choose, contraction_stages
+from sparse_compile.kernels.sparse_gemm.grouped_selfcheck import GroupedVariant, check_grouped
 from sparse_compile.kernels.sparse_gemm.kernel import COLUMNS, CONTRACTION
 from sparse_compile.kernels.sparse_gemm.plan import plan_grouped_gemm, sm_count
 
 _OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Rows of A that a warpgroup multiplies: those of two experts are never in one of its blocks.
-FEATURES_MULTIPLE = 64
 
 
 @planned
@@ -46,6 +46,8 @@ def launch_grouped_sparse_gemm(
 
     Raises:
         ValueError: a tensor has another shape, dtype, layout, alignment or device.
+        SparseCompileError: the kernel's check on this device found a wrong product.
+        RuntimeError: the kernel is first used, and so to be checked, while a CUDA graph is captured.
     """
     experts, rows, _ = values.shape
     tokens, contraction = dense.shape
@@ -65,17 +67,23 @@ def launch_grouped_sparse_gemm(
     # As if all experts had as many tokens.
     even = -(-tokens // experts)
     config = choose(rows * experts, even, contraction_stages(contraction, 1), sm_count(out.device))
-    return _plan_tokens(config, values, metadata, dense, scale_inv, dense_scale_inv, offsets, out)
+    variant = GroupedVariant(
+        over_tokens=False, dtype=values.dtype, dense_dtype=dense.dtype, out_dtype=out.dtype,
+        scaled=dense_scale_inv is not None, transpose=True,
+    )  # fmt: skip
+    check_grouped(config, variant, out.device, plan_tokens)
+    return plan_tokens(config, values, metadata, dense, scale_inv, dense_scale_inv, offsets, out)
 
 
-def _plan_tokens(
+def plan_tokens(
     config: Config, values: Tensor, metadata: Tensor, dense: Tensor, scale_inv: Tensor, dense_scale_inv: Tensor | None,
-    offsets: Tensor, out: Tensor,
+    offsets: Tensor, out: Tensor, transpose: bool = True,
 ) -> LaunchPlan:  # fmt: skip
+    """The plan of ``launch_grouped_sparse_gemm`` for a config; arguments as there, checked already."""
     blocks = most_blocks(dense.shape[0], offsets.shape[0], config.block_d)
     new_table, table, find_blocks = plan_expert_blocks(offsets, dense.shape[0], config.block_d)
     operands = (values, metadata, dense, scale_inv, dense_scale_inv)
-    multiply = plan_grouped_gemm(config, COLUMNS, *operands, out, table, blocks, True)
+    multiply = plan_grouped_gemm(config, COLUMNS, *operands, out, table, blocks, transpose)
 
     def run(
         values: int, metadata: int, dense: int, scale_inv: int, dense_scale_inv: int | None, offsets: int, out: int
@@ -117,17 +125,35 @@ def launch_grouped_wgrad(
     if total == 0:
         return UncachedPlan(out.zero_)
     config = choose(rows * experts, columns, -(-total // PAD // experts), sm_count(out.device))
+    variant = GroupedVariant(
+        over_tokens=True, dtype=values.dtype, dense_dtype=dense.dtype, out_dtype=out.dtype, scaled=False,
+        transpose=transpose,
+    )  # fmt: skip
+    check_grouped(config, variant, out.device, plan_wgrad)
+    multiply = plan_wgrad(config, values, metadata, dense, scale_inv, None, offsets, out, transpose)
+    return lambda values, metadata, dense, scale_inv, offsets, out: multiply(
+        values, metadata, dense, scale_inv, None, offsets, out
+    )
+
+
+def plan_wgrad(
+    config: Config, values: Tensor, metadata: Tensor, dense: Tensor, scale_inv: Tensor, dense_scale_inv: Tensor | None,
+    offsets: Tensor, out: Tensor, transpose: bool,
+) -> LaunchPlan:  # fmt: skip
+    """The plan of ``launch_grouped_wgrad`` for a config; arguments as there, checked already, no scale of rows."""
+    total = dense.shape[1]
     # The operands do not tell how many tokens they have; that they have columns enough is their makers' matter.
     blocks = total // PAD
     new_table, table, find_blocks = plan_expert_blocks(offsets, total, PAD, blocks)
-    multiply = plan_grouped_gemm(
-        config, CONTRACTION, values, metadata, dense, scale_inv, None, out, table, blocks, transpose
-    )
+    operands = (values, metadata, dense, scale_inv, dense_scale_inv)
+    multiply = plan_grouped_gemm(config, CONTRACTION, *operands, out, table, blocks, transpose)
 
-    def run(values: int, metadata: int, dense: int, scale_inv: int, offsets: int, out: int) -> None:
+    def run(
+        values: int, metadata: int, dense: int, scale_inv: int, dense_scale_inv: None, offsets: int, out: int
+    ) -> None:
         table = new_table()
         find_blocks(offsets, table.data_ptr())
-        multiply(values, metadata, dense, scale_inv, None, out, out, table.data_ptr())
+        multiply(values, metadata, dense, scale_inv, dense_scale_inv, out, out, table.data_ptr())
 
     return run
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, allows_fast_accum, metadata_shape, padded, unscaled_dtype, values_shape
+from sparse_compile.kernels.timing import expert_costs
 from sparse_compile.kernels.timing.gpu_times import (
     keep,
     kept,
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 # Beyond this, times grow with the number of tokens, and operands need not be as large.
 _MAX_TOKENS = 16384
+_MAX_TOKENS_OF_EXPERTS = 65536  # of all of them: how long a token takes depends on how many each has
 _TARGET_MICROSECONDS = 3000.0  # of a graph: its launch is nothing against that
 _MAX_LAUNCHES = 50
 # Long enough that the median is at the clock that the power limit allows, as in a step, and not at the highest one.
@@ -53,6 +55,8 @@ class LinearShape:
         weight_dtype: of its weight and the gradient of that.
         transposed: whether the weight is stored ``[in_features, out_features]``.
         grad_dtype: FP8 of the gradient of its output, where that is in FP8.
+        experts: whose matrices its weight holds; None for one matrix.
+        skewed: whether few experts have most tokens, or all as many.
     """
 
     tokens: int
@@ -62,11 +66,15 @@ class LinearShape:
     weight_dtype: torch.dtype
     transposed: bool
     grad_dtype: torch.dtype = E4M3
+    experts: int | None = None
+    skewed: bool = False
 
     def __str__(self) -> str:
         form = " transposed" * self.transposed
         if self.grad_dtype != E4M3:
             form += f" {self.grad_dtype} gradients"
+        if self.experts is not None:
+            form += f" {self.experts} experts" + " skewed" * self.skewed
         text = f"{self.tokens}x{self.in_features}x{self.out_features} {self.dtype} {self.weight_dtype}{form}"
         return text.replace("torch.", "")
 
@@ -108,7 +116,8 @@ def component_times(questions: Mapping[ShapeKey, Iterable[str]]) -> dict[ShapeKe
 
 def _measured(shape: LinearShape, device: torch.device) -> ShapeKey:
     """What is measured in place of a shape."""
-    return replace(shape, tokens=min(round_up(shape.tokens), _MAX_TOKENS)), device
+    most = _MAX_TOKENS if shape.experts is None else _MAX_TOKENS_OF_EXPERTS
+    return replace(shape, tokens=min(round_up(shape.tokens), most)), device
 
 
 def _growth(name: str, shape: LinearShape, measured: LinearShape) -> float:
@@ -124,7 +133,10 @@ class _Timed(NamedTuple):
 
     def call(self, operands: "RandomOperands") -> Callable[[], Any]:
         """On operands of its own."""
-        return COMPONENTS[self.name].make(self.shape, operands)
+        component = COMPONENTS[self.name]
+        make = component.make if self.shape.experts is None else component.of_experts
+        assert make is not None, self
+        return make(self.shape, operands)
 
     def compile(self) -> None:
         with undisturbed(self.device), torch.cuda.device(self.device):
@@ -210,7 +222,19 @@ class RandomOperands:
 
     def weight(self, shape: "LinearShape") -> Tensor:
         """``[out_features, in_features]``, as it is stored, in its dtype."""
-        return _weight(replace(shape, dtype=shape.weight_dtype), self)
+        return self.weight_in(shape, shape.weight_dtype)
+
+    def weight_in(self, shape: "LinearShape", dtype: torch.dtype) -> Tensor:
+        """The same in any dtype; of experts ``[E, out_features, in_features]``."""
+        stack = () if shape.experts is None else (shape.experts,)
+        if shape.transposed:
+            return self.normal(*stack, shape.in_features, shape.out_features, dtype=dtype).mT
+        return self.normal(*stack, shape.out_features, shape.in_features, dtype=dtype)
+
+    def gradient(self, shape: "LinearShape") -> tuple[Tensor, Tensor, Tensor]:
+        """Of the output, and two scales for each token."""
+        gradient = self.normal(shape.tokens, shape.out_features, dtype=shape.dtype)
+        return gradient, self.ones(shape.tokens, 40.0), self.ones(shape.tokens, 20.0)
 
     def _counted(self, operand: Tensor) -> Tensor:
         self.nbytes += operand.nbytes
@@ -218,25 +242,18 @@ class RandomOperands:
 
 
 def _hp_fprop(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
-    x, w = make.normal(s.tokens, s.in_features, dtype=s.dtype), _weight(s, make)
+    x, w = make.normal(s.tokens, s.in_features, dtype=s.dtype), make.weight_in(s, s.dtype)
     return partial(torch.mm, x, w.t())
 
 
 def _hp_dgrad(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
-    g, w = make.normal(s.tokens, s.out_features, dtype=s.dtype), _weight(s, make)
+    g, w = make.normal(s.tokens, s.out_features, dtype=s.dtype), make.weight_in(s, s.dtype)
     return partial(torch.mm, g, w)
 
 
 def _hp_wgrad(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     x, g = (make.normal(s.tokens, size, dtype=s.dtype) for size in (s.in_features, s.out_features))
     return partial(torch.mm, x.t(), g) if s.transposed else partial(torch.mm, g.t(), x)
-
-
-def _weight(s: LinearShape, make: RandomOperands) -> Tensor:
-    """``[out_features, in_features]``, as it is stored."""
-    if s.transposed:
-        return make.normal(s.in_features, s.out_features, dtype=s.dtype).t()
-    return make.normal(s.out_features, s.in_features, dtype=s.dtype)
 
 
 def _fp8_fprop(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
@@ -321,11 +338,11 @@ def _transpose_weight(s: LinearShape, make: RandomOperands) -> Callable[[], obje
 
 
 def _cast_transpose(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
-    return partial(ops.cast_transpose, *_gradient(s, make), s.grad_dtype)
+    return partial(ops.cast_transpose, *make.gradient(s), s.grad_dtype)
 
 
 def _cast_mvue(s: LinearShape, make: RandomOperands, approximate: bool, stochastic: bool) -> Callable[[], object]:
-    return partial(ops.cast_mvue, *_gradient(s, make), make.seed(), 0, approximate, stochastic, s.grad_dtype)
+    return partial(ops.cast_mvue, *make.gradient(s), make.seed(), 0, approximate, stochastic, s.grad_dtype)
 
 
 def _cast_mvue_for_dgrad(
@@ -334,12 +351,6 @@ def _cast_mvue_for_dgrad(
     """Of the transpose in fp32, without the transposing copy."""
     transposed = replace(s, tokens=s.out_features, out_features=padded(s.tokens), dtype=torch.float32)
     return _cast_mvue(transposed, make, approximate, stochastic)
-
-
-def _gradient(s: LinearShape, make: RandomOperands) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        make.normal(s.tokens, s.out_features, dtype=s.dtype), make.ones(s.tokens, 40.0), make.ones(s.tokens, 20.0)
-    )  # fmt: skip
 
 
 def _add_masked_decay(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
@@ -362,45 +373,55 @@ class Component(NamedTuple):
     Attributes:
         of_weight: whether it takes as long, whatever the number of tokens.
         of_library: whether it runs no kernel of ours, which would have to be compiled.
+        of_experts: makes it for a linear of experts; None where these have none.
     """
 
     make: Maker
     of_weight: bool = False
     of_library: bool = False
+    of_experts: Maker | None = None
 
 
 COMPONENTS: dict[str, Component] = {}
 
 
-def add_component(name: str, make: Maker, *, of_weight: bool = False, of_library: bool = False) -> None:
+def add_component(
+    name: str,
+    make: Maker,
+    of_experts: Maker | None = None,
+    *,
+    of_weight: bool = False,
+    of_library: bool = False,
+) -> None:
     """Let ``component_times`` measure something.  Its name is that of its time on disk."""
-    COMPONENTS[name] = Component(make, of_weight, of_library)
+    COMPONENTS[name] = Component(make, of_weight, of_library, of_experts)
 
 
-add_component("dense fprop", _hp_fprop, of_library=True)
-add_component("dense dgrad", _hp_dgrad, of_library=True)
-add_component("dense wgrad", _hp_wgrad, of_library=True)
-add_component("fp8 fprop", _fp8_fprop, of_library=True)
-add_component("fp8 dgrad", _fp8_dgrad, of_library=True)
-add_component("fp8 wgrad", _fp8_wgrad, of_library=True)
-add_component("copy", _copy, of_library=True)  # of grad_output: reads it and writes as much
-add_component("sparse24 fprop", _sparse_fprop)
-add_component("sparse24 dgrad", _sparse_dgrad)
-add_component("sparse24 wgrad", _sparse_wgrad)
+add_component("dense fprop", _hp_fprop, expert_costs.dense_fprop, of_library=True)
+add_component("dense dgrad", _hp_dgrad, expert_costs.dense_dgrad, of_library=True)
+add_component("dense wgrad", _hp_wgrad, expert_costs.dense_wgrad, of_library=True)
+add_component("fp8 fprop", _fp8_fprop, expert_costs.fp8_fprop, of_library=True)
+add_component("fp8 dgrad", _fp8_dgrad, expert_costs.fp8_dgrad, of_library=True)
+add_component("fp8 wgrad", _fp8_wgrad, expert_costs.fp8_wgrad, of_library=True)
+add_component("copy", _copy, _copy, of_library=True)  # of grad_output: reads it and writes as much
+add_component("sparse24 fprop", _sparse_fprop, expert_costs.sparse_fprop)
+add_component("sparse24 dgrad", _sparse_dgrad, expert_costs.sparse_dgrad)
+add_component("sparse24 wgrad", _sparse_wgrad, expert_costs.sparse_wgrad)
 add_component("mvue24 dgrad", _sampled_dgrad)
 add_component("sparse24_bf16 fprop", _sparse_bf16_fprop)
 add_component("bf16 dgrad", _bf16_dgrad)
 add_component("bf16 wgrad", _bf16_wgrad)
-add_component("transpose_tokens", _transpose_tokens)
+add_component("transpose_tokens", _transpose_tokens, expert_costs.transpose_tokens)
 add_component("transpose_pruned", _transpose_pruned, of_weight=True)
 add_component("transpose_weight", _transpose_weight, of_weight=True)
-add_component("cast_transpose", _cast_transpose)
-add_component("add_masked_decay", _add_masked_decay, of_weight=True)
+add_component("cast_transpose", _cast_transpose, expert_costs.cast_transpose)
+add_component("add_masked_decay", _add_masked_decay, expert_costs.add_masked_decay, of_weight=True)
 for _approximate, _estimator in ((False, "exact"), (True, "approximate")):
     for _stochastic, _rounding in ((False, "nearest"), (True, "stochastic")):
         add_component(
             f"cast_mvue {_estimator} {_rounding}",
             partial(_cast_mvue, approximate=_approximate, stochastic=_stochastic),
+            partial(expert_costs.cast_mvue, approximate=_approximate, stochastic=_stochastic),
         )
         add_component(
             f"cast_mvue for dgrad {_estimator} {_rounding}",

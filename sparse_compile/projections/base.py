@@ -88,7 +88,7 @@ class Projection(ABC):
             raise TypeError(f"the last operand of projection {key!r} is {self.Operands._fields[-1]!r}, not 'scale_inv'")
         self.key = key
         _by_key[key] = self
-        linear_costs.add_component(self.cost_key, self.time, of_weight=True)
+        linear_costs.add_component(self.cost_key, self.time, self.time, of_weight=True)
 
     def __repr__(self) -> str:
         return self.key
@@ -253,11 +253,15 @@ class Projection(ABC):
             Without arguments.
         """
         n, k, device = shape.out_features, shape.in_features, random.device
-        weight, beta = random.weight(shape), random.ones(1) if self.has_beta else None
-        operands, masks = self.new_operands(n, k, device), self.new_masks(n, k, device)
+        weight, beta = random.weight(shape), random.ones(shape.experts or 1) if self.has_beta else None
+        if shape.experts is None:
+            operands, masks, fill = self.new_operands(n, k, device), self.new_masks(n, k, device), self.fill
+        else:
+            operands = self.new_operands_of_experts(shape.experts, n, k, device)
+            masks, fill = self.new_masks_of_experts(shape.experts, n, k, device), self.fill_experts
         if masks is not None:
-            self.fill(weight, operands, beta, masks, True)
-        return lambda: self.fill(weight, operands, beta, masks, False)
+            fill(weight, operands, beta, masks, True)
+        return lambda: fill(weight, operands, beta, masks, False)
 
 
 _by_key: dict[str, Projection] = {}

@@ -26,7 +26,7 @@ class Row:
     Attributes:
         module: dotted name of the module, or of the parameter.
         role: ``ffn up``, ``ffn down``, ``head``, ``last`` or ``other``, see ``Role``.
-        shape: ``tokens x in_features -> out_features``.
+        shape: ``tokens x in_features -> out_features``, and how many experts, where a weight is that of several.
         decision: the recipe and its three GEMMs, or ``dense``.
         reason: why it stays dense; empty for a rewritten linear.
         advice: what the user can do about it, or to gain more.
