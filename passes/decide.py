@@ -150,7 +150,7 @@ def _cannot(
         advice = "pad " + " and ".join(f"{name} to {size}" for name, size in padded.items())
         return site.reject(Reason.SHAPE, detail, advice)
     parameter = real_parameter(site.weight)
-    in_features_dim = -2 if site.transposed else -1
+    in_features_dim = weight.ndim - (2 if site.transposed else 1)
     if not (weight.requires_grad or pruned or (parameter is not None and is_24(parameter, in_features_dim))):
         detail = "requires_grad is False, and it was never trained pruned"
         advice = "set requires_grad to train it, or 'sste.frozen': 'sparse' if it was finalized"
