@@ -16,6 +16,7 @@ import sparse_compile
 import warm
 import zoo
 from sparse_compile.kernels import ops
+from sparse_compile.measuring import weight_health
 
 SLOWEST = {
     "test_asked_at_each_call.py", "test_backend.py", "test_distributed.py", "test_distributed_schedule.py",
@@ -221,3 +222,12 @@ def gpt_graph(
         return traced[key][1]
 
     return run
+
+
+@pytest.fixture
+def nothing_watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Neither weights of other tests, which live until they are collected, nor gradients."""
+    weight_health.monitor.noise.watch(False)
+    monkeypatch.setattr(weight_health, "monitor", weight_health.HealthMonitor())
+    yield
+    weight_health.monitor.noise.watch(False)

@@ -22,13 +22,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 
 
-@pytest.fixture(autouse=True)
-def nothing_watched(monkeypatch):
-    """Of gradients, which are watched until the next step of an optimizer, be it of another test."""
-    health.monitor.noise.watch(False)
-    monkeypatch.setattr(health, "monitor", health.HealthMonitor())
-    yield
-    health.monitor.noise.watch(False)
+pytestmark = pytest.mark.usefixtures("nothing_watched")
 
 
 def pruned(weight):

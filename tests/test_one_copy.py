@@ -23,6 +23,7 @@ from sparse_compile.testing import assert_same_bits
 from sparse_compile.weights.registry import record_of
 
 clean_slate = shared_graphs.kept
+pytestmark = pytest.mark.usefixtures("nothing_watched")
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always", "sste.health": 1}
 SAMPLED = replace(SSTE, dgrad=Gemm.MVUE24)
