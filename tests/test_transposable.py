@@ -1,5 +1,6 @@
 """Transposable masks: the search against all 90 masks, the kernel against its definition, and training with them."""
 
+import copy
 import itertools
 
 import pytest
@@ -229,6 +230,21 @@ def test_another_optimizer_goes_on_with_the_masks():
     for _ in range(2):
         step_once(step, optimizer)
         assert torch.equal(state_of(model.up.weight).masks, masks)
+
+
+def test_masks_that_were_loaded_are_saved_again():
+    """Before any call has used them, in a model that had others."""
+    model = FFN()
+    step, optimizer = compiled(model, refresh=100), torch.optim.SGD(model.parameters(), lr=0.5)
+    step_once(step, optimizer)
+    weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    model.load_state_dict(FFN().state_dict())
+    step_once(step, optimizer)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    again = optimizer.state_dict()["param_groups"][0]["sste"]
+    for place, kept in state["param_groups"][0]["sste"].items():
+        assert torch.equal(again[place]["masks"], kept["masks"])
 
 
 def test_masks_of_other_weights_are_not_saved():

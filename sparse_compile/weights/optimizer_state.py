@@ -61,7 +61,9 @@ class SavedState:
             numbers[PRIOR_STEPS] = record.prior_steps
         masks = None
         kept = record.trained_set
-        if record.pruned and kept is not None and kept.masks is not None and not edited(kept):
+        if record.pruned and record.loaded_masks is not None:
+            masks = record.loaded_masks  # no call has used them yet
+        elif record.pruned and kept is not None and kept.masks is not None and not edited(kept):
             masks = kept.masks, kept.mask_steps + stepped()
         return cls(numbers, masks)
 

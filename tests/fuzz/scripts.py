@@ -490,7 +490,9 @@ def scripts(draw: st.DrawFn, most: int = 6, small: bool = False) -> Script:
             st.builds(Evaluate, leading=leading, seed=seeds, inference=st.booleans()),
             st.builds(Freeze, weight=weights, frozen=st.booleans()),
         ]
-    return Script(seed=draw(seeds), actions=(draw(train), *draw(st.lists(st.one_of(anything), max_size=most))))
+    # Behind whatever was done last a step tells whether it was right.
+    between = draw(st.lists(st.one_of(anything), max_size=most))
+    return Script(seed=draw(seeds), actions=(draw(train), *between, draw(train)))
 
 
 def run(program: Program, script: Script, kind: Kind, mvue: bool, places: Places) -> bool:
