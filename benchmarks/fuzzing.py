@@ -7,6 +7,7 @@ import argparse
 import gc
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -96,9 +97,10 @@ def batch(part: str, number: int, shrink: bool) -> Batch:
         scripts=st.lists(scripts(), min_size=SCRIPTS, max_size=SCRIPTS),
     )  # fmt: skip
     def examples(program: Program, scripts: list[Script], mvue: bool) -> None:
-        done.scripts.update(check(program, scripts, what.kind, mvue))
-        done.graphs += 1
-        done.kinds[program.recipe] += len(scripts)
+        compared = check(program, scripts, what.kind, mvue)
+        done.scripts.update(compared)
+        done.graphs += bool(compared)  # what the dense model may not do is no example
+        done.kinds[program.recipe] += sum(compared.values())
 
     try:
         examples()
@@ -149,7 +151,7 @@ def summary(batches: list[Batch], seconds: float) -> dict[str, Any]:
     for done in batches:
         scripts.update(done.scripts)
         kinds.update(done.kinds)
-    failures = [{"seed": done.seed, "error": done.failure} for done in batches if done.failure]
+    failures = [{"seed": done.seed, "error": last_line(done.failure)} for done in batches if done.failure]
     return {
         "examples": sum(scripts.values()), "compared to their end": scripts["compared"],
         "too large to be compared": scripts["too large"], "graphs": sum(done.graphs for done in batches),
@@ -157,6 +159,12 @@ def summary(batches: list[Batch], seconds: float) -> dict[str, Any]:
         "seeds": [min(done.seed for done in batches), max(done.seed for done in batches)],
         "failures": failures,
     }  # fmt: skip
+
+
+def last_line(failure: str) -> str:
+    """What was wrong, before the example that hypothesis adds."""
+    errors = [line for line in failure.splitlines() if re.match(r"[\w.]+: ", line)]
+    return errors[0] if errors else failure.splitlines()[-1]
 
 
 def table(results: dict[str, Any]) -> str:

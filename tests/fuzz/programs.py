@@ -170,6 +170,8 @@ def programs(
     dtype = draw(st.sampled_from(dtypes))
     # What rounds coarsely can be compared after a few products only.
     most = most if dtype == "float32" else min(most, 2)
+    # Several masks of a tile keep as much where magnitudes are of 16 bits: any of them may be found.
+    recipes = [name for name in recipes if name != "t-sr-ste" or dtype in ("float32", "autocast")]
     between = sorted(name for name in BETWEEN if dtype == "float32" or name not in KINKED)
     dimensions = draw(st.sampled_from(list(shapes)))
     leading = draw(st.lists(st.sampled_from(shapes[dimensions]), min_size=1, max_size=1 if small else 2, unique=True))

@@ -163,6 +163,8 @@ class Session:
             y = self.step(x) if around is None else checkpoint(self.step, x, use_reentrant=around)
         self._read_report()
         state = self.model.state_dict()
+        if not all(value.isfinite().all() for value in state.values()):
+            raise Diverged  # as by Adam, whose eps is zero in fp16
         self.oracle.load_state_dict({name: value.detach().double() for name, value in state.items()})
         for parameter, other in zip(self.model.parameters(), self.oracle.parameters(), strict=True):
             other.requires_grad_(parameter.requires_grad)
