@@ -359,6 +359,7 @@ class Edit:
         elif self.how == "data":
             weight.data.mul_(-1.0).add_(noise)
             sparse_compile.invalidate(session.model)
+            session.masks.clear()  # of all weights
         elif self.how == "new data":
             weight.data = weight.data * 0.5 + noise
         elif self.how == "new parameter":
