@@ -142,6 +142,9 @@ class Session:
         mask = None
         if recipe.projection == "masks":
             mask = self.masks.setdefault(index, transposable_mask(matrix))
+        if self.noise:
+            # What is cast to e4m3 may stand between two of its numbers.
+            matrix = matrix * (1 + self.noise * torch.randn_like(matrix))
         flat = Linear.apply(x.reshape(-1, x.shape[-1]), weight, kept(matrix, recipe, beta, mask), recipe)
         return flat.view(*x.shape[:-1], matrix.shape[0])
 
