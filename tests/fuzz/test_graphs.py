@@ -18,7 +18,7 @@ SETTINGS = settings(
 )
 
 
-@settings(SETTINGS, max_examples=8)
+@settings(SETTINGS, max_examples=7)
 @given(
     program=programs(sorted(RECIPES), BY_DAY, most=2, small=True), mvue=st.booleans(),
     scripts=st.lists(scripts(most=2, small=True), min_size=30, max_size=30),
