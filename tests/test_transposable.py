@@ -200,6 +200,10 @@ def test_an_edited_weight_gets_masks_of_its_own():
     model.load_state_dict(FFN().state_dict())
     step(torch.randn(16, 64))
     assert torch.equal(state_of(model.up.weight).masks, transposable_masks(model.up.weight.detach()))
+    step_once(step, optimizer)
+    model.up.weight.data = torch.randn(128, 64)  # which no version shows
+    step(torch.randn(16, 64))
+    assert torch.equal(state_of(model.up.weight).masks, transposable_masks(model.up.weight.detach()))
 
 
 def test_an_evaluation_of_a_resumed_run_leaves_the_masks():

@@ -39,10 +39,11 @@ def find_edited(weights: Sequence[Tensor], samples: Sequence[Tensor]) -> list[in
 
 def is_edited(weight: Tensor, record: WeightRecord, kept: OperandSet) -> bool:
     """Whether something else than a step changed the weight: since its last step, or since its operands were made."""
-    counter = -1 if weight.is_inference() else weight._version  # tensors made under inference_mode have none
+    # Tensors made under inference_mode have no version.
+    now = -1 if weight.is_inference() else weight._version, weight.data_ptr()
     if record.steps != kept.steps:
-        return record.stepped_to is not None and record.stepped_to != counter
-    if kept.sample is None or kept.version is None or kept.version[1:] != (counter, weight.data_ptr()):
+        return record.stepped_to is not None and record.stepped_to != now
+    if kept.sample is None or kept.version is None or kept.version[1:] != now:
         return True
     return bool(find_edited([weight], [kept.sample]))
 

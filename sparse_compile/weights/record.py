@@ -184,7 +184,7 @@ class WeightRecord:
         self.unbaked = False
         self.unverified = False
         self.trained_set: OperandSet | None = None  # of that layout
-        self.stepped_to: int | None = None  # the weight's version after its last step
+        self.stepped_to: tuple[int, int] | None = None  # the weight's version and address after its last step
         # How a gradient passed since the last step.
         self.trained_with: tuple[OperandLayout, Beta | None] | None = None
         self.is_24 = False

@@ -168,7 +168,8 @@ def _after_step(optimizer: Optimizer, weights: list[Tensor]) -> None:
             record = find_record(weight)
             if record is not None:
                 record.step()
-                record.stepped_to = weight._version
+                held = local_tensor(weight)
+                record.stepped_to = held._version, held.data_ptr()
                 saves = saves or record.pruned
                 if record.unbaked:
                     bake(weight, record)

@@ -4,7 +4,7 @@ import copy
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -83,6 +83,7 @@ class Session:
         self.masks: dict[int, Tensor] = {}
         self.betas: dict[int, float] = {}  # of the last call
         self.places = places or Places()
+        self.resumed = False  # from a checkpoint, and not called since
         self.noise = 0.0
         self.optimizer: torch.optim.Optimizer | None = None
         self.optimizer_name = ""
@@ -118,6 +119,13 @@ class Session:
         self.trained.pop(index, None)
         self.masks.pop(index, None)
 
+    def edited(self, weights: Iterable[int]) -> None:
+        """Masks are found anew; but for those of a checkpoint, which hold for the first call: a model may be loaded
+        after its optimizer."""
+        if not self.resumed:
+            for index in weights:
+                self.masks.pop(index, None)
+
     # What must be true of it.
 
     def _multiply(self, index: int, x: Tensor) -> Tensor:
@@ -142,6 +150,9 @@ class Session:
         mask = None
         if recipe.projection == "masks":
             mask = self.masks.setdefault(index, transposable_mask(matrix))
+        if self.noise:
+            # What is cast to e4m3 may stand between two of its numbers.
+            matrix, x = (value * (1 + self.noise * torch.randn_like(value)) for value in (matrix, x))
         flat = Linear.apply(x.reshape(-1, x.shape[-1]), weight, kept(matrix, recipe, beta, mask), recipe)
         return flat.view(*x.shape[:-1], matrix.shape[0])
 
@@ -155,6 +166,7 @@ class Session:
 
     def call(self, leading: Sequence[int], seed: int, around: bool | None = None, training: bool = True) -> "Called":
         """Of the model; the oracle has its weights as they are now."""
+        self.resumed = False
         x = input_of(self.program, leading, seed).to(self.kind.device).requires_grad_(training)
         autocast = self.program.dtype == "autocast"
         if self.kind.mode is not None:
@@ -359,6 +371,7 @@ class Edit:
         elif self.how == "data":
             weight.data.mul_(-1.0).add_(noise)
             sparse_compile.invalidate(session.model)
+            session.edited(range(len(session.program.weights)))
         elif self.how == "new data":
             weight.data = weight.data * 0.5 + noise
         elif self.how == "new parameter":
@@ -366,7 +379,7 @@ class Edit:
             setattr(session.model, f"w{index}", new)
             session.forget(index)
             session.optimize(session.optimizer_name)
-        session.masks.pop(index, None)
+        session.edited([index])
 
 
 @dataclass(frozen=True)
@@ -377,7 +390,7 @@ class Load:
 
     def run(self, session: Session) -> None:
         session.model.load_state_dict(Model(session.program, self.seed).state_dict())
-        session.masks.clear()
+        session.edited(range(len(session.program.weights)))
 
 
 @dataclass(frozen=True)
@@ -441,6 +454,7 @@ class Resume:
         state, optimizer_state = torch.load(file)
         model.load_state_dict(state)
         session.optimizer.load_state_dict(optimizer_state)
+        session.resumed = True
 
 
 @dataclass(frozen=True)
