@@ -65,7 +65,7 @@ def test_a_curve_is_over_the_time_of_the_steps_alone(monkeypatch: pytest.MonkeyP
 
 def test_another_text_has_the_encoding_of_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(source_text, "_texts", lambda: ["def double(number):\n    return number + number\n"] * 100)
+    monkeypatch.setattr(source_text, "texts", lambda: ["def double(number):\n    return number + number\n"] * 100)
     monkeypatch.setattr(source_text, "_PIECE", 20)
     train, _ = source_text.tokens(300, 100)
     other = tmp_path / "other.txt"
