@@ -227,7 +227,13 @@ GPT2 = {
     ("architecture", "way", "arguments", "expected"),
     [
         ("gpt2", automatic, {"gradient_accumulation_steps": 2}, GPT2),
-        ("llama", dense, {"torch_compile_backend": "sste", "gradient_checkpointing": True, "bf16": True}, LLAMA),
+        pytest.param(
+            "llama",
+            dense,
+            {"torch_compile_backend": "sste", "gradient_checkpointing": True, "bf16": True},
+            LLAMA,
+            marks=pytest.mark.nightly,
+        ),
     ],
     ids=["--auto", "launcher"],
 )
@@ -323,7 +329,9 @@ def test_accelerate(chosen: Any, tmp_path: Path, device: str, way: str) -> None:
 
 @pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("way", [in_place, automatic], ids=["Module.compile", "--auto"])
+@pytest.mark.parametrize(  # the example compiles in place, by day
+    "way", [pytest.param(in_place, marks=pytest.mark.nightly), automatic], ids=["Module.compile", "--auto"]
+)
 def test_lightning(chosen: Any, tmp_path: Path, device: str, way: Way) -> None:
     """Evaluation comes first, as Lightning's sanity check; then training, clipping, and resuming from a checkpoint."""
     make, expected = chosen

@@ -177,6 +177,7 @@ def test_environment_variables(installed: Environment) -> None:
     installed.execute(UNASKED, SPARSE_COMPILE="1", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
 
 
+@pytest.mark.nightly
 def test_editable_install(tmp_path: Path, environment: Environment) -> None:
     """With SPARSE_COMPILE, which does what the launcher does."""
     source = checkout(tmp_path / "source")

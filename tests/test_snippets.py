@@ -107,6 +107,7 @@ def test_snippets(ffn: type[nn.Module], tmp_path: Path, monkeypatch: pytest.Monk
     assert rewritten == {"up", "down"}
 
 
+@pytest.mark.nightly  # the example that exports a model runs by day
 def test_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the part that needs a GPU: ``test_compress.py``."""
     transformers = pytest.importorskip("transformers")
