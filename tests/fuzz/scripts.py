@@ -523,7 +523,7 @@ def run(program: Program, script: Script, kind: Kind, mvue: bool, places: Places
 
 
 def runs(program: Program) -> bool:
-    """Whether the dense model may do what it does: not write into what backward reads, nor what autocast leaves alone."""
+    """Whether the dense model may do what it does, in place and under autocast."""
     model, x = real(program)(program, 0), input_of(program, program.leading[0], 0).requires_grad_()
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=program.dtype == "autocast"):
