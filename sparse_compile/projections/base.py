@@ -231,16 +231,16 @@ class Projection(ABC):
             Tensors, of which the first is of this weight alone.
         """
 
-    @abstractmethod
     def dgrad_operand(self, *kept: Tensor) -> SparseOperand | DenseOperand:
         """What dgrad multiplies grad_output with; called in backward.
 
         Args:
-            kept: from ``kept_for_dgrad``.
+            kept: from ``kept_for_dgrad``, an operand as it is unless a projection makes one of it.
 
         Returns:
             A matrix ``[K, N]``, or ``[N, K]`` in bf16.
         """
+        return SparseOperand(*kept) if self.prunes_both_ways else DenseOperand(*kept)
 
     def time(self, shape: LinearShape, random: RandomOperands) -> Callable[[], Any]:
         """A call of ``fill``, to be timed; with masks that are there, since a search is rare.

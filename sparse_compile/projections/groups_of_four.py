@@ -75,9 +75,6 @@ class GroupsOfFourFP8(GroupsOfFour):
     def kept_for_dgrad(self, operands: PrunedWeight) -> tuple[Tensor, ...]:
         return operands.weight_t, operands.scale_inv
 
-    def dgrad_operand(self, *kept: Tensor) -> DenseOperand:
-        return DenseOperand(*kept)
-
 
 class GroupsOfFourOnce(GroupsOfFour):
     """The copy for dgrad is made of the one for fprop, which is 5/8 of a byte an element."""

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from sparse_compile.kernels import ops, reference
 from sparse_compile.kernels.formats import metadata_shape, values_shape
-from sparse_compile.projections.base import DenseOperand
 from sparse_compile.projections.groups_of_four import GroupsOfFour
 
 
@@ -41,9 +40,6 @@ class GroupsOfFourBF16(GroupsOfFour):
 
     def kept_for_dgrad(self, operands: PrunedWeightBF16) -> tuple[Tensor, ...]:
         return operands.dense, operands.scale_inv
-
-    def dgrad_operand(self, *kept: Tensor) -> DenseOperand:
-        return DenseOperand(*kept)
 
 
 def _prune_weight_bf16_eager(

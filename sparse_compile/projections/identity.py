@@ -68,9 +68,6 @@ class Identity(Unpruned):
     def kept_for_dgrad(self, operands: CastWeight) -> tuple[Tensor, ...]:
         return operands.payload_t, operands.scale_inv
 
-    def dgrad_operand(self, *kept: Tensor) -> DenseOperand:
-        return DenseOperand(*kept)
-
 
 class IdentityOnce(Unpruned):
     """The copy for dgrad is made of the one for fprop, if dgrad is in FP8."""
@@ -116,9 +113,6 @@ class IdentityBackward(Unpruned):
 
     def kept_for_dgrad(self, operands: CastWeightTransposed) -> tuple[Tensor, ...]:
         return operands
-
-    def dgrad_operand(self, *kept: Tensor) -> DenseOperand:
-        return DenseOperand(*kept)
 
 
 def _cast_weight_eager(weight: Tensor, *buffers: Tensor | None) -> None:

@@ -42,9 +42,6 @@ class Transposable(Projection):
     def kept_for_dgrad(self, operands: TransposableWeight) -> tuple[Tensor, ...]:
         return operands.values_t, operands.metadata_t, operands.scale_inv
 
-    def dgrad_operand(self, *kept: Tensor) -> SparseOperand:
-        return SparseOperand(*kept)
-
 
 class SoftTransposable(Transposable):
     """``beta * S(W)``: S-STE's soft threshold along in_features, then of what is left along out_features.
