@@ -28,7 +28,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial, wraps
-from threading import RLock
+from threading import RLock, local
 from types import SimpleNamespace
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
@@ -53,6 +53,7 @@ _KNOWN_VERSIONS = ("3.6", "3.7", "3.8")
 _MAX_PLANS = 512  # of a launcher
 _MAX_DESCRIPTORS = 512  # of an argument of a plan
 _lock = RLock()
+_entered = local()  # the devices whose context was current in a thread
 
 
 def _check_version(version: str) -> None:
@@ -271,7 +272,19 @@ class _Encoder(dict[int, list[Any]]):
         return _keep(self, address, _encode(descriptor, self._metadata), _MAX_DESCRIPTORS)
 
 
+def _make_context_current() -> None:
+    """Of the current device, in a thread that may not have used it yet: only then can the driver encode a descriptor.
+
+    CUDA's runtime would do it at its first call in a thread; a capture has made such a call.
+    """
+    device, entered = driver.active.get_current_device(), vars(_entered)
+    if torch.cuda.is_initialized() and device not in entered and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.mem_get_info(device)
+        entered[device] = True
+
+
 def _encode(descriptor: TensorDescriptor, metadata: dict[str, Any]) -> list[Any]:
+    _make_context_current()
     # From 3.8 on there is a third parameter, which tensors on CUDA do not need.
     parameters = inspect.signature(nvidia.make_tensordesc_arg).parameters
     encoded: list[Any] = nvidia.make_tensordesc_arg(descriptor, metadata, *(None for _ in range(len(parameters) - 2)))

@@ -201,6 +201,8 @@ def hugging_face_trainer(folder: Path, device: str, way: Way, architecture: str,
         use_cpu=device == "cpu", report_to=[], disable_tqdm=True, lr_scheduler_type="cosine",
         **{"save_strategy": "no", **arguments},
     )  # fmt: skip
+    if given.device.type == "cuda":
+        given._n_gpu = 1  # of several it would make DataParallel, which the launcher does not compile
     examples = [{"input_ids": ids, "labels": ids} for ids in tokens(48)]
     return transformers.Trainer(model=model, args=given, train_dataset=examples)
 

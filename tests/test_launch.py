@@ -521,6 +521,19 @@ class TestOnTheGPU:
         assert len(outs) == 4
         assert all((out == 1).all() for out in outs)
 
+    def test_descriptors_in_a_new_thread(self) -> None:
+        """Which nothing has made enter the context of the device yet."""
+        call = planned(plan_copy)
+        source = torch.randn(128, 256, device="cuda").to(E4M3)
+        outs = [torch.empty_like(source) for _ in range(3)]
+        call(source, outs[0])
+        threads = [threading.Thread(target=call, args=(source, out)) for out in outs[1:]]
+        for thread in threads:
+            thread.start()
+            thread.join()
+        torch.cuda.synchronize()
+        assert all(torch.equal(out.view(torch.uint8), source.view(torch.uint8)) for out in outs)
+
     def test_captured_in_a_cuda_graph(self) -> None:
         axpy_call, copy_call = planned(plan_axpy), planned(plan_copy)
         x, y, out = (torch.randn(512, device="cuda") for _ in range(3))

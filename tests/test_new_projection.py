@@ -55,13 +55,13 @@ class FirstAndThird(Projection):
         projected = self.project(weight.float(), None)
         scale, scale_inv = reference.tensorwise_scale(projected)
         payload = reference.saturating_cast(projected * scale)
-        positions = torch.tensor([0, 2], device=weight.device).expand(len(weight), weight.shape[1] // 4, 2)
+        positions = torch.arange(0, 4, 2, device=weight.device).expand(len(weight), weight.shape[1] // 4, 2)
         values, metadata = reference.compress24(payload, positions)
         for operand, made in zip(operands, (payload.t(), values, metadata, scale_inv), strict=True):
             operand.copy_(made)
 
     def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
-        return weight * torch.tensor([1.0, 0.0, 1.0, 0.0], device=weight.device).repeat(weight.shape[1] // 4)
+        return weight * (torch.arange(weight.shape[1], device=weight.device) % 2 == 0)
 
     def fprop_operand(self, operands: FixedWeight) -> SparseOperand:
         return SparseOperand(operands.kept, operands.where, operands.scale_inv)

@@ -74,10 +74,27 @@ _PARTIALS_CHUNK = gl.constexpr(4096)
 def _write_tile(
     tile, weight_ptr, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr, scale,
     rows, columns, stride_wn, stride_wk, tiles_k,
-    MODE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
+    weight_size, payload_size, metadata_size, weight_t_size, metadata_t_size, masks_size,
+    MODE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr, EXPERTS: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
-    """Read one tile of the weight and write all that is made of it; the bits of its amax."""
+    """Read one tile of the weight and write all that is made of it; the bits of its amax.
+
+    Sizes: of what belongs to one expert, whose number is the second of the program.
+    """
+    if EXPERTS:
+        expert = gl.program_id(1).to(gl.int64)
+        weight_ptr += expert * weight_size
+        if payload_ptr is not None:
+            payload_ptr += expert * payload_size
+        if metadata_ptr is not None:
+            metadata_ptr += expert * metadata_size
+        if weight_t_ptr is not None:
+            weight_t_ptr += expert * weight_t_size
+        if metadata_t_ptr is not None:
+            metadata_t_ptr += expert * metadata_t_size
+        if masks_ptr is not None:
+            masks_ptr += expert * masks_size
     row, column = tile // tiles_k * BLOCK_N, tile % tiles_k * BLOCK_K
     layout: gl.constexpr = load_layout([BLOCK_N, BLOCK_K], gl.num_warps(), COLUMN_MAJOR)
     w = load_tile(weight_ptr, row, column, rows, columns, stride_wn, stride_wk, BLOCK_N, BLOCK_K, EVEN, layout)
@@ -101,14 +118,6 @@ def _write_tile(
     return amax_bits
 
 
-@gluon.jit
-def _of_expert(pointer, stride):
-    """Where the part of an expert begins, ``stride`` elements after that of the one before; of None, None."""
-    if pointer is not None:
-        pointer += gl.program_id(1).to(gl.int64) * stride
-    return pointer
-
-
 @gluon.jit(do_not_specialize=["tiles", "tiles_k"])
 def _speculate_kernel(
     weight_ptr, beta_ptr, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr, scale_inv_ptr,
@@ -117,16 +126,12 @@ def _speculate_kernel(
     MODE: gl.constexpr, COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr, EXPERTS: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
-    """One tile, with the scale behind the old scale_inv.  Partials: the bits of the tiles' amax, then of that scale.
-
-    Sizes: of what belongs to one expert, whose number is the second of the program.
-    """
-    if EXPERTS:
-        weight_ptr, payload_ptr = _of_expert(weight_ptr, weight_size), _of_expert(payload_ptr, payload_size)
-        metadata_ptr, weight_t_ptr = _of_expert(metadata_ptr, metadata_size), _of_expert(weight_t_ptr, weight_t_size)
-        metadata_t_ptr, masks_ptr = _of_expert(metadata_t_ptr, metadata_t_size), _of_expert(masks_ptr, masks_size)
-        beta_ptr, scale_inv_ptr = _of_expert(beta_ptr, 1), _of_expert(scale_inv_ptr, 1)
-        partials_ptr = _of_expert(partials_ptr, tiles + 1)
+    """One tile, with the scale behind the old scale_inv.  Partials: the bits of the tiles' amax, then of that scale."""
+    expert = gl.program_id(1)
+    if MODE < _CAST:
+        beta_ptr += expert
+    scale_inv_ptr += expert
+    partials_ptr += expert * (tiles + 1)
     # As soon as every program has begun, those of the second launch take the places that become free.
     gdc_launch_dependents()
     # beta / scale_inv, whose mantissas are equal; any other quotient will not be the true scale.
@@ -138,7 +143,8 @@ def _speculate_kernel(
     amax_bits = _write_tile(
         tile, weight_ptr, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr,
         scale_bits.to(gl.float32, bitcast=True), rows, columns, stride_wn, stride_wk, tiles_k,
-        MODE, COLUMN_MAJOR, EVEN, BLOCK_N, BLOCK_K,
+        weight_size, payload_size, metadata_size, weight_t_size, metadata_t_size, masks_size,
+        MODE, COLUMN_MAJOR, EVEN, EXPERTS, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     gl.store(partials_ptr + tile, amax_bits)
     if tile == 0:
@@ -154,12 +160,11 @@ def _correct_kernel(
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Write scale_inv and, where the true scale is not the one that was assumed, all tiles again."""
-    if EXPERTS:
-        weight_ptr, payload_ptr = _of_expert(weight_ptr, weight_size), _of_expert(payload_ptr, payload_size)
-        metadata_ptr, weight_t_ptr = _of_expert(metadata_ptr, metadata_size), _of_expert(weight_t_ptr, weight_t_size)
-        metadata_t_ptr, masks_ptr = _of_expert(metadata_t_ptr, metadata_t_size), _of_expert(masks_ptr, masks_size)
-        beta_ptr, scale_inv_ptr = _of_expert(beta_ptr, 1), _of_expert(scale_inv_ptr, 1)
-        partials_ptr = _of_expert(partials_ptr, tiles + 1)
+    expert = gl.program_id(1)
+    if MODE < _CAST:
+        beta_ptr += expert
+    scale_inv_ptr += expert
+    partials_ptr += expert * (tiles + 1)
     # Until the first launch is complete, and all that it wrote can be read.
     gdc_wait()
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
@@ -186,7 +191,8 @@ def _correct_kernel(
             _write_tile(
                 tile, weight_ptr, payload_ptr, metadata_ptr, weight_t_ptr, metadata_t_ptr, masks_ptr,
                 scale_bits.to(gl.float32, bitcast=True), rows, columns, stride_wn, stride_wk, tiles_k,
-                MODE, COLUMN_MAJOR, EVEN, BLOCK_N, BLOCK_K,
+                weight_size, payload_size, metadata_size, weight_t_size, metadata_t_size, masks_size,
+                MODE, COLUMN_MAJOR, EVEN, EXPERTS, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 
 
