@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sparse_compile.kernels import ops
+from sparse_compile.kernels import grouped_ops, ops
 from sparse_compile.kernels.formats import E4M3, FP8_DTYPES, metadata_shape, padded
 from sparse_compile.kernels.sparse_gemm import plan as plan_module
 from sparse_compile.kernels.sparse_gemm.configs import Config, configs
@@ -63,6 +63,31 @@ def weight_kernels(matrix: torch.Tensor) -> None:
         ops.add_masked_decay_(torch.randn_like(matrix), matrix, one, known)
 
 
+def kernels_of_experts() -> None:
+    """With one that has no tokens, one that has few, and rows at the end that are nobody's."""
+    offsets, sizes = torch.tensor([0, 5, TOKENS - 20, TOKENS - 20], dtype=torch.int32, device=DEVICE), (192, 128)
+    one, scales = torch.ones(4, 1, device=DEVICE), torch.ones(TOKENS, device=DEVICE)
+    weight = torch.randn(4, *sizes, device=DEVICE, dtype=torch.bfloat16)
+    made = {}
+    for projection in (SOFT, SOFT_TRANSPOSABLE, IDENTITY):
+        made[projection] = projection.new_operands_of_experts(4, *sizes, DEVICE)
+        projection.fill_experts(weight, made[projection], None, None, False)
+    gradient, x = (torch.randn(TOKENS, size, device=DEVICE, dtype=torch.bfloat16) for size in sizes)
+    seed = torch.ones(1, dtype=torch.int64, device=DEVICE)
+    for dtype in FP8_DTYPES:
+        grouped_ops.grouped_cast_transpose(gradient, scales, scales, offsets, dtype)
+        for approximate, stochastic in product((False, True), repeat=2):
+            sampled = grouped_ops.grouped_cast_mvue(
+                gradient, scales, scales, seed, 0, offsets, approximate, stochastic, dtype
+            )
+    payload = x.to(E4M3)
+    x_t = grouped_ops.grouped_transpose_tokens(payload, offsets)
+    operand = SOFT.fprop_operand(made[SOFT])
+    grouped_ops.grouped_sparse_mm(operand.values, operand.metadata, payload, one, scales, offsets, torch.bfloat16, True)
+    for transpose in (False, True):
+        grouped_ops.grouped_wgrad_sparse_mm(sampled[1], sampled[2], x_t, one, offsets, torch.bfloat16, transpose)
+
+
 class Variant(NamedTuple):
     """Of the GEMM: what it is compiled for."""
 
@@ -111,9 +136,10 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="all forms of the GEMM, not each with a few of the others")
     args = parser.parse_args()
     memory_kernels()
+    kernels_of_experts()
     count = sparse_gemms(args.all)
     torch.cuda.synchronize()
-    print(f"ran every kernel that prunes or casts, and {count} variants of the GEMM")
+    print(f"ran every kernel that prunes or casts, those of experts, and {count} variants of the GEMM")
 
 
 if __name__ == "__main__":

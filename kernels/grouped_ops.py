@@ -1,10 +1,4 @@
-"""The ops of experts: schemas, fakes and dispatch, as in ``ops``.  ``torch.ops.sparse_compile.grouped_*``
-
-As long as their kernels have not been verified, GPUs run the eager definitions, too, which read offsets on the host.
-"""
-
-from collections.abc import Callable
-from typing import Any
+"""The ops of experts: schemas, fakes and dispatch, as in ``ops``.  ``torch.ops.sparse_compile.grouped_*``"""
 
 import torch
 from torch import Tensor
@@ -15,22 +9,6 @@ from sparse_compile.kernels.ops import define, empty
 
 # Rows of A that a warpgroup of the GEMM multiplies: those of two experts are never in one of its blocks.
 FEATURES_MULTIPLE = 64
-# Whether the kernels have passed the tests of ``test_experts_kernels.py`` on a GPU: then they run there.
-VERIFIED = False
-
-
-def emulation_reason(device: torch.device) -> str | None:
-    """Why the ops run their eager reference on ``device``; None where they run kernels."""
-    return ops.emulation_reason(device) or missing_kernels(device)
-
-
-def missing_kernels(device: torch.device) -> str | None:
-    """Why there are no kernels for experts on ``device``; None where there are."""
-    return ops.missing_kernels(device) or (None if VERIFIED else "no kernels for experts yet")
-
-
-def _if_verified(load: Callable[[], Callable[..., Any]]) -> Callable[[], Callable[..., Any]] | None:
-    return load if VERIFIED else None
 
 
 def _grouped_mm_fake(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
@@ -40,19 +18,23 @@ def _grouped_mm_fake(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 grouped_mm = define(
     "grouped_mm(Tensor a, Tensor b, Tensor offsets) -> Tensor",
     reference.grouped_mm,
-    _if_verified(lambda: _grouped_mm_kernel),
+    lambda: _grouped_mm_kernel,
     _grouped_mm_fake,
     any_strides=2,
 )
 
 
 def _grouped_mm_kernel(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """bf16, which is all that PyTorch's takes."""
-    return torch._grouped_mm(a.bfloat16(), b.bfloat16(), offs=offsets.int()).to(a.dtype)
+    """PyTorch's kernel takes bf16 alone; the definition reads offsets on the host."""
+    if a.dtype != torch.bfloat16:
+        return reference.grouped_mm(a, b, offsets)
+    return torch._grouped_mm(a, b, offs=offsets.int())
 
 
 def _grouped_wgrad_mm_kernel(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    return torch._grouped_mm(a.bfloat16().t(), b.bfloat16(), offs=offsets.int()).to(a.dtype)
+    if a.dtype != torch.bfloat16:
+        return reference.grouped_wgrad_mm(a, b, offsets)
+    return torch._grouped_mm(a.t(), b, offs=offsets.int())
 
 
 def _grouped_wgrad_mm_fake(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
@@ -62,7 +44,7 @@ def _grouped_wgrad_mm_fake(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 grouped_wgrad_mm = define(
     "grouped_wgrad_mm(Tensor a, Tensor b, Tensor offsets) -> Tensor",
     reference.grouped_wgrad_mm,
-    _if_verified(lambda: _grouped_wgrad_mm_kernel),
+    lambda: _grouped_wgrad_mm_kernel,
     _grouped_wgrad_mm_fake,
 )
 
@@ -84,14 +66,12 @@ grouped_sparse_mm = define(
     "grouped_sparse_mm(Tensor values, Tensor metadata, Tensor dense, Tensor scale_inv, Tensor? dense_scale_inv, "
     "Tensor offsets, ScalarType out_dtype, bool use_fast_accum) -> Tensor",
     reference.grouped_sparse_mm,
-    _if_verified(
-        ops.launcher(
-            "sparse_gemm.grouped.launch_grouped_sparse_gemm",
-            _grouped_sparse_mm_fake,
-            lambda values, metadata, dense, scale_inv, dense_scale_inv, offsets, out_dtype, use_fast_accum, out: (
-                (values, metadata, dense, scale_inv, dense_scale_inv, offsets, out)
-            ),
-        )
+    ops.launcher(
+        "sparse_gemm.grouped.launch_grouped_sparse_gemm",
+        _grouped_sparse_mm_fake,
+        lambda values, metadata, dense, scale_inv, dense_scale_inv, offsets, out_dtype, use_fast_accum, out: (
+            (values, metadata, dense, scale_inv, dense_scale_inv, offsets, out)
+        ),
     ),
     _grouped_sparse_mm_fake,
 )
@@ -107,7 +87,7 @@ grouped_scaled_mm = define(
     "grouped_scaled_mm(Tensor a, Tensor b, Tensor scale_inv, Tensor offsets, ScalarType out_dtype, "
     "bool use_fast_accum) -> Tensor",
     reference.grouped_scaled_mm,
-    _if_verified(lambda: _grouped_scaled_mm_kernel),
+    lambda: _grouped_scaled_mm_kernel,
     _grouped_scaled_mm_fake,
 )
 
@@ -130,9 +110,7 @@ def _grouped_transpose_tokens_fake(x: Tensor, offsets: Tensor) -> Tensor:
 grouped_transpose_tokens = define(
     "grouped_transpose_tokens(Tensor x, Tensor offsets) -> Tensor",
     reference.grouped_transpose_tokens,
-    _if_verified(
-        ops.launcher("activation.cast_transpose.launch_grouped_transpose_tokens", _grouped_transpose_tokens_fake)
-    ),
+    ops.launcher("activation.cast_transpose.launch_grouped_transpose_tokens", _grouped_transpose_tokens_fake),
     _grouped_transpose_tokens_fake,
 )
 
@@ -148,14 +126,10 @@ grouped_cast_transpose = define(
     "grouped_cast_transpose(Tensor x, Tensor row_scale, Tensor token_scale, Tensor offsets, ScalarType dtype) "
     "-> (Tensor, Tensor)",
     reference.grouped_cast_transpose,
-    _if_verified(
-        ops.launcher(
-            "activation.cast_transpose.launch_grouped_cast_transpose",
-            _grouped_cast_transpose_fake,
-            lambda x, row_scale, token_scale, offsets, dtype, *results: (
-                (x, row_scale, token_scale, offsets, *results)
-            ),
-        )
+    ops.launcher(
+        "activation.cast_transpose.launch_grouped_cast_transpose",
+        _grouped_cast_transpose_fake,
+        lambda x, row_scale, token_scale, offsets, dtype, *results: ((x, row_scale, token_scale, offsets, *results)),
     ),
     _grouped_cast_transpose_fake,
 )
@@ -185,14 +159,12 @@ grouped_cast_mvue = define(
     "grouped_cast_mvue(Tensor grad, Tensor row_scale, Tensor token_scale, Tensor seed, int index, Tensor offsets, "
     "bool approximate, bool stochastic, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     reference.grouped_cast_mvue,
-    _if_verified(
-        ops.launcher(
-            "activation.cast_mvue.launch_grouped_cast_mvue",
-            _grouped_cast_mvue_fake,
-            lambda grad, row_scale, token_scale, seed, index, offsets, approximate, stochastic, dtype, *results: (
-                (grad, row_scale, token_scale, seed, index, offsets, approximate, stochastic, *results)
-            ),
-        )
+    ops.launcher(
+        "activation.cast_mvue.launch_grouped_cast_mvue",
+        _grouped_cast_mvue_fake,
+        lambda grad, row_scale, token_scale, seed, index, offsets, approximate, stochastic, dtype, *results: (
+            (grad, row_scale, token_scale, seed, index, offsets, approximate, stochastic, *results)
+        ),
     ),
     _grouped_cast_mvue_fake,
 )
@@ -215,14 +187,12 @@ grouped_wgrad_sparse_mm = define(
     "grouped_wgrad_sparse_mm(Tensor values, Tensor metadata, Tensor dense, Tensor scale_inv, Tensor offsets, "
     "ScalarType out_dtype, bool transpose) -> Tensor",
     reference.grouped_wgrad_sparse_mm,
-    _if_verified(
-        ops.launcher(
-            "sparse_gemm.grouped.launch_grouped_wgrad",
-            _grouped_wgrad_sparse_mm_fake,
-            lambda values, metadata, dense, scale_inv, offsets, out_dtype, transpose, out: (
-                (values, metadata, dense, scale_inv, offsets, out, transpose)
-            ),
-        )
+    ops.launcher(
+        "sparse_gemm.grouped.launch_grouped_wgrad",
+        _grouped_wgrad_sparse_mm_fake,
+        lambda values, metadata, dense, scale_inv, offsets, out_dtype, transpose, out: (
+            (values, metadata, dense, scale_inv, offsets, out, transpose)
+        ),
     ),
     _grouped_wgrad_sparse_mm_fake,
 )
@@ -248,6 +218,6 @@ def _grouped_wgrad_scaled_mm_kernel(
 grouped_wgrad_scaled_mm = define(
     "grouped_wgrad_scaled_mm(Tensor a, Tensor b, Tensor scale_inv, Tensor offsets, ScalarType out_dtype) -> Tensor",
     reference.grouped_wgrad_scaled_mm,
-    _if_verified(lambda: _grouped_wgrad_scaled_mm_kernel),
+    lambda: _grouped_wgrad_scaled_mm_kernel,
     _grouped_wgrad_scaled_mm_fake,
 )

@@ -172,6 +172,21 @@ def fill(buffers: Sequence[Tensor | None], results: Sequence[Tensor]) -> None:
             buffer.copy_(result)
 
 
+def of_experts_too(eager: Callable[..., None]) -> Callable[..., None]:
+    """What does with the matrices of experts ``[E, N, K]``, and all tensors beside them, as ``eager`` with one."""
+
+    def each(weight: Tensor, *arguments: Any) -> None:
+        if weight.ndim == 2:
+            eager(weight, *arguments)
+            return
+        for e, matrix in enumerate(weight):
+            # beta stays one-dimensional.
+            of_one = ((a[e] if a.ndim > 1 else a[e : e + 1]) if isinstance(a, Tensor) else a for a in arguments)
+            eager(matrix, *of_one)
+
+    return each
+
+
 def _add_masked_decay_eager(grad: Tensor, weight: Tensor, factor: Tensor, masks: Tensor | None = None) -> None:
     mask = reference.top2_mask(weight) if masks is None else reference.dense_mask(masks)
     grad.copy_(reference.add_masked_decay(grad, weight, factor, mask))
@@ -306,9 +321,14 @@ sparse_mm = define(
 
 
 @cache
-def unit_scale(device: torch.device) -> Tensor:
-    """fp32 ``[1]`` holding 1."""
-    return torch.ones(1, device=device)
+def unit_scale(device: torch.device, number: int = 1) -> Tensor:
+    """fp32 ``[number]`` holding 1."""
+    return torch.ones(number, device=device)
+
+
+def unit_beta(weight: Tensor) -> Tensor:
+    """1 for a weight ``[N, K]``, or for each matrix of ``[E, N, K]``."""
+    return unit_scale(weight.device, weight.shape[0] if weight.ndim == 3 else 1)
 
 
 def prepare(device: torch.device) -> None:

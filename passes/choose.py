@@ -58,7 +58,7 @@ def leave_without_kernels(plans: Sequence[Plan]) -> tuple[list[Plan], list[Rejec
         device = example_value(plan.site.weight).device
         missing = for_all = ops.missing_kernels(device)
         if missing is None and plan.site.experts is not None:
-            missing = grouped_ops.missing_kernels(device) or _not_for_experts(plan)
+            missing = _not_for_experts(plan)
         if missing is None or (plan.recipe.projection.prunes and plan.pruned):
             kept.append(plan)
             continue
@@ -191,7 +191,7 @@ def _questions(plan: Plan) -> tuple[ShapeKey, ...]:
     """What is measured of a linear: of experts an even routing and a skewed one; nothing where nothing can be."""
     site = plan.site
     tokens, device = hint(prod(example_value(site.input).shape[:-1])), example_value(site.weight).device
-    if not tokens or (ops if site.experts is None else grouped_ops).emulation_reason(device) is not None:
+    if not tokens or ops.emulation_reason(device) is not None:
         return ()
     shape = LinearShape(
         tokens=tokens,

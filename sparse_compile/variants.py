@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from sparse_compile.kernels import grouped_ops, ops
+from sparse_compile.kernels import ops
 from sparse_compile.measuring.baseline import Baseline
 from sparse_compile.options import Options
 from sparse_compile.passes.decide import Plan, alike
@@ -321,7 +321,7 @@ class _Places:
 
 def _execution(slots: Iterable[WeightSlot]) -> str:
     """What runs the rewritten linears, as the report says it."""
-    reasons = {(ops if slot.experts is None else grouped_ops).emulation_reason(slot.device) for slot in slots}
+    reasons = {ops.emulation_reason(slot.device) for slot in slots}
     emulated = sorted(filter(None, reasons))
     if emulated:
         return "emulated: " + "; ".join(emulated)

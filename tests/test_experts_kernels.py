@@ -1,7 +1,4 @@
-"""Kernels of experts: that they compile, and on a GPU that they compute what the eager definitions do.
-
-They run by default once these tests have passed on a Hopper GPU: then ``grouped_ops.VERIFIED`` becomes true.
-"""
+"""Kernels of experts: that they compile, and on a GPU that they compute what the eager definitions do."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -34,7 +31,6 @@ from sparse_compile.kernels.sparse_gemm import configs, grouped, grouped_selfche
 from sparse_compile.kernels.sparse_gemm import plan as plan_module
 from sparse_compile.kernels.sparse_gemm.grouped_selfcheck import GroupedVariant
 from sparse_compile.kernels.sparse_gemm.kernel import COLUMNS, CONTRACTION
-from sparse_compile.kernels.weight import prune_fp8
 from sparse_compile.projections.base import Projection
 from sparse_compile.projections.groups_of_four import SOFT
 from sparse_compile.projections.identity import IDENTITY
@@ -280,12 +276,11 @@ def test_weights_of_experts(projection: Projection, transposed: bool) -> None:
         beta = torch.linspace(1.1, 1.9, experts, device="cuda")
         made, expected = (projection.new_operands_of_experts(experts, n, k, weight.device) for _ in range(2))
         made.scale_inv.fill_(0.7)
-        projection.fill_experts(weight, expected, beta if projection.has_beta else None, None, False)
-        launch: Callable[..., Any] = {
-            SOFT: prune_fp8.launch_prune_weight, SOFT_TRANSPOSABLE: prune_fp8.launch_prune_soft_transposable
-        }.get(projection, prune_fp8.launch_cast_weight)  # fmt: skip
+        for e, matrix in enumerate(weight):
+            of_one = projection.Operands(*(operand[e] for operand in expected))
+            projection.fill(matrix, of_one, beta[e : e + 1] if projection.has_beta else None, None, False)
         for _ in range(2):  # by the scales that stood there, and by the right ones
-            launch(weight, *([beta] if projection.has_beta else []), *made)
+            projection.fill_experts(weight, made, beta if projection.has_beta else None, None, False)
             for field, actual, wanted in zip(made._fields, made, expected, strict=True):
                 assert_same_bits(actual, wanted, field)
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import sparse_compile
 import warm
 from experts_training import COUNT, EAGER, EXACT, WIDTH, Model, adamw, batches, compiled, operands, train
 from sparse_compile.export.check import Verdict, check_weights
-from sparse_compile.kernels import grouped_ops, ops, reference
+from sparse_compile.kernels import ops, reference
 from sparse_compile.measuring.weight_health import monitor
 from sparse_compile.passes import choose
 from sparse_compile.passes.decide import decide
@@ -311,17 +312,35 @@ def test_fsdp2_gathers_experts(one_process):
     assert losses[0] == losses[1]
 
 
-def test_devices_with_kernels_leave_experts_dense_and_say_so(monkeypatch):
-    """Until there are kernels for experts; nor does a linear beside them change."""
-    monkeypatch.setattr(ops, "_missing_kernels", lambda device: None)
-    monkeypatch.setattr(choose, "warned", set())
-    model = Model()
-    with pytest.warns(UserWarning, match="no kernels for experts yet: they run dense"):
-        y = compiled(model, {"sste.executor": "eager"})(*next(batches()))
-    assert torch.equal(y, model(*next(batches())))
-    rows = sparse_compile.report().rows
-    assert {row.module: row.reason for row in rows} == dict.fromkeys(NAMES, "not emulated: no kernels for experts yet")
-    assert {row.advice for row in rows} == {"'sste.when': 'always' emulates the kernels"}
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["fp8", "s-ste", "s-ste-transposable"])
+def test_kernels_train_like_their_definitions(recipe):
+    """The same samples; the curves part only by the accumulation of the tensor cores."""
+    curves = []
+    for reference_alone in (False, True):
+        with ops.force_reference() if reference_alone else nullcontext():
+            model = Model().cuda()
+            curves.append(train(compiled(model, EAGER | {"sste.recipe": recipe}), adamw(model), steps=8))
+    executions = [graph.execution for graph in sparse_compile.report().graphs]
+    assert executions == ["kernels", "emulated: the eager reference was asked for"]
+    assert curves[0] != curves[1], "both were emulated"
+    assert curves[0] == pytest.approx(curves[1], rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True], ids=["default", "CUDA graphs"])
+def test_generated_code_trains_whatever_the_routing(graphs):
+    """In one graph that never waits for the host."""
+    model = Model().cuda()
+    expected = train(compiled(Model().cuda()), adamw(model), steps=1)
+    options = {"sste.when": "always", "triton.cudagraphs": graphs, "sste.mvue": "off"}
+    step = compiled(model, options, fullgraph=True)
+    losses = train(step, adamw(model), steps=12)
+    assert losses[0] == pytest.approx(expected[0], rel=0.02)
+    assert losses[-1] < losses[0]
+    (graph,) = [graph for graph in sparse_compile.report().graphs if graph.calls == 12]
+    assert graph.execution == "kernels"
+    assert {row.module: row.decision.split()[0] for row in graph.rows} == dict.fromkeys(NAMES, "s-ste")
 
 
 @pytest.mark.nightly
@@ -348,9 +367,8 @@ def test_two_processes_train_as_one(tmp_path):
         (64, RECIPES["s-ste"], ""),
     ],
 )
-def test_verified_kernels_run_what_they_can(monkeypatch, trace, width, recipe, why):
+def test_kernels_run_what_they_can(monkeypatch, trace, width, recipe, why):
     monkeypatch.setattr(ops, "_missing_kernels", lambda device: None)
-    monkeypatch.setattr(grouped_ops, "VERIFIED", True)
     monkeypatch.setattr(choose, "warned", set())
     weight = nn.Parameter(torch.randn(COUNT, width, 64))
     graph = trace(lambda x: torch.bmm(x, weight.mT).relu(), torch.randn(COUNT, 8, 64))

@@ -62,6 +62,7 @@ class Projection(ABC):
         beta_limits: of the scale that is found once for each weight, and kept; None for projections without one.
         keeps_masks: whether masks are searched for, and kept for some optimizer steps.
         is_hard: whether what it keeps stays as it is; what it drops can decay then.
+        fills_all_experts: whether ``fill`` takes the matrices of experts, too, and beta, masks and operands of as many.
         rows: how many rows, from the first, are projected together: 1, or 4 where tiles are.
         dtype: of the payload.
         one_copy: projects alike and keeps fprop's copy of the weight alone, of which ``dgrad_operand`` makes the other
@@ -74,6 +75,7 @@ class Projection(ABC):
     beta_limits: BetaLimits | None = None
     keeps_masks: bool = False
     is_hard: bool = False
+    fills_all_experts: bool = False
     rows: int = 1
     dtype: torch.dtype = E4M3
     one_copy: "Projection | None" = None
@@ -192,6 +194,9 @@ class Projection(ABC):
             masks: from ``new_masks_of_experts``; None for projections that keep none.
             search: whether masks are searched for anew, or read.
         """
+        if self.fills_all_experts:
+            self.fill(weight, operands, beta, masks, search)
+            return
         for e, matrix in enumerate(weight):
             of_one = self.Operands(*(operand[e] for operand in operands))
             own_beta, own_masks = None if beta is None else beta[e : e + 1], None if masks is None else masks[e]

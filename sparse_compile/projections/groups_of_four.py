@@ -54,6 +54,7 @@ class GroupsOfFourFP8(GroupsOfFour):
     """One scale serves both copies, and cancels beta from them."""
 
     Operands = PrunedWeight
+    fills_all_experts = True
 
     def __init__(self, key: str, *, hard: bool, one_copy: Projection) -> None:
         self.one_copy = one_copy
@@ -70,7 +71,7 @@ class GroupsOfFourFP8(GroupsOfFour):
     def fill(
         self, weight: Tensor, operands: PrunedWeight, beta: Tensor | None, masks: Tensor | None, search: bool
     ) -> None:
-        prune_weight_(weight, ops.unit_scale(weight.device) if beta is None else beta, *operands, self.is_hard)
+        prune_weight_(weight, ops.unit_beta(weight) if beta is None else beta, *operands, self.is_hard)
 
     def kept_for_dgrad(self, operands: PrunedWeight) -> tuple[Tensor, ...]:
         return operands.weight_t, operands.scale_inv
@@ -80,6 +81,7 @@ class GroupsOfFourOnce(GroupsOfFour):
     """The copy for dgrad is made of the one for fprop, which is 5/8 of a byte an element."""
 
     Operands = PrunedWeightOnce
+    fills_all_experts = True
     dgrad_component = "transpose_pruned"
 
     def new_operands(self, n: int, k: int, device: torch.device) -> PrunedWeightOnce:
@@ -92,7 +94,7 @@ class GroupsOfFourOnce(GroupsOfFour):
     def fill(
         self, weight: Tensor, operands: PrunedWeightOnce, beta: Tensor | None, masks: Tensor | None, search: bool
     ) -> None:
-        beta = ops.unit_scale(weight.device) if beta is None else beta
+        beta = ops.unit_beta(weight) if beta is None else beta
         prune_weight_(weight, beta, operands.values, operands.metadata, None, operands.scale_inv, self.is_hard)
 
     def kept_for_dgrad(self, operands: PrunedWeightOnce) -> tuple[Tensor, ...]:
@@ -103,6 +105,7 @@ class GroupsOfFourOnce(GroupsOfFour):
         return DenseOperand(ops.transpose_pruned(values, metadata), scale_inv)
 
 
+@ops.of_experts_too
 def _prune_weight_eager(
     weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, weight_t: Tensor | None, scale_inv: Tensor,
     hard: bool = False,

@@ -36,7 +36,7 @@ class GroupsOfFourBF16(GroupsOfFour):
     def fill(
         self, weight: Tensor, operands: PrunedWeightBF16, beta: Tensor | None, masks: Tensor | None, search: bool
     ) -> None:
-        prune_weight_bf16_(weight, ops.unit_scale(weight.device) if beta is None else beta, *operands, self.is_hard)
+        prune_weight_bf16_(weight, ops.unit_beta(weight) if beta is None else beta, *operands, self.is_hard)
 
     def kept_for_dgrad(self, operands: PrunedWeightBF16) -> tuple[Tensor, ...]:
         return operands.dense, operands.scale_inv

@@ -36,6 +36,7 @@ class Unpruned(Projection):
     """Nothing is pruned."""
 
     prunes = False
+    fills_all_experts = True
 
     def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
         return weight
@@ -115,6 +116,7 @@ class IdentityBackward(Unpruned):
         return operands
 
 
+@ops.of_experts_too
 def _cast_weight_eager(weight: Tensor, *buffers: Tensor | None) -> None:
     ops.fill(buffers, reference.cast_weight(weight))
 

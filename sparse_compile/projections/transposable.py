@@ -24,6 +24,7 @@ class Transposable(Projection):
     """Tiles of 4 x 4, however they are pruned."""
 
     Operands = TransposableWeight
+    fills_all_experts = True
     prunes_both_ways = True
     rows = 4
 
@@ -55,7 +56,7 @@ class SoftTransposable(Transposable):
     def fill(
         self, weight: Tensor, operands: TransposableWeight, beta: Tensor | None, masks: Tensor | None, search: bool
     ) -> None:
-        prune_soft_transposable_(weight, ops.unit_scale(weight.device) if beta is None else beta, *operands)
+        prune_soft_transposable_(weight, ops.unit_beta(weight) if beta is None else beta, *operands)
 
     def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
         return reference.soft_threshold24_both(weight)
@@ -84,6 +85,7 @@ class MaskedTransposable(Transposable):
         return weight.where(reference.dense_mask(masks), 0)
 
 
+@ops.of_experts_too
 def _prune_soft_transposable_eager(
     weight: Tensor, beta: Tensor, values: Tensor, metadata: Tensor, values_t: Tensor, metadata_t: Tensor,
     scale_inv: Tensor,
@@ -101,6 +103,7 @@ prune_soft_transposable_ = ops.define(
 )
 
 
+@ops.of_experts_too
 def _prune_transposable_eager(
     weight: Tensor, values: Tensor, metadata: Tensor, values_t: Tensor, metadata_t: Tensor, scale_inv: Tensor,
     masks: Tensor, search: bool,
