@@ -130,9 +130,9 @@ def searched(trial: str, rate: float) -> str:
     return as_percent(found["validation_loss"] / dense["validation_loss"] - 1)
 
 
-def best_of_rates(setting: str, arm: str) -> str:
-    """Loss over dense, each at the best learning rate that was tried: 8 million tokens, one seed."""
-    runs = section_of("bench_quality", "rates, windows drawn from as many tokens as a run reads", "H200")["runs"]
+def best_of_rates(setting: str, arm: str, part: str = "rates") -> str:
+    """Loss over dense, each at the best learning rate that was tried: one seed."""
+    runs = section_of("bench_quality", part, "H200")["runs"]
     losses = {
         name: [run["validation_loss"] for run in runs if (run["setting"], run["arm"]) == (setting, name)]
         for name in (arm, "dense")
