@@ -240,3 +240,12 @@ def described(name: str, text: str, section: str) -> bool:
     entries = re.search(rf"^{section}:\n((?:    .*\n?|\n)+)", text, re.MULTILINE)
     names = re.findall(r"^    (\w+(?:, \w+)*):", entries[1], re.MULTILINE) if entries else []
     return name in {one for line in names for one in line.split(", ")}
+
+
+def test_programs_that_are_named_are_there() -> None:
+    """By documents and by scripts, as files of this checkout."""
+    documents = [ROOT / ".ci" / "run", *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/*.sh")]
+    name = re.compile(r"\b(?:benchmarks|docs|examples|scripts|tests)/[\w/]+\.(?:py|sh)\b")
+    named = {(path.name, found) for path in documents for found in name.findall(path.read_text())}
+    assert len(named) > 20
+    assert [(page, found) for page, found in sorted(named) if not (ROOT / found).is_file()] == []
