@@ -175,7 +175,7 @@ def _apply_schedule(
 
 
 def _keep_one_copy(plans: Sequence[Plan], options: Options) -> Sequence[Plan]:
-    return keep_one_copy(plans) if options.recompute else plans
+    return keep_one_copy(plans, of_small_weights=options.recompute)
 
 
 def _choose(

@@ -129,7 +129,7 @@ class UserOptions:
     )
     memory: str = _option(
         choice(["fast", "small"]),
-        '`"fast"` keeps FP8 copies of activations, and two of each weight, for backward; `"small"` remakes them',
+        '`"fast"` keeps FP8 copies of activations, and two of small weights, for backward; `"small"` remakes them',
         "fast",
     )
     rotary_tables: str = _option(

@@ -1,4 +1,4 @@
-"""With small memory a weight is kept once: the copy for dgrad is made in each backward, with the same bits."""
+"""A large weight, or with small memory each, is kept once: backward makes the copy for dgrad, with the same bits."""
 
 import copy
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import sparse_compile
 from gpu_weights import in_layout
 from sparse_compile.kernels import ops, reference
 from sparse_compile.kernels.formats import E4M3, metadata_shape, values_shape
+from sparse_compile.passes import keep_one_copy
 from sparse_compile.passes.choose import _components
 from sparse_compile.projections.groups_of_four import SOFT, SOFT_ONCE, TOP2, TOP2_ONCE
 from sparse_compile.projections.identity import IDENTITY, IDENTITY_BACKWARD, IDENTITY_ONCE
@@ -98,7 +99,20 @@ def vars_of(sample: Any) -> dict[str, Any]:
     [("fast", {"other": 2, "up": 5 / 8 + 1}), ("small", {"other": 1, "up": 5 / 8})],
 )
 def test_what_is_kept_of_a_weight(memory: str, bytes_an_element: dict[str, float]) -> None:
-    model, _, _ = trained(memory, "s-ste", steps=1)
+    require_kept(trained(memory, "s-ste", steps=1)[0], bytes_an_element)
+
+
+def test_one_copy_is_kept_of_a_large_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = trained("fast", "s-ste")
+    monkeypatch.setattr(keep_one_copy, "LARGE", 128 * 256)
+    torch._dynamo.reset()
+    found = trained("fast", "s-ste")
+    assert all(torch.equal(one, other) for one, other in zip(found[2], expected[2], strict=True))
+    require_kept(found[0], {"other": 2, "up": 5 / 8})
+    torch._dynamo.reset()  # for tests that would find these graphs
+
+
+def require_kept(model: Block, bytes_an_element: dict[str, float]) -> None:
     for name, expected in bytes_an_element.items():
         weight = model.get_submodule(name).weight
         (kept,) = record_of(weight).operands.values()
