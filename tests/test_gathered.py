@@ -159,3 +159,34 @@ def test_health_is_sampled_before_operands_are_freed(make, batch, monkeypatch):
     assert samples[0] == samples[1]
     assert len(samples[0]) == 2 * 4
     assert any(flips for flips, _ in samples[0])
+
+
+class Block(nn.Module):
+    """Two linears whose dimensions are multiples of 128."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(128, 256), nn.Linear(256, 128)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+def test_one_copy_is_freed_and_made_again_as_two_are():
+    losses = []
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        x, model = torch.randn(32, 128), Block()
+        model.compile(backend="sste", options={"sste.executor": "eager", "sste.when": "always", "sste.memory": "small"})
+        if sharded:
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(2):
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[:2] == losses[2:]
+    assert [row.decision.split()[0] for row in sparse_compile.report().rows] == ["s-ste"] * 4
+    assert operand_bytes() <= 2 * 5 / 8 * 2 * 128 * 256, "more than one copy was kept"
