@@ -5,9 +5,9 @@
 
 Scaling is weak: each GPU has the same number of tokens.  Llama-3.2-1B's shape, 8 layers, with both, 8 x 2048 tokens;
 Llama-3-8B's, 4 layers, with FSDP2, 4 x 4096 tokens.  DDP holds bf16 parameters and is compiled as a whole, and so cut
-into its buckets; FSDP2 holds fp32 shards, gathers them in bf16, and each layer is compiled.  Each number of GPUs is a
-job of torchrun, in which all candidates of a model and kind of parallelism take turns.  Times are those of the wall,
-from the moment that all processes are ready until the device is done.
+into its buckets; FSDP2 holds fp32 shards, gathers them in bf16, and each layer is compiled.  Each number of GPUs is,
+for each model and kind of parallelism, a job of torchrun, in which all candidates take turns.  Times are those of the
+wall, from the moment that all processes are ready until the device is done.
 
 What is checked: betas are the same on all processes; losses are those of one process that adds up the gradients of all
 batches, within what reduction order and sampling change.  ``--tiny`` rehearses everything on two small layers, on CPUs
@@ -262,10 +262,7 @@ def work(args: argparse.Namespace) -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    rows: list[Row] = []
-    for name, parallelism in parts_of(args):
-        rows += part(name, parallelism, args.kinds, args.gpus, device, args.rounds)
-        fresh(device)
+    rows = part(*args.part, args.kinds, args.gpus, device, args.rounds)
     if dist.get_rank() == 0:
         args.worker.write_text(json.dumps(rows))
     dist.barrier()
@@ -395,18 +392,22 @@ def plot(rows: Sequence[Row]) -> str:
     return environment.get_template("plot_page").render(plot=shown, keys=keys, provenance=said)
 
 
-def run_jobs(args: argparse.Namespace) -> list[Row]:
-    """One after another, each by torchrun."""
+def run_jobs(args: argparse.Namespace, name: str, parallelism: str) -> list[Row]:
+    """Of one part, one after another, each by torchrun."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for count in args.gpus:
             file = Path(folder) / f"{count}.json"
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-            print(f"{count} processes", flush=True)
-            done = subprocess.run([sys.executable, *launch, __file__, *sys.argv[1:], "--worker", str(file)])
+            which = ["--worker", str(file), "--part", name, parallelism]
+            print(f"{name}, {parallelism}: {count} processes", flush=True)
+            done = subprocess.run([sys.executable, *launch, __file__, *sys.argv[1:], *which])
             if not file.exists():
                 raise SystemExit(f"FAILED: the job of {count} processes ended with status {done.returncode}")
-            rows += json.loads(file.read_text())
+            found = json.loads(file.read_text())
+            for row in found:
+                print(f"{title(row)}: {row['ms']['median']:.1f} ms", flush=True)
+            rows += found
     return rows
 
 
@@ -421,6 +422,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two small layers instead, also without GPUs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.gpus = sorted({1, *args.gpus})
     args.kinds = [BF16, *(kind for kind in args.kinds if kind != BF16)]
@@ -431,11 +433,13 @@ def main() -> None:
     if args.worker is not None:
         work(args)
         return
-    rows = run_jobs(args)
-    compare(rows)
-    text = table(rows)
-    print(text, flush=True)
-    write("bench_distributed", f"up to {args.gpus[-1]} processes", {"rows": rows}, text, args.out)
+    rows: list[Row] = []
+    for name, parallelism in parts_of(args):
+        rows += run_jobs(args, name, parallelism)
+        compare(rows)
+        # Now and again: a program that is stopped loses one part, not all.
+        write("bench_distributed", f"up to {args.gpus[-1]} processes", {"rows": rows}, table(rows), args.out)
+    print(table(rows), flush=True)
     (args.out / "bench_distributed.html").write_text(plot(rows))
     require_those_of_one(rows)
     for row in rows:

@@ -34,8 +34,8 @@ def test_processes_measure(tmp_path: Path, processes: tuple[int, ...]) -> None:
     rows = results[f"up to {processes[-1]} processes, CPU"]["rows"]
     assert [(row["processes"], row["parallelism"], row["kind"]) for row in rows] == [
         (count, parallelism, kind)
-        for count in processes
         for parallelism in ("DDP", "FSDP2")
+        for count in processes
         for kind in ("bf16", "sste")
     ]  # fmt: skip
     for row in rows:

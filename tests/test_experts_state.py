@@ -318,6 +318,7 @@ def test_kernels_train_like_their_definitions(recipe):
     """The same samples; the curves part only by the accumulation of the tensor cores."""
     curves = []
     for reference_alone in (False, True):
+        torch._dynamo.reset()
         with ops.force_reference() if reference_alone else nullcontext():
             model = Model().cuda()
             curves.append(train(compiled(model, EAGER | {"sste.recipe": recipe}), adamw(model), steps=8))
