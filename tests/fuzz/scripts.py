@@ -523,7 +523,11 @@ def run(program: Program, script: Script, kind: Kind, mvue: bool, places: Places
 
 
 def runs(program: Program) -> bool:
-    """Whether the dense model may do what it does, in place and under autocast."""
+    """Whether the dense model may do what it does, in place and under autocast.
+
+    Checkpointing hides that backward needs what was written over; what traces a checkpointed part sees it.
+    """
+    program = replace(program, steps=tuple(replace(step, checkpointed=None) for step in program.steps))
     model, x = real(program)(program, 0), input_of(program, program.leading[0], 0).requires_grad_()
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=program.dtype == "autocast"):
