@@ -19,7 +19,8 @@ from torch.fx import Node
 
 from sparse_compile.from_json import from_json
 from sparse_compile.kernels import grouped_ops, ops
-from sparse_compile.kernels.timing.linear_costs import LinearShape, ShapeKey, component_times
+from sparse_compile.kernels.timing.components import LinearShape
+from sparse_compile.kernels.timing.linear_costs import ShapeKey, component_times
 from sparse_compile.passes.agreement import agreed
 from sparse_compile.passes.decide import Plan, Price
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection

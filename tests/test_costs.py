@@ -18,7 +18,8 @@ from sparse_compile.errors import SparseCompileError
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E5M2, FP8_DTYPES, grouped_columns, padded
 from sparse_compile.kernels.timing import expert_costs, gpu_times, linear_costs
-from sparse_compile.kernels.timing.linear_costs import COMPONENTS, LinearShape, RandomOperands, component_times
+from sparse_compile.kernels.timing.components import COMPONENTS, Component, LinearShape, RandomOperands
+from sparse_compile.kernels.timing.linear_costs import component_times
 
 DEVICE = torch.device("cuda", 0)
 SHAPE = LinearShape(
@@ -276,9 +277,7 @@ class TestDisk:
         def broken(shape: LinearShape, make: object) -> Callable[[], str]:
             raise SparseCompileError("the check of the sparse GEMM", "this variant", "a wrong product")
 
-        monkeypatch.setattr(
-            linear_costs, "COMPONENTS", linear_costs.COMPONENTS | {"sparse24 fprop": linear_costs.Component(broken)}
-        )
+        monkeypatch.setattr(linear_costs, "COMPONENTS", linear_costs.COMPONENTS | {"sparse24 fprop": Component(broken)})
         with pytest.raises(SparseCompileError, match="a wrong product"):
             times_of(SHAPE, DEVICE, ["copy", "sparse24 fprop"])
         assert list(folder.glob("*/linear-cold/*")) == []

@@ -14,8 +14,7 @@ from sparse_compile.__main__ import main
 from sparse_compile.doctor import checks, command
 from sparse_compile.doctor.checks import Finding, Status
 from sparse_compile.kernels import ops
-from sparse_compile.kernels.timing import linear_costs
-from sparse_compile.kernels.timing.linear_costs import Component
+from sparse_compile.kernels.timing.components import COMPONENTS, Component
 
 CPU = torch.device("cpu")
 
@@ -124,7 +123,7 @@ def test_kernels_are_held_to_their_definitions(monkeypatch: pytest.MonkeyPatch) 
         return lambda: torch.full((2,), 1.0 if ops._reference_forced else 1.02)
 
     few = {"wrong": Component(wrong), "off": Component(off)}
-    monkeypatch.setattr(checks, "COMPONENTS", {**few, "copy": linear_costs.COMPONENTS["copy"]})
+    monkeypatch.setattr(checks, "COMPONENTS", {**few, "copy": COMPONENTS["copy"]})
     (finding,) = checks.kernels(CPU)
     assert finding.status is Status.PROBLEM
     assert finding.text == "wrong: 7 bytes of result 0 are wrong; off: result 0 is off by 2.0%"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import sparse_compile
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import E4M3, metadata_shape, values_shape
-from sparse_compile.kernels.timing import linear_costs
+from sparse_compile.kernels.timing.components import COMPONENTS
 from sparse_compile.passes.choose import choose
 from sparse_compile.passes.decide import decide
 from sparse_compile.passes.find import find
@@ -136,7 +136,7 @@ def test_it_is_priced_with_its_own_component(trace, small_gpt, batch, monkeypatc
 
     kept = {plan.site.name: plan for plan in choose(plans, clock)[0]}
     assert asked[FIXED.cost_key] > 0
-    assert FIXED.cost_key in linear_costs.COMPONENTS
+    assert FIXED.cost_key in COMPONENTS
     # Fused bytes aside, at a copy of 1 us: fprop, dgrad, wgrad, the cast and transpose of g and of x, the decay.
     assert kept["blocks.0.up"].price.rewritten > 6 * 1.0 + 7.0
     assert kept["blocks.0.up"].recipe.projection is FIXED

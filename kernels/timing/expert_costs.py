@@ -1,4 +1,4 @@
-"""What a linear of experts costs: the components of ``linear_costs`` on tokens that lie sorted by expert.
+"""What a linear of experts costs: the ``components`` on tokens that lie sorted by expert.
 
 Two routings stand for all: each expert with as many tokens, and a skewed one, in which the share of the expert of rank
 ``r`` is proportional to ``1 / r`` (Zipf's law).
@@ -22,7 +22,7 @@ from sparse_compile.kernels.formats import (
 )
 
 if TYPE_CHECKING:
-    from sparse_compile.kernels.timing.linear_costs import LinearShape, RandomOperands
+    from sparse_compile.kernels.timing.components import LinearShape, RandomOperands
 
 _METADATA_WORD = 0x4C9E8D44  # eight legal pairs of positions
 _SCALE_INV = 2.0**-12

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.timing import gpu_times
-from sparse_compile.kernels.timing.linear_costs import COMPONENTS, LinearShape, RandomOperands
+from sparse_compile.kernels.timing.components import COMPONENTS, LinearShape, RandomOperands
 from sparse_compile.projections.base import Projection
 from sparse_compile.recipe import RECIPES
 from sparse_compile.torch_internals import private_names
@@ -168,7 +168,7 @@ def training_step(device: torch.device) -> Iterator[Finding]:
     x = torch.randn(256, 256, device=device, dtype=torch.bfloat16)
     gradients = []
     # Dense FP8: pruned weights compute another function.  No report: that of the check says what matters.
-    options = {"sste.when": "always", "sste.recipe": "fp8", "sste.report": None}
+    options: dict[str, Any] = {"sste.when": "always", "sste.recipe": "fp8", "sste.report": None}
     compiled = torch.compile(model, backend="sste", options=options)
     for call in (model, compiled):
         model.zero_grad()

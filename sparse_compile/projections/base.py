@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.formats import E4M3
-from sparse_compile.kernels.timing import linear_costs
-from sparse_compile.kernels.timing.linear_costs import LinearShape, RandomOperands
+from sparse_compile.kernels.timing.components import LinearShape, RandomOperands, add_component
 
 
 class SparseOperand(NamedTuple):
@@ -67,7 +66,7 @@ class Projection(ABC):
         dtype: of the payload.
         one_copy: projects alike and keeps fprop's copy of the weight alone, of which ``dgrad_operand`` makes the other
             one in each backward; of weights whose dimensions are multiples of 128.  None where there is no such thing.
-        dgrad_component: the component of ``kernels.timing.linear_costs`` that times what ``dgrad_operand`` runs.
+        dgrad_component: the component of ``kernels.timing.components`` that times what ``dgrad_operand`` runs.
     """
 
     prunes: bool = True
@@ -90,7 +89,7 @@ class Projection(ABC):
             raise TypeError(f"the last operand of projection {key!r} is {self.Operands._fields[-1]!r}, not 'scale_inv'")
         self.key = key
         _by_key[key] = self
-        linear_costs.add_component(self.cost_key, self.time, self.time, of_weight=True)
+        add_component(self.cost_key, self.time, self.time, of_weight=True)
 
     def __repr__(self) -> str:
         return self.key
@@ -110,7 +109,7 @@ class Projection(ABC):
 
     @property
     def cost_key(self) -> str:
-        """Of the component of ``kernels.timing.linear_costs`` that says how long ``fill`` takes."""
+        """Of the component of ``kernels.timing.components`` that says how long ``fill`` takes."""
         return f"weight {self.key}"
 
     @abstractmethod
