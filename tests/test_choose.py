@@ -281,9 +281,7 @@ def test_every_variant_has_its_pieces(kernels, plans):
     choose(plans(), read)
     assert asked <= MEASURED.keys()
     assert {f"{gemm.value} wgrad" for gemm in (Gemm.SPARSE24, Gemm.FP8, Gemm.DENSE)} <= asked
-    assert {
-        component for recipe in VARIANTS.values() for component in _components(recipe)
-    } <= MEASURED.keys()
+    assert {component for recipe in VARIANTS.values() for component in _components(recipe)} <= MEASURED.keys()
 
 
 def test_linears_that_share_a_weight_are_chosen_together(kernels, trace):
