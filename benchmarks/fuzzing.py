@@ -38,20 +38,30 @@ from fuzz.oracle import RECIPES
 from fuzz.programs import DTYPES, LEADING, WIDTHS, Program, programs
 from fuzz.scripts import Kind, Script, check, scripts
 
-# One graph, and so many scripts over it.
-SCRIPTS = 4
+# One graph, and so many scripts over it; small ones change little but the weights, and compile nothing more.
+SCRIPTS, SMALL_SCRIPTS = 4, 30
 GRAPHS = 12  # of a batch, which is what a process does at a time
 SIXTEEN_BITS = tuple(dtype for dtype in DTYPES if dtype != "float32")
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is drawn, and how it runs."""
+    """What is drawn, and how it runs.
+
+    Args:
+        small: graphs of one or two linears, and many short scripts over each.
+    """
 
     kind: Kind
     dtypes: tuple[str, ...] = DTYPES
+    small: bool = False
     widths: tuple[int, ...] = WIDTHS
     shapes: Mapping[int, Sequence[tuple[int, ...]]] = field(default_factory=lambda: LEADING)
+
+    @property
+    def scripts(self) -> int:
+        """Over each graph."""
+        return SMALL_SCRIPTS if self.small else SCRIPTS
 
 
 # Sizes at which 2:4 may be faster than dense; few, since each is measured.
@@ -59,8 +69,11 @@ _LARGE = {"widths": (1024, 2048), "shapes": {1: ((4096,), (1000,)), 2: ((2, 2048
 # Tensor cores sum with 14 bits.
 _GPU = Kind(device="cuda", executor="inductor", tolerance=0.03)
 PARTS = {
+    "small, fp32": Part(Kind(), ("float32",), small=True),
+    "small, 16 bits": Part(Kind(), SIXTEEN_BITS, small=True),
     "fp32": Part(Kind(), ("float32",)),
     "16 bits": Part(Kind(), SIXTEEN_BITS),
+    "gpu, small": Part(_GPU, small=True),
     "gpu, always": Part(_GPU),
     "gpu, faster": Part(replace(_GPU, priced=True), **_LARGE),
     "gpu, reduce-overhead": Part(replace(_GPU, mode="reduce-overhead")),
@@ -88,13 +101,14 @@ def batch(part: str, number: int, shrink: bool) -> Batch:
         call_kernels(done)
         return done
     what = PARTS[part]
+    most, steps = (2, 2) if what.small else (8, 6)  # linears of a graph, actions of a script
     phases = [Phase.generate, *([Phase.shrink] if shrink else [])]
 
     @seed(number)
     @settings(max_examples=GRAPHS, deadline=None, database=None, phases=phases, suppress_health_check=list(HealthCheck))
     @given(
-        program=programs(sorted(RECIPES), what.dtypes, widths=what.widths, shapes=what.shapes), mvue=st.booleans(),
-        scripts=st.lists(scripts(), min_size=SCRIPTS, max_size=SCRIPTS),
+        program=programs(sorted(RECIPES), what.dtypes, most, what.small, what.widths, what.shapes), mvue=st.booleans(),
+        scripts=st.lists(scripts(steps, what.small), min_size=what.scripts, max_size=what.scripts),
     )  # fmt: skip
     def examples(program: Program, scripts: list[Script], mvue: bool) -> None:
         compared = check(program, scripts, what.kind, mvue)
@@ -132,7 +146,7 @@ def campaign(
     part: str, examples: int, processes: int, first: int, shrink: bool, until: float = math.inf
 ) -> Iterator[Batch]:
     """Batches as they end, until so many examples ran, or no later than a time, but for those that run then."""
-    numbers = range(first, first + -(-examples // (GRAPHS * SCRIPTS)))
+    numbers = range(first, first + -(-examples // (GRAPHS * PARTS[part].scripts)))
     # Each in a process of its own: what a compiler keeps for each graph grows.
     with ProcessPoolExecutor(
         processes, mp_context=get_context("spawn"), initializer=ready, max_tasks_per_child=1
@@ -185,10 +199,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
     first, failed = randbelow(2**31) if args.seed is None else args.seed, 0
+    over_each = sum(PARTS[part].scripts for part in args.parts)
     for part in args.parts:
         begin, batches = time.perf_counter(), []
-        wanted = -(-args.examples // len(args.parts))
-        with tqdm(total=-(-wanted // SCRIPTS) * SCRIPTS, desc=part, unit="example") as bar:
+        wanted = -(-args.examples * PARTS[part].scripts // over_each)  # so that each has as many graphs
+        with tqdm(total=wanted, desc=part, unit="example") as bar:
             until = time.monotonic() + 60 * args.minutes
             for done in campaign(part, wanted, args.processes, first, args.shrink, until):
                 batches.append(done)
