@@ -141,7 +141,7 @@ class Projection(ABC):
 
     @abstractmethod
     def fill(self, weight: Tensor, operands: Any, beta: Tensor | None, masks: Tensor | None, search: bool) -> None:
-        """Make the operands of a weight.
+        """Make the operands of a weight, without waiting for the host: CUDA graphs capture it.
 
         Args:
             weight: ``[N, K]``, any strides, bf16, fp16 or fp32.
