@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from importlib import import_module
@@ -156,7 +157,23 @@ def serve() -> dict[str, Any] | None:
     return None
 
 
+def finish(request: dict[str, Any]) -> None:
+    """Execute it, and end as Python does, but that nothing is freed: for all that is imported it takes 0.3 s."""
+    status = 0
+    try:
+        execute(request)
+    except SystemExit as ended:
+        if not isinstance(ended.code, int | None):
+            raise
+        status = ended.code or 0
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
     given = serve()
     if given is not None:
-        execute(given)
+        finish(given)
