@@ -29,7 +29,13 @@ use_environment() {
     # are never imported, and those that are, Python compiles then.
     local install=("$PYTHON" -m pip install --quiet --quiet --no-compile --constraint constraints.txt)
     "${install[@]}" torch setuptools
+    # Beside pip, which leaves a core idle: what each of the first processes would compile of torch, 10 s each.
+    local modules="_inductor.compile_fx, torch._inductor.lowering, torch._inductor.fx_passes.joint_graph"
+    modules+=", torch.distributed.fsdp, torch.distributed.checkpoint.state_dict, torch.distributed.run"
+    "$PYTHON" -c "import torch.$modules" > /dev/null 2>&1 &
+    local compiled=$!
     "${install[@]}" --no-build-isolation --editable ".[$extra]"
+    wait "$compiled" || true  # if it failed, they still do
     cat constraints.txt pyproject.toml > "$stamp"
   fi
 }

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -50,6 +51,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[zoo.OUTCOMES] = []
+    if warm.ADDRESS not in os.environ:  # or this is a worker
+        warm.share()
     # pytest listens to loggers that do not propagate: all graphs would be printed for the trace of a compilation.
     logging.getLogger("torch.__trace").propagate = True
 

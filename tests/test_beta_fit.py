@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+import shared_graphs
 import sparse_compile
 from sparse_compile.kernels.reference import soft_threshold24, sste_beta
 from sparse_compile.projections.groups_of_four import SOFT
 from sparse_compile.weights.beta_fit import fit_beta
+
+clean_slate = shared_graphs.kept
 
 SHAPE = (128, 256)
 LIMITS = SOFT.beta_limits

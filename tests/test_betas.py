@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import shared_graphs
 import sparse_compile
 from sparse_compile.projections.groups_of_four import SOFT
 from sparse_compile.weights.operands import current_operands, layout_of, operand_set
 from sparse_compile.weights.optimizer_state import BETA
 from sparse_compile.weights.registry import record_of
 from sparse_compile.weights.slot import WeightSlot
+
+clean_slate = shared_graphs.kept
 
 OPTIONS = {"sste.executor": "eager", "sste.when": "always"}
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -46,7 +49,8 @@ def batch() -> tuple[Tensor]:
 
 
 def compiled(model: nn.Module) -> Callable[..., Tensor]:
-    return torch.compile(model, backend="sste", options=OPTIONS)
+    # A copy: the graphs that tests share are known by the options, which one of them changes.
+    return torch.compile(model, backend="sste", options=dict(OPTIONS))
 
 
 def train(step: Callable[..., Tensor], optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...]) -> list[float]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+import shared_graphs
 import sparse_compile
 from ffn_training import (
     EAGER,
@@ -25,6 +26,8 @@ from ffn_training import (
     states,
     train,
 )
+
+clean_slate = shared_graphs.kept
 
 
 @pytest.fixture
@@ -123,6 +126,7 @@ def test_two_compiled_copies_of_a_module_share_its_weights(x):
 
 @pytest.mark.parametrize("what", ["torch.compile", "module.compile"])
 def test_nothing_outlives_a_model(x, what):
+    torch._dynamo.reset()  # of a graph that another model was traced for nothing could hold this one
     model = FFN()
     step = compiled_by(what, model)
     optimizer = adamw(model)
@@ -139,6 +143,7 @@ def test_nothing_outlives_a_model(x, what):
 
 
 def test_a_replaced_parameter(x):
+    torch._dynamo.reset()
     model, step, optimizer = after_two_steps(x)
     old = weakref.ref(model.up.weight)
     model.up.weight = nn.Parameter(torch.randn(64, 64) / 8)
@@ -192,6 +197,7 @@ def test_a_frozen_weight_goes_on_as_it_was_trained(x):
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_compiled_model_called_with_other_weights(x, inside):
     """Parameters that are handed in are weights like others."""
+    torch._dynamo.reset()
     model, other = FFN(), FFN()
     values = {name: nn.Parameter(value.clone()) for name, value in other.state_dict().items()}
     if inside:

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+import shared_graphs
 from sparse_compile.kernels import ops, reference
 from sparse_compile.kernels.weight import masked_decay
 from sparse_compile.testing import assert_same_bits
+
+clean_slate = shared_graphs.kept
 
 DECAY = 0.25
 EAGER = {"sste.executor": "eager", "sste.when": "always"}

@@ -58,6 +58,7 @@ def check(said: str, result: dict[str, Any], layers: int) -> None:
     assert f"blocks.*.ffn.up ({layers})" in said, "the table is missing"
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_train_gpt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A short run on the CPU, of a smaller shape than the program offers."""
     shape, config = train_gpt.PRESETS["tiny"]

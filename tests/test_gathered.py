@@ -13,12 +13,25 @@ from torch.distributed.fsdp import fully_shard
 import shared_graphs
 import sparse_compile
 from sparse_compile.measuring import weight_health
-from sparse_compile.torch_internals.heap import instances_of
 from sparse_compile.weights.record import OperandSet
 
 clean_slate = shared_graphs.kept
 
-_of_other_tests: WeakSet[OperandSet] = WeakSet()
+# Those of this test: walks over the heap, after each forward, would take as long as the training.
+_alive: WeakSet[OperandSet] = WeakSet()
+
+
+@pytest.fixture(autouse=True)
+def remembered(monkeypatch):
+    """Operands are known from when they are made."""
+
+    def remember(operands, shards):
+        make(operands, shards)
+        _alive.add(operands)
+
+    _alive.clear()
+    make = OperandSet.__init__
+    monkeypatch.setattr(OperandSet, "__init__", remember)
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +39,6 @@ def one_process():
     """A process group of one, in which FSDP2 frees and gathers as in any other."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    _of_other_tests.update(instances_of(OperandSet))
     yield
     torch.distributed.destroy_process_group()
 
@@ -51,9 +63,8 @@ def make(small_gpt, ffn):
 
 def operand_bytes():
     """What the operands of all weights take, but for their scales."""
-    states = [state for state in instances_of(OperandSet) if state not in _of_other_tests]
-    assert states
-    return sum(operand.untyped_storage().size() for state in states for operand in state.operands[:-1])
+    assert _alive
+    return sum(operand.untyped_storage().size() for state in _alive for operand in state.operands[:-1])
 
 
 def gradients(model):

@@ -1,12 +1,10 @@
 """The ops: registration, fakes and dispatch.  Their numbers are tested with the kernels."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.library import opcheck
 
+import warm
 from sparse_compile.kernels import ops, reference
 from sparse_compile.kernels.formats import E4M3, E5M2, FP8_DTYPES
 from sparse_compile.projections.groups_of_four import SOFT, prune_weight_
@@ -170,7 +168,7 @@ def test_strides_that_no_kernel_reads_are_refused():
 
 def test_import_needs_no_triton():
     code = "import sys; sys.modules['triton'] = None; import sparse_compile.kernels.grouped_ops"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    warm.python("-c", code, check=True)
 
 
 @pytest.mark.gpu

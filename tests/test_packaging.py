@@ -148,30 +148,37 @@ def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Environm
     return environment
 
 
-def check_wheel(environment: Environment) -> None:
+def check_import(environment: Environment, more: str = "") -> str:
+    """What ``more`` prints after an import of torch that touches nothing, as long as SPARSE_COMPILE is not set."""
     light = "import sys, sparse_compile; assert 'torch' not in sys.modules, 'the package imported torch'"
-    for path in environment.execute(light + UNASKED + FIND_BACKEND + IMPORT_ALL).splitlines():
-        assert Path(path).is_relative_to(environment.python.parent.parent)
+    return environment.execute(light + UNASKED + more)
+
+
+def check_files(environment: Environment, printed: str) -> None:
+    """``IMPORT_ALL`` printed files of the environment."""
+    files = printed.splitlines()
+    assert len(files) == 3
+    assert all(Path(file).is_relative_to(environment.python.parent.parent) for file in files)
 
 
 def test_wheel_from_sdist_installs_into_a_fresh_environment(installed: Environment) -> None:
-    """There it touches nothing as long as SPARSE_COMPILE is not set."""
-    check_wheel(installed)
+    """Its backend is found in ``test_environment_variables``."""
+    check_import(installed)
 
 
 @pytest.mark.nightly  # it holds what the other one does
 def test_wheel_installs_into_a_fresh_environment(built: Path, environment: Environment) -> None:
     environment.install(next(built.glob("direct/*.whl")))
-    check_wheel(environment)
+    check_files(environment, check_import(environment, FIND_BACKEND + IMPORT_ALL))
 
 
 def test_environment_variables(installed: Environment) -> None:
     """SPARSE_COMPILE does what the launcher does under torchrun; and nothing where PyTorch is told to load nothing."""
     train, report = installed.elsewhere / "train.py", installed.elsewhere / "report.json"
-    train.write_text(IMPORT_TORCH + TRAIN.replace("STEP", "model"))
+    train.write_text(IMPORT_TORCH + FIND_BACKEND + IMPORT_ALL + TRAIN.replace("STEP", "model"))
     torchrun = f"import sys, runpy; sys.argv[1:] = ['--standalone', {str(train)!r}]\n"
     torchrun += "runpy.run_module('torch.distributed.run', run_name='__main__')"
-    installed.execute(torchrun, SPARSE_COMPILE="auto", SPARSE_COMPILE_REPORT=str(report))
+    check_files(installed, installed.execute(torchrun, SPARSE_COMPILE="auto", SPARSE_COMPILE_REPORT=str(report)))
     assert "2:4" in report.read_text(), "torchrun's own process wrote over it"
 
     installed.execute(UNASKED, SPARSE_COMPILE="1", TORCH_DEVICE_BACKEND_AUTOLOAD="0")

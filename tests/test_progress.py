@@ -2,16 +2,20 @@
 
 import json
 import os
-import subprocess
 import sys
+from pathlib import Path
 from time import sleep
 
 import pytest
 
+import warm
 from sparse_compile import backend, progress
 
-# The rewritten graph runs as it is.
+ROOT = Path(__file__).parents[1]
+# PyTorch reads the variables when it is imported, which a warm process did before it was given them.  The rewritten
+# graph runs as it is.
 STEP = (
+    "import torch._logging._internal as logs; logs.LOG_TRACE_HANDLER = None; logs._init_logs()\n"
     "import torch; from torch import nn; import sparse_compile; from sparse_compile import backend\n"
     "backend.compile_graph = lambda graph, *args, **named: graph.forward\n"
     "ffn = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 70))\n"
@@ -65,8 +69,8 @@ def test_no_terminal_no_progress(monkeypatch, capsys):
 
 
 def test_decisions_in_the_log_and_the_graph_in_the_trace(tmp_path):
-    environment = {**os.environ, "TORCH_LOGS": "+sparse_compile", "TORCH_TRACE": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", STEP], check=True, capture_output=True, text=True, env=environment)
+    variables = {"TORCH_LOGS": "+sparse_compile", "TORCH_TRACE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = warm.python("-c", STEP, check=True, env={**os.environ, **variables})
     for line in ("rewrote 0 to s-ste", "left 2 dense: shape: out_features = 70", "rewrote 1 of 2 linears"):
         assert line in done.stderr
     (trace,) = tmp_path.iterdir()

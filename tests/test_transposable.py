@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import shared_graphs
 import sparse_compile
 from gpu_weights import in_layout, poisoned, special
 from sparse_compile.kernels import reference
@@ -21,6 +22,8 @@ from sparse_compile.kernels.reference.transposable import (
 from sparse_compile.kernels.weight import prune_fp8
 from sparse_compile.testing import assert_same_bits
 from sparse_compile.weights.registry import find_record
+
+clean_slate = shared_graphs.kept
 
 EAGER = {"sste.executor": "eager", "sste.when": "always", "sste.recipe": "t-sr-ste"}
 

@@ -196,8 +196,11 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "Flip rate in each optimizer step" in (tmp_path / "out.html").read_text()
 
 
-@pytest.mark.alone
-def test_scripts_that_end_by_themselves(tmp_path):
+# By day the run that exits is alone: it ends before it imports what a compilation needs.
+@pytest.mark.parametrize(
+    "alone", [False, pytest.param(True, marks=(pytest.mark.alone, pytest.mark.nightly))], ids=["warm", "alone"]
+)
+def test_scripts_that_end_by_themselves(tmp_path, alone):
     done = run(tmp_path, None, length=3)
     assert not done.stopped
     assert len(done.rates()) == 3
@@ -210,7 +213,7 @@ def test_scripts_that_end_by_themselves(tmp_path):
             "1 / 0",
             r"run with decay 0.5 failed, exit status 1; its last output was:(.|\n)*ZeroDivisionError: division by zero",
         ),
-        ("sys.exit(7)", "run with decay 0.5 failed, exit status 7"),
+        pytest.param("sys.exit(7)", "run with decay 0.5 failed, exit status 7", marks=pytest.mark.alone),
         ("__import__('os').kill(__import__('os').getpid(), 9)", f"failed, ended by signal {int(signal.SIGKILL)}"),
         (
             "model",

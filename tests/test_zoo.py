@@ -12,7 +12,7 @@ ARCHITECTURES = [*zoo_transformers.ARCHITECTURES, *zoo_torch.ARCHITECTURES]
 
 # The default run has these, too, which differ in how an FFN is written, and are quickly compiled.  Other tests of it
 # train GPT-2, Llama and encoders of torch.nn.
-SAMPLE = ("AlbertForMaskedLM", "ConvNeXt blocks", "GraniteMoeForCausalLM", "MLP-Mixer", "blocks checkpointed")
+SAMPLE = ("ConvNeXt blocks", "FFN repeated", "GraniteMoeForCausalLM", "MLP-Mixer", "blocks checkpointed")
 
 
 def marked(architecture: Architecture) -> object:

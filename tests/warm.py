@@ -15,29 +15,47 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
+from select import select
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 LIMIT = 300  # seconds
+ADDRESS = "WARM_SERVER"  # the variable that names the socket
 
 
-@cache
-def server() -> "subprocess.Popen[str]":
-    """Of this process of pytest; it ends with it."""
+def share() -> None:
+    """Start the server, for this process of pytest and its workers; it imports nothing before it is needed."""
     without = {name: value for name, value in os.environ.items() if not name.startswith(("SPARSE_COMPILE", "PYTHON"))}
     # Whether there is a GPU is then asked without the CUDA runtime, which a forked process could not use again.
     without["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     # Threads are counted when torch is imported.  Tests and ranks run side by side.
     without["OMP_NUM_THREADS"] = "1"
-    process = subprocess.Popen(
-        [sys.executable, __file__], env=without, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    folder = tempfile.TemporaryDirectory()
+    os.environ[ADDRESS] = f"{folder.name}/socket"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.environ[ADDRESS])
+        listening.listen()
+        given = listening.fileno()
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(given)], env=without, stdin=subprocess.PIPE, pass_fds=[given]
+        )
+    atexit.register(folder.cleanup)
     atexit.register(process.communicate)
-    return process
+
+
+@cache
+def server() -> TextIO:
+    """A connection to it: requests are written, answers are read, a line each."""
+    if ADDRESS not in os.environ:
+        share()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(os.environ[ADDRESS])
+        return connection.makefile("rw")
 
 
 def python(
@@ -65,9 +83,7 @@ def group(
 def _start(
     environments: list[dict[str, str]], arguments: Sequence[object], cwd: Path | None
 ) -> "list[subprocess.CompletedProcess[str]]":
-    process = server()
-    assert process.stdin is not None
-    assert process.stdout is not None
+    connection = server()
     words = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as folder:
         requests = [
@@ -77,11 +93,11 @@ def _start(
             }
             for number, environment in enumerate(environments)
         ]  # fmt: skip
-        process.stdin.write(f"{json.dumps(requests)}\n")
-        process.stdin.flush()
+        connection.write(f"{json.dumps(requests)}\n")
+        connection.flush()
         return [
             subprocess.CompletedProcess(words, status, *(Path(request[name]).read_text() for name in ("out", "err")))
-            for request, status in zip(requests, json.loads(process.stdout.readline()), strict=True)
+            for request, status in zip(requests, json.loads(connection.readline()), strict=True)
         ]
 
 
@@ -134,29 +150,68 @@ def compile_once() -> None:
     torch._dynamo.reset()
 
 
-def serve() -> dict[str, Any] | None:
-    """The request, in each process that is forked; nothing in this one, at the end of requests."""
-    installed = sys.path[1:]  # without this folder
+def connections(listening: socket.socket) -> Iterator[socket.socket]:
+    """As long as the process of pytest lives, which holds the other end of standard input."""
+    while listening in select([listening, sys.stdin], [], [])[0]:
+        yield listening.accept()[0]
+
+
+@cache
+def prepare() -> None:
+    """What forked processes have done already."""
     compile_quickly()
     # With a GPU a compilation would begin to use it.
     if not import_module("torch").cuda.is_available():
         compile_once()
     gc.collect()
     gc.freeze()
-    for line in sys.stdin:
+
+
+def serve(listening: socket.socket) -> dict[str, Any] | None:
+    """The request, in each process that is forked for one; nothing in this one, nor in those for a connection."""
+    installed = sys.path[1:]  # without this folder
+    for connection in connections(listening):
+        prepare()
+        if os.fork() == 0:
+            return answer(connection, installed)
+        connection.close()
+    return None
+
+
+def answer(connection: socket.socket, installed: list[str]) -> dict[str, Any] | None:
+    """As ``serve``, of the requests of one connection."""
+    stream = connection.makefile("rw")
+    for line in stream:
         children = []
         for request in json.loads(line):
             children.append(os.fork())
             if children[-1] == 0:
                 become(request, installed)
-                return request
+                given: dict[str, Any] = request
+                return given
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        sys.stdout.write(f"{json.dumps(statuses)}\n")
-        sys.stdout.flush()
+        stream.write(f"{json.dumps(statuses)}\n")
+        stream.flush()
     return None
 
 
+def finish(request: dict[str, Any]) -> None:
+    """Execute it, and end as Python does, but that nothing is freed: for all that is imported it takes 0.3 s."""
+    status = 0
+    try:
+        execute(request)
+    except SystemExit as ended:
+        if not isinstance(ended.code, int | None):
+            raise
+        status = ended.code or 0
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    given = serve()
-    if given is not None:
-        execute(given)
+    request = serve(socket.socket(fileno=int(sys.argv[1])))
+    if request is not None:
+        finish(request)

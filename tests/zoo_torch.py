@@ -49,10 +49,10 @@ class Mixer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(4))
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
         # Tokens are as many as features: fewer than 64 would stay dense.
         self.mlps = nn.ModuleList(
-            nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH)) for _ in range(4)
+            nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH)) for _ in range(2)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,6 +110,19 @@ class Blocks(nn.Module):
 
 def plain_ffn(*activation: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, HIDDEN), *activation, nn.Linear(HIDDEN, WIDTH))
+
+
+class Repeated(nn.Module):
+    """As ALBERT's layers: the same FFN again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.ffn = nn.LayerNorm(WIDTH), plain_ffn(nn.GELU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + self.ffn(self.norm(x))
+        return x
 
 
 class Experts(nn.Module):
@@ -195,6 +208,7 @@ ARCHITECTURES = [
     ),
     own("blocks in place", partial(Blocks, partial(plain_ffn, nn.ReLU(inplace=True))), (r"ffn\.0", r"ffn\.2"), X),
     own("blocks of experts", partial(Blocks, Experts), (r"experts\.\d+\.0", r"experts\.\d+\.2"), X),
+    own("FFN repeated", Repeated, (r"ffn\.0", r"ffn\.2"), X),
     own("MLP-Mixer", Mixer, (r"mlps\.\d+\.0", r"mlps\.\d+\.2"), {"x": partial(tokens, BATCH, WIDTH, WIDTH)}),
     own("ConvNeXt blocks", ConvBlocks, (r"ups\.\d+", r"downs\.\d+"), {"x": partial(tokens, BATCH, WIDTH, 4, 4)}),
     images("timm.models.vision_transformer.VisionTransformer", FC, img_size=32, patch_size=8, **VIT),
