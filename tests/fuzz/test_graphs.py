@@ -18,13 +18,13 @@ SETTINGS = settings(
 )
 
 
-@settings(SETTINGS, max_examples=7)
+@settings(SETTINGS, max_examples=10)
 @given(
     program=programs(sorted(RECIPES), BY_DAY, most=2, small=True), mvue=st.booleans(),
     scripts=st.lists(scripts(most=2, small=True), min_size=30, max_size=30),
 )  # fmt: skip
 def test_small_ones(program: Program, scripts: list[Script], mvue: bool) -> None:
-    """As many scripts over as many graphs as fifteen seconds of a core allow."""
+    """Three hundred scripts: thirty over each of ten graphs."""
     check(program, scripts, Kind(), mvue)
 
 
