@@ -105,7 +105,7 @@ def _trials() -> Iterator[tuple[str, Trial]]:
     for name, layers in (("", ("up", "down")), (", ffn.up alone", ("up",)), (", ffn.down alone", ("down",))):
         across = Trial(projection=SOFT, beta=2.5, layers=layers, across=True)
         yield f"s-ste, beta 2.5{name}, along out_features", across
-    for factor, betas in (("", (None, None)), (", 1.7 x beta", (2.69, 2.97))):
+    for factor, betas in (("", (None, None)), (", 1.7 x beta", (2.69, 2.97)), (", 2.3 x beta", (3.63, 4.02))):
         yield f"s-ste both ways{factor}", Trial(projection=SOFT_TRANSPOSABLE, beta=betas[0])
         yield (
             f"s-ste both ways{factor}, out_features first",
