@@ -27,13 +27,15 @@ grouped_mm = define(
 def _grouped_mm_kernel(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """PyTorch's kernel takes bf16 alone; the definition reads offsets on the host."""
     if a.dtype != torch.bfloat16:
-        return reference.grouped_mm(a, b, offsets)
+        with torch.autocast("cuda", enabled=False):
+            return reference.grouped_mm(a, b, offsets)
     return torch._grouped_mm(a, b, offs=offsets.int())
 
 
 def _grouped_wgrad_mm_kernel(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     if a.dtype != torch.bfloat16:
-        return reference.grouped_wgrad_mm(a, b, offsets)
+        with torch.autocast("cuda", enabled=False):
+            return reference.grouped_wgrad_mm(a, b, offsets)
     return torch._grouped_mm(a.t(), b, offs=offsets.int())
 
 
