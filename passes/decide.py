@@ -200,6 +200,7 @@ def _should_not(site: LinearSite, owners: ParameterOwners, head: Recipe | None) 
 
 
 def _is_head(site: LinearSite, owners: ParameterOwners) -> bool:
-    return site.role is Role.HEAD or (
-        site.role is Role.LAST and owners.has_embedding(site.out_features, site.in_features)
+    """Experts are none: a vocabulary has one matrix."""
+    return site.experts is None and (
+        site.role is Role.HEAD or (site.role is Role.LAST and owners.has_embedding(site.out_features, site.in_features))
     )

@@ -213,3 +213,12 @@ def test_experts_train_in_one_graph_and_have_a_row_each():
     }
     assert {row.decision for row in rows.values()} == {"s-ste (2:4 fp8, fp8, 2:4 fp8)"}
     assert all("experts_training.py" in row.source for row in rows.values())
+
+
+def test_the_last_product_of_a_graph_is_no_head_of_experts():
+    """Whatever the shape of an embedding that lives."""
+    embedding, model = nn.Embedding(128, WIDTH), One(transposed=False)
+    step = compiled(model, EAGER)
+    step(torch.randn(40, WIDTH).bfloat16(), torch.tensor([10, 20, 30, 40], dtype=torch.int32))
+    (row,) = sparse_compile.report().graphs[-1].rows
+    assert row.decision.split()[0] != "dense", (row.reason, embedding)
