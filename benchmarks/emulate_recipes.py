@@ -43,15 +43,14 @@ STEPS, BATCH = 1600, 16
 DENSE = "dense"
 
 
-class _LargerThreshold(SoftTransposable):
-    """Of both thresholds of an element, along in_features and along out_features, the larger one."""
+class _OneAfterTheOther(SoftTransposable):
+    """The soft threshold along in_features, then of what is left along out_features."""
 
     def project(self, weight: Tensor, masks: Tensor | None) -> Tensor:
-        along_k, along_n = soft_threshold24(weight), soft_threshold24(weight.t()).t()
-        return along_k.where(along_k.abs() <= along_n.abs(), along_n)
+        return soft_threshold24(soft_threshold24(weight).t()).t()
 
 
-LARGER_THRESHOLD = _LargerThreshold("larger-threshold24")
+ONE_AFTER_THE_OTHER = _OneAfterTheOther("one-after-the-other24")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +105,12 @@ def _trials() -> Iterator[tuple[str, Trial]]:
         across = Trial(projection=SOFT, beta=2.5, layers=layers, across=True)
         yield f"s-ste, beta 2.5{name}, along out_features", across
     for factor, betas in (("", (None, None)), (", 1.7 x beta", (2.69, 2.97)), (", 2.3 x beta", (3.63, 4.02))):
-        yield f"s-ste both ways{factor}", Trial(projection=SOFT_TRANSPOSABLE, beta=betas[0])
+        yield f"s-ste both ways{factor}", Trial(projection=ONE_AFTER_THE_OTHER, beta=betas[0])
         yield (
             f"s-ste both ways{factor}, out_features first",
-            Trial(projection=SOFT_TRANSPOSABLE, beta=betas[0], across=True),
+            Trial(projection=ONE_AFTER_THE_OTHER, beta=betas[0], across=True),
         )
-        yield f"s-ste both ways{factor}, larger threshold", Trial(projection=LARGER_THRESHOLD, beta=betas[1])
+        yield f"s-ste both ways{factor}, larger threshold", Trial(projection=SOFT_TRANSPOSABLE, beta=betas[1])
     yield "s-ste, beta 2.5 of ffn.up", Trial(projection=SOFT, beta=2.5, beta_of=("up",))
     yield "ste, kept x 1.5", Trial(projection=TOP2, gain=1.5)
     # Is it the scale alone?

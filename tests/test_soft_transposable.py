@@ -11,7 +11,7 @@ from conftest import FFN
 from gpu_weights import in_layout, poisoned, special
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import E4M3, metadata_shape, values_shape
-from sparse_compile.kernels.reference import prune_soft_transposable, soft_threshold24, soft_threshold24_both
+from sparse_compile.kernels.reference import prune_soft_transposable, soft_mask24_both, soft_threshold24_both
 from sparse_compile.kernels.weight import prune_fp8
 from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE
 from sparse_compile.testing import assert_same_bits
@@ -40,36 +40,38 @@ def test_it_is_24_both_ways_and_its_own_projection(kind):
 
 def test_a_tile_by_hand():
     weight = torch.tensor([[5.0, -1, 2, 3], [1, 4, -4, 6], [-7, 2, 1, 0], [3, 3, 3, -8]])
-    # Along rows the thresholds are 2, 4, 1, 3; along columns of what is left, 0, 0, 0 and 1.
-    along_rows = torch.tensor([[3.0, 0, 0, 1], [0, 0, 0, 2], [-6, 1, 0, 0], [0, 0, 0, -5]])
-    assert torch.equal(soft_threshold24(weight), along_rows)
-    expected = along_rows.clone()
-    expected[:, 3] = torch.tensor([0.0, 1, 0, -4])
+    # Along rows the thresholds are 2, 4, 1, 3; along columns 3, 2, 2 and 3.
+    expected = torch.tensor([[2.0, 0, 0, 0], [0, 0, 0, 2], [-4, 0, 0, 0], [0, 0, 0, -5]])
     assert torch.equal(soft_threshold24_both(weight), expected)
+    assert torch.equal(soft_threshold24_both(weight.t()), expected.t())
+
+
+def test_nan_spreads_along_both_groups_of_its_own():
+    weight = torch.randn(8, 8)
+    weight[1, 6] = torch.nan
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[1, 4:] = expected[:4, 6] = True
+    assert torch.equal(soft_threshold24_both(weight).isnan(), expected)
+    assert not soft_mask24_both(weight)[expected].any()
 
 
 def test_it_is_continuous():
-    """Each threshold moves by no more than the weight, so what is left of both by no more than four times that."""
+    """Each threshold moves by no more than the weight, and so does the larger of two; what is left by twice that."""
     weight = torch.randint(-3, 4, (128, 128)).double()  # with ties, where a mask would jump
     moved = weight + 1e-6 * (2 * torch.rand(128, 128, dtype=torch.float64) - 1)
     change = (soft_threshold24_both(moved) - soft_threshold24_both(weight)).abs().max()
-    assert 0 < change <= 4.01e-6
+    assert 0 < change <= 2.01e-6
 
 
 def test_density_and_energy_of_normal_weights():
     weight = torch.randn(1024, 1024, dtype=torch.float64)
     projected = soft_threshold24_both(weight)
-    assert (projected != 0).double().mean() == pytest.approx(0.406, abs=2e-3)
+    assert (projected != 0).double().mean() == pytest.approx(0.372, abs=2e-3)
     beta = (weight * projected).sum() / projected.square().sum()
     limits = SOFT_TRANSPOSABLE.beta_limits
     assert float(beta) == pytest.approx(limits.prior, rel=0.01)
     energy = (beta * projected * weight).sum() / weight.square().sum()
-    assert float(energy) == pytest.approx(0.64, abs=0.01)
-    # Its mirror image holds as much.
-    mirrored = soft_threshold24_both(weight.t()).t()
-    assert float((mirrored * weight).sum() ** 2 / mirrored.square().sum()) == pytest.approx(
-        float((projected * weight).sum() ** 2 / projected.square().sum()), rel=5e-3
-    )
+    assert float(energy) == pytest.approx(0.65, abs=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -197,7 +199,7 @@ def test_training_a_checkpoint_and_finalize():
     losses = train(run, optimizer, range(6))
     assert losses[-1] < losses[0]
     betas = sparse_compile.beta(model)
-    assert all(1.5 < value < 1.95 for value in betas.values()), betas
+    assert all(2.1 < value < 2.5 for value in betas.values()), betas
     saved = {key: part.state_dict() for key, part in (("model", model), ("optimizer", optimizer))}
     saved = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, saved)
     later = train(run, optimizer, range(6, 9))
@@ -224,7 +226,7 @@ def test_what_says_nothing_has_the_prior(weight):
 
 
 @pytest.mark.parametrize(
-    ("kind", "value"), [("normal", 1.58), ("uniform", 1.87), ("exponential", 1.37)], ids=lambda value: str(value)
+    ("kind", "value"), [("normal", 1.74), ("uniform", 2.34), ("exponential", 1.43)], ids=lambda value: str(value)
 )
 def test_real_distributions_are_fitted(kind, value):
     uniform = torch.rand(512, 512)

@@ -36,6 +36,7 @@ from sparse_compile.kernels.reference.pruning import (
     prune_weight,
     prune_weight_bf16,
     soft_mask24,
+    soft_mask24_both,
     soft_threshold24,
     soft_threshold24_both,
     sste_beta,
@@ -55,7 +56,7 @@ __all__ = [
     "grouped_sparse_mm", "grouped_transpose_tokens", "grouped_wgrad_mm", "grouped_wgrad_scaled_mm",
     "grouped_wgrad_sparse_mm", "hard_threshold24", "mvue24", "philox4x32", "prune_soft_transposable",
     "prune_transposable", "prune_weight", "prune_weight_bf16", "rounding_uniforms", "saturating_cast", "scaled_mm",
-    "soft_mask24", "soft_threshold24", "soft_threshold24_both", "sparse_mm", "sste_beta", "stochastic_round",
-    "tensorwise_scale", "tokens_of_experts", "top2_mask", "transposable_masks", "transpose_pruned",
+    "soft_mask24", "soft_mask24_both", "soft_threshold24", "soft_threshold24_both", "sparse_mm", "sste_beta",
+    "stochastic_round", "tensorwise_scale", "tokens_of_experts", "top2_mask", "transposable_masks", "transpose_pruned",
     "transpose_tokens",
 ]  # fmt: skip

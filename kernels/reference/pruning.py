@@ -23,15 +23,22 @@ def soft_threshold24(weight: Tensor) -> Tensor:
 
 
 def soft_threshold24_both(weight: Tensor) -> Tensor:
-    """S_out(S_in(W)): ``soft_threshold24`` along the last dimension, then of what is left along the first.
+    """``sign(w) * max(|w| - t, 0)``: t is the larger of two thresholds, of the element's group along K and along N.
 
-    At most two of each four elements stay non-zero along either dimension, and the projection is continuous in W, being
-    a composition of continuous functions.  It is idempotent, as ``soft_threshold24`` is.
+    Each is that of ``soft_threshold24``.  So at most two of each four elements stay non-zero along either dimension.
+    The projection is continuous in W and idempotent, and of the transposed weight it is the transposed one.
 
     Args:
         weight: ``[N, K]``, N and K multiples of 4, any floating dtype; computed in that dtype.
     """
-    return soft_threshold24(soft_threshold24(weight).t()).t()
+    magnitude = weight.abs()
+    return (magnitude - _threshold_both(magnitude)).clamp_min(0).copysign(weight)
+
+
+def soft_mask24_both(weight: Tensor) -> Tensor:
+    """Which elements exceed the threshold of ``soft_threshold24_both``, bool ``[N, K]``; none of a group with NaN."""
+    magnitude = weight.abs()
+    return magnitude > _threshold_both(magnitude)
 
 
 def soft_mask24(weight: Tensor) -> Tensor:
@@ -62,6 +69,15 @@ def _threshold(magnitude: Tensor) -> Tensor:
     low = torch.maximum(torch.minimum(b0, b1), torch.minimum(b2, b3))
     high = torch.minimum(torch.maximum(b0, b1), torch.maximum(b2, b3))
     return torch.minimum(low, high).unsqueeze(-1)
+
+
+def _threshold_both(magnitude: Tensor) -> Tensor:
+    """Of each element of ``[N, K]`` the larger threshold of its two groups; NaN where one of them holds NaN."""
+    along_k, along_n = (
+        _threshold(of_four.reshape(*of_four.shape[:-1], -1, 4)).expand(-1, -1, 4).reshape(of_four.shape)
+        for of_four in (magnitude, magnitude.t())
+    )
+    return torch.maximum(along_k, along_n.t())
 
 
 def sste_beta(weight: Tensor) -> float | None:

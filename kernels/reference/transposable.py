@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.reference.compression import compress24, kept_positions, saturating_cast
-from sparse_compile.kernels.reference.pruning import soft_mask24, soft_threshold24, tensorwise_scale
+from sparse_compile.kernels.reference.pruning import soft_mask24_both, soft_threshold24_both, tensorwise_scale
 
 # Pairs of columns; the complement of pair p is pair 5 - p.
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
@@ -110,10 +110,10 @@ def prune_soft_transposable(weight: Tensor, beta: Tensor) -> tuple[Tensor, Tenso
     Returns:
         as ``prune_transposable``.
     """
-    along_k = soft_threshold24(weight.float())
-    projected = soft_threshold24(along_k.t()).t()
+    w = weight.float()
+    projected = soft_threshold24_both(w)
     scale, scale_inv = tensorwise_scale(projected)
-    return (*_compress_both_ways(projected * scale, soft_mask24(along_k.t()).t()), beta * scale_inv)
+    return (*_compress_both_ways(projected * scale, soft_mask24_both(w)), beta * scale_inv)
 
 
 def _compress_both_ways(scaled: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

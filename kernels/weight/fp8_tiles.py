@@ -154,17 +154,17 @@ def prune_transposable_tile(
 
 
 @gluon.jit
-def _threshold_rows(m):
-    """The soft threshold of each four rows, [R, C], of magnitudes or what is below zero.
+def _threshold_rows(b, t):
+    """Magnitudes [R, C] less ``t``, or less the soft threshold of each four rows where that is larger.
 
-    What exceeds it, [R, C], not above zero for none; the largest and the index of those that do, [R / 4, C].
+    What is left, [R, C], not above zero for none; the largest and the index of what is, [R / 4, C].
     """
-    m0, m1, m2, m3 = split_rows(m)
-    # The second smallest of what is not below zero.
-    t = maximum(second_smallest(m0, m1, m2, m3), 0.0)
-    largest = maximum(maximum(m0, m1), maximum(m2, m3)) - t
-    m0, m1, m2, m3 = m0 - t, m1 - t, m2 - t, m3 - t
-    return with_layout_of(join_rows(m0, m1, m2, m3), m), largest, index_of_positive(m1, m2, m3)
+    b0, b1, b2, b3 = split_rows(b)
+    t0, t1, t2, t3 = split_rows(t)
+    along = second_smallest(b0, b1, b2, b3)
+    m0, m1, m2, m3 = b0 - maximum(t0, along), b1 - maximum(t1, along), b2 - maximum(t2, along), b3 - maximum(t3, along)
+    largest = maximum(maximum(m0, m1), maximum(m2, m3))
+    return with_layout_of(join_rows(m0, m1, m2, m3), b), largest, index_of_positive(m1, m2, m3)
 
 
 @gluon.jit
@@ -172,14 +172,14 @@ def prune_soft_transposable_tile(
     w, row, column, values_ptr, metadata_ptr, values_t_ptr, metadata_t_ptr, scale, rows, columns,
     COLUMN_MAJOR: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
-    """Soft thresholds along rows, then along columns; cast and stored both ways."""
+    """By the larger of the soft thresholds along rows and along columns; cast and stored both ways."""
     w0, w1, w2, w3, signs = groups(w)  # [BLOCK_N, BLOCK_K / 4]
     b0, b1, b2, b3 = magnitude(w0), magnitude(w1), magnitude(w2), magnitude(w3)
     t = second_smallest(b0, b1, b2, b3)
-    m0, largest0, index_t0 = _threshold_rows(b0 - t)
-    m1, largest1, index_t1 = _threshold_rows(b1 - t)
-    m2, largest2, index_t2 = _threshold_rows(b2 - t)
-    m3, largest3, index_t3 = _threshold_rows(b3 - t)
+    m0, largest0, index_t0 = _threshold_rows(b0, t)
+    m1, largest1, index_t1 = _threshold_rows(b1, t)
+    m2, largest2, index_t2 = _threshold_rows(b2, t)
+    m3, largest3, index_t3 = _threshold_rows(b3, t)
     words = _cast_positive_words(m0 * scale, m1 * scale, m2 * scale, m3 * scale, signs)
     # What exceeds both thresholds: never more than two of four, either way.  Zeros beyond the weight exceed none, and
     # name positions 0 and 1, as padding does.
@@ -187,7 +187,7 @@ def prune_soft_transposable_tile(
         words, index_of_positive(m1, m2, m3), join_columns_transposed(index_t0, index_t1, index_t2, index_t3),
         values_ptr, metadata_ptr, values_t_ptr, metadata_t_ptr, row, column, rows, columns, COLUMN_MAJOR, EVEN,
     )  # fmt: skip
-    # Below zero where the first threshold drops all four rows of a column.
+    # Below zero where a tile keeps nothing.
     return reduce_amax(maximum(maximum(maximum(largest0, largest1), maximum(largest2, largest3)), 0.0))
 
 

@@ -4,7 +4,7 @@
             payload = e4m3(S * scale),  scale_inv = beta / scale,  amax = max |S|
             soft (S-STE):  S(w) = sign(w) * max(|w| - t, 0),  t the second smallest magnitude
             hard (top-2):  S(w) = w for the two largest magnitudes, of equal ones the first, and 0 for the others
-    soft transposable:  W~ = beta * S(W), the soft thresholds of each four along K, then of what is left along N;
+    soft transposable:  W~ = beta * S(W), by the larger of the soft thresholds of each four along K and along N;
                         payload and amax as above, but 2:4 along rows and columns
     transposable:  W~ = mask * W, mask 2:4 along rows and columns; payload = e4m3(W * scale), amax = max |W|
     cast:   payload = e4m3(W * scale),  scale_inv = 1 / scale,  amax = max |W|

@@ -43,7 +43,9 @@ def hard24(weight: Tensor) -> Tensor:
 
 
 def soft_both(weight: Tensor) -> Tensor:
-    return soft24(soft24(weight).t()).t()
+    """Of what either threshold leaves the smaller."""
+    along_k, along_n = soft24(weight), soft24(weight.mT).mT
+    return weight.sign() * torch.minimum(along_k.abs(), along_n.abs())
 
 
 PROJECTIONS = {"none": lambda weight: weight, "soft": soft24, "soft, both": soft_both, "hard": hard24}
