@@ -66,7 +66,7 @@ def weight_kernels(matrix: torch.Tensor) -> None:
 def kernels_of_experts() -> None:
     """With one that has no tokens, one that has few, and rows at the end that are nobody's."""
     offsets, sizes = torch.tensor([0, 5, TOKENS - 20, TOKENS - 20], dtype=torch.int32, device=DEVICE), (192, 128)
-    one, scales = torch.ones(4, 1, device=DEVICE), torch.ones(TOKENS, device=DEVICE)
+    ones, scales = torch.ones(4, device=DEVICE), torch.ones(TOKENS, device=DEVICE)
     weight = torch.randn(4, *sizes, device=DEVICE, dtype=torch.bfloat16)
     made = {}
     for projection in (SOFT, SOFT_TRANSPOSABLE, IDENTITY):
@@ -83,9 +83,11 @@ def kernels_of_experts() -> None:
     payload = x.to(E4M3)
     x_t = grouped_ops.grouped_transpose_tokens(payload, offsets)
     operand = SOFT.fprop_operand(made[SOFT])
-    grouped_ops.grouped_sparse_mm(operand.values, operand.metadata, payload, one, scales, offsets, torch.bfloat16, True)
+    grouped_ops.grouped_sparse_mm(
+        operand.values, operand.metadata, payload, ones, scales, offsets, torch.bfloat16, True
+    )
     for transpose in (False, True):
-        grouped_ops.grouped_wgrad_sparse_mm(sampled[1], sampled[2], x_t, one, offsets, torch.bfloat16, transpose)
+        grouped_ops.grouped_wgrad_sparse_mm(sampled[1], sampled[2], x_t, ones, offsets, torch.bfloat16, transpose)
 
 
 class Variant(NamedTuple):
