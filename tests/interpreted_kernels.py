@@ -84,7 +84,7 @@ def interpret_weight_kernels() -> None:
 
     interpret(
         tiles, groups_of_four, transposable, masked_decay, fp8_tiles, prune_fp8, prune_bf16, cast_transpose,
-        transpose_pruned, cast_words=cast, permute_bytes=elementwise(prmt, tl.int32),
+        transpose_pruned, cast_mvue, cast_words=cast, permute_bytes=elementwise(prmt, tl.int32),
         with_layout_of=lambda x, y: x,
         _widen=widen, _cast_positive_words=cast_positive, magnitude=elementwise(np.abs, tl.float32),
         _is_positive=elementwise(lambda x: (x > 0).astype(np.float32), tl.float32),

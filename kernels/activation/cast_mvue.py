@@ -13,12 +13,17 @@ their own (``reference.grouped``).
 A program takes PARTS parts of 32 tokens, a word of metadata each.  With a warp for each part and 128 columns, a thread
 holds all tokens of four neighbouring columns: it samples, packs and describes their groups on its own, and only the
 finished values and words change places, for wide stores.
+
+Layouts are given (Gluon), not found: Triton's pass that finds them looks at all of a program for each access to memory,
+which made three quarters of the time that this one took to compile.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from sparse_compile.kernels.expert_blocks import plan_expert_blocks
 from sparse_compile.kernels.formats import (
@@ -31,73 +36,79 @@ from sparse_compile.kernels.formats import (
     values_shape,
 )
 from sparse_compile.kernels.launch_plan import NOTHING, LaunchPlan, UncachedPlan, plan_kernel, planned
+from sparse_compile.kernels.tiles import join_columns, row_layout, store_tile, with_layout_of
 
-_PAD_WORD = tl.constexpr(PAD_WORD)
-_EXPERT_DRAWS = tl.constexpr(expert_stream(0, 1))
-_APPROX_EPS = tl.constexpr(2.0**-23)
-_TOTAL_FLOOR = tl.constexpr(2.0**-100)
+_PAD_WORD = gl.constexpr(PAD_WORD)
+_EXPERT_DRAWS = gl.constexpr(expert_stream(0, 1))
+_APPROX_EPS = gl.constexpr(2.0**-23)
+_TOTAL_FLOOR = gl.constexpr(2.0**-100)
 # Loads of AHEAD tokens are issued before the first store: the compiler does not move them past one.
 _PARTS, _BLOCK_N, _AHEAD = 4, 128, 8
 _BLOCK_T = 32 * _PARTS
 _REGISTERS = 168  # of a thread, so that three programs fit a multiprocessor
 
 
-@triton.jit
+@gluon.jit
 def _minimum(x, y):
-    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+    return gl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit
-def _columns_of_threads(x0, x1, x2, x3, BLOCK_N: tl.constexpr):
-    """Columns 0, 1, 2 and 3 of every four side by side: ``[PARTS, BLOCK_N / 4]`` each to ``[PARTS, BLOCK_N]``."""
-    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [x0.shape[0], BLOCK_N])
+# Triton's: ten rounds of Philox4x32.
+_philox = gluon.jit(tl.random.philox_impl.fn)
 
 
-@triton.jit
-def _draw_words(seed, index, offs_part, start_n, CALL: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The four words of one of Philox's calls for each part of 32 tokens and column, ``[PARTS, BLOCK_N]`` each.
+@gluon.jit
+def _draw_words(seed_ptr, index, offs_part, start_n, like, CALL: gl.constexpr):
+    """The four words of one of Philox's calls for each part of 32 tokens and column, held as ``like`` is.
 
-    Drawn column by column of the threads, in the layout in which they hold grad.
+    Drawn column by column of the threads: each draws for the columns that it holds.
     """
-    offs_n = (start_n + 4 * tl.arange(0, BLOCK_N // 4))[None, :]
-    x0, y0, z0, w0 = tl.philox(seed, offs_n, offs_part[:, None], index, CALL)
-    x1, y1, z1, w1 = tl.philox(seed, offs_n + 1, offs_part[:, None], index, CALL)
-    x2, y2, z2, w2 = tl.philox(seed, offs_n + 2, offs_part[:, None], index, CALL)
-    x3, y3, z3, w3 = tl.philox(seed, offs_n + 3, offs_part[:, None], index, CALL)
+    PARTS: gl.constexpr = like.shape[0]
+    FOURS: gl.constexpr = like.shape[1] // 4
+    layout: gl.constexpr = row_layout([PARTS, FOURS], 1, 1, gl.num_warps())
+    seed = gl.load(seed_ptr)
+    key_low, key_high = (seed & 0xFFFFFFFF).to(gl.uint32), (seed >> 32 & 0xFFFFFFFF).to(gl.uint32)
+    part = gl.convert_layout(offs_part, gl.SliceLayout(1, layout)).to(gl.uint32)[:, None]
+    column = (start_n + 4 * gl.arange(0, FOURS, gl.SliceLayout(0, layout))).to(gl.uint32)[None, :]
+    index, call = index.to(gl.uint32), gl.to_tensor(CALL).to(gl.uint32)
+    x0, y0, z0, w0 = _philox(column, part, index, call, key_low, key_high)
+    x1, y1, z1, w1 = _philox(column + 1, part, index, call, key_low, key_high)
+    x2, y2, z2, w2 = _philox(column + 2, part, index, call, key_low, key_high)
+    x3, y3, z3, w3 = _philox(column + 3, part, index, call, key_low, key_high)
     return (
-        _columns_of_threads(x0, x1, x2, x3, BLOCK_N),
-        _columns_of_threads(y0, y1, y2, y3, BLOCK_N),
-        _columns_of_threads(z0, z1, z2, z3, BLOCK_N),
-        _columns_of_threads(w0, w1, w2, w3, BLOCK_N),
+        with_layout_of(join_columns(x0, x1, x2, x3), like),
+        with_layout_of(join_columns(y0, y1, y2, y3), like),
+        with_layout_of(join_columns(z0, z1, z2, z3), like),
+        with_layout_of(join_columns(w0, w1, w2, w3), like),
     )
 
 
-@triton.jit
-def _drawn(words, Q: tl.constexpr):
+@gluon.jit
+def _drawn(words, Q: gl.constexpr):
     """The 16 bits of group Q."""
     return words[Q // 2] >> 16 if Q % 2 else words[Q // 2] & 0xFFFF
 
 
-@triton.jit
-def _uniform(words, Q: tl.constexpr):
+@gluon.jit
+def _uniform(words, Q: gl.constexpr):
     """(k + 1/2) / 2^16, k the 16 bits of group Q."""
     # As the low mantissa bits of 2^23, k is a float without a conversion; every operation is exact.
-    return tl.fma((_drawn(words, Q) | 0x4B000000).to(tl.float32, bitcast=True), 2.0**-16, 2.0**-17 - 2.0**7)
+    return gl.fma((_drawn(words, Q) | 0x4B000000).to(gl.float32, bitcast=True), 2.0**-16, 2.0**-17 - 2.0**7)
 
 
-@triton.jit
-def _rounding_uniforms(words, Q: tl.constexpr):
+@gluon.jit
+def _rounding_uniforms(words, Q: gl.constexpr):
     """(k + 1/2) / 2^8 for both kept elements of group Q, k the lower 8 of its 16 bits and the upper."""
     drawn = _drawn(words, Q)
     low, high = drawn & 0xFF, drawn >> 8
     # As in _uniform.
     return (
-        tl.fma((low | 0x4B000000).to(tl.float32, bitcast=True), 2.0**-8, 2.0**-9 - 2.0**15),
-        tl.fma((high | 0x4B000000).to(tl.float32, bitcast=True), 2.0**-8, 2.0**-9 - 2.0**15),
+        gl.fma((low | 0x4B000000).to(gl.float32, bitcast=True), 2.0**-8, 2.0**-9 - 2.0**15),
+        gl.fma((high | 0x4B000000).to(gl.float32, bitcast=True), 2.0**-8, 2.0**-9 - 2.0**15),
     )
 
 
-@triton.jit
+@gluon.jit
 def _systematic(w0, w3, w01, w23, unit, u):
     """Whether the first kept element is beyond 0 and 1, and the second beyond 1 and 2."""
     t = u * unit
@@ -106,33 +117,33 @@ def _systematic(w0, w3, w01, w23, unit, u):
     return beyond0, beyond1, (w23 >= t_right) | beyond0, (w3 >= t_right) | beyond1
 
 
-@triton.jit
+@gluon.jit
 def _pick(kept, x0, x1, x2, x3):
     """The two kept of four."""
     first_beyond0, first_beyond1, second_beyond1, second_beyond2 = kept
-    x_first = tl.where(first_beyond1, x2, tl.where(first_beyond0, x1, x0))
-    return x_first, tl.where(second_beyond2, x3, tl.where(second_beyond1, x2, x1))
+    x_first = gl.where(first_beyond1, x2, gl.where(first_beyond0, x1, x0))
+    return x_first, gl.where(second_beyond2, x3, gl.where(second_beyond1, x2, x1))
 
 
-@triton.jit
+@gluon.jit
 def _nibble(kept):
     first_beyond0, first_beyond1, second_beyond1, second_beyond2 = kept
-    first = tl.where(first_beyond1, 2, tl.where(first_beyond0, 1, 0))
-    return first | tl.where(second_beyond2, 3 << 2, tl.where(second_beyond1, 2 << 2, 1 << 2))
+    first = gl.where(first_beyond1, 2, gl.where(first_beyond0, 1, 0))
+    return first | gl.where(second_beyond2, 3 << 2, gl.where(second_beyond1, 2 << 2, 1 << 2))
 
 
-@triton.jit
+@gluon.jit
 def _raise_magnitude(a, unit):
     """``a``, its magnitude at least ``unit``."""
-    magnitude = tl.maximum(tl.abs(a), unit, propagate_nan=tl.PropagateNan.ALL)
-    sign = a.to(tl.int32, bitcast=True) & -0x80000000
-    return (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    magnitude = gl.maximum(gl.abs(a), unit, propagate_nan=tl.PropagateNan.ALL)
+    sign = a.to(gl.int32, bitcast=True) & -0x80000000
+    return (magnitude.to(gl.int32, bitcast=True) | sign).to(gl.float32, bitcast=True)
 
 
-@triton.jit
+@gluon.jit
 def _mvue24_exact(a0, a1, a2, a3, u):
     """The two kept elements of each group, rescaled, and its nibble."""
-    b0, b1, b2, b3 = tl.abs(a0), tl.abs(a1), tl.abs(a2), tl.abs(a3)
+    b0, b1, b2, b3 = gl.abs(a0), gl.abs(a1), gl.abs(a2), gl.abs(a3)
     b01, b23 = b0 + b1, b2 + b3
     rest = _minimum(b01 + _minimum(b2, b3), b23 + _minimum(b0, b1))
     unit = _minimum(rest, (b01 + b23) * 0.5)
@@ -141,17 +152,17 @@ def _mvue24_exact(a0, a1, a2, a3, u):
     return _raise_magnitude(a_first, unit), _raise_magnitude(a_second, unit), _nibble(kept)
 
 
-@triton.jit
+@gluon.jit
 def _mvue24_approximate(a0, a1, a2, a3, u):
     """The two kept elements of each group, rescaled, and its nibble."""
-    b0, b1, b2, b3 = tl.abs(a0), tl.abs(a1), tl.abs(a2), tl.abs(a3)
-    total_inv = tl.div_rn(1.0, ((b0 + b1) + (b2 + b3)) + _TOTAL_FLOOR)
+    b0, b1, b2, b3 = gl.abs(a0), gl.abs(a1), gl.abs(a2), gl.abs(a3)
+    total_inv = gl.div_rn(1.0, ((b0 + b1) + (b2 + b3)) + _TOTAL_FLOOR)
     x0, x1 = b0 * total_inv + _APPROX_EPS, b1 * total_inv + _APPROX_EPS
     x2, x3 = b2 * total_inv + _APPROX_EPS, b3 * total_inv + _APPROX_EPS
     x01, x23 = x0 + x1, x2 + x3
     d0, d1, d2, d3 = x1 + x23, x0 + x23, x01 + x3, x01 + x2
     d01, d23 = d0 * d1, d2 * d3
-    d_inv = tl.div_rn(1.0, d01 * d23)
+    d_inv = gl.div_rn(1.0, d01 * d23)
     d01_inv, d23_inv = d_inv * d23, d_inv * d01
     odds0, odds1 = x0 * (d1 * d01_inv), x1 * (d0 * d01_inv)
     odds2, odds3 = x2 * (d3 * d23_inv), x3 * (d2 * d23_inv)
@@ -163,101 +174,103 @@ def _mvue24_approximate(a0, a1, a2, a3, u):
     kept = _systematic(y0, y3, y01, y23, unit, u)
     a_first, a_second = _pick(kept, a0, a1, a2, a3)
     y_first, y_second = _pick(kept, y0, y1, y2, y3)
-    gain = unit * tl.div_rn(1.0, y_first * y_second)
+    gain = unit * gl.div_rn(1.0, y_first * y_second)
     return a_first * (y_second * gain), a_second * (y_first * gain), _nibble(kept)
 
 
-@triton.constexpr_function
+@gluon.constexpr_function
 def _mantissa_bits(dtype):
     return dtype.fp_mantissa_width
 
 
-@triton.constexpr_function
+@gluon.constexpr_function
 def _least_exponent(dtype):
     """Of the smallest normal number, as fp32 has it."""
     return 127 + 1 - dtype.exponent_bias
 
 
-@triton.jit
-def _round(a, u, FORMAT: tl.constexpr):
+@gluon.jit
+def _round(a, u, FORMAT: gl.constexpr):
     """One of the neighbours of ``a`` in FORMAT: the larger magnitude if ``u`` is beyond what ``a`` lacks of it."""
-    MANTISSA: tl.constexpr = _mantissa_bits(FORMAT)
-    LEAST: tl.constexpr = _least_exponent(FORMAT)
-    bits = a.to(tl.int32, bitcast=True)
+    MANTISSA: gl.constexpr = _mantissa_bits(FORMAT)
+    LEAST: gl.constexpr = _least_exponent(FORMAT)
+    bits = a.to(gl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     # The distance of FORMAT's numbers where they are as large: a power of two, so that products with it are exact.
-    ulp = tl.maximum(magnitude & 0x7F800000, LEAST << 23) - (MANTISSA << 23)
+    ulp = gl.maximum(magnitude & 0x7F800000, LEAST << 23) - (MANTISSA << 23)
     ulp_inv = (254 << 23) - ulp
-    steps = tl.floor(tl.fma(magnitude.to(tl.float32, bitcast=True), ulp_inv.to(tl.float32, bitcast=True), u))
-    rounded = steps * ulp.to(tl.float32, bitcast=True)
-    return (rounded.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+    steps = gl.floor(gl.fma(magnitude.to(gl.float32, bitcast=True), ulp_inv.to(gl.float32, bitcast=True), u))
+    rounded = steps * ulp.to(gl.float32, bitcast=True)
+    return (rounded.to(gl.int32, bitcast=True) | (bits & -0x80000000)).to(gl.float32, bitcast=True)
 
 
-@triton.jit
-def _pack(first, second, FORMAT: tl.constexpr):
+@gluon.jit
+def _pack(first, second, FORMAT: gl.constexpr):
     """Both in FP8, the first in the low byte."""
-    low, high = tl.split(tl.join(first, second).to(FORMAT).to(tl.uint8, bitcast=True))
-    return low.to(tl.uint16) | high.to(tl.uint16) << 8
+    low, high = gl.split(gl.join(first, second).to(FORMAT).to(gl.uint8, bitcast=True))
+    return low.to(gl.uint16) | high.to(gl.uint16) << 8
 
 
-@triton.jit
-def _load(ptrs, inside, EVEN: tl.constexpr):
-    return tl.load(ptrs) if EVEN else tl.load(ptrs, mask=inside, other=0.0)
+@gluon.jit
+def _load(ptrs, inside, EVEN: gl.constexpr):
+    return gl.load(ptrs) if EVEN else gl.load(ptrs, mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=["index"])
+@gluon.jit(do_not_specialize=["index"])
 def _cast_mvue_kernel(
     grad_ptr, row_scale_ptr, token_scale_ptr, seed_ptr, index, row_ptr, values_ptr, metadata_ptr, table_ptr,
-    tokens, values_stride, metadata_stride, columns: tl.constexpr,
-    APPROXIMATE: tl.constexpr, STOCHASTIC: tl.constexpr, EVEN: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
+    tokens, values_stride, metadata_stride, columns: gl.constexpr,
+    APPROXIMATE: gl.constexpr, STOCHASTIC: gl.constexpr, EVEN: gl.constexpr,
+    PARTS: gl.constexpr, BLOCK_N: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """One tile of 32 * PARTS tokens by BLOCK_N columns of the padded operand; EVEN: none of them is padding.
 
     ``table_ptr``: of blocks of 32 * PARTS tokens with one expert each, see ``expert_blocks``; None for one matrix.
     ``columns`` is a constant, so that the rows of a tile have constant distances: offsets within the instructions.
     """
-    FORMAT: tl.constexpr = row_ptr.dtype.element_ty
-    column_tiles: tl.constexpr = (columns + BLOCK_N - 1) // BLOCK_N
-    pid_t, pid_n = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
-    offs_part = pid_t * PARTS + tl.arange(0, PARTS)
+    FORMAT: gl.constexpr = row_ptr.dtype.element_ty
+    column_tiles: gl.constexpr = (columns + BLOCK_N - 1) // BLOCK_N
+    pid_t, pid_n = gl.program_id(0) // column_tiles, gl.program_id(0) % column_tiles
+    layout: gl.constexpr = row_layout([PARTS, BLOCK_N], 1, 4, gl.num_warps())
+    parts = gl.arange(0, PARTS, gl.SliceLayout(1, layout))
+    offs_part = pid_t * PARTS + parts
     offs_t = offs_part * 32
     if table_ptr is not None:
-        expert, first = tl.load(table_ptr + pid_t * 4), tl.load(table_ptr + pid_t * 4 + 1)
-        tokens, begin = tl.load(table_ptr + pid_t * 4 + 2), tl.load(table_ptr + pid_t * 4 + 3)
-        offs_part = (first - begin) // 32 + tl.arange(0, PARTS)
-        offs_t = first + tl.arange(0, PARTS) * 32
+        expert, first = gl.load(table_ptr + pid_t * 4), gl.load(table_ptr + pid_t * 4 + 1)
+        tokens, begin = gl.load(table_ptr + pid_t * 4 + 2), gl.load(table_ptr + pid_t * 4 + 3)
+        offs_part = (first - begin) // 32 + parts
+        offs_t = first + parts * 32
         index += _EXPERT_DRAWS * expert
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = pid_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
     mask_n = offs_n < columns
-    offsets = offs_t.to(tl.int64)[:, None] * columns + offs_n[None, :]
+    offsets = offs_t.to(gl.int64)[:, None] * columns + offs_n[None, :]
     grad_ptrs, row_ptrs = grad_ptr + offsets, row_ptr + offsets
     row_scale_ptrs, token_scale_ptrs = row_scale_ptr + offs_t, token_scale_ptr + offs_t
-    words = _draw_words(tl.load(seed_ptr), index, offs_part, pid_n * BLOCK_N, 0, BLOCK_N)
+    word = gl.full([PARTS, BLOCK_N], 0, gl.int32, layout)
+    words = _draw_words(seed_ptr, index, offs_part, pid_n * BLOCK_N, word, 0)
     if STOCHASTIC:
-        rounding_words = _draw_words(tl.load(seed_ptr), index, offs_part, pid_n * BLOCK_N, 1, BLOCK_N)
+        rounding_words = _draw_words(seed_ptr, index, offs_part, pid_n * BLOCK_N, word, 1)
 
     pairs = ()
-    word = tl.zeros([PARTS, BLOCK_N], tl.int32)
-    for start in tl.static_range(0, 32, AHEAD):
+    for start in gl.static_range(0, 32, AHEAD):
         grads = ()
         row_scales = ()
         token_scales = ()
-        for t in tl.static_range(start, start + AHEAD):
+        for t in gl.static_range(start, start + AHEAD):
             mask_t = offs_t + t < tokens
             grads += (_load(grad_ptrs + t * columns, mask_t[:, None] & mask_n[None, :], EVEN),)
             row_scales += (_load(row_scale_ptrs + t, mask_t, EVEN)[:, None],)
             token_scales += (_load(token_scale_ptrs + t, mask_t, EVEN)[:, None],)
-        for q in tl.static_range(start // 4, (start + AHEAD) // 4):
+        for q in gl.static_range(start // 4, (start + AHEAD) // 4):
             a = ()
-            for t in tl.static_range(4 * q, 4 * q + 4):
-                grad = grads[t - start].to(tl.float32)
+            for t in gl.static_range(4 * q, 4 * q + 4):
+                grad = grads[t - start].to(gl.float32)
                 # No clamp: the conversion to FP8 saturates in hardware and keeps NaN.
                 row = (grad * row_scales[t - start]).to(FORMAT)
                 if EVEN:
-                    tl.store(row_ptrs + t * columns, row)
+                    gl.store(row_ptrs + t * columns, row)
                 else:
-                    tl.store(row_ptrs + t * columns, row, mask=(offs_t + t < tokens)[:, None] & mask_n[None, :])
+                    gl.store(row_ptrs + t * columns, row, mask=(offs_t + t < tokens)[:, None] & mask_n[None, :])
                 a += (grad * token_scales[t - start],)
             if APPROXIMATE:
                 first, second, nibble = _mvue24_approximate(a[0], a[1], a[2], a[3], _uniform(words, q))
@@ -269,33 +282,24 @@ def _cast_mvue_kernel(
             pairs += (_pack(first, second, FORMAT),)
             word |= nibble << 4 * q
 
-    even = tl.join(tl.join(pairs[0], pairs[4]), tl.join(pairs[2], pairs[6]))
-    odd = tl.join(tl.join(pairs[1], pairs[5]), tl.join(pairs[3], pairs[7]))
-    values = tl.reshape(tl.permute(tl.join(even, odd), [1, 0, 2, 3, 4]), [BLOCK_N, PARTS * 8])
-    offs_v = pid_t * (PARTS * 8) + tl.arange(0, PARTS * 8)
-    inside = mask_n[:, None] & (offs_v < values_stride)[None, :]
-    values_ptrs = values_ptr + offs_n.to(tl.int64)[:, None] * values_stride + offs_v[None, :]
-    if EVEN:
-        tl.store(values_ptrs, values)
-    else:
-        tl.store(values_ptrs, values, mask=inside)
+    even = gl.join(gl.join(pairs[0], pairs[4]), gl.join(pairs[2], pairs[6]))
+    odd = gl.join(gl.join(pairs[1], pairs[5]), gl.join(pairs[3], pairs[7]))
+    values = gl.reshape(gl.permute(gl.join(even, odd), [1, 0, 2, 3, 4]), [BLOCK_N, PARTS * 8])
+    values_layout: gl.constexpr = row_layout([BLOCK_N, PARTS * 8], 1, 8, gl.num_warps())
+    store_tile(values_ptr, values, pid_n * BLOCK_N, pid_t * (PARTS * 8), columns, values_stride, EVEN, values_layout)
+    if not EVEN:
         named = mask_n[None, :]
         if table_ptr is not None:
             named &= expert >= 0
-        word = tl.where(named, word, _PAD_WORD)
+        word = gl.where(named, word, _PAD_WORD)
     # Row r, part p of 16 rows and four parts: word p // 2 of lane 4 * (r % 8) + 2 * (p % 2) + r // 8.
-    word = tl.reshape(word, [PARTS // 4, 2, 2, BLOCK_N // 16, 2, 8])
-    word = tl.reshape(tl.permute(word, [0, 3, 5, 2, 4, 1]), [PARTS // 4, BLOCK_N * 4])
-    offs_b = pid_t * (PARTS // 4) + tl.arange(0, PARTS // 4)
-    offs_m = pid_n * (BLOCK_N * 4) + tl.arange(0, BLOCK_N * 4)
-    metadata_ptrs = metadata_ptr + offs_b.to(tl.int64)[:, None] * metadata_stride + offs_m[None, :]
-    if EVEN:
-        tl.store(metadata_ptrs, word)
-    else:
-        inside = (offs_m < metadata_stride)[None, :]
-        if table_ptr is None:
-            inside &= (offs_b * 128 < tokens)[:, None]
-        tl.store(metadata_ptrs, word, mask=inside)
+    word = gl.reshape(word, [PARTS // 4, 2, 2, BLOCK_N // 16, 2, 8])
+    word = gl.reshape(gl.permute(word, [0, 3, 5, 2, 4, 1]), [PARTS // 4, BLOCK_N * 4])
+    blocks_t = gl.num_programs(0) // column_tiles * (PARTS // 4)
+    words_layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, gl.num_warps()], [1, 0])
+    store_tile(
+        metadata_ptr, word, pid_t * (PARTS // 4), pid_n * (BLOCK_N * 4), blocks_t, metadata_stride, EVEN, words_layout
+    )
 
 
 @planned
