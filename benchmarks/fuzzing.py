@@ -41,6 +41,7 @@ from fuzz.scripts import Kind, Script, check, scripts
 # One graph, and so many scripts over it; small ones change little but the weights, and compile nothing more.
 SCRIPTS, SMALL_SCRIPTS = 4, 30
 GRAPHS = 12  # of a batch, which is what a process does at a time
+CALLS = 480  # of kernels alone, in a batch
 SIXTEEN_BITS = tuple(dtype for dtype in DTYPES if dtype != "float32")
 
 
@@ -62,6 +63,11 @@ class Part:
     def scripts(self) -> int:
         """Over each graph."""
         return SMALL_SCRIPTS if self.small else SCRIPTS
+
+    @property
+    def batch(self) -> int:
+        """Examples of a batch."""
+        return CALLS if self is PARTS["gpu, kernels"] else GRAPHS * self.scripts
 
 
 # Sizes at which 2:4 may be faster than dense; few, since each is measured.
@@ -125,8 +131,8 @@ def batch(part: str, number: int, shrink: bool) -> Batch:
 
 
 def call_kernels(done: Batch) -> None:
-    """As many calls as there are examples in another batch, by turns."""
-    for number in range(done.seed * GRAPHS * SCRIPTS, (done.seed + 1) * GRAPHS * SCRIPTS):
+    """A batch of calls, of each kernel in turn."""
+    for number in range(done.seed * CALLS, (done.seed + 1) * CALLS):
         kernel = list(KERNELS)[number % len(KERNELS)]
         try:
             check_kernel(kernel, number, "cuda")
@@ -146,7 +152,7 @@ def campaign(
     part: str, examples: int, processes: int, first: int, shrink: bool, until: float = math.inf
 ) -> Iterator[Batch]:
     """Batches as they end, until so many examples ran, or no later than a time, but for those that run then."""
-    numbers = range(first, first + -(-examples // (GRAPHS * PARTS[part].scripts)))
+    numbers = range(first, first + -(-examples // PARTS[part].batch))
     # Each in a process of its own: what a compiler keeps for each graph grows.
     with ProcessPoolExecutor(
         processes, mp_context=get_context("spawn"), initializer=ready, max_tasks_per_child=1
@@ -211,9 +217,10 @@ def main() -> None:
                 if done.failure:
                     failed += 1
                     bar.write(f"seed {done.seed} of {part}:\n{done.failure}")
-        results = summary(batches, time.perf_counter() - begin)
+                # Each time: a campaign that is stopped leaves what it found.
+                results = summary(batches, time.perf_counter() - begin)
+                write("fuzz", part, results, table(results), args.out)
         print(table(results), flush=True)
-        write("fuzz", part, results, table(results), args.out)
     raise SystemExit(f"{failed} batches failed" if failed else 0)
 
 
