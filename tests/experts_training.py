@@ -62,7 +62,7 @@ def train(step, optimizer, steps=3):
     for x, ids in batches(steps):
         x, ids = x.to(device), ids.to(device)
         torch.manual_seed(len(losses))
-        loss = (step(x, ids) - x.roll(1, 1)).square().mean()
+        loss = (step(x, ids) - x.roll(1, 1)).float().square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

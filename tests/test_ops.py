@@ -69,16 +69,17 @@ def cases():
 
 
 def cases_of_experts():
+    # The kernels of experts take multiples of 64.
     offsets, scales, of_experts = torch.tensor([0, 13, 20]), torch.rand(20) + 0.5, torch.rand(3) + 0.5
-    weight = SOFT.new_operands_of_experts(3, 48, 80, torch.device("cpu"))
-    SOFT.fill_experts(torch.randn(3, 48, 80), weight, None, None, False)
-    yield "grouped_mm", (torch.randn(20, 80), torch.randn(3, 48, 80).mT, offsets)
-    yield "grouped_wgrad_mm", (torch.randn(20, 80), torch.randn(20, 48), offsets)
-    of_tokens = (fp8(20, 80), of_experts, scales, offsets, torch.bfloat16, True)
+    weight = SOFT.new_operands_of_experts(3, 64, 128, torch.device("cpu"))
+    SOFT.fill_experts(torch.randn(3, 64, 128), weight, None, None, False)
+    yield "grouped_mm", (torch.randn(20, 128), torch.randn(3, 64, 128).mT, offsets)
+    yield "grouped_wgrad_mm", (torch.randn(20, 128), torch.randn(20, 64), offsets)
+    of_tokens = (fp8(20, 128), of_experts, scales, offsets, torch.bfloat16, True)
     yield "grouped_sparse_mm", (weight.values, weight.metadata, *of_tokens)
-    yield "grouped_scaled_mm", (fp8(20, 80), fp8(3, 48, 80), of_experts, offsets, torch.bfloat16, True)
-    grad, x_t = torch.randn(20, 48), reference.grouped_transpose_tokens(fp8(20, 80), offsets)
-    yield "grouped_transpose_tokens", (fp8(20, 80), offsets)
+    yield "grouped_scaled_mm", (fp8(20, 128), fp8(3, 64, 128), of_experts, offsets, torch.bfloat16, True)
+    grad, x_t = torch.randn(20, 64), reference.grouped_transpose_tokens(fp8(20, 128), offsets)
+    yield "grouped_transpose_tokens", (fp8(20, 128), offsets)
     yield "grouped_cast_transpose", (grad, scales, scales, offsets, E5M2)
     yield "grouped_cast_mvue", (grad, scales, scales, SEED, 3, offsets, False, False, E4M3)
     _, grad_t = reference.grouped_cast_transpose(grad, scales, scales, offsets)
