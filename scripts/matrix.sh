@@ -20,8 +20,14 @@ mkdir -p "$MATRIX"
 export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 unset PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE
 
-interpreter() { # of a version, its path
-  command -v "python$1" || ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/"python$1" 2> /dev/null | tail -1
+interpreter() { # of a version, the path of one that runs: pyenv puts a "python3.10" on PATH that may not
+  local path
+  for path in "$(command -v "python$1")" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/"python$1"; do
+    if "$path" -c '' 2> /dev/null; then
+      echo "$path"
+      return
+    fi
+  done
 }
 
 install() { # into an environment, with an interpreter and a version of torch
@@ -29,12 +35,12 @@ install() { # into an environment, with an interpreter and a version of torch
   [ -f "$folder/installed" ] && return
   rm -rf "$folder"
   "$python" -m venv "$folder" || return
-  # The other pins hold for every torch.
-  grep -v -E '^(torch|triton)==' constraints.txt > "$folder/constraints.txt"
+  # The other pins hold for every torch, but for setuptools, of which 2.11 asks for an older one.
+  grep -v -E '^(torch|triton|setuptools)==' constraints.txt > "$folder/constraints.txt"
   printf 'torch==%s\ntriton==%s\n' "$torch" "${TRITONS[${torch%.*}]}" >> "$folder/constraints.txt"
   local pip=("$folder/bin/python" -m pip install --quiet --no-compile --constraint "$folder/constraints.txt")
   "${pip[@]}" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch || return
-  "${pip[@]}" setuptools || return
+  "${pip[@]}" --upgrade 'setuptools>=77,<82' || return # what our build and torch 2.11 take
   "${pip[@]}" --no-build-isolation --editable '.[dev]' || return
   touch "$folder/installed"
 }

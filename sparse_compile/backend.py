@@ -41,7 +41,7 @@ from sparse_compile.progress import announced
 from sparse_compile.reporting.graph_origin import origin
 from sparse_compile.reporting.process_report import report_so_far, write_to
 from sparse_compile.runtime import Chooser
-from sparse_compile.torch_internals.dynamo import graph_before_cut, trace_artifact
+from sparse_compile.torch_internals.dynamo import graph_before_cut, guard_frozen_parameters, trace_artifact
 from sparse_compile.torch_internals.fake import backend_fake_mode
 from sparse_compile.torch_internals.graph import clone_graph_module
 from sparse_compile.torch_internals.inductor import compile_graph, reset_cuda_graphs, uses_cuda_graphs
@@ -280,6 +280,7 @@ PASSES = (*TRACED, *DECIDED, *PLANNED, *REWRITTEN)
 
 # From now on, as it may be that nothing is ever compiled that should be.
 watch_fallbacks()
+guard_frozen_parameters()
 
 # torch._dynamo.reset() calls this attribute of a backend.
 sste.reset = reset_cuda_graphs  # type: ignore[attr-defined]

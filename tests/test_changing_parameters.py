@@ -35,6 +35,19 @@ def x():
     return some_tokens()
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_each_call_sees_what_is_frozen(x: torch.Tensor, frozen: bool) -> None:
+    model = FFN()
+    step = compiled(model)
+    model.up.weight.requires_grad_(not frozen)
+    step(x).square().mean().backward()
+    model.up.weight.requires_grad_(frozen)
+    model.zero_grad()
+    step(x).square().mean().backward()
+    assert (model.up.weight.grad is not None) == frozen
+    assert model.down.weight.grad is not None
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_an_averaged_copy_computes_what_the_model_would(x, frozen):
     model = FFN()

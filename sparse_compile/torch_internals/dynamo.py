@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint
 from typing import cast
 
 import torch
+import torch._dynamo.config
 from torch.fx import GraphModule
 
 
@@ -20,6 +21,16 @@ def register_entry_point(name: str, value: str) -> None:
     from torch._dynamo.backends import registry
 
     registry._BACKENDS.setdefault(name, EntryPoint(name=name, value=value, group="torch_dynamo_backends"))
+
+
+def guard_frozen_parameters() -> None:
+    """Let dynamo see, from the next compilation on, that a parameter was frozen or thawed.
+
+    PyTorch 2.11 takes the tensors of a module for unchanged while its dicts are: a parameter that was frozen when it
+    was compiled would never get a gradient again.  2.12 looks at each.
+    """
+    if torch.__version__ < (2, 12):
+        torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
 
 
 def graph_before_cut(graph_module: GraphModule) -> GraphModule | None:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import cast
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import sparse_compile
 from fuzz.oracle import RECIPES, Linear, Product, Recipe, beta_of, kept, transposable_mask
 from fuzz.programs import Model, Program, exact, input_of, real, source, spelt
+from sparse_compile.reporting.model import Row
 
 # Beyond it what is computed may overflow on the way.
 LARGEST = {"float32": 1e12, "bfloat16": 1e12, "autocast": 1e12, "float16": 1e3}
@@ -43,6 +45,8 @@ class Kind:
 
     Attributes:
         priced: whether measured times decide what becomes of linears; what they decided is then read in the report.
+        mode: of torch.compile; "reduce-overhead" lets no region run again in backward, nor gradients of two calls add
+            up, as their memory belongs to CUDA graphs.
         tolerance: of the norm, at least.
     """
 
@@ -51,6 +55,11 @@ class Kind:
     priced: bool = False
     mode: str | None = None
     tolerance: float = 0.0
+
+    @property
+    def calls_once(self) -> bool:
+        """Whether each step is one call of one graph: of a call whose forward runs again, prices may choose two."""
+        return self.priced or self.mode is not None
 
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -158,25 +167,28 @@ class Session:
 
     def recipe_of(self, index: int) -> Recipe | None:
         """None where the linear is dense."""
+        if self.kind.priced:
+            return self.places.priced.get(index)
         if index in self.program.dense or index in self.places.dense.get(self._frozen(), ()):
             return None
         if not self.weight(index).requires_grad and index not in self.trained:
             return None
-        return self.places.priced.get(index, self.recipe)
+        return self.recipe
 
     def call(self, leading: Sequence[int], seed: int, around: bool | None = None, training: bool = True) -> "Called":
         """Of the model; the oracle has its weights as they are now."""
         self.resumed = False
         x = input_of(self.program, leading, seed).to(self.kind.device).requires_grad_(training)
+        if not all(weight.isfinite().all() for weight in self.model.parameters()):
+            raise Diverged  # as by Adam, whose eps is zero in fp16
         autocast = self.program.dtype == "autocast"
         if self.kind.mode is not None:
             torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(self.kind.device, torch.bfloat16, enabled=autocast):
+            before = [graph.calls for graph in sparse_compile.report().graphs]
             y = self.step(x) if around is None else checkpoint(self.step, x, use_reentrant=around)
-        self._read_report()
+        self._read_report(before)
         state = self.model.state_dict()
-        if not all(value.isfinite().all() for value in state.values()):
-            raise Diverged  # as by Adam, whose eps is zero in fp16
         self.oracle.load_state_dict({name: value.detach().double() for name, value in state.items()})
         for parameter, other in zip(self.model.parameters(), self.oracle.parameters(), strict=True):
             other.requires_grad_(parameter.requires_grad)
@@ -205,19 +217,28 @@ class Session:
         weights = range(len(self.program.weights))
         return frozenset(index for index in weights if not self.weight(index).requires_grad)
 
-    def _read_report(self) -> None:
-        """What follows from a linear's place in the model, or from times, of which the oracle knows nothing."""
+    def _read_report(self, before: Sequence[int]) -> None:
+        """What follows from a linear's place in the model, or from times, of which the oracle knows nothing.
+
+        Args:
+            before: the calls of each graph, before those of this one.
+        """
         graphs = sparse_compile.report().graphs
-        new, self.places.graphs = graphs[self.places.graphs :], len(graphs)
-        for row in (row for graph in new for row in graph.rows):
-            index = int(re.findall(r"\bw(\d+)", row.module)[-1])
-            if row.decision == "dense":
-                if self.kind.priced or LEFT_DENSE.search(row.reason):
-                    self.places.dense.setdefault(self._frozen(), set()).add(index)
-            elif self.kind.priced:
+        if not self.kind.priced:
+            for row in (row for graph in graphs[len(before) :] for row in graph.rows):
+                if row.decision == "dense" and LEFT_DENSE.search(row.reason):
+                    self.places.dense.setdefault(self._frozen(), set()).add(_index(row))
+            return
+        self.places.priced = {}
+        called = [graph for graph, old in zip_longest(graphs, before, fillvalue=0) if graph.calls > old]
+        for row in (row for graph in called for row in graph.rows):
+            recipe = None
+            if row.decision != "dense":
                 products = re.findall("fp8|bf16|dense", row.decision.split("(")[1])[:3]
                 fprop, dgrad, wgrad = cast(list[Product], products)
-                self.places.priced[index] = replace(self.recipe, fprop=fprop, dgrad=dgrad, wgrad=wgrad)
+                recipe = replace(self.recipe, fprop=fprop, dgrad=dgrad, wgrad=wgrad)
+            if self.places.priced.setdefault(_index(row), recipe) != recipe:
+                raise Diverged  # two linears of one weight, which the oracle does not tell apart
 
     def compare(self, called: "Called", before: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What is expected of the call, and was found.
@@ -275,13 +296,17 @@ class Session:
         return tolerance * float(value.norm()) + self._floor(value)
 
 
+def _index(row: Row) -> int:
+    """Of its weight."""
+    return int(re.findall(r"\bw(\d+)", row.module)[-1])
+
+
 @dataclass
 class Places:
-    """Of one program, whatever script runs over it; and how many graphs of the report were read."""
+    """Of one program, whatever script runs over it."""
 
     dense: dict[frozenset[int], set[int]] = field(default_factory=dict)
-    priced: dict[int, Recipe] = field(default_factory=dict)  # what times have made of recipes
-    graphs: int = 0
+    priced: dict[int, Recipe | None] = field(default_factory=dict)  # what times made of recipes, in the last call
 
 
 @dataclass
@@ -306,8 +331,9 @@ class Train:
     def run(self, session: Session) -> None:
         leading = session.program.leading[self.leading % len(session.program.leading)]
         before: dict[str, Tensor] = {}
-        for index in range(self.microbatches):
-            called = session.call(leading, self.seed + index, self.around)
+        once = session.kind.calls_once
+        for index in range(1 if once else self.microbatches):
+            called = session.call(leading, self.seed + index, None if once else self.around)
             weighting = torch.randn(called.y.shape, generator=torch.Generator().manual_seed(self.seed + index))
             called.weighting = weighting.to(called.y)
             called.y.backward(called.weighting)
