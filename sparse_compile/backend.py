@@ -74,6 +74,7 @@ def sste(
     Raises:
         ValueError: an unknown mode or option, or a linear that the user named and that can't be rewritten.
     """
+    watch_fallbacks().traced = True
     chosen = read_options(mode, options)
     live = LiveModules()
     traced = run_passes(
@@ -279,7 +280,7 @@ REWRITTEN = (
 PASSES = (*TRACED, *DECIDED, *PLANNED, *REWRITTEN)
 
 # From now on, as it may be that nothing is ever compiled that should be.
-watch_fallbacks()
+watch_fallbacks().backend = sste
 guard_frozen_parameters()
 
 # torch._dynamo.reset() calls this attribute of a backend.

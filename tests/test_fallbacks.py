@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch._dynamo.config
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import shared_graphs
 import sparse_compile
@@ -170,17 +172,77 @@ def test_the_limit_is_recognised_by_its_function():
     assert not RecompileLimit("'forward' (/home/me/model.py:12)", "recompile limit", 8).is_pytorchs
 
 
+@pytest.fixture
+def nothing_traced(monkeypatch):
+    monkeypatch.setattr(watch_fallbacks(), "traced", False)
+    monkeypatch.setattr(watch_fallbacks(), "_warned", set())
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def containers():
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+
+
+def sharded(model):
+    return fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+
+
+@pytest.mark.usefixtures("nothing_traced")
 def test_a_module_of_pytorchs_that_is_compiled_in_place_is_warned_of() -> None:
     """Dynamo traces nothing of it, so no graph tells."""
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    model = containers()
     model.compile(backend="sste", options=OPTIONS)
-    watch_fallbacks()._warned.clear()
-    watch_fallbacks()._noted.clear()
     with pytest.warns(UserWarning, match=r"Sequential.compile\(\) had no effect.*use torch.compile\(module\)"):
         train(model)
     assert [line.partition(",")[0] for line in sparse_compile.report().fallbacks] == [
         "Sequential.compile() had no effect"
     ]
+
+
+@pytest.mark.parametrize(
+    "how", ["DDP", "FSDP2, then compiled", "compiled, then FSDP2", "compiled in place, then FSDP2"]
+)
+@pytest.mark.usefixtures("nothing_traced", "one_process")
+def test_modules_of_pytorchs_behind_hooks_are_warned_of(how: str) -> None:
+    model = containers()
+    if how == "DDP":
+        called = torch.compile(DistributedDataParallel(model), backend="sste", options=OPTIONS)
+    elif how == "FSDP2, compiled":
+        called = torch.compile(sharded(model), backend="sste", options=OPTIONS)
+    elif how == "compiled, FSDP2":
+        called = torch.compile(model, backend="sste", options=OPTIONS)
+        sharded(model)
+    else:
+        called = model
+        called.compile(backend="sste", options=OPTIONS)
+        sharded(model)
+    with pytest.warns(
+        UserWarning, match="had no effect.*behind the hooks of DDP and FSDP; compile a class"
+    ):
+        train(called)
+    assert len(sparse_compile.report().fallbacks) == 1
+
+
+@pytest.mark.usefixtures("nothing_traced")
+def test_a_compiled_module_that_is_not_called_is_warned_of() -> None:
+    model = Block()
+    compiled = torch.compile(model, backend="sste", options=OPTIONS)
+    with pytest.warns(UserWarning, match=r"torch.compile\(Block\) has traced nothing.*call what torch.compile returns"):
+        train(model)
+    assert train(compiled) == []
+
+
+@pytest.mark.usefixtures("nothing_traced")
+def test_what_another_backend_traces_is_not_warned_of(recwarn) -> None:
+    model = torch.compile(containers(), backend="eager")
+    assert train(model) == []
+    assert not [warning for warning in recwarn if "sparse_compile" in str(warning.message)]
 
 
 @pytest.mark.parametrize(

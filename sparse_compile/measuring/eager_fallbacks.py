@@ -24,13 +24,15 @@ from sparse_compile.reporting.model import fold_names
 from sparse_compile.reporting.process_report import report_so_far
 from sparse_compile.reporting.report import Report
 from sparse_compile.torch_internals.dynamo import RecompileLimit, on_recompile_limit
-from sparse_compile.torch_internals.modules import compiled_modules, is_compiled_in_place, is_pytorchs
+from sparse_compile.torch_internals.modules import backend_of, compiled_modules, is_compiled_in_place, is_pytorchs
 from sparse_compile.weights.pattern_24 import may_be_of_experts
 
 # Steps 2, 8, 32, ... of each optimizer are looked at: the first compiles, and a look may walk over the heap.
 _FIRST, _FACTOR = 2, 4
 _ADVICE = "use dynamic=True or raise it"
 _EXPERTS_ADVICE = "a loop over experts does that; transformers: model.set_experts_implementation('grouped_mm')"
+
+_CLASS_ADVICE = "compile a class of your own that holds it"
 
 _Weights = dict[int, "ref[Tensor]"]  # by their ids
 
@@ -52,10 +54,14 @@ class Fallbacks:
     """Fills ``Report.fallbacks``.
 
     Attributes:
+        backend: ours.
+        traced: whether it was given a graph.
         watching: whether each call of a graph is to be noted; the first one of a graph always is.
     """
 
     def __init__(self, report: Report) -> None:
+        self.backend: object = None
+        self.traced = False
         self.watching = False
         self._report = report
         self._windows: WeakKeyDictionary[Optimizer, _Window] = WeakKeyDictionary()
@@ -92,14 +98,14 @@ class Fallbacks:
     def _look(self, optimizer: Optimizer, now: set[int]) -> None:
         trained = (weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None)
         self._eager = []
-        if any(_is_weight(weight) and type(weight) is Parameter and id(weight) not in now for weight in trained):
+        if not self.traced:
+            self._eager = self._without_effect()
+        elif any(_is_weight(weight) and type(weight) is Parameter and id(weight) not in now for weight in trained):
             roots = [(root, linears) for root in compiled_modules() if (linears := dict(_linears_of(root)))]
             # Of what another backend compiles no weight was ever in a graph of this one.
             noted = _alive(self._noted)
             ours = {type(root) for root, linears in roots if noted & {id(weight) for weight in linears.values()}}
             self._eager = list(self._described([pair for pair in roots if type(pair[0]) in ours], now))
-            if not noted:
-                self._eager += self._without_effect(roots)
         self._tell()
 
     def _described(self, roots: list[tuple[Module, dict[str, Parameter]]], now: set[int]) -> Iterator[str]:
@@ -129,25 +135,31 @@ class Fallbacks:
                     f"{'; ' + _EXPERTS_ADVICE if names & experts[kind] else ''}"
                 )
 
-    def _without_effect(self, roots: list[tuple[Module, dict[str, Parameter]]]) -> list[str]:
-        """Modules that ``Module.compile`` did nothing for, where no graph was ever called: no report would come."""
-        names = {
-            type(root).__name__
-            for root, linears in roots
-            if is_compiled_in_place(root)
-            and all(map(is_pytorchs, root.modules()))
-            and any(map(_is_trained, linears.values()))
-        }
-        lines = [
-            f"{name}.compile() had no effect, and the module runs eagerly: PyTorch traces none of its own classes that "
-            "are compiled in place; use torch.compile(module), or compile a class of your own that holds it"
-            for name in sorted(names)
-        ]
+    def _without_effect(self) -> list[str]:
+        """Modules that were compiled and train, where no graph was ever traced: no report would come."""
+        lines = sorted({line for root in compiled_modules() if _has_gradients(root) and (line := self._why_not(root))})
         for line in lines:
             if line not in self._warned:
                 self._warned.add(line)
                 warnings.warn(f"sparse_compile: {line}", stacklevel=2)
         return lines
+
+    def _why_not(self, root: Module) -> str | None:
+        """Why nothing was traced of a module that was compiled with this backend; None of another one's."""
+        in_place = is_compiled_in_place(root)
+        name = type(root).__name__
+        compiled = f"{name}.compile()" if in_place else f"torch.compile({name})"
+        no_effect = f"{compiled} had no effect, and the module runs eagerly: PyTorch traces none of its own classes"
+        if in_place and all(map(is_pytorchs, root.modules())) and not _is_sharded(root):
+            return f"{no_effect} that are compiled in place; use torch.compile(module), or {_CLASS_ADVICE}"
+        if (in_place or backend_of(root) is self.backend) and all(map(_is_torchs, root.modules())):
+            return f"{no_effect} behind the hooks of DDP and FSDP; {_CLASS_ADVICE}, and wrap that"
+        if in_place or backend_of(root) is not self.backend:
+            return None
+        return (
+            f"{compiled} has traced nothing, and the module trains: call what torch.compile returns, not the module; "
+            "if you do, TORCH_LOGS=graph_breaks shows why nothing is traced"
+        )
 
     def _limit_of(self, module: Module) -> RecompileLimit | None:
         code = type(module).forward.__code__
@@ -177,6 +189,23 @@ def _is_weight(weight: Tensor) -> bool:
 def _is_trained(weight: Tensor) -> bool:
     """Gradients of what was not called may be there still, as zeros."""
     return weight.grad is not None and bool(weight.grad.any())
+
+
+def _has_gradients(root: Module) -> bool:
+    """Of shards it is not asked whether they are zeros: that would take all processes."""
+    return any(
+        parameter.grad is not None and (type(parameter) is not Parameter or _is_trained(parameter))
+        for parameter in root.parameters()
+    )
+
+
+def _is_torchs(module: Module) -> bool:
+    """Of PyTorch's own classes, wrappers for several GPUs included."""
+    return type(module).forward.__module__.startswith("torch.")
+
+
+def _is_sharded(root: Module) -> bool:
+    return any(type(parameter) is not Parameter for parameter in root.parameters())
 
 
 def _alive(weights: _Weights) -> set[int]:

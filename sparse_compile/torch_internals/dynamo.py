@@ -29,7 +29,7 @@ def guard_frozen_parameters() -> None:
     PyTorch 2.11 takes the tensors of a module for unchanged while its dicts are: a parameter that was frozen when it
     was compiled would never get a gradient again.  2.12 looks at each.
     """
-    if torch.__version__ < (2, 12):
+    if torch.__version__ < "2.12":
         torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
 
 

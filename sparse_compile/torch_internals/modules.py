@@ -43,6 +43,17 @@ def is_compiled_wrapper(module: Module) -> bool:
     return dynamo is not None and issubclass(type(module), dynamo.OptimizedModule)
 
 
+def backend_of(root: Module) -> object:
+    """What a module was handed to torch.compile with, or None: ``Module.compile`` does not tell."""
+    for module in instances_of(Module):
+        if is_compiled_wrapper(module) and module._orig_mod is root:
+            found = module.dynamo_ctx.callback
+            while inner := getattr(found, "_torchdynamo_orig_backend", None):
+                found = inner
+            return getattr(found, "compiler_fn", found)  # which torch.compile holds with its options
+    return None
+
+
 def with_frame_of_its_own(module: Module) -> Callable[..., Any]:
     """The call of a module, hooks included, as Module.compile compiles it.
 

@@ -47,7 +47,7 @@ class Kind:
         priced: whether measured times decide what becomes of linears; what they decided is then read in the report.
         mode: of torch.compile; "reduce-overhead" lets no region run again in backward, nor gradients of two calls add
             up, as their memory belongs to CUDA graphs.
-        tolerance: of the norm, at least.
+        tolerance: of the norm, for each linear, up to a tenth; those of a CPU if they are larger.
     """
 
     device: str = "cpu"
@@ -292,7 +292,7 @@ class Session:
         """The norm of an error that rounding may make."""
         linears = sum(len(step.weights) for step in self.program.steps)
         dtype = self.program.dtype
-        tolerance = max(self.kind.tolerance, min(TOLERANCES[dtype] * linears, MOST[dtype]))
+        tolerance = max(min(self.kind.tolerance * linears, 0.1), min(TOLERANCES[dtype] * linears, MOST[dtype]))
         return tolerance * float(value.norm()) + self._floor(value)
 
 
