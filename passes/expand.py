@@ -20,7 +20,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.nn import Parameter
 
 from sparse_compile.errors import SparseCompileError
-from sparse_compile.torch_internals.fake import is_fake
+from sparse_compile.torch_internals.fake import is_fake, symbolic
 from sparse_compile.torch_internals.graph import (
     checkpoint_body,
     example_value,
@@ -255,7 +255,7 @@ class _Tracer(GraphAppendingTracer):
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
         values, named = map_arg((args, kwargs), example_value)
-        with self._fake_mode:
+        with symbolic(self._fake_mode):
             call = getattr(type(values[0]), target) if kind == "call_method" else target
             value = call(*values, **named)
         node.meta = {**self._meta, "example_value": value}

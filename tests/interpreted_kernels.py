@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from sparse_compile.kernels import reference, tiles
+from sparse_compile.kernels import expert_blocks, reference, tiles
 from sparse_compile.kernels.activation import cast_mvue, cast_transpose
 from sparse_compile.kernels.expert_blocks import most_blocks, plan_expert_blocks
 from sparse_compile.kernels.formats import (
@@ -52,7 +52,7 @@ from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE, TRANSPOSA
 from sparse_compile.testing import assert_same_bits, hard_groups
 from tests.fuzz import kernels as fuzz_kernels
 from tests.fuzz.kernels import KERNELS
-from tests.gluon_interpreter import elementwise, fp8_word, interpret, prmt
+from tests.gluon_interpreter import counted, elementwise, fp8_word, interpret, prmt
 
 ALL = False
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -528,6 +528,7 @@ def main() -> None:
     # NaN and infinity are among the inputs.
     warnings.simplefilter("ignore", RuntimeWarning)
     interpret_weight_kernels()
+    expert_blocks.range = counted
     round_in_torch()
     patch_language_once()
     for line in sys.stdin:

@@ -46,6 +46,13 @@ class Block(nn.Module):
         return x + (1 + len(self.label)) * self.down(self.up(x).relu())
 
 
+class BrokenBlock(Block):
+    def forward(self, x):
+        y = self.up(x)
+        torch._dynamo.graph_break()
+        return x + self.down(y.relu())
+
+
 class Blocks(nn.Module):
     def __init__(self, blocks):
         super().__init__()
@@ -145,9 +152,8 @@ def test_parts_that_are_disabled():
 )
 def test_nothing_is_told_where_all_is_in_graphs(named):
     """With a head that nobody compiled, graph breaks between linears, and several optimizers that step in turns."""
-    model = Blocks([Block(), Block()])
+    model = Blocks([BrokenBlock(), BrokenBlock()])
     for block in model.blocks:
-        block.down.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
         block.compile(backend="sste", options=OPTIONS)
     embedding = nn.Embedding(16, 64)
     assert train(model, steps=9, **named) == []
@@ -222,9 +228,7 @@ def test_modules_of_pytorchs_behind_hooks_are_warned_of(how: str) -> None:
         called = model
         called.compile(backend="sste", options=OPTIONS)
         sharded(model)
-    with pytest.warns(
-        UserWarning, match="had no effect.*behind the hooks of DDP and FSDP; compile a class"
-    ):
+    with pytest.warns(UserWarning, match="had no effect.*behind the hooks of DDP and FSDP; compile a class"):
         train(called)
     assert len(sparse_compile.report().fallbacks) == 1
 

@@ -258,7 +258,8 @@ def in_turn(index, count):
 
 # By day those that are refused, or end a graph, are compiled alone, the others in one graph.
 ALONE = (
-    "chunks written", "leaf_made_of_it", "out=", "resize_", "retain_grad", "set_", "written_after_it_was_saved",
+    "chunks written", "leaf_made_of_it", "out=", "resize_", "retain_grad", "set_", "written_after_a_hook",
+    "written_after_it_was_saved",
 )  # fmt: skip
 
 

@@ -70,11 +70,11 @@ def _draw_words(seed_ptr, index, offs_part, start_n, like, CALL: gl.constexpr):
     key_low, key_high = (seed & 0xFFFFFFFF).to(gl.uint32), (seed >> 32 & 0xFFFFFFFF).to(gl.uint32)
     part = gl.convert_layout(offs_part, gl.SliceLayout(1, layout)).to(gl.uint32)[:, None]
     column = (start_n + 4 * gl.arange(0, FOURS, gl.SliceLayout(0, layout))).to(gl.uint32)[None, :]
-    index, call = index.to(gl.uint32), gl.to_tensor(CALL).to(gl.uint32)
-    x0, y0, z0, w0 = _philox(column, part, index, call, key_low, key_high)
-    x1, y1, z1, w1 = _philox(column + 1, part, index, call, key_low, key_high)
-    x2, y2, z2, w2 = _philox(column + 2, part, index, call, key_low, key_high)
-    x3, y3, z3, w3 = _philox(column + 3, part, index, call, key_low, key_high)
+    index = index.to(gl.uint32)
+    x0, y0, z0, w0 = _philox(column, part, index, CALL, key_low, key_high)
+    x1, y1, z1, w1 = _philox(column + 1, part, index, CALL, key_low, key_high)
+    x2, y2, z2, w2 = _philox(column + 2, part, index, CALL, key_low, key_high)
+    x3, y3, z3, w3 = _philox(column + 3, part, index, CALL, key_low, key_high)
     return (
         with_layout_of(join_columns(x0, x1, x2, x3), like),
         with_layout_of(join_columns(y0, y1, y2, y3), like),

@@ -131,15 +131,29 @@ def searched(trial: str, rate: float) -> str:
 
 
 def best_of_rates(setting: str, arm: str, part: str = "rates") -> str:
-    """Loss over dense, each at the best learning rate that was tried: one seed."""
-    runs = section_of("bench_quality", part, "H200")["runs"]
-    losses = {
-        name: [run["validation_loss"] for run in runs if (run["setting"], run["arm"]) == (setting, name)]
-        for name in (arm, "dense")
-    }
-    if not all(losses.values()):
-        raise FigureError(f"rates has no runs of {arm!r} in the setting {setting!r}")
+    """Loss over dense, each at the best learning rate and factor that were tried: one seed."""
+    losses = {name: _losses_of(setting, name, part).values() for name in (arm, "dense")}
     return as_percent(min(losses[arm]) / min(losses["dense"]) - 1)
+
+
+def rate_loss(setting: str, arm: str, factor: float) -> str:
+    """Loss at the best learning rate of those that were tried with this factor."""
+    losses = [loss for (tried, _), loss in _losses_of(setting, arm, "rates").items() if tried == factor]
+    if not losses:
+        raise FigureError(f"rates has no runs of {arm!r} with a factor of {factor:g} in the setting {setting!r}")
+    return f"{min(losses):.3f}"
+
+
+def _losses_of(setting: str, arm: str, part: str) -> dict[tuple[float, float], float]:
+    """By factor and learning rate."""
+    losses = {
+        (run["factor"], run["learning_rate"]): run["validation_loss"]
+        for run in section_of("bench_quality", part, "H200")["runs"]
+        if (run["setting"], run["arm"]) == (setting, arm)
+    }
+    if not losses:
+        raise FigureError(f"{part} has no runs of {arm!r} in the setting {setting!r}")
+    return losses
 
 
 def emulated(trial: str, rate: float = 0.003) -> str:

@@ -9,7 +9,6 @@ from importlib.metadata import EntryPoint
 from typing import cast
 
 import torch
-import torch._dynamo.config
 from torch.fx import GraphModule
 
 
@@ -30,7 +29,9 @@ def guard_frozen_parameters() -> None:
     was compiled would never get a gradient again.  2.12 looks at each.
     """
     if torch.__version__ < "2.12":
-        torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
+        from torch._dynamo import config
+
+        config.skip_tensor_guards_with_matching_dict_tags = False
 
 
 def graph_before_cut(graph_module: GraphModule) -> GraphModule | None:

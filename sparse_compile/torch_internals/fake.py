@@ -1,9 +1,11 @@
 """Fake tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 __all__ = ["FakeTensor", "FakeTensorMode"]
@@ -14,6 +16,13 @@ def backend_fake_mode(inputs: Sequence[Any]) -> Any:
     from torch._guards import detect_fake_mode
 
     return detect_fake_mode(inputs)
+
+
+@contextmanager
+def symbolic(mode: FakeTensorMode) -> Iterator[None]:
+    """Run operations on fake tensors as dynamo does, so that sizes stay symbols in those made of others, too."""
+    with mode, enable_python_dispatcher():
+        yield
 
 
 def fake_inputs(arguments: Sequence[Any]) -> list[Any]:
