@@ -280,6 +280,15 @@ class TestPlaces:
         assert found == {"first": 0, "second": 2048, "descriptors": (1, 6)}
         assert tried == [{}, found]
 
+    @pytest.mark.parametrize(("second", "compilations"), [(2048, 1), (1024, 2)])
+    def test_a_guess_is_verified(self, second: int, compilations: int) -> None:
+        tried = []
+        guess = {"first": 0, "second": second, "descriptors": (1, 6)}
+        buffers = {"first": (512,), "second": (64,)}
+        found = shared_memory.resolve_places(lambda places: (tried.append(places), self.kernel(64))[1], buffers, guess)
+        assert found == {"first": 0, "second": 2048, "descriptors": (1, 6)}
+        assert tried == [guess, found][:compilations]
+
     def test_refuses_a_missing_buffer(self) -> None:
         with pytest.raises(RuntimeError, match=r"other needs one shared-memory buffer of shape \(3,\); allocated are"):
             shared_memory.resolve_places(lambda places: self.kernel(64), {"other": (3,)})
@@ -515,6 +524,29 @@ def test_offsets_beyond_32_bits(dtype, transpose) -> None:
     product = out.t() if transpose else out
     assert_product(product[-128:], values[-128:], metadata[:, -8:], dense, scale_inv, None)
     assert_product(product[:, -256:], values, metadata, dense[-256:], scale_inv, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+def test_the_guess_of_places_is_right(monkeypatch: pytest.MonkeyPatch, scaled: bool) -> None:
+    """Or each variant would be compiled twice."""
+    resolved = []
+
+    def resolve(compile_kernel, buffers, guess):
+        resolved.append((guess, shared_memory.resolve_places(compile_kernel, buffers, guess)))
+        return resolved[-1][1]
+
+    monkeypatch.setattr(plan_module, "resolve_places", resolve)
+    monkeypatch.setattr(plan_module, "_rings", {})
+    values, metadata, scale_inv = random_operand(240, 400, "cuda")
+    dense, dense_scale_inv = random_dense(112, 400, "cuda")
+    for dtype in (torch.bfloat16, torch.float32):
+        out = torch.empty(240, 112, dtype=dtype, device="cuda")
+        tensors = (values, metadata, dense, scale_inv, dense_scale_inv if scaled else None, out)
+        for config in configs.configs():
+            plan_module.plan_gemm(config, not scaled, *tensors, False)
+    assert len(resolved) == 2 * len(list(configs.configs()))
+    assert [guess for guess, _ in resolved] == [found for _, found in resolved]
 
 
 @pytest.mark.gpu

@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -149,11 +151,29 @@ def _resolve(
                 *varying, *sizes, RING=replace(ring, **places), **constants, grid=(1,), num_warps=4
             ),
             buffers,
+            _likely_places(ring, buffers, constants["OUT_BUFFERS"], scaled),
         )
         # The descriptors' swizzles start anew every 1024 bytes.
         assert found["values"] % 1024 == found["dense"] % 1024 == 0, found
         _rings[key] = replace(ring, **found)
     return _rings[key]
+
+
+def _likely_places(
+    ring: SmemPipeline, buffers: Mapping[str, tuple[int, ...]], out_buffers: int, scaled: bool
+) -> dict[str, Any]:
+    """What Triton 3.6 and 3.7 make of it: buffers lie one behind the other, the largest first."""
+    size = 2 // ring.words
+    values = prod(buffers["dense"]) * size
+    metadata = values + prod(buffers["values"]) * size + out_buffers * 2 * 64 * 64 * 2  # of two warpgroups, 16 bits
+    barriers = metadata + prod(buffers["metadata"]) * 4
+    if scaled:
+        barriers += 8 * triton.next_power_of_2(ring.block_d)  # the scales of two tiles
+    elif not out_buffers:
+        barriers += 128
+    # Five parameters are a matrix's; scales are pointers.
+    descriptors = (0, 5, 10, *((16 + scaled,) if out_buffers else ()))
+    return {"values": values, "metadata": metadata, "dense": 0, "barriers": barriers, "descriptors": descriptors}
 
 
 def _descriptor(tensor: Tensor, block: list[int], layout: gl.NVMMASharedLayout) -> TensorDescriptor:

@@ -21,23 +21,27 @@ _ALLOCATION = re.compile(
     r"ttg\.local_alloc\s*\{allocation\.offset = (\d+) : i32\} : \(\) -> !ttg\.memdesc<((?:\d+x)+)\w+,"
 )
 _DESCRIPTOR = re.compile(r"\.param \.align \d+ \.b8 \w+_param_(\d+)\[128\]")
-# One compilation finds the places and one verifies them; a change of places can't move the buffers again.
+# One compilation finds the places and one verifies them, unless a guess was right; a change of places can't move the
+# buffers again.
 _MAX_COMPILATIONS = 3
 
 
 def resolve_places(
-    compile_kernel: Callable[[dict[str, Any]], Any], buffers: Mapping[str, tuple[int, ...]]
+    compile_kernel: Callable[[dict[str, Any]], Any],
+    buffers: Mapping[str, tuple[int, ...]],
+    guess: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The offset in bytes of each buffer and, as ``descriptors``, the number of each parameter that is one, verified.
 
     Args:
-        compile_kernel: compiles the kernel, without running it, with these places; an empty dict at first.
+        compile_kernel: compiles the kernel, without running it, with these places.
         buffers: the name of a buffer -> its shape, by which it is found.
+        guess: the places that are tried first, by default none; if they are right, one compilation is enough.
 
     Raises:
         RuntimeError: a buffer is not found, or the places do not settle.
     """
-    places: dict[str, Any] = {}
+    places = guess or {}
     for _ in range(_MAX_COMPILATIONS):
         compiled = compile_kernel(places)
         allocations = _allocate(compiled.asm["ttgir"])
