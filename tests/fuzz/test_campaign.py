@@ -25,6 +25,7 @@ def test_a_failure_is_in_the_summary_and_the_rest_is_counted(monkeypatch: pytest
         return Counter(compared=len(scripts) - 1, **{"too large": 1})
 
     monkeypatch.setattr(fuzzing, "check", check)
+    monkeypatch.setattr(fuzzing, "SMALL_SCRIPTS", 5)  # which are drawn in less time than thirty
     batches = [fuzzing.batch("small, fp32", number, shrink=False) for number in (7, 8)]
     found = fuzzing.summary(batches, 1.0)
     graphs = 4 + fuzzing.GRAPHS
