@@ -31,7 +31,6 @@ from sparse_compile.weights.pattern_24 import may_be_of_experts
 _FIRST, _FACTOR = 2, 4
 _ADVICE = "use dynamic=True or raise it"
 _EXPERTS_ADVICE = "a loop over experts does that; transformers: model.set_experts_implementation('grouped_mm')"
-
 _CLASS_ADVICE = "compile a class of your own that holds it"
 
 _Weights = dict[int, "ref[Tensor]"]  # by their ids

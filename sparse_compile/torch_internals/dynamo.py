@@ -23,7 +23,7 @@ def register_entry_point(name: str, value: str) -> None:
 
 
 def guard_frozen_parameters() -> None:
-    """Let dynamo see, from the next compilation on, that a parameter was frozen or thawed.
+    """Let dynamo see, from the next compilation on, that a parameter was frozen or unfrozen.
 
     PyTorch 2.11 takes the tensors of a module for unchanged while its dicts are: a parameter that was frozen when it
     was compiled would never get a gradient again.  2.12 looks at each.
