@@ -51,8 +51,8 @@ KINDS = {
 }
 
 
-def _step(model: str, kind: str, device: str) -> Mapping[str, Any]:
-    return only_row(section_of("bench_step", f"step {model}", device)["rows"], f"the step of {model}", kind=kind)
+def _step(model: str, kind: str, device: str, part: str = "step") -> Mapping[str, Any]:
+    return only_row(section_of("bench_step", f"{part} {model}", device)["rows"], f"the step of {model}", kind=kind)
 
 
 def speed(model: str, kind: str, device: str) -> str:
@@ -61,8 +61,8 @@ def speed(model: str, kind: str, device: str) -> str:
 
 
 def memory(model: str, kind: str, device: str) -> str:
-    """Peak memory of a training step."""
-    return f"{_step(model, kind, device)['peak_gib']:.1f} GiB"
+    """Peak memory of a training step, which may have been looked at apart from its time."""
+    return f"{_step(model, kind, device, 'memory')['peak_gib']:.1f} GiB"
 
 
 def predicted_over_measured(model: str, kind: str, device: str) -> str:
