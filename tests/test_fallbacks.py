@@ -164,6 +164,23 @@ def test_nothing_is_told_where_all_is_in_graphs(named):
     assert embedding.weight.grad is None
 
 
+class Untraced(Block):
+    """All of whose linears run eagerly."""
+
+    @torch.compiler.disable
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_a_module_of_which_no_graph_has_a_linear():
+    model = Untraced()
+    step = torch.compile(lambda x: model(x.sin()), backend="sste", options=OPTIONS)
+    assert train(model, step) == []  # the module itself was not compiled
+    assert train(torch.compile(model, backend="sste", options=OPTIONS)) == [
+        "1 of 1 compiled modules of class Untraced fell back to eager: TORCH_LOGS=graph_breaks shows why"
+    ]
+
+
 def test_what_another_backend_compiles_is_its_own():
     ours, others = Block(), nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     model = nn.Sequential(ours, others)

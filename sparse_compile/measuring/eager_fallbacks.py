@@ -24,7 +24,7 @@ from sparse_compile.reporting.model import fold_names
 from sparse_compile.reporting.process_report import report_so_far
 from sparse_compile.reporting.report import Report
 from sparse_compile.torch_internals.dynamo import RecompileLimit, on_recompile_limit
-from sparse_compile.torch_internals.modules import backend_of, compiled_modules, is_compiled_in_place, is_pytorchs
+from sparse_compile.torch_internals.modules import compiled_modules, is_compiled_in_place, is_pytorchs
 from sparse_compile.weights.pattern_24 import may_be_of_experts
 
 # Steps 2, 8, 32, ... of each optimizer are looked at: the first compiles, and a look may walk over the heap.
@@ -100,10 +100,12 @@ class Fallbacks:
         if not self.traced:
             self._eager = self._without_effect()
         elif any(_is_weight(weight) and type(weight) is Parameter and id(weight) not in now for weight in trained):
-            roots = [(root, linears) for root in compiled_modules() if (linears := dict(_linears_of(root)))]
-            # Of what another backend compiles no weight was ever in a graph of this one.
+            compiled = compiled_modules()
+            roots = [(root, linears) for root, _ in compiled if (linears := dict(_linears_of(root)))]
+            # Of what another backend compiles in place no weight was ever in a graph of this one.
             noted = _alive(self._noted)
             ours = {type(root) for root, linears in roots if noted & {id(weight) for weight in linears.values()}}
+            ours |= {type(root) for root, backend in compiled if backend is self.backend}
             self._eager = list(self._described([pair for pair in roots if type(pair[0]) in ours], now))
         self._tell()
 
@@ -136,25 +138,29 @@ class Fallbacks:
 
     def _without_effect(self) -> list[str]:
         """Modules that were compiled and train, where no graph was ever traced: no report would come."""
-        lines = sorted({line for root in compiled_modules() if _has_gradients(root) and (line := self._why_not(root))})
+        compiled = compiled_modules()
+        lines = sorted(
+            {line for root, backend in compiled if _has_gradients(root) and (line := self._why_not(root, backend))}
+        )
         for line in lines:
             if line not in self._warned:
                 self._warned.add(line)
                 warnings.warn(f"sparse_compile: {line}", stacklevel=2)
         return lines
 
-    def _why_not(self, root: Module) -> str | None:
+    def _why_not(self, root: Module, backend: object) -> str | None:
         """Why nothing was traced of a module that was compiled with this backend; None of another one's."""
-        in_place = is_compiled_in_place(root)
-        name = type(root).__name__
+        in_place, name = is_compiled_in_place(root), type(root).__name__
         compiled = f"{name}.compile()" if in_place else f"torch.compile({name})"
         no_effect = f"{compiled} had no effect, and the module runs eagerly: PyTorch traces none of its own classes"
+        if not in_place and backend is not self.backend:
+            return None
         if in_place and all(map(is_pytorchs, root.modules())) and not _is_sharded(root):
             return f"{no_effect} that are compiled in place; use torch.compile(module), or {_CLASS_ADVICE}"
-        if (in_place or backend_of(root) is self.backend) and all(map(_is_torchs, root.modules())):
+        if all(map(_is_torchs, root.modules())):
             return f"{no_effect} behind the hooks of DDP and FSDP; {_CLASS_ADVICE}, and wrap that"
-        if in_place or backend_of(root) is not self.backend:
-            return None
+        if in_place:
+            return None  # whose backend is not known
         return (
             f"{compiled} has traced nothing, and the module trains: call what torch.compile returns, not the module; "
             "if you do, TORCH_LOGS=graph_breaks shows why nothing is traced"

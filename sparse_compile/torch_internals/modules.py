@@ -43,17 +43,6 @@ def is_compiled_wrapper(module: Module) -> bool:
     return dynamo is not None and issubclass(type(module), dynamo.OptimizedModule)
 
 
-def backend_of(root: Module) -> object:
-    """What a module was handed to torch.compile with, or None: ``Module.compile`` does not tell."""
-    for module in instances_of(Module):
-        if is_compiled_wrapper(module) and module._orig_mod is root:
-            found = module.dynamo_ctx.callback
-            while inner := getattr(found, "_torchdynamo_orig_backend", None):
-                found = inner
-            return getattr(found, "compiler_fn", found)  # which torch.compile holds with its options
-    return None
-
-
 def with_frame_of_its_own(module: Module) -> Callable[..., Any]:
     """The call of a module, hooks included, as Module.compile compiles it.
 
@@ -102,11 +91,23 @@ def bare_modules_of(trace: Module) -> Iterator[Module]:
         yield from (module for module in trace.modules() if type(module) is Module)
 
 
-def compiled_modules() -> list[Module]:
-    """Modules that torch.compile or Module.compile was called with: a walk over the heap."""
-    found = {}
+def compiled_modules() -> list[tuple[Module, object]]:
+    """Modules that torch.compile or Module.compile was called with, each with its backend: a walk over the heap.
+
+    None where a module was compiled in place, which does not tell.
+    """
+    found: dict[int, tuple[Module, object]] = {}
     for module in instances_of(Module):
-        root = module._orig_mod if is_compiled_wrapper(module) else module
-        if root is not module or is_compiled_in_place(module):
-            found[id(root)] = root
+        if is_compiled_wrapper(module):
+            found[id(module._orig_mod)] = module._orig_mod, _backend_of(module)
+        elif is_compiled_in_place(module):
+            found.setdefault(id(module), (module, None))
     return list(found.values())
+
+
+def _backend_of(wrapper: Any) -> object:
+    """What torch.compile was given."""
+    found = wrapper.dynamo_ctx.callback
+    while inner := getattr(found, "_torchdynamo_orig_backend", None):
+        found = inner
+    return getattr(found, "compiler_fn", found)  # it is held with its options
