@@ -247,7 +247,7 @@ def test_modules_of_pytorchs_behind_hooks_are_warned_of(how: str) -> None:
         sharded(model)
     with pytest.warns(UserWarning, match="had no effect.*behind the hooks of DDP and FSDP; compile a class"):
         train(called)
-    assert len(sparse_compile.report().fallbacks) == 1
+    assert sum("behind the hooks" in line for line in sparse_compile.report().fallbacks) == 1
 
 
 @pytest.mark.usefixtures("nothing_traced")
