@@ -49,7 +49,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
+def gpus_of(worker: str, devices: int) -> str | None:
+    """What a worker of pytest-xdist sees of several GPUs: all, each worker with another as the first."""
+    if not worker.startswith("gw") or devices < 2:
+        return None
+    first = int(worker.removeprefix("gw"))
+    return ",".join(str((first + index) % devices) for index in range(devices))
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    seen = gpus_of(os.environ.get("PYTEST_XDIST_WORKER", ""), torch.cuda.device_count())
+    if seen is not None:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", seen)
     config.stash[zoo.OUTCOMES] = []
     if warm.ADDRESS not in os.environ:  # or this is a worker
         warm.share()
