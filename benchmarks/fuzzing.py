@@ -51,11 +51,13 @@ class Part:
 
     Args:
         small: graphs of one or two linears, and many short scripts over each.
+        kernels: calls of kernels alone, of no graph.
     """
 
     kind: Kind
     dtypes: tuple[str, ...] = DTYPES
     small: bool = False
+    kernels: bool = False
     widths: tuple[int, ...] = WIDTHS
     shapes: Mapping[int, Sequence[tuple[int, ...]]] = field(default_factory=lambda: LEADING)
 
@@ -67,7 +69,7 @@ class Part:
     @property
     def batch(self) -> int:
         """Examples of a batch."""
-        return CALLS if self is PARTS["gpu, kernels"] else GRAPHS * self.scripts
+        return CALLS if self.kernels else GRAPHS * self.scripts
 
 
 # Sizes at which 2:4 may be faster than dense; few, since each is measured.
@@ -83,7 +85,7 @@ PARTS = {
     "gpu, always": Part(_GPU),
     "gpu, faster": Part(replace(_GPU, priced=True), **_LARGE),
     "gpu, reduce-overhead": Part(replace(_GPU, mode="reduce-overhead")),
-    "gpu, kernels": Part(_GPU),
+    "gpu, kernels": Part(_GPU, kernels=True),
 }
 
 
@@ -103,10 +105,10 @@ def batch(part: str, number: int, shrink: bool) -> Batch:
     """So many graphs, drawn by a seed; the first that fails ends it."""
     torch.set_num_threads(1)
     done = Batch(part, number)
-    if part == "gpu, kernels":
+    what = PARTS[part]
+    if what.kernels:
         call_kernels(done)
         return done
-    what = PARTS[part]
     most, steps = (2, 2) if what.small else (8, 6)  # linears of a graph, actions of a script
     phases = [Phase.generate, *([Phase.shrink] if shrink else [])]
 

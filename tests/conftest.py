@@ -90,6 +90,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.set_threshold(50_000, 20, 20)  # a compilation makes many objects, few of which are garbage
 
 
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(autouse=True)
 def clean_slate() -> Iterator[None]:
     torch._dynamo.reset()

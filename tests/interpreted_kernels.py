@@ -52,7 +52,7 @@ from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE, TRANSPOSA
 from sparse_compile.testing import assert_same_bits, hard_groups
 from tests.fuzz import kernels as fuzz_kernels
 from tests.fuzz.kernels import KERNELS
-from tests.gluon_interpreter import counted, elementwise, fp8_word, interpret, prmt
+from tests.gluon_interpreter import elementwise, fp8_word, interpret, prmt
 
 ALL = False
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -84,7 +84,7 @@ def interpret_weight_kernels() -> None:
 
     interpret(
         tiles, groups_of_four, transposable, masked_decay, fp8_tiles, prune_fp8, prune_bf16, cast_transpose,
-        transpose_pruned, cast_mvue, cast_words=cast, permute_bytes=elementwise(prmt, tl.int32),
+        transpose_pruned, cast_mvue, expert_blocks, cast_words=cast, permute_bytes=elementwise(prmt, tl.int32),
         with_layout_of=lambda x, y: x,
         _widen=widen, _cast_positive_words=cast_positive, magnitude=elementwise(np.abs, tl.float32),
         _is_positive=elementwise(lambda x: (x > 0).astype(np.float32), tl.float32),
@@ -528,7 +528,6 @@ def main() -> None:
     # NaN and infinity are among the inputs.
     warnings.simplefilter("ignore", RuntimeWarning)
     interpret_weight_kernels()
-    expert_blocks.range = counted
     round_in_torch()
     patch_language_once()
     for line in sys.stdin:

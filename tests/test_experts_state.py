@@ -292,13 +292,6 @@ def test_experts_with_as_many_tokens_each_are_batched_products():
         assert F.cosine_similarity(parameter.grad.flatten(), other.flatten(), dim=0) > 0.99
 
 
-@pytest.fixture
-def one_process():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_fsdp2_gathers_experts(one_process):
     losses = []
     for sharded in (False, True):

@@ -63,9 +63,9 @@ class Finding:
 
 def versions() -> Iterator[Finding]:
     """Of Python and of what the package requires, and the private names of PyTorch and Triton that it leans on."""
-    found = {name: _version(name) for name in ("sparse_compile", "torch", *_REQUIRED)}
-    if found["torch"] is not None:
-        found["torch"] = str(torch.__version__)  # with CUDA's, which the metadata may not have
+    # The metadata of torch may lack what it was built for.
+    found = {"sparse_compile": _version("sparse_compile"), "torch": str(torch.__version__)}
+    found |= {name: _version(name) for name in _REQUIRED}
     found["python"] = platform.python_version()
     text = ", ".join(f"{name} {number or 'not installed'}" for name, number in found.items())
     absent = [name for name in _REQUIRED if found[name] is None]

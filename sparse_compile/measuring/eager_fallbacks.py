@@ -24,7 +24,7 @@ from sparse_compile.reporting.model import fold_names
 from sparse_compile.reporting.process_report import report_so_far
 from sparse_compile.reporting.report import Report
 from sparse_compile.torch_internals.dynamo import RecompileLimit, on_recompile_limit
-from sparse_compile.torch_internals.modules import compiled_modules, is_compiled_in_place, is_pytorchs
+from sparse_compile.torch_internals.modules import compiled_modules, is_pytorchs
 from sparse_compile.weights.pattern_24 import may_be_of_experts
 
 # Steps 2, 8, 32, ... of each optimizer are looked at: the first compiles, and a look may walk over the heap.
@@ -149,8 +149,12 @@ class Fallbacks:
         return lines
 
     def _why_not(self, root: Module, backend: object) -> str | None:
-        """Why nothing was traced of a module that was compiled with this backend; None of another one's."""
-        in_place, name = is_compiled_in_place(root), type(root).__name__
+        """Why nothing was traced of a module that was compiled with this backend; None of another one's.
+
+        Args:
+            backend: as ``compiled_modules`` has it.
+        """
+        in_place, name = backend is None, type(root).__name__
         compiled = f"{name}.compile()" if in_place else f"torch.compile({name})"
         no_effect = f"{compiled} had no effect, and the module runs eagerly: PyTorch traces none of its own classes"
         if not in_place and backend is not self.backend:

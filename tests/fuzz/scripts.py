@@ -185,9 +185,13 @@ class Session:
         if self.kind.mode is not None:
             torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(self.kind.device, torch.bfloat16, enabled=autocast):
-            before = [graph.calls for graph in sparse_compile.report().graphs]
+            calls = [graph.calls for graph in sparse_compile.report().graphs]
             y = self.step(x) if around is None else checkpoint(self.step, x, use_reentrant=around)
-        self._read_report(before)
+        # Of neither does the oracle know anything.
+        if self.kind.priced:
+            self._read_prices(calls)
+        else:
+            self._read_places()
         state = self.model.state_dict()
         self.oracle.load_state_dict({name: value.detach().double() for name, value in state.items()})
         for parameter, other in zip(self.model.parameters(), self.oracle.parameters(), strict=True):
@@ -217,18 +221,21 @@ class Session:
         weights = range(len(self.program.weights))
         return frozenset(index for index in weights if not self.weight(index).requires_grad)
 
-    def _read_report(self, before: Sequence[int]) -> None:
-        """What follows from a linear's place in the model, or from times, of which the oracle knows nothing.
+    def _read_places(self) -> None:
+        """What follows from a linear's place in the model; of graphs that a backward compiled, too."""
+        graphs = sparse_compile.report().graphs
+        new, self.places.graphs = graphs[self.places.graphs :], len(graphs)
+        for row in (row for graph in new for row in graph.rows):
+            if row.decision == "dense" and LEFT_DENSE.search(row.reason):
+                self.places.dense.setdefault(self._frozen(), set()).add(_index(row))
+
+    def _read_prices(self, before: Sequence[int]) -> None:
+        """What times have made of the linears of a call.
 
         Args:
-            before: the calls of each graph, before those of this one.
+            before: how often each graph had been called before it.
         """
         graphs = sparse_compile.report().graphs
-        if not self.kind.priced:
-            for row in (row for graph in graphs[len(before) :] for row in graph.rows):
-                if row.decision == "dense" and LEFT_DENSE.search(row.reason):
-                    self.places.dense.setdefault(self._frozen(), set()).add(_index(row))
-            return
         self.places.priced = {}
         called = [graph for graph, old in zip_longest(graphs, before, fillvalue=0) if graph.calls > old]
         for row in (row for graph in called for row in graph.rows):
@@ -303,10 +310,11 @@ def _index(row: Row) -> int:
 
 @dataclass
 class Places:
-    """Of one program, whatever script runs over it."""
+    """Of one program, whatever script runs over it; and how many graphs of the report were read."""
 
     dense: dict[frozenset[int], set[int]] = field(default_factory=dict)
     priced: dict[int, Recipe | None] = field(default_factory=dict)  # what times made of recipes, in the last call
+    graphs: int = 0
 
 
 @dataclass
