@@ -254,12 +254,36 @@ def test_masks_that_were_loaded_are_saved_again():
         assert torch.equal(again[place]["masks"], kept["masks"])
 
 
-def test_masks_of_other_weights_are_not_saved():
-    """Weights that were loaded, and that no call has pruned since."""
+def test_masks_survive_a_run_that_only_evaluates():
+    """Whose checkpoint holds those that it has loaded: no call of it has recorded gradients."""
     model = FFN()
     step, optimizer = compiled(model, refresh=100), torch.optim.SGD(model.parameters(), lr=0.5)
     step_once(step, optimizer)
-    model.load_state_dict(FFN().state_dict())
+    state = copy.deepcopy(optimizer.state_dict())
+    resumed = FFN()
+    again, its_optimizer = compiled(resumed, refresh=100), torch.optim.SGD(resumed.parameters(), lr=0.5)
+    resumed.load_state_dict(model.state_dict())
+    its_optimizer.load_state_dict(state)
+    with torch.no_grad():
+        again(torch.randn(16, 64))
+    saved = its_optimizer.state_dict()["param_groups"][0]["sste"]
+    assert len(saved) == 2
+    for place, kept in state["param_groups"][0]["sste"].items():
+        assert torch.equal(saved[place]["masks"], kept["masks"])
+        assert saved[place]["mask_steps"] == kept["mask_steps"]
+
+
+@pytest.mark.parametrize("how", ["loaded", "invalidated"])
+def test_masks_of_other_weights_are_not_saved(how):
+    """Weights that were changed, and that no call has pruned since."""
+    model = FFN()
+    step, optimizer = compiled(model, refresh=100), torch.optim.SGD(model.parameters(), lr=0.5)
+    step_once(step, optimizer)
+    if how == "loaded":
+        model.load_state_dict(FFN().state_dict())
+    else:
+        model.up.weight.data.copy_(torch.randn(model.up.weight.shape))  # which no version shows
+        sparse_compile.invalidate(model)
     resumed = FFN()
     again, its_optimizer = compiled(resumed, refresh=100), torch.optim.SGD(resumed.parameters(), lr=0.5)
     resumed.load_state_dict(model.state_dict())

@@ -120,14 +120,10 @@ def _projection_state(record: WeightRecord) -> ProjectionState | None:
     """How a weight is pruned; None if no linear computes with it so."""
     if not record.computed_pruned:
         return None
-    kept = record.trained_set or next((kept for kept in record.operands.values() if kept.masks is not None), None)
-    masks = kept.masks if kept is not None else None
-    if masks is None and record.loaded_masks is not None:
-        masks = record.loaded_masks[0]
     return ProjectionState(
         projection=SSTE.projection if record.target is None else record.target.projection,
         beta=None if record.current_beta is None else record.current_beta.value,
-        masks=masks,
+        masks=record.masks,
         transposed=None if record.target is None else record.target.transposed,
         finalized=record.phase is Phase.FINALIZED,
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from sparse_compile.weights.record import OperandSet, WeightRecord
+from sparse_compile.weights.record import STALE, OperandSet, WeightRecord
 
 # Rows, and columns of each, that a sample takes at most.
 _SAMPLED = 32
@@ -39,6 +39,8 @@ def find_edited(weights: Sequence[Tensor], samples: Sequence[Tensor]) -> list[in
 
 def is_edited(weight: Tensor, record: WeightRecord, kept: OperandSet) -> bool:
     """Whether something else than a step changed the weight: since its last step, or since its operands were made."""
+    if kept.version == STALE:
+        return True  # as the user said
     # Tensors made under inference_mode have no version.
     now = -1 if weight.is_inference() else weight._version, weight.data_ptr()
     if record.steps != kept.steps:

@@ -25,7 +25,6 @@ from sparse_compile.weights.edit_detection import find_edited, is_edited, take_s
 from sparse_compile.weights.optimizer_watch import watch
 from sparse_compile.weights.pattern_24 import is_24
 from sparse_compile.weights.record import (
-    STALE,
     Beta,
     BetaSource,
     Glimpse,
@@ -208,7 +207,7 @@ def _needs_masks(weight: Tensor, slot: WeightSlot, record: WeightRecord, kept: O
         kept.mask_steps += record.steps != kept.steps
         if kept.masks is None:
             kept.masks = slot.new_masks()
-        elif kept.version != STALE and kept.mask_steps < slot.refresh:
+        elif kept.mask_steps < slot.refresh:
             reused = record.steps != kept.steps or not _capturing(weight)
             if reused and not is_edited(weight, record, kept):
                 return False

@@ -60,7 +60,7 @@ class SavedState:
         if record.beta is not None and record.beta.source is BetaSource.PRIOR:
             numbers[PRIOR_STEPS] = record.prior_steps
         masks = None
-        kept = record.trained_set
+        kept = record.masked_set
         if record.pruned and record.loaded_masks is not None:
             masks = record.loaded_masks  # no call has used them yet
         elif record.pruned and kept is not None and kept.masks is not None and not edited(kept):

@@ -202,6 +202,19 @@ class WeightRecord:
         return self.pruned or (self.phase.prunes and any(layout.projection.prunes for layout in self.operands))
 
     @property
+    def masked_set(self) -> OperandSet | None:
+        """The operands whose transposable masks are the weight's: where it has only been evaluated, of that layout."""
+        trained = () if self.trained_set is None else (self.trained_set,)
+        return next((kept for kept in (*trained, *self.operands.values()) if kept.masks is not None), None)
+
+    @property
+    def masks(self) -> Tensor | None:
+        """Transposable masks that the next call uses, if they hold until then."""
+        if self.loaded_masks is not None:
+            return self.loaded_masks[0]
+        return None if self.masked_set is None else self.masked_set.masks
+
+    @property
     def current_beta(self) -> Beta | None:
         """What linears compute with now."""
         return self.beta or (self.provisional if self.phase is Phase.FRESH else None)

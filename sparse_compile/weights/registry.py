@@ -62,9 +62,7 @@ def bake(weight: Tensor, record: WeightRecord) -> None:
     owned, layout = owned_by_optimizer(weight), record.target
     assert layout is not None  # whoever follows a schedule has one
     beta = None if record.beta is None else record.beta.value
-    masks = next((kept.masks for kept in record.operands.values() if kept.masks is not None), None)
-    if masks is None and record.loaded_masks is not None:
-        masks = record.loaded_masks[0].to(weight.device)
+    masks = None if record.masks is None else record.masks.to(weight.device)
     with plain_tensors():
         for tensor in (weight,) if owned is weight else (weight, owned):  # gathered, and in shards
             local = local_tensor(tensor)
@@ -103,7 +101,7 @@ def _saved_of(weight: Tensor) -> SavedState | None:
     record = find_record(weight)
     if record is None:
         return None
-    made = record.trained_set.version if record.trained_set is not None else None
+    made = record.masked_set.version if record.masked_set is not None else None
     return SavedState.of(
         record,
         stepped=lambda: made is not None and made[0] not in (None, watch.last_of(weight)),

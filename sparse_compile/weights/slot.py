@@ -28,7 +28,7 @@ class WeightSlot:
     shadow_projection: Projection = IDENTITY  # what prunes it in another phase than this dense one
 
     def new_operands(self) -> Any:
-        """Uninitialised operands, a NamedTuple of the projection; fake ones under a FakeTensorMode."""
+        """Operands to be filled, a NamedTuple of the projection; fake ones under a FakeTensorMode."""
         matrix = self.out_features, self.in_features, self.device
         if self.experts is None:
             return self.projection.new_operands(*matrix)
