@@ -44,7 +44,7 @@ class FirstAndThird(Projection):
             dense_t=torch.empty(k, n, dtype=E4M3, device=device),
             kept=torch.empty(values_shape(n, k), dtype=E4M3, device=device),
             where=torch.empty(metadata_shape(n, k), dtype=torch.int32, device=device),
-            scale_inv=torch.empty(1, device=device),
+            scale_inv=torch.ones(1, device=device),
         )
 
     def fill(

@@ -114,7 +114,7 @@ class Projection(ABC):
 
     @abstractmethod
     def new_operands(self, n: int, k: int, device: torch.device) -> Any:
-        """Uninitialised operands of a weight.
+        """Operands of a weight, uninitialised but for ``scale_inv``, which is 1: kernels begin with the last scale.
 
         Args:
             n: its out_features.
@@ -161,10 +161,11 @@ class Projection(ABC):
             device: where the operands lie.
 
         Returns:
-            Uninitialised ``Operands``: those of each expert, stacked.  Fake ones under a FakeTensorMode.
+            ``Operands``: those of each expert, stacked.  Fake ones under a FakeTensorMode.
         """
         of_one = self.new_operands(n, k, torch.device("meta"))
-        return self.Operands(*(torch.empty(experts, *o.shape, dtype=o.dtype, device=device) for o in of_one))
+        stacked = (torch.empty(experts, *o.shape, dtype=o.dtype, device=device) for o in of_one[:-1])
+        return self.Operands(*stacked, scale_inv=torch.ones(experts, *of_one[-1].shape, device=device))
 
     def new_masks_of_experts(self, experts: int, n: int, k: int, device: torch.device) -> Tensor | None:
         """Allocate the masks of experts.
