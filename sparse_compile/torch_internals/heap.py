@@ -3,6 +3,7 @@
 import gc
 import sys
 from collections.abc import Iterator
+from itertools import compress
 from types import FrameType, FunctionType, ModuleType
 from typing import Any
 from weakref import ref
@@ -15,10 +16,11 @@ def instances_of(kind: type) -> Iterator[Any]:
     """All that are alive, by a walk over the heap; of frozen ones (``gc.freeze``) those that a script can reach."""
     objects = gc.get_objects()
     # type(), because isinstance() would wake lazy proxies that pretend to be of the kind; of few classes many objects.
-    classes = set(map(type, objects))
+    types = list(map(type, objects))
+    classes = set(types)
     kinds = {found for found in classes if issubclass(found, kind)}
-    listed = [found for found in objects if type(found) in kinds]
-    del objects
+    listed = list(compress(objects, map(kinds.__contains__, types)))  # of a million objects, faster than a loop
+    del objects, types
     known = set(map(id, listed))
     yield from listed
     frozen = _frozen_objects(frozen_since=_Listed not in classes)
