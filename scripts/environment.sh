@@ -28,6 +28,7 @@ use_environment() {
     # torch first and pinned, so that no later requirement can pull in another build of it.  Not compiled: most modules
     # are never imported, and those that are, Python compiles then.
     local install=("$PYTHON" -m pip install --quiet --quiet --no-compile --constraint constraints.txt)
+    "${install[@]}" --upgrade pip  # which resolves in half of the time of the one that comes with Python 3.11
     "${install[@]}" torch setuptools
     # Beside pip, which leaves a core idle: what each of the first processes would compile of torch, 10 s each.
     local modules="_inductor.compile_fx, torch._inductor.lowering, torch._inductor.fx_passes.joint_graph"
