@@ -41,6 +41,7 @@ KINDS = {
     TORCHAO: "torchao float8, tensorwise",
     SSTE: "**sste, defaults**",
     "sste reduce-overhead": 'sste, `mode="reduce-overhead"`',
+    "sste, small memory": 'sste, `sste.memory="small"`',
     "sste, ffn-up": 'sste, `sste.targets="ffn-up"`',
     "sste, head in fp8": 'sste, `sste.head="fp8"`',
     "sste, head's backward in fp8": 'sste, `sste.head="fp8-backward"`',
@@ -51,8 +52,8 @@ KINDS = {
 }
 
 
-def _step(model: str, kind: str, device: str, part: str = "step") -> Mapping[str, Any]:
-    return only_row(section_of("bench_step", f"{part} {model}", device)["rows"], f"the step of {model}", kind=kind)
+def _step(model: str, kind: str, device: str) -> Mapping[str, Any]:
+    return only_row(section_of("bench_step", f"step {model}", device)["rows"], f"the step of {model}", kind=kind)
 
 
 def speed(model: str, kind: str, device: str) -> str:
@@ -61,8 +62,8 @@ def speed(model: str, kind: str, device: str) -> str:
 
 
 def memory(model: str, kind: str, device: str) -> str:
-    """Peak memory of a training step, which may have been looked at apart from its time."""
-    return f"{_step(model, kind, device, 'memory')['peak_gib']:.1f} GiB"
+    """Peak memory of a training step."""
+    return f"{_step(model, kind, device)['peak_gib']:.1f} GiB"
 
 
 def predicted_over_measured(model: str, kind: str, device: str) -> str:
@@ -156,7 +157,7 @@ def steps_measured(device: str) -> str:
     return f"{found[0]['device']}, {between}, {'; '.join(versions)}"
 
 
-def first_step(kind: str, cached: bool, device: str = "H100") -> str:
+def first_step(kind: str, cached: bool, device: str = "H200") -> str:
     """Of four layers of the Llama-3-8B shape: the first step, compilation included, with empty or filled caches."""
     row = only_row(section_of("bench_step", "compile llama-8b", device)["rows"], "compile", kind=kind)
     return f"{row['warm_s' if cached else 'cold_s']:.0f} s"
