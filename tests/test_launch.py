@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.compiler._cache import CacheArtifactManager
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
@@ -374,6 +375,23 @@ class TestKernels:
             call(*arguments)
         assert recorder.loaded == 5
         assert recorder.launches[4].arguments[1] is None
+
+    def test_another_machine_need_not_compile(self, recorder, monkeypatch, tmp_path) -> None:
+        """One that has loaded what ``torch.compiler.save_cache_artifacts`` saved."""
+        found: list[bool] = []
+        monkeypatch.setattr(knobs.compilation, "listener", lambda *, cache_hit, **_: found.append(cache_hit))
+        x, y, out = (torch.zeros(300) for _ in range(3))
+        with CacheArtifactManager.with_fresh_cache():
+            monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "first"))
+            planned(plan_axpy)(x, y, out, 7, False)
+            artifacts, info = torch.compiler.save_cache_artifacts()
+            assert len(info.artifacts["sparse_compile_kernels"]) == 1
+            axpy_kernel.device_caches.clear()
+            monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "second"))
+            torch.compiler.load_cache_artifacts(artifacts)
+            planned(plan_axpy)(x, y, out, 7, False)
+        assert found == [False, True]
+        assert len(recorder.launches) == 2
 
     def test_nothing_to_launch(self, recorder) -> None:
         planned(plan_axpy)(torch.ones(0), None, torch.ones(0), 0, False)

@@ -23,6 +23,7 @@ from uuid import uuid4
 import torch
 
 from sparse_compile.from_json import from_json
+from sparse_compile.torch_internals.cache_artifacts import carried
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -64,6 +65,11 @@ def keep(path: Path, value: object) -> None:
     Where it can't be written, this process keeps it in memory, and a warning says so.
     """
     text = f"{json.dumps(value)}\n".encode()
+    _write(path, text)
+    _record(_key(path), text)
+
+
+def _write(path: Path, text: bytes) -> None:
     new = path.with_suffix(f".{uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,10 +94,21 @@ def kept(path: Path, kind: type[T]) -> T | None:
     except OSError:  # there is no such file, or the folder can't be read
         return None
     try:
-        return from_json(kind, text)
+        value = from_json(kind, text)
     except ValueError as error:
         warnings.warn(f"sparse_compile: {path} is damaged ({error}) and ignored", stacklevel=2)
         return None
+    _record(_key(path), text)
+    return value
+
+
+def _key(path: Path) -> str:
+    """Folder, kind and name: the same on each machine."""
+    return str(Path(*path.parts[-3:]))
+
+
+# What a process has measured, or found, goes to other machines with PyTorch's caches.
+_record = carried("sparse_compile_times", lambda key, text: _write(root() / key, text))
 
 
 def round_up(size: int) -> int:

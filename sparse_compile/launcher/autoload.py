@@ -1,12 +1,13 @@
 """``SPARSE_COMPILE=1 python train.py``: PyTorch calls ``autoload`` at the end of ``import torch``.
 
 Where this package is installed, every process that imports torch calls it.  So it does nothing unless a variable is
-set, and it reports a wrong value on stderr instead of raising, which would make the import fail.
-PyTorch is not fully imported yet, so nothing here may import ``torch._dynamo``.
+set, but for what takes milliseconds, and it reports a wrong value on stderr instead of raising, which would make the
+import fail.  PyTorch is not fully imported yet, so nothing here may import ``torch._dynamo``.
 """
 
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from sparse_compile.reporting.report_file import check_file
@@ -20,6 +21,7 @@ def autoload() -> None:
 
     The report's file alone is for a script that uses the backend itself.  A value that is not allowed is ignored.
     """
+    carry_caches()
     auto, report_file = _auto(), _report_file()
     if auto is not None:
         from sparse_compile.launcher.route_compile import route
@@ -29,6 +31,15 @@ def autoload() -> None:
         from sparse_compile.reporting.process_report import recorded, write_to
 
         write_to(report_file, when=lambda: recorded() > 0)
+
+
+def carry_caches() -> None:
+    """Register what ``torch.compiler.load_cache_artifacts`` may find of ours; a script may call it first of all."""
+    for module in ("carried_kernels", "timing.gpu_times"):
+        try:
+            import_module(f"sparse_compile.kernels.{module}")
+        except (AssertionError, ImportError) as error:
+            _warn(f"artifacts of torch.compiler will have nothing of it: {error}")
 
 
 def _auto() -> bool | None:
