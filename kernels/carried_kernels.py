@@ -18,10 +18,13 @@ _SUFFIXES = (".json", ".ttgir", ".ptx", ".cubin")
 def record(compiled: Any) -> None:
     """Let a compiled kernel be carried."""
     packed = io.BytesIO()
-    with ZipFile(packed, "w") as archive:
-        for name, path in compiled.metadata_group.items():
-            if name.endswith(_SUFFIXES):
-                archive.write(path, name)
+    try:
+        with ZipFile(packed, "w") as archive:
+            for name, path in compiled.metadata_group.items():
+                if name.endswith(_SUFFIXES):
+                    archive.write(path, name)
+    except OSError:  # somebody has emptied Triton's cache since this process compiled it
+        return
     _record(compiled.hash, packed.getvalue())
 
 
