@@ -16,6 +16,7 @@ class FakeTimer:
 
     now = 0.0
     reached = float("inf")
+    lags = ()
 
     def __init__(self, device):
         assert device == torch.device("cpu")
@@ -28,6 +29,9 @@ class FakeTimer:
 
     def between(self, start, end):
         return end - start
+
+    def lag(self):
+        return FakeTimer.lags.pop(0) if FakeTimer.lags else None
 
 
 @pytest.fixture
@@ -97,6 +101,26 @@ def test_the_device_is_not_waited_for(clock):
         report.graphs[0].calls += 1
         times.on_step(training)
     assert report.step_ms == [10, 10, 10]
+
+
+@pytest.mark.parametrize(("lags", "waits"), [([0.5, 0.4, 8], True), ([9, 8, 0.3], False), ([], False)])
+def test_a_gpu_that_waits_for_the_host(clock, monkeypatch, lags, waits):
+    """Behind three steps it is seen how far the host is ahead; without a GPU it is not."""
+    monkeypatch.setattr(FakeTimer, "lags", list(lags))
+    report, training = Report([graph(calls=1)]), optimizer()
+    times = StepTimes(report)
+    found = []
+    for _ in range(600):
+        clock.now += 10
+        report.graphs[0].calls += 1
+        times.on_step(training)
+        found.append(len(report.gpu_lag_ms))
+    assert report.gpu_lag_ms == lags
+    assert [found[steps - 1] - found[steps - 2] for steps in (31, 32, 33, 128, 512)] == [
+        0, *([1] if lags else [0]), 0, *([1, 1] if lags else [0, 0])
+    ]  # fmt: skip
+    assert ("the GPU waits for the host" in str(report)) == waits
+    assert Report.from_json(report.to_json()).waits_for_host() == waits
 
 
 def test_when_an_optimizer_is_gone_the_next_is_followed(clock):

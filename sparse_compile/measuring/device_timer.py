@@ -36,6 +36,17 @@ class DeviceTimer:
         end.synchronize()
         return float(start.elapsed_time(end))
 
+    def lag(self) -> float | None:
+        """Milliseconds for which the device still works on what the host has started: it is waited for.
+
+        None for a host of its own.
+        """
+        if not self.is_cuda:
+            return None
+        start = perf_counter()
+        self.wait()
+        return (perf_counter() - start) * 1e3
+
     def wait(self) -> None:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)

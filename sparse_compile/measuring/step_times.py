@@ -1,7 +1,8 @@
 """How long training steps take: from a step of an optimizer to its next, forward, backward and all between them.
 
-Followed is the first optimizer that steps after a compiled graph has run, as long as it lives.  The device is never
-waited for: on a GPU the time between two marks is read when a later step finds that both have passed.
+Followed is the first optimizer that steps after a compiled graph has run, as long as it lives.  On a GPU the time
+between two marks is read when a later step finds that both have passed.  The device is waited for behind a few steps
+alone, to see how far the host is ahead.
 """
 
 from collections import Counter, deque
@@ -21,6 +22,7 @@ from sparse_compile.reporting.report import Report
 from sparse_compile.weights.optimizer_watch import Stage, watch
 
 _MAX_TIMES = 512
+_LAG_AT = (32, 128, 512)  # steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class _Mark:
 
 
 class StepTimes:
-    """Fills ``Report.step_ms`` and ``GraphReport.calls_a_step``."""
+    """Fills ``Report.step_ms``, ``Report.gpu_lag_ms`` and ``GraphReport.calls_a_step``."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -54,14 +56,19 @@ class StepTimes:
         self._last: _Mark | None = None
         self._pending: deque[tuple[Any, Any]] = deque()
         self._calls: list[Counter[int]] = []
+        self._steps = 0
         self._report.step_ms.clear()
+        self._report.gpu_lag_ms.clear()
 
     def _step(self) -> None:
         if capturing():
             self._last = None
             return
         graphs = self._report.graphs
+        self._steps += 1
         mark = _Mark(self._clock.mark(), tuple(graph.calls for graph in graphs), _interruptions(graphs))
+        if self._steps in _LAG_AT and (lag := self._clock.lag()) is not None:
+            self._report.gpu_lag_ms.append(round(lag, 3))
         last, self._last = self._last, mark
         # A step in which something was compiled or measured is none like others.
         if last is not None and last.interruptions == mark.interruptions and last.calls != mark.calls:

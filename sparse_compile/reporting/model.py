@@ -209,6 +209,7 @@ class ReportData:
         health: samples of its pruned weights, by their names.
         step_ms: milliseconds of the last training steps, from a step of an optimizer to its next; without those in
             which a graph was compiled or measured.
+        gpu_lag_ms: of a few steps, how long the GPU still worked when the host had started all of the step.
         fallbacks: what dynamo runs eagerly of the modules that were compiled, a sentence each.
         choices: what was chosen by measured time, for each question and number of tokens, see ``sste.plan``.
     """
@@ -216,6 +217,7 @@ class ReportData:
     graphs: list[GraphReport] = field(default_factory=list)
     health: dict[str, list[Health]] = field(default_factory=dict)
     step_ms: list[float] = field(default_factory=list)
+    gpu_lag_ms: list[float] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     torch: str = ""
     device: str = ""
@@ -277,6 +279,15 @@ class ReportData:
         tenth = len(times) // 10
         return Spread(median=statistics.median(times), low=times[tenth], high=times[-1 - tenth])
 
+    def waits_for_host(self) -> bool:
+        """Whether the GPU has nothing to do for a part of each training step, as the host starts kernels too slowly.
+
+        Returns:
+            Whether the host is no more than a tenth of a step ahead; False if that was not measured.
+        """
+        step = self.step()
+        return bool(step and self.gpu_lag_ms and statistics.median(self.gpu_lag_ms) < step.median / 10)
+
     def dense_step_ms(self) -> float | None:
         """What a training step would take if its graphs were dense, as option ``sste.report_measure`` measured them.
 
@@ -317,7 +328,7 @@ class ReportData:
         return {
             "version": VERSION, "torch": self.torch, "device": self.device, "coverage": self.coverage(),
             "gains": gains, "graphs": graphs, "choices": choices, "health": health, "step_ms": self.step_ms,
-            "fallbacks": self.fallbacks,
+            "gpu_lag_ms": self.gpu_lag_ms, "fallbacks": self.fallbacks,
         }  # fmt: skip
 
     def to_json(self) -> str:

@@ -18,6 +18,7 @@ class Report(ReportData):
         health: samples of the pruned weights, by their names, see ``sparse_compile.health``.
         step_ms: milliseconds of the last training steps, from a step of an optimizer to its next; without those in
             which a graph was compiled or measured.
+        gpu_lag_ms: of a few steps, how long the GPU still worked when the host had started all of the step.
         fallbacks: what dynamo runs eagerly of the modules that were compiled, a sentence each.
         torch: the version of PyTorch.
         device: the name of the GPU; empty without one.

@@ -77,9 +77,11 @@ def steps(report: ReportData) -> str:
         return ""
     count = "1 step" if len(report.step_ms) == 1 else f"{len(report.step_ms)} steps"
     line = f"{step.median:.1f} ms a step (8 of 10 take {step.low:.1f} to {step.high:.1f}; last {count})"
-    if dense is None:
-        return line
-    return f"{line}; about {dense:.1f} ms if the measured graphs were dense: {dense / step.median:.2f}x"
+    if dense is not None:
+        line += f"; about {dense:.1f} ms if the measured graphs were dense: {dense / step.median:.2f}x"
+    if report.waits_for_host():
+        line += "; the GPU waits for the host (docs/limits.md#my-model-is-not-faster)"
+    return line
 
 
 def covered(coverage: dict[str, float]) -> str:
