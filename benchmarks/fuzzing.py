@@ -37,7 +37,8 @@ from fuzz.kernels import KERNELS
 from fuzz.kernels import check as check_kernel
 from fuzz.oracle import RECIPES
 from fuzz.programs import DTYPES, LEADING, WIDTHS, Program, programs
-from fuzz.scripts import Kind, Script, check, scripts
+from fuzz.scripts import Script, check, scripts
+from fuzz.session import Kind
 
 # One graph, and so many scripts over it; small ones change little but the weights, and compile nothing more.
 SCRIPTS, SMALL_SCRIPTS = 4, 30

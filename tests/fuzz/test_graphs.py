@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from fuzz.oracle import RECIPES
 from fuzz.programs import DTYPES, Program, programs
-from fuzz.scripts import Kind, Script, check, scripts
+from fuzz.scripts import Script, check, scripts
+from fuzz.session import Kind
 
 # Most in what tells one arithmetic from another.
 BY_DAY = ("float32", "float32", "float32", *DTYPES)
