@@ -2,10 +2,13 @@
 
 The interpreter runs Triton, not Gluon, and no assembly.  But a Gluon kernel whose layouts only say which thread holds
 what is a Triton kernel, once the layouts are dropped.
+
+The interpreter rounds fp32 to FP8 wrongly.  So torch casts here, in place of the assembly of Gluon kernels, too.
 """
 
 from collections.abc import Callable
-from types import ModuleType
+from functools import partial
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,21 @@ import triton
 import triton.language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
+
+from sparse_compile.kernels import expert_blocks, reference, tiles
+from sparse_compile.kernels.activation import cast_mvue, cast_transpose
+from sparse_compile.kernels.formats import E4M3, E5M2
+from sparse_compile.kernels.weight import (
+    fp8_tiles,
+    groups_of_four,
+    masked_decay,
+    prune_bf16,
+    prune_fp8,
+    transposable,
+    transpose_pruned,
+)
 
 
 def no_layout(*args: Any) -> None:
@@ -92,3 +109,51 @@ def interpret(*modules: ModuleType, **assembly: Callable[..., Any]) -> None:
             elif member is gl:
                 setattr(module, name, Language())
         module.tl, module.range = tl, counted
+
+
+def interpret_kernels() -> None:
+    """All kernels of the package, but the GEMMs."""
+
+    def widen(pair: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+        low = elementwise(lambda x: (x << 16).astype(np.int32).view(np.float32), tl.float32)(pair)
+        return low, elementwise(lambda x: (x & -65536).astype(np.int32).view(np.float32), tl.float32)(pair)
+
+    def cast(x0, x1, x2, x3, dtype=tl.float8e4nv):
+        word = partial(fp8_word, dtype=E5M2 if dtype == tl.float8e5 else E4M3)
+        return elementwise(word, tl.int32)(x0, x1, x2, x3)
+
+    def cast_positive(x0, x1, x2, x3, signs):
+        words = elementwise(lambda *x: fp8_word(*(np.where(y <= 0, np.float32(0), y) for y in x)), tl.int32)(
+            x0, x1, x2, x3
+        )
+        return words | (signs & -2139062144)
+
+    interpret(
+        tiles, groups_of_four, transposable, masked_decay, fp8_tiles, prune_fp8, prune_bf16, cast_transpose,
+        transpose_pruned, cast_mvue, expert_blocks, cast_words=cast, permute_bytes=elementwise(prmt, tl.int32),
+        with_layout_of=lambda x, y: x,
+        _widen=widen, _cast_positive_words=cast_positive, magnitude=elementwise(np.abs, tl.float32),
+        _is_positive=elementwise(lambda x: (x > 0).astype(np.float32), tl.float32),
+        gdc_launch_dependents=lambda: None, gdc_wait=lambda: None,  # one launch after the other
+    )  # fmt: skip
+
+
+def patch_language_once() -> None:
+    """The interpreter patches Triton's language for each call of each function, which took half of the time."""
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
+
+
+def round_in_torch() -> None:
+    """The interpreter's conversions to FP8, and from fp32 to bf16, corrected."""
+    convert = interpreter._convert_float
+
+    def corrected(data, input_dtype, output_dtype, rounding):
+        if output_dtype in (tl.float8e4nv, tl.float8e5):
+            dtype = E5M2 if output_dtype == tl.float8e5 else E4M3
+            return reference.saturating_cast(torch.from_numpy(data), dtype).view(torch.uint8).numpy()
+        if output_dtype == tl.bfloat16 and data.dtype == np.float32:
+            return torch.from_numpy(data).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return convert(data, input_dtype, output_dtype, rounding)
+
+    interpreter._convert_float = corrected

@@ -6,26 +6,20 @@ of its own, and writes to it what to check, line by line: a kernel's name, and w
     echo prune few | TRITON_INTERPRET=1 python -m tests.interpreted_kernels
 
 Of ``few`` cases rather than ``all``, each value of each parameter is in one.
-
-The interpreter rounds fp32 to FP8 wrongly.  So torch casts here, in place of the assembly of Gluon kernels, too.
 """
 
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from functools import partial
 from itertools import product
-from types import SimpleNamespace
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import interpreter
 
-from sparse_compile.kernels import expert_blocks, reference, tiles
+from sparse_compile.kernels import reference
 from sparse_compile.kernels.activation import cast_mvue, cast_transpose
 from sparse_compile.kernels.expert_blocks import most_blocks, plan_expert_blocks
 from sparse_compile.kernels.formats import (
@@ -38,12 +32,9 @@ from sparse_compile.kernels.formats import (
     values_shape,
 )
 from sparse_compile.kernels.weight import (
-    fp8_tiles,
-    groups_of_four,
     masked_decay,
     prune_bf16,
     prune_fp8,
-    transposable,
     transpose_pruned,
 )
 from sparse_compile.projections.groups_of_four import SOFT, TOP2
@@ -52,7 +43,7 @@ from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE, TRANSPOSA
 from sparse_compile.testing import assert_same_bits, hard_groups
 from tests.fuzz import kernels as fuzz_kernels
 from tests.fuzz.kernels import KERNELS
-from tests.gluon_interpreter import elementwise, fp8_word, interpret, prmt
+from tests.gluon_interpreter import interpret_kernels, patch_language_once, round_in_torch
 
 ALL = False
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -65,52 +56,6 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def poisoned_payload(*shape: int, dtype: torch.dtype = E4M3) -> Tensor:
     """NaN in FP8."""
     return torch.full(shape, 0x7F, dtype=torch.uint8).view(dtype)
-
-
-def interpret_weight_kernels() -> None:
-    def widen(pair: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-        low = elementwise(lambda x: (x << 16).astype(np.int32).view(np.float32), tl.float32)(pair)
-        return low, elementwise(lambda x: (x & -65536).astype(np.int32).view(np.float32), tl.float32)(pair)
-
-    def cast(x0, x1, x2, x3, dtype=tl.float8e4nv):
-        word = partial(fp8_word, dtype=E5M2 if dtype == tl.float8e5 else E4M3)
-        return elementwise(word, tl.int32)(x0, x1, x2, x3)
-
-    def cast_positive(x0, x1, x2, x3, signs):
-        words = elementwise(lambda *x: fp8_word(*(np.where(y <= 0, np.float32(0), y) for y in x)), tl.int32)(
-            x0, x1, x2, x3
-        )
-        return words | (signs & -2139062144)
-
-    interpret(
-        tiles, groups_of_four, transposable, masked_decay, fp8_tiles, prune_fp8, prune_bf16, cast_transpose,
-        transpose_pruned, cast_mvue, expert_blocks, cast_words=cast, permute_bytes=elementwise(prmt, tl.int32),
-        with_layout_of=lambda x, y: x,
-        _widen=widen, _cast_positive_words=cast_positive, magnitude=elementwise(np.abs, tl.float32),
-        _is_positive=elementwise(lambda x: (x > 0).astype(np.float32), tl.float32),
-        gdc_launch_dependents=lambda: None, gdc_wait=lambda: None,  # one launch after the other
-    )  # fmt: skip
-
-
-def patch_language_once() -> None:
-    """The interpreter patches Triton's language for each call of each function, which took half of the time."""
-    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
-
-
-def round_in_torch() -> None:
-    """The interpreter's conversions to FP8, and from fp32 to bf16, corrected."""
-    convert = interpreter._convert_float
-
-    def corrected(data, input_dtype, output_dtype, rounding):
-        if output_dtype in (tl.float8e4nv, tl.float8e5):
-            dtype = E5M2 if output_dtype == tl.float8e5 else E4M3
-            return reference.saturating_cast(torch.from_numpy(data), dtype).view(torch.uint8).numpy()
-        if output_dtype == tl.bfloat16 and data.dtype == np.float32:
-            return torch.from_numpy(data).bfloat16().view(torch.int16).numpy().view(np.uint16)
-        return convert(data, input_dtype, output_dtype, rounding)
-
-    interpreter._convert_float = corrected
 
 
 def hints(scale_inv: float, *turns: int) -> tuple[float, ...]:
@@ -527,7 +472,7 @@ def main() -> None:
     global ALL
     # NaN and infinity are among the inputs.
     warnings.simplefilter("ignore", RuntimeWarning)
-    interpret_weight_kernels()
+    interpret_kernels()
     round_in_torch()
     patch_language_once()
     for line in sys.stdin:
