@@ -4,17 +4,15 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.tools.disasm import get_sass
 
+from hopper_compiler import plans_that_only_compile
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.kernels import grouped_ops, reference
 from sparse_compile.kernels.activation import cast_mvue, cast_transpose
@@ -48,35 +46,10 @@ ROUTINGS = {
 }
 
 
-class HopperDriver:
-    """What Triton asks of a driver until a kernel is compiled."""
-
-    def get_current_device(self) -> int:
-        return -1
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-
 @pytest.fixture
 def compile_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Plans of GEMMs stop short of loading what they compiled, which is returned."""
-    nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    if not nvdisasm.exists():
-        pytest.skip(f"this Triton comes without NVIDIA's tools: no {nvdisasm}")
-
-    def compiled(kernel: Any, grid: Any, varying: Any, sizes: Any, *, cluster: int, **constants: Any) -> Any:
-        return kernel.warmup(*varying, *sizes, grid=grid, **constants)
-
-    monkeypatch.setattr(plan_module, "plan_kernel", compiled)
-    monkeypatch.setattr(plan_module, "sm_count", lambda device: 132)
-    active = triton.runtime.driver._active
-    triton.runtime.driver.set_active(HopperDriver())
-    yield
-    triton.runtime.driver._active = active
+    with plans_that_only_compile(monkeypatch):
+        yield
 
 
 def zeros(*shape: int, dtype: torch.dtype = E4M3) -> Tensor:

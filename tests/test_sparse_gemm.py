@@ -3,17 +3,15 @@
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.tools.disasm import get_sass
 
+from hopper_compiler import plans_that_only_compile
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import E4M3, E5M2, PAD_WORD, metadata_shape, padded, values_shape
 from sparse_compile.kernels.sparse_gemm import configs, launch, shared_memory
@@ -126,19 +124,6 @@ class TestFormat:
         assert not dense[:, columns:].float().any()
 
 
-class HopperDriver:
-    """What Triton asks of a driver until a kernel is compiled; its device is no real one's, nor are its kernels."""
-
-    def get_current_device(self) -> int:
-        return -1
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-
 # Each config, with fast accumulation and, where it has the registers, without.
 CONFIGS = [(config, accurate) for accurate in (False, True) for config in configs.configs()]
 
@@ -151,13 +136,7 @@ def config_id(argument: object) -> str:
 
 @pytest.fixture
 def compile_plan(monkeypatch) -> Iterator[Callable[..., Any]]:
-    """Plans that stop short of loading what they compiled, which is returned."""
-    nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    if not nvdisasm.exists():
-        pytest.skip(f"this Triton comes without NVIDIA's tools: no {nvdisasm}")
-
-    def compile_only(kernel, grid, varying, sizes, *, cluster, **constants):
-        return kernel.warmup(*varying, *sizes, grid=grid, **constants)
+    """Plans of some sizes, of which what was compiled is returned."""
 
     def plan(config, accurate, dtype, dense_dtype, rows, columns, out_dtype, *, scaled, transpose):
         values, metadata = reference.compress24(torch.randn(rows, 256).to(dtype), random_positions(rows, 256))
@@ -166,12 +145,8 @@ def compile_plan(monkeypatch) -> Iterator[Callable[..., Any]]:
         scale = torch.ones(columns) if scaled else None
         return plan_module.plan_gemm(config, accurate, values, metadata, dense, torch.ones(1), scale, out, transpose)
 
-    monkeypatch.setattr(plan_module, "plan_kernel", compile_only)
-    monkeypatch.setattr(plan_module, "sm_count", lambda device: 132)
-    active = triton.runtime.driver._active
-    triton.runtime.driver.set_active(HopperDriver())
-    yield plan
-    triton.runtime.driver._active = active
+    with plans_that_only_compile(monkeypatch):
+        yield plan
 
 
 # By the dtypes of A and B: without gradients, with a gradient as A, with one as B.
