@@ -10,6 +10,7 @@ from torch.compiler._cache import CacheArtifactManager
 
 import warm
 from sparse_compile.kernels.timing import gpu_times
+from sparse_compile.launcher import autoload
 
 
 def caches(tmp_path: Path, machine: str) -> dict[str, str]:
@@ -37,6 +38,18 @@ def test_measured_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, found: 
         assert gpu_times.kept(path, dict[str, float]) is None
         torch.compiler.load_cache_artifacts(artifacts)
         assert gpu_times.kept(path, dict[str, float]) == {"copy": 3.0, "cast": 4.0}
+
+
+def test_another_pytorch_is_imported_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(name: str) -> None:
+        raise AttributeError(f"{name} is not what it was")
+
+    monkeypatch.setattr(autoload, "import_module", fails)
+    autoload.carry_caches()
+    said = capsys.readouterr().err
+    assert said.count("sparse_compile: torch.compiler.save_cache_artifacts will save nothing of it: Attri") == 2
 
 
 TRAIN = """

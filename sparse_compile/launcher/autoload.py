@@ -38,8 +38,8 @@ def carry_caches() -> None:
     for module in ("carried_kernels", "timing.gpu_times"):
         try:
             import_module(f"sparse_compile.kernels.{module}")
-        except (AssertionError, ImportError) as error:
-            _warn(f"artifacts of torch.compiler will have nothing of it: {error}")
+        except Exception as error:  # noqa: BLE001 - whatever it is, torch must be imported
+            _warn(f"torch.compiler.save_cache_artifacts will save nothing of it: {error!r}")
 
 
 def _auto() -> bool | None:
