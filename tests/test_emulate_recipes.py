@@ -105,6 +105,7 @@ def test_without_a_tail_evaluation_is_pruned() -> None:
     assert gpt(tokens(), tokens()) != loss
 
 
+@pytest.mark.nightly
 def test_trials_of_the_backend_are_what_they_say() -> None:
     """Their linears are pruned by the kernels' definitions, in FP8, the FFN's second one only where it is a target."""
     names = [name for name, trial in emulate_recipes.TRIALS.items() if trial.backend is not None]
@@ -123,6 +124,7 @@ def test_trials_of_the_backend_are_what_they_say() -> None:
         read_options(None, emulate_recipes.TRIALS[name].backend)
 
 
+@pytest.mark.nightly
 def test_runs_of_a_seed_start_alike_and_the_table_compares_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_gpt, "corpus", cache(train_gpt.corpus))  # many files
     runs = [emulate_recipes.run_trial(name, 1e-3, seed, 3, TINY) for name in ("dense", "ste") for seed in (0, 1)]
