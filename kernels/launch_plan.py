@@ -41,7 +41,7 @@ from triton.compiler import CompiledKernel
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
-from sparse_compile.kernels import carried_kernels
+from sparse_compile.kernels import kernel_artifacts
 
 P = ParamSpec("P")
 K = TypeVar("K")
@@ -188,7 +188,7 @@ def plan_kernel(
     assert all(p.do_not_specialize for p, v in zip(kernel.params, varying, strict=False) if isinstance(v, int)), kernel
 
     compiled = kernel.warmup(*varying, *sizes, grid=grid, **constants)
-    carried_kernels.record(compiled)
+    kernel_artifacts.record(compiled)
     encoders = _encoders(compiled, varying)
     with _lock:
         # Loads the kernel.  Triton shows other threads ``run`` while ``function`` is not there yet.

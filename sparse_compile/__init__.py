@@ -49,11 +49,11 @@ def _announce() -> None:
     try:
         distribution("sparse_compile")
     except PackageNotFoundError:
-        from sparse_compile.launcher.autoload import carry_caches
+        from sparse_compile.launcher.autoload import register_cache_artifacts
         from sparse_compile.torch_internals.dynamo import register_entry_point
 
         register_entry_point("sste", "sparse_compile.backend:sste")
-        carry_caches()
+        register_cache_artifacts()
 
 
 _announce()

@@ -47,7 +47,7 @@ def test_another_pytorch_is_imported_all_the_same(
         raise AttributeError(f"{name} is not what it was")
 
     monkeypatch.setattr(autoload, "import_module", fails)
-    autoload.carry_caches()
+    autoload.register_cache_artifacts()
     said = capsys.readouterr().err
     assert said.count("sparse_compile: torch.compiler.save_cache_artifacts will save nothing of it: Attri") == 2
 

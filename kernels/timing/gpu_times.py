@@ -23,13 +23,13 @@ from uuid import uuid4
 import torch
 
 from sparse_compile.from_json import from_json
-from sparse_compile.torch_internals.cache_artifacts import carried
+from sparse_compile.torch_internals.cache_artifacts import register_artifacts
 
 K = TypeVar("K")
 T = TypeVar("T")
 
 # What does not change the speed of a kernel.
-_NO_KERNELS = ("ops.py", "reference", "selfcheck.py", "timing", "tuning.py")
+_NO_KERNELS = ("kernel_artifacts.py", "ops.py", "reference", "selfcheck.py", "timing", "tuning.py")
 
 
 def root() -> Path:
@@ -108,7 +108,7 @@ def _key(path: Path) -> str:
 
 
 # What a process has measured, or found, goes to other machines with PyTorch's caches.
-_record = carried("sparse_compile_times", lambda key, text: _write(root() / key, text))
+_record = register_artifacts("sparse_compile_times", lambda key, text: _write(root() / key, text))
 
 
 def round_up(size: int) -> int:

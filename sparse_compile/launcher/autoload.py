@@ -21,7 +21,7 @@ def autoload() -> None:
 
     The report's file alone is for a script that uses the backend itself.  A value that is not allowed is ignored.
     """
-    carry_caches()
+    register_cache_artifacts()
     auto, report_file = _auto(), _report_file()
     if auto is not None:
         from sparse_compile.launcher.route_compile import route
@@ -33,9 +33,9 @@ def autoload() -> None:
         write_to(report_file, when=lambda: recorded() > 0)
 
 
-def carry_caches() -> None:
+def register_cache_artifacts() -> None:
     """Register what ``torch.compiler.load_cache_artifacts`` may find of ours; a script may call it first of all."""
-    for module in ("carried_kernels", "timing.gpu_times"):
+    for module in ("kernel_artifacts", "timing.gpu_times"):
         try:
             import_module(f"sparse_compile.kernels.{module}")
         except Exception as error:  # noqa: BLE001 - whatever it is, torch must be imported

@@ -1,11 +1,11 @@
-"""Files of ours among PyTorch's portable caches, which ``torch.compiler.save_cache_artifacts`` saves."""
+"""Kinds of ours among the cache artifacts that ``torch.compiler.save_cache_artifacts`` saves."""
 
 from collections.abc import Callable
 
 from torch.compiler._cache import CacheArtifact, CacheArtifactFactory, CacheArtifactManager
 
 
-def carried(kind: str, write: Callable[[str, bytes], None]) -> Callable[[str, bytes], None]:
+def register_artifacts(kind: str, write: Callable[[str, bytes], None]) -> Callable[[str, bytes], None]:
     """Register a kind of artifacts; once for each in a process, before any are loaded.
 
     Args:

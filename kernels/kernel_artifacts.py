@@ -1,4 +1,4 @@
-"""Kernels that Triton compiled, among what ``torch.compiler.save_cache_artifacts`` takes to other machines.
+"""Kernels that Triton compiled, among the cache artifacts that PyTorch saves and loads.
 
 Inductor takes care of the kernels that it generates.  Triton finds a kernel by a hash of its source, its
 specialisation, its compiler and its target, so one that does not fit is not found.
@@ -9,14 +9,14 @@ from importlib.util import find_spec
 from typing import Any
 from zipfile import ZipFile
 
-from sparse_compile.torch_internals.cache_artifacts import carried
+from sparse_compile.torch_internals.cache_artifacts import register_artifacts
 
 # Of all stages of a compilation: what is loaded, and what ``shared_memory.resolve_places`` reads.
 _SUFFIXES = (".json", ".ttgir", ".ptx", ".cubin")
 
 
 def record(compiled: Any) -> None:
-    """Let a compiled kernel be carried."""
+    """Let ``torch.compiler.save_cache_artifacts`` save a compiled kernel."""
     packed = io.BytesIO()
     try:
         with ZipFile(packed, "w") as archive:
@@ -29,7 +29,7 @@ def record(compiled: Any) -> None:
 
 
 def _write(key: str, content: bytes) -> None:
-    """Where Triton looks for it."""
+    """Into Triton's cache."""
     if find_spec("triton") is None:
         return
     from triton.runtime.cache import get_cache_manager
@@ -41,4 +41,4 @@ def _write(key: str, content: bytes) -> None:
     manager.put_group(metadata, paths)  # last: what has it is complete
 
 
-_record = carried("sparse_compile_kernels", _write)
+_record = register_artifacts("sparse_compile_kernels", _write)
