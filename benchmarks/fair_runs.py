@@ -17,7 +17,7 @@ import recipe_runs
 import torch
 import torch.nn.functional as F
 from emulate_recipes import TRIALS, PrunedLinear, Trial
-from harness import Run, latest, side_by_side
+from harness import Run, latest, side_by_side, take_gpu
 from llama_1b import Llama
 from modern_gpt import ModernGPT, MuonAndAdamW
 from source_text import tokens, tokens_of
@@ -35,6 +35,7 @@ OnStep = Callable[[int, Callable[[Tensor, Tensor], Tensor], train_gpt.TrainConfi
 DENSE = "dense"
 # What every run draws its windows from, however few it reads: else a short run would see each of them more than once.
 _TEXT = 50_000_000  # tokens
+_COMPILED = 3  # steps in which all is compiled, and CUDA graphs are captured
 FIELDS = ("setting", "arm", "factor", "learning_rate", "seed", "steps", "text")
 
 
@@ -192,10 +193,15 @@ def train(
     config = train_gpt.TrainConfig(
         steps=steps, batch=chosen.batch, learning_rate=rate, seed=seed, validation_batches=64
     )  # fmt: skip
+
+    def then(step: int, model: Callable[[Tensor, Tensor], Tensor]) -> None:
+        if step == _COMPILED:
+            take_gpu()
+        on_step(step, model, config)
+
     result = train_gpt.train(
         f"{setting}, {arm} x {factor:g}, {rate:g}, {seed}", chosen.shape, config, data, device,
-        lambda model: compiled(model, ARMS[arm], factor), chosen.make_model, chosen.make_optimizer,
-        lambda step, model: on_step(step, model, config),
+        lambda model: compiled(model, ARMS[arm], factor), chosen.make_model, chosen.make_optimizer, then,
     )  # fmt: skip
     return {
         "setting": setting, "arm": arm, "factor": factor, "learning_rate": rate, "seed": seed, "steps": steps,

@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import fcntl
 import json
 import os
 import re
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import Any, TypeVar
+from tempfile import TemporaryDirectory
+from typing import Any, TextIO, TypeVar
 
 import torch
 import triton
@@ -80,10 +82,13 @@ def side_by_side(run: Callable[..., R], wanted: Iterable[Sequence[Any]], jobs: i
     when all have ended.
     """
     spawned = get_context("spawn")
-    turn = (spawned.Value("i", 0), _gpus())
-    with ProcessPoolExecutor(
-        jobs, mp_context=spawned, max_tasks_per_child=1, initializer=_take_a_gpu, initargs=turn
-    ) as pool:
+    with (
+        TemporaryDirectory() as folder,
+        ProcessPoolExecutor(
+            jobs, mp_context=spawned, max_tasks_per_child=1, initializer=_choose_gpu,
+            initargs=(spawned.Value("i", 0), _gpus(), folder),
+        ) as pool,
+    ):  # fmt: skip
         errors = []
         started = {pool.submit(run, *arguments): arguments for arguments in wanted}
         for future in as_completed(started):
@@ -103,12 +108,28 @@ def _gpus() -> list[str]:
     return chosen.split(",") if chosen else [str(index) for index in range(torch.cuda.device_count())]
 
 
-def _take_a_gpu(started: "Synchronized[int]", gpus: Sequence[str]) -> None:
+def _choose_gpu(started: "Synchronized[int]", gpus: Sequence[str], folder: str) -> None:
     """In a new process, before it has seen any GPU."""
+    global _turn
     with started.get_lock():
         if gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[started.value % len(gpus)]
+            gpu = os.environ["CUDA_VISIBLE_DEVICES"] = gpus[started.value % len(gpus)]
+            _turn = open(Path(folder, gpu), "w")  # noqa: SIM115 - for as long as the process lives
         started.value += 1
+
+
+# What the processes of ``side_by_side`` lock that have the same GPU; none in others.
+_turn: TextIO | None = None
+
+
+def take_gpu() -> None:
+    """Wait until the other processes of ``side_by_side`` that have taken this GPU have ended.
+
+    They may compile side by side.  But two that train get slices of milliseconds of it: where the host starts kernels
+    one by one, each of them would wait for a slice.
+    """
+    if _turn is not None:
+        fcntl.flock(_turn, fcntl.LOCK_EX)
 
 
 def latest(old: Sequence[Run], new: Sequence[Run], fields: Sequence[str]) -> list[Run]:

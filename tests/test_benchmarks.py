@@ -3,8 +3,10 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -319,6 +321,25 @@ def test_runs_side_by_side_have_a_process_each_and_take_turns_on_the_gpus(monkey
     assert next(runs) == (3, 1), "a run that fails does not cost the others"
     with pytest.raises(ZeroDivisionError):
         next(runs)
+
+
+def test_runs_that_share_a_gpu_train_one_at_a_time(tmp_path: Path) -> None:
+    forked = get_context("fork")
+    events, started = forked.SimpleQueue(), forked.Value("i", 0)
+
+    def run() -> None:
+        harness._choose_gpu(started, ["3"], str(tmp_path))
+        harness.take_gpu()
+        events.put("begins")
+        time.sleep(0.1)
+        events.put("ends")
+
+    runs = [forked.Process(target=run) for _ in range(3)]
+    for process in runs:
+        process.start()
+    for process in runs:
+        process.join()
+    assert [events.get() for _ in range(6)] == ["begins", "ends"] * 3
 
 
 @pytest.mark.usefixtures("on_cpu")
