@@ -201,6 +201,9 @@ def _should_not(site: LinearSite, owners: ParameterOwners, head: Recipe | None) 
 
 def _is_head(site: LinearSite, owners: ParameterOwners) -> bool:
     """Experts are none: a vocabulary has one matrix."""
-    return site.experts is None and (
-        site.role is Role.HEAD or (site.role is Role.LAST and owners.has_embedding(site.out_features, site.in_features))
+    if site.experts is not None:
+        return False
+    shape = site.out_features, site.in_features
+    return site.role is Role.HEAD or (
+        site.role is Role.LAST and owners.has_embedding(real_parameter(site.weight), *shape)
     )

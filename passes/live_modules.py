@@ -2,6 +2,7 @@
 
 from functools import cached_property
 
+from torch import Tensor
 from torch.nn import Module
 
 from sparse_compile.torch_internals.heap import instances_of
@@ -40,6 +41,17 @@ class LiveModules:
             for child in vars(module)["_modules"].values():
                 parents.setdefault(id(child), module)
         return parents
+
+    def root_of(self, parameter: Tensor) -> Module | None:
+        """The outermost module around the one that holds a parameter; None where none does."""
+        holders = self.holders.get(id(parameter))
+        if holders is None:
+            return None
+        root, seen = holders[0][0], set()
+        while (parent := self.parents.get(id(root))) is not None and id(root) not in seen:
+            seen.add(id(root))
+            root = parent
+        return root
 
     @cached_property
     def _modules_and_traces(self) -> tuple[list[Module], list[Module]]:

@@ -3,7 +3,7 @@
 from functools import cached_property
 
 from torch.fx import Node
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
 from sparse_compile.passes.live_modules import LiveModules
 from sparse_compile.torch_internals.graph import parameter_name, real_parameter
@@ -30,22 +30,12 @@ class ModuleNames:
         module holds it is the way by which the traced function reaches it.
         """
         parameter = real_parameter(placeholder)
-        root = None if parameter is None else self._root(parameter)
+        root = None if parameter is None else self._live.root_of(parameter)
         if root is None:
             return parameter_name(placeholder)
         if id(root) not in self._names:
             self._names[id(root)] = self._names_within(root)
         return self._names[id(root)][id(parameter)].removesuffix(".weight")
-
-    def _root(self, parameter: Parameter) -> Module | None:
-        holders = self._live.holders.get(id(parameter))
-        if holders is None:
-            return None
-        root, seen = holders[0][0], set()
-        while (parent := self._live.parents.get(id(root))) is not None and id(root) not in seen:
-            seen.add(id(root))
-            root = parent
-        return root
 
     def _names_within(self, root: Module) -> dict[int, str]:
         """Each module by the first of its names, as ``named_parameters`` has it."""

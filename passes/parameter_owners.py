@@ -2,7 +2,7 @@
 
 from functools import cached_property
 
-from torch.nn import Embedding, EmbeddingBag, Parameter
+from torch.nn import Embedding, EmbeddingBag, Module, Parameter
 
 from sparse_compile.passes.live_modules import LiveModules
 
@@ -22,11 +22,25 @@ class ParameterOwners:
         holders = self._live.holders.get(id(parameter), [])
         return any(isinstance(module, (Embedding, EmbeddingBag)) for module, _ in holders)
 
-    def has_embedding(self, vocabulary: int, features: int) -> bool:
-        """Whether an embedding of this shape is alive: then a linear of this shape is likely to be its inverse."""
-        return (vocabulary, features) in self._embeddings
+    def has_embedding(self, parameter: Parameter | None, vocabulary: int, features: int) -> bool:
+        """Whether the model that holds a linear's weight has an embedding of this shape: likely the linear's inverse.
+
+        A layer that no model holds may belong to any.
+        """
+        model = None if parameter is None else self._live.root_of(parameter)
+        others = self._embeddings.get((vocabulary, features), [])
+        return any(model is other or _is_layer(model) or _is_layer(other) for other in others)
 
     @cached_property
-    def _embeddings(self) -> set[tuple[int, ...]]:
-        held = (module for holders in self._live.holders.values() for module, _ in holders)
-        return {tuple(module.weight.shape) for module in held if isinstance(module, Embedding)}
+    def _embeddings(self) -> dict[tuple[int, ...], list[Module | None]]:
+        """By their shape, the outermost module around each."""
+        models: dict[tuple[int, ...], list[Module | None]] = {}
+        for module in self._live.modules:
+            if isinstance(module, Embedding):
+                models.setdefault(tuple(module.weight.shape), []).append(self._live.root_of(module.weight))
+        return models
+
+
+def _is_layer(module: Module | None) -> bool:
+    """Whether it holds a weight and a bias at most."""
+    return module is None or len(list(module.parameters())) <= 2

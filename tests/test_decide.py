@@ -127,6 +127,23 @@ def test_head_whose_loss_lies_outside_the_graph(trace, small_gpt, batch):
     assert rejections == {"head": Reason.HEAD}
 
 
+@pytest.mark.parametrize("place", ["of another model", "of its own", "of no model"])
+def test_whose_embedding_has_the_shape_of_the_last_linear(small_gpt, place):
+    """Of another model that lives, it says nothing of this one."""
+    model = small_gpt(depth=1, vocabulary=512)
+    block, embedding = model.blocks[0], nn.Embedding(256, 64)  # up's shape
+    if place == "of its own":
+        model.positions = embedding
+    other = nn.Sequential(embedding, nn.Linear(64, 64)) if place == "of another model" else None
+
+    def part(x):
+        return block.up(block.ffn_norm(x))
+
+    plans, rejections = decide_while_tracing(part, (torch.randn(2, 8, 64),), SSTE)
+    assert [rejection.reason for rejection in rejections] == ([] if other is not None else [Reason.HEAD])
+    assert len(plans) == (other is not None)
+
+
 def test_last_linear_of_a_graph_that_is_cut(trace, small_gpt):
     """No embedding has the shape of this one: a graph break or a bucket of DDP ends here."""
     model = small_gpt(depth=1, vocabulary=512)
