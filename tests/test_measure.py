@@ -94,10 +94,8 @@ def test_times(device):
         assert (passes.peak_bytes is None) == (device == "cpu")
         assert device == "cpu" or passes.peak_bytes > 8 * 128 * 4  # the hidden activations at least
     assert measured.weights_ms > 0
-    for part in (measured.casts_ms, measured.mvue_ms):  # the inputs of both linears are transposed, gradients sampled
-        assert part > 0
-        # Measured apart: a CPU with other work to do may take longer then.
-        assert device == "cpu" or part < measured.rewritten.total
+    assert 0 < measured.casts_ms < measured.rewritten.total  # the inputs of both linears are transposed
+    assert 0 < measured.mvue_ms < measured.rewritten.total
     assert graph.calls == 1
 
 
