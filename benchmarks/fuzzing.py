@@ -77,7 +77,7 @@ class Part:
 # Sizes at which 2:4 may be faster than dense; few, since each is measured.
 _LARGE = {"widths": (1024, 2048), "shapes": {1: ((4096,), (1000,)), 2: ((2, 2048),)}}
 # Tensor cores sum with 14 bits, and Inductor rounds less often than the oracle.
-_GPU = Kind(device="cuda", executor="inductor", tolerance=0.03)
+_GPU = Kind(device="cuda", executor="inductor", tolerance=0.03, rounding=2.0**-14)
 PARTS = {
     "small, fp32": Part(Kind(), ("float32",), small=True),
     "small, 16 bits": Part(Kind(), SIXTEEN_BITS, small=True),

@@ -369,6 +369,50 @@ def test_an_optimizer_loaded_without_a_weight_starts_it_afresh():
     assert sparse_compile.beta(model) == sparse_compile.beta(other)
 
 
+def resumed_from(checkpoint):
+    """In what a new process would make; not called."""
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.load_state_dict(checkpoint[0])
+    optimizer.load_state_dict(checkpoint[1])
+    return model, optimizer
+
+
+def trained(steps):
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses_of(compiled(model), optimizer, range(steps))
+    return model, optimizer
+
+
+def test_what_is_told_after_loading_is_saved_before_the_first_call():
+    resumed = resumed_from(saved(*trained(1)))
+    sparse_compile.set_beta(resumed[0], {"0.up.weight": 1.75})
+    again, _ = resumed_from(saved(*resumed))
+    run = compiled(again)
+    for model in (resumed[0], again):
+        assert sparse_compile.beta(model)["0.up.weight"] == 1.75
+    run(torch.randn(16, 64))
+    assert sparse_compile.beta(again)["0.up.weight"] == 1.75
+
+
+def test_steps_after_loading_are_saved_before_the_first_call():
+    resumed, optimizer = resumed_from(saved(*trained(2)))
+    assert [kept["sste_steps"] for kept in optimizer.state_dict()["state"].values()] == [2, 2]
+    losses_of(resumed, optimizer, range(3))
+    assert [kept["sste_steps"] for kept in optimizer.state_dict()["state"].values()] == [5, 5]
+
+
+def test_what_was_loaded_first_is_not_saved_after_a_checkpoint_without_it():
+    dense = model_of()
+    plain = torch.optim.SGD(dense.parameters(), lr=0.1)
+    losses_of(dense, plain, range(1))
+    model, optimizer = resumed_from(saved(*trained(1)))
+    assert optimizer.state_dict()["state"]
+    optimizer.load_state_dict(plain.state_dict())
+    assert not optimizer.state_dict()["state"]
+
+
 def test_loaded_weights_keep_no_masks():
     """Also between a step and the next call."""
     run = compiled(model := model_of(), recipe="t-sr-ste", refresh=100)

@@ -48,11 +48,8 @@ class SavedState:
             stepped: whether the weight's optimizer has stepped since its operands were made.
             edited: whether something else has changed the weight since then, of which its masks know nothing.
         """
-        if record.target is None and record.schedule is None and not record.pruned and record.loaded_from is None:
+        if record.target is None and record.schedule is None and not record.pruned and not record.loaded:
             return None
-        if record.loaded_from is not None and record.layout is None and not record.operands:
-            loaded: SavedState = record.loaded_from
-            return loaded  # no call has used it: it goes on as it came
         numbers: dict[str, Number] = {STEPS: record.steps, PRUNED: int(record.pruned)}
         if record.current_beta is not None:
             value = record.current_beta.value
@@ -77,9 +74,8 @@ class SavedState:
             scale = tuple(value) if isinstance(value, list) else value
             beta = Beta(scale, BetaSource.PRIOR if PRIOR_STEPS in kept else BetaSource.CHECKPOINT)
         steps, prior_steps = (int(_one(kept.get(name, 0))) for name in (STEPS, PRIOR_STEPS))
-        record.load(steps=steps, pruned=pruned, beta=beta, prior_steps=prior_steps)
-        record.loaded_masks = self.masks
-        record.loaded_from = self
+        record.load(steps=steps, pruned=pruned, beta=beta, prior_steps=prior_steps, masks=self.masks)
+        record.loaded = True
 
 
 def connect(

@@ -154,10 +154,11 @@ class WeightRecord:
         layout: the one of the last call that recorded gradients; None before.
         unbaked: whether it is to be dense from now on and was trained pruned: beta * S(W) must be written into it.
         unverified: whether its scale comes from a checkpoint, and the weight has not been looked at since.
+        loaded: whether it goes on from what a checkpoint held of it: that is saved again, though no call uses it.
     """
 
     __slots__ = (
-        "__weakref__", "_on_devices", "beta", "decay", "glimpse_24", "is_24", "layout", "loaded_from", "loaded_masks",
+        "__weakref__", "_on_devices", "beta", "decay", "glimpse_24", "is_24", "layout", "loaded", "loaded_masks",
         "operands", "phase", "prior_steps", "provisional", "provisional_glimpse", "refit_due", "schedule", "shards",
         "stepped_to", "steps", "target", "trained_set", "trained_with", "unbaked", "unverified",
     )  # fmt: skip
@@ -179,7 +180,7 @@ class WeightRecord:
         self.target: OperandLayout | None = None
         self.layout: OperandLayout | None = None
         self.decay = 0.0
-        self.loaded_from: Any = None  # the SavedState that it was loaded from
+        self.loaded = False
         self.loaded_masks: tuple[Tensor, int] | None = None
         self.unbaked = False
         self.unverified = False
@@ -316,9 +317,12 @@ class WeightRecord:
         self.mark_stale()
         self._enter(Phase.FINALIZED)
 
-    def load(self, *, steps: int, pruned: bool, beta: Beta | None, prior_steps: int) -> None:
+    def load(
+        self, *, steps: int, pruned: bool, beta: Beta | None, prior_steps: int, masks: tuple[Tensor, int] | None
+    ) -> None:
         """Go on from a checkpoint."""
-        self.steps, self.trained_with, self.unbaked, self.loaded_masks = steps, None, False, None
+        self.loaded, self.loaded_masks = False, masks
+        self.steps, self.trained_with, self.unbaked = steps, None, False
         self.stepped_to = None
         self.beta = self.provisional = self.provisional_glimpse = None
         if not pruned:

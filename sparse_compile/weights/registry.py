@@ -116,7 +116,7 @@ def _load(weight: Tensor, saved: SavedState | None, keeps_state: bool) -> None:
         if saved is not None:
             saved.to(_make_record(weight) if record is None else record)
         elif record is not None and (record.beta is None or record.beta.source is not BetaSource.TOLD):
-            record.load(steps=0, pruned=False, beta=None, prior_steps=0)
+            record.load(steps=0, pruned=False, beta=None, prior_steps=0, masks=None)
         _mark_blind(weight, keeps_state and (saved is None or saved.lacks_beta))
 
 

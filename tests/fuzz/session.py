@@ -42,6 +42,7 @@ class Kind:
         mode: of torch.compile; "reduce-overhead" lets no region run again in backward, nor gradients of two calls add
             up, as their memory belongs to CUDA graphs.
         tolerance: of the norm, for each linear, up to a tenth; those of a CPU if they are larger.
+        rounding: of a product, relative; that of the dtype if it is larger.
     """
 
     device: str = "cpu"
@@ -49,6 +50,7 @@ class Kind:
     priced: bool = False
     mode: str | None = None
     tolerance: float = 0.0
+    rounding: float = 0.0
 
     @property
     def calls_once(self) -> bool:
@@ -269,7 +271,8 @@ class Session:
                 far.append((what, found))
         if far:
             # Where rounding alone moves the oracle as far, as at the kink of a ReLU, nothing can be said.
-            moved = [self.expected(called, before, ROUNDING[self.program.dtype]) for _ in range(24)]
+            noise = max(ROUNDING[self.program.dtype], self.kind.rounding)
+            moved = [self.expected(called, before, noise) for _ in range(24)]
             for what, found in far:
                 spread = max(float((other[what] - expected[what]).norm()) for other in moved)
                 error, norm = float((found - expected[what]).norm()), float(expected[what].norm())
