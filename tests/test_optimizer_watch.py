@@ -407,7 +407,7 @@ def test_what_was_loaded_first_is_not_saved_after_a_checkpoint_without_it():
     dense = model_of()
     plain = torch.optim.SGD(dense.parameters(), lr=0.1)
     losses_of(dense, plain, range(1))
-    model, optimizer = resumed_from(saved(*trained(1)))
+    _, optimizer = resumed_from(saved(*trained(1)))
     assert optimizer.state_dict()["state"]
     optimizer.load_state_dict(plain.state_dict())
     assert not optimizer.state_dict()["state"]
