@@ -98,6 +98,10 @@ def one_process() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+# For devices that are not there torch.manual_seed keeps each call, with its stack, until they are.
+SEED = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+
+
 @pytest.fixture(autouse=True)
 def clean_slate() -> Iterator[None]:
     torch._dynamo.reset()
@@ -107,7 +111,7 @@ def clean_slate() -> Iterator[None]:
     sparse_compile.report().fallbacks.clear()
     sparse_compile.report().choices.clear()
     ops.observe(None)
-    torch.manual_seed(0)
+    SEED(0)
     yield
     torch._dynamo.reset()
     sparse_compile.report()  # keeps it from being written when the tests end

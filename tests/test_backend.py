@@ -330,7 +330,8 @@ def test_microbatches_share_one_prune(ffn, x):
     assert counts == [4, 5, 6]
 
 
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["FFN", "GPT"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("whole", [False, True], ids=["FFN", "GPT"])
 def test_changing_numbers_of_tokens(ffn, small_gpt, whole):
     model = small_gpt() if whole else ffn()
     compiled = torch.compile(model, backend="sste", options=EAGER)

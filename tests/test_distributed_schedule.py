@@ -112,6 +112,7 @@ def one_and_two(tmp_path, options):
     return results[1][0], results[2]
 
 
+@pytest.mark.nightly
 def test_fsdp2_shards_decay_and_follow_a_schedule(tmp_path):
     """The last step is dense, from weights of which half was dropped; before, the decay outweighs the gradients."""
     options = {"sste.recipe": "sr-ste", "sste.decay": 1.0, "sste.warmup": 1, "sste.tail": 1, "sste.total_steps": 4}

@@ -187,6 +187,7 @@ def test_trainer_huggingface(run: Callable[..., str]) -> None:
     assert "tokens a second (emulated)" in said
 
 
+@pytest.mark.nightly
 def test_trainer_lightning(run: Callable[..., str]) -> None:
     library("lightning")
     said = run("trainer_lightning", "--steps", "11")
@@ -200,6 +201,7 @@ def test_trainer_lightning(run: Callable[..., str]) -> None:
     assert "tokens a second (emulated)" in said
 
 
+@pytest.mark.nightly
 def test_train_vit(run: Callable[..., str]) -> None:
     """With the class that is there."""
     if not find_spec("timm"):
@@ -229,9 +231,8 @@ def test_export_and_infer(run: Callable[..., str], tmp_path: Path) -> None:
     assert {row.name.removesuffix(".weight") for row in pruned} == LLAMA["s-ste"]
 
 
-@pytest.mark.parametrize(
-    "before", [["-c", UNCOMPILED], pytest.param([], marks=pytest.mark.nightly)], ids=["uncompiled", "compiled"]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("before", [["-c", UNCOMPILED], []], ids=["uncompiled", "compiled"])
 def test_train_fsdp(tmp_path: Path, before: list[str]) -> None:
     """A run that is resumed is the run that went on: the losses that it prints, and all that its checkpoints hold."""
     program = [*before, REPOSITORY / "examples" / "train_fsdp.py"]

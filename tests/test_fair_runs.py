@@ -95,6 +95,7 @@ def test_an_emulated_arm_multiplies_with_pruned_weights(monkeypatch: pytest.Monk
     assert model["ffn"].down.beta == pytest.approx(factor * 1.58, rel=0.05)  # that of normal weights
 
 
+@pytest.mark.nightly
 def test_the_modern_setting_learns() -> None:
     """Also that output projections begin at zero, and that both optimizers follow the schedule."""
     torch.manual_seed(0)

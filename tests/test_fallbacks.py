@@ -101,7 +101,11 @@ def train(model, call=None, steps=2, tokens=(8,), optimizer=torch.optim.SGD, **z
 
 @pytest.mark.usefixtures("low_limit")
 @pytest.mark.parametrize(
-    "compile_block", [lambda block: block.compile, lambda block: None], ids=["in place", "wrapped"]
+    "compile_block",
+    [
+        pytest.param(lambda block: block.compile, id="in place"),
+        pytest.param(lambda block: None, id="wrapped", marks=pytest.mark.nightly),
+    ],
 )
 def test_blocks_beyond_the_recompile_limit(compile_block):
     blocks = [Block(str(index)) for index in range(5)]
@@ -146,7 +150,7 @@ def test_parts_that_are_disabled():
     "named",
     [
         {},
-        {"set_to_none": False, "many": True},
+        pytest.param({"set_to_none": False, "many": True}, marks=pytest.mark.nightly),
         pytest.param({"set_to_none": False}, marks=pytest.mark.nightly),
         pytest.param({"many": True}, marks=pytest.mark.nightly),
     ],

@@ -224,7 +224,8 @@ GPT2 = {
 }
 
 
-@pytest.mark.parametrize("device", DEVICES)
+# By day the example has this trainer, and the test of resuming.
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.nightly), DEVICES[1]])
 @pytest.mark.parametrize(
     ("architecture", "way", "arguments", "expected"),
     [
@@ -331,7 +332,7 @@ def test_accelerate(chosen: Any, tmp_path: Path, device: str, way: str) -> None:
 
 @pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(  # the example compiles in place, by day
+@pytest.mark.parametrize(
     "way", [pytest.param(in_place, marks=pytest.mark.nightly), automatic], ids=["Module.compile", "--auto"]
 )
 def test_lightning(chosen: Any, tmp_path: Path, device: str, way: Way) -> None:

@@ -34,7 +34,7 @@ def frozen() -> Iterator[None]:
     gc.freeze()
 
 
-@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("freeze", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_dead_and_lazy_proxies_are_passed_over(frozen: None, freeze: bool) -> None:
     model, referent = Marked(4, 4), Marked(4, 4)
     held = {"model": model, "dead": weakref.proxy(referent), "lazy": LazyProxy()}

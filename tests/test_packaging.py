@@ -173,7 +173,7 @@ def test_wheel_installs_into_a_fresh_environment(built: Path, environment: Envir
 
 
 def test_environment_variables(installed: Environment) -> None:
-    """SPARSE_COMPILE does what the launcher does under torchrun; and nothing where PyTorch is told to load nothing."""
+    """SPARSE_COMPILE does what the launcher does under torchrun."""
     train, report = installed.elsewhere / "train.py", installed.elsewhere / "report.json"
     train.write_text(IMPORT_TORCH + FIND_BACKEND + IMPORT_ALL + TRAIN.replace("STEP", "model"))
     torchrun = f"import sys, runpy; sys.argv[1:] = ['--standalone', {str(train)!r}]\n"
@@ -181,6 +181,9 @@ def test_environment_variables(installed: Environment) -> None:
     check_files(installed, installed.execute(torchrun, SPARSE_COMPILE="auto", SPARSE_COMPILE_REPORT=str(report)))
     assert "2:4" in report.read_text(), "torchrun's own process wrote over it"
 
+
+@pytest.mark.nightly
+def test_pytorch_may_be_told_to_load_nothing(installed: Environment) -> None:
     installed.execute(UNASKED, SPARSE_COMPILE="1", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
 
 

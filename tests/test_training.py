@@ -73,9 +73,8 @@ def dense_losses(small_gpt):
     return losses(small_gpt(), "cpu", 60)
 
 
-@pytest.mark.parametrize(
-    "arm", [arm if arm == "s-ste" else pytest.param(arm, marks=pytest.mark.nightly) for arm in ARMS]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("arm", ARMS)
 def test_loss_follows_dense(small_gpt, arm):
     """After the steep part of the curve each recipe is within a tenth of the dense loss, far below the start's."""
     dense = dense_losses(small_gpt)

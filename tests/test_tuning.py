@@ -402,7 +402,7 @@ class TestGraph:
         assert set(asked) == multiplied
         assert sorted(problem.contraction for problem in asked) == [64, 128, padded(144), padded(144)]
 
-    @pytest.mark.parametrize("grad_format", ["e4m3", "e5m2"])
+    @pytest.mark.parametrize("grad_format", [pytest.param("e4m3", marks=pytest.mark.nightly), "e5m2"])
     def test_a_dgrad_that_is_24_by_its_weight(self, asked, multiplied, ffn, x, grad_format) -> None:
         options = {
             "sste.executor": "eager", "sste.tune": True,
@@ -418,8 +418,8 @@ class TestGraph:
     @pytest.mark.parametrize(
         ("grad_format", "autocast"),
         [
-            ("e4m3", True),
             ("e5m2", False),
+            pytest.param("e4m3", True, marks=pytest.mark.nightly),
             pytest.param("e4m3", False, marks=pytest.mark.nightly),
             pytest.param("e5m2", True, marks=pytest.mark.nightly),
         ],
@@ -439,12 +439,11 @@ class TestGraph:
         assert sum(problem.rows == padded(144) and not problem.transpose for problem in asked) == 2
 
     def test_symbolic_tokens_use_their_hint(self, asked, ffn, x) -> None:
-        model = nn.Sequential(ffn(), nn.LayerNorm(64), ffn())
         options = {"sste.executor": "eager", "sste.tune": True}
-        compiled = torch.compile(model, backend="sste", dynamic=True, options=options)
+        compiled = torch.compile(ffn(), backend="sste", dynamic=True, options=options)
         compiled(x).square().sum().backward()
         first = list(asked)
-        assert len(first) == 4, "two products of two linears; in two FFNs, but tuned once"
+        assert len(first) == 4
         assert all(type(problem.columns) is int and type(problem.contraction) is int for problem in first)
         assert {problem.columns for problem in first if problem.transpose} == {144}
         with torch.compiler.set_stance("fail_on_recompile"):
@@ -454,8 +453,8 @@ class TestGraph:
     def test_a_transformer_has_its_ffns_tuned_alone(self, asked, multiplied, small_gpt, batch) -> None:
         """Its other linears, in dense FP8, ask for nothing."""
         options = {"sste.executor": "eager", "sste.tune": True}
-        torch.compile(small_gpt(), backend="sste", options=options)(*batch).backward()
-        assert len(asked) == 4
+        torch.compile(small_gpt(depth=2), backend="sste", options=options)(*batch).backward()
+        assert len(asked) == 4, "two products of two linears; in two FFNs, but tuned once"
         assert set(asked) == multiplied
         assert {problem.contraction for problem in asked} == {64, 256, padded(64)}
 

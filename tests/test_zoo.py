@@ -12,7 +12,7 @@ ARCHITECTURES = [*zoo_transformers.ARCHITECTURES, *zoo_torch.ARCHITECTURES]
 
 # The default run has these, too, which differ in how an FFN is written, and are quickly compiled.  Other tests of it
 # train GPT-2, Llama and encoders of torch.nn.
-SAMPLE = ("ConvNeXt blocks", "FFN repeated", "GraniteMoeForCausalLM", "MLP-Mixer", "blocks checkpointed")
+SAMPLE = ("ConvNeXt blocks", "FFN repeated")
 
 
 def marked(architecture: Architecture) -> object:
@@ -31,8 +31,8 @@ def test_architecture(architecture: Architecture, request: pytest.FixtureRequest
 
 
 def test_of_what_it_is_made() -> None:
-    """Sixty architectures at least, five of them in the default run, each name once."""
+    """Sixty architectures at least, two of them in the default run, each name once."""
     names = [architecture.name for architecture in ARCHITECTURES]
     assert len(set(names)) == len(names) >= 60
-    assert len(SAMPLE) == 5
+    assert len(SAMPLE) == 2
     assert set(SAMPLE) <= set(names)
