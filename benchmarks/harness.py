@@ -125,8 +125,7 @@ _turn: TextIO | None = None
 def take_gpu() -> None:
     """Wait until the other processes of ``side_by_side`` that have taken this GPU have ended.
 
-    They may compile side by side.  But two that train get slices of milliseconds of it: where the host starts kernels
-    one by one, each of them would wait for a slice.
+    They may compile side by side.  But two that train get slices of it by turns, and each is several times slower.
     """
     if _turn is not None:
         fcntl.flock(_turn, fcntl.LOCK_EX)

@@ -8,7 +8,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from sparse_compile.linear.seed import new_seed
+from sparse_compile.linear.seed import SeedSource
 from sparse_compile.measuring.baseline import Baseline, measure
 from sparse_compile.measuring.device_timer import capturing
 from sparse_compile.measuring.eager_fallbacks import watch_fallbacks
@@ -47,7 +47,7 @@ class Runtime:
         self.fixed_sizes = False  # whether dynamo may call its graph with other sizes than it was compiled for
         self._compiled = compiled
         self._slots = tuple(slots)
-        self._seed_devices = tuple(seed_devices)
+        self._seeds = [SeedSource(device) for device in seed_devices]
         self._layouts = [layout_of(slot) for slot in slots]
         self._fakes = tuple(fakes)  # of seeds and operands
         self._report = report
@@ -70,8 +70,7 @@ class Runtime:
         weights = [args[slot.position] for slot in self._slots]
         kept = [self._kept(index, weight) for index, weight in enumerate(weights)]
         records, sets = [record for record, _ in kept], [operands for _, operands in kept]
-        seeds = [new_seed(device) for device in self._seed_devices]
-        inputs = [*seeds, *current_operands(weights, self._slots, records, sets)]
+        inputs = [*(source.draw() for source in self._seeds), *current_operands(weights, self._slots, records, sets)]
         if self._baseline is not None and not capturing():
             self._measure(self._baseline, args, inputs)
         outputs = self._compiled(*args, *inputs)

@@ -177,6 +177,7 @@ def run(
     gc.collect()
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("one_layer")
 def test_trainer_huggingface(run: Callable[..., str]) -> None:
     library("accelerate")

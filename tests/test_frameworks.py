@@ -224,7 +224,7 @@ GPT2 = {
 }
 
 
-# By day the example has this trainer, and the test of resuming.
+# By day the test of resuming has this trainer.
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.nightly), DEVICES[1]])
 @pytest.mark.parametrize(
     ("architecture", "way", "arguments", "expected"),

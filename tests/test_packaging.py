@@ -200,6 +200,7 @@ def test_editable_install(tmp_path: Path, environment: Environment) -> None:
     assert "2:4" in report.read_text()
 
 
+@pytest.mark.nightly
 def test_checkout_on_pythonpath(environment: Environment) -> None:
     """Neither Triton nor CUDA is touched before a graph is compiled for a GPU."""
     code = """

@@ -89,6 +89,7 @@ def test_products_of_experts_are_saved_where_the_policy_saves_grouped_mm(run):
     assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
 
 
+@pytest.mark.nightly
 def test_other_operations_are_asked_for_by_their_names(run):
     asked = set()
 

@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 import shared_graphs
 import sparse_compile
+from sparse_compile.kernels import ops
+from sparse_compile.linear.seed import SeedSource, new_seed
 from sparse_compile.recipe import SSTE, Gemm, GradFormat, Rounding
 
 clean_slate = shared_graphs.kept
@@ -87,6 +89,67 @@ def test_the_generator_moves_in_forward_alone_and_by_one_draw():
     assert torch.equal(torch.get_rng_state(), expected)
     y.sum().backward()
     assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_a_source_draws_what_a_new_seed_is():
+    source = SeedSource(torch.device("cpu"))
+    torch.manual_seed(3)
+    drawn = [source.draw().item() for _ in range(3)]
+    torch.manual_seed(3)
+    assert drawn == [new_seed(torch.device("cpu")).item() for _ in range(3)]
+
+
+def test_memory_is_used_again_when_nothing_holds_the_seed():
+    source = SeedSource(torch.device("cpu"))
+    held = source.draw()
+    value, alias = held.item(), held[:1]
+    other = source.draw()
+    assert other.data_ptr() != held.data_ptr()
+    del held
+    assert source.draw().data_ptr() not in (alias.data_ptr(), other.data_ptr())
+    assert alias.item() == value
+    address = alias.data_ptr()
+    del alias
+    assert source.draw().data_ptr() == address
+
+
+def test_steps_find_their_seeds_where_those_of_the_last_one_lay():
+    """Else Inductor would record a CUDA graph in each step."""
+    call, addresses = compiled(ffn()), []
+
+    def watched(name, kernel, arguments):
+        if name == "cast_mvue":
+            addresses.append(arguments[3].data_ptr())
+        return kernel(*arguments)
+
+    with ops.observed(watched):
+        losses = []
+        for _ in range(3):
+            first, second = (call(X).square().mean() for _ in range(2))
+            first.backward()
+            second.backward()
+            losses += [first.detach().clone(), torch.empty(1, dtype=torch.int64)]  # takes what is free
+    assert len(set(addresses)) == 2
+    assert addresses == addresses[:4] * 3
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_are_recorded_once():
+    from torch._inductor.cudagraph_trees import get_container
+
+    model = ffn().cuda()
+    call = torch.compile(model, backend="sste", options={"sste.when": "always", "triton.cudagraphs": True})
+    optimizer, losses, recorded = torch.optim.AdamW(model.parameters(), lr=1e-3), [], []
+    x = torch.randn(256, 64, device="cuda")
+    for _ in range(12):
+        loss = call(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses += [loss.detach().clone(), torch.empty(1, dtype=torch.int64, device="cuda")]
+        recorded.append(get_container(0).tree_manager.new_graph_id().id)  # counts the question, too
+    assert recorded[-1] - recorded[5] == 6
+    assert recorded[5] > 6, "nothing was recorded"
 
 
 def test_what_samples_nothing_draws_nothing():

@@ -213,7 +213,9 @@ def test_scripts_that_end_by_themselves(tmp_path, alone):
             "1 / 0",
             r"run with decay 0.5 failed, exit status 1; its last output was:(.|\n)*ZeroDivisionError: division by zero",
         ),
-        pytest.param("sys.exit(7)", "run with decay 0.5 failed, exit status 7", marks=pytest.mark.alone),
+        pytest.param(
+            "sys.exit(7)", "run with decay 0.5 failed, exit status 7", marks=[pytest.mark.alone, pytest.mark.nightly]
+        ),
         ("__import__('os').kill(__import__('os').getpid(), 9)", f"failed, ended by signal {int(signal.SIGKILL)}"),
         (
             "model",

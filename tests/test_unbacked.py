@@ -179,6 +179,7 @@ def test_a_dimension_that_is_marked(dynamic):
     assert "x.size(0) = u0 (depends on data)" in graph.dynamic
 
 
+@pytest.mark.nightly
 def test_in_a_checkpointed_region():
     module, x = Routed(by_mask), torch.randn(32, 64)
 

@@ -14,6 +14,7 @@ PRIVATE_NAMES = (
     ("torch._C", "_current_graph_task_id"),
     ("torch._C", "_is_tracing"),
     ("torch._C", "_set_grad_enabled"),
+    ("torch._C", "_storage_Use_Count"),
     ("torch._C._dynamo.eval_frame", "get_eval_frame_callback"),
     ("torch._C._functorch", "peek_interpreter_stack"),
     ("torch._decomp", "core_aten_decompositions"),

@@ -12,6 +12,12 @@ def is_held(tensor: torch.Tensor) -> bool:
     return bool(tensor._use_count() > 1)  # type: ignore[attr-defined]
 
 
+def is_shared(tensor: torch.Tensor) -> bool:
+    """Whether another tensor shares its memory, wherever it is held."""
+    storage = tensor.untyped_storage()  # the second holder of the memory
+    return bool(torch._C._storage_Use_Count(storage._cdata) > 2)
+
+
 def versions_kept(tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
     """Writing to the tensors does not count as a change: a backward that saved them goes on."""
     return torch.autograd._unsafe_preserve_version_counter(tuple(tensors))  # type: ignore[attr-defined]
