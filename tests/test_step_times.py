@@ -103,6 +103,31 @@ def test_the_device_is_not_waited_for(clock):
     assert report.step_ms == [10, 10, 10]
 
 
+@pytest.mark.parametrize(
+    ("recorded", "rates"),
+    [
+        ([3, 100, 1000], [0.0, 1.0, (1000 - 100 - 1) / 384]),
+        ([3, 4, 5], [0.0, 0.0, 0.0]),  # the questions alone
+        ([0, 0, 0], [0.0, 0.0, 0.0]),  # no CUDA graphs
+    ],
+)
+def test_cuda_graphs_that_are_recorded_anew(clock, monkeypatch, recorded, rates):
+    counts = iter(recorded)
+    monkeypatch.setattr(step_times, "recorded_cuda_graphs", lambda device: next(counts))
+    report, training = Report([graph(calls=1)]), optimizer()
+    times, found = StepTimes(report), []
+    for step in range(1, 513):
+        clock.now += 10
+        report.graphs[0].calls += 1
+        times.on_step(training)
+        if step in (32, 128, 512):
+            found.append(report.recorded_a_step)
+    assert found == pytest.approx(rates, abs=1e-3)
+    said = "2.3 CUDA graphs are recorded anew: TORCH_LOGS=cudagraphs says why"
+    assert (said in str(report)) == (rates[-1] > 0.1)
+    assert Report.from_json(report.to_json()).recorded_a_step == report.recorded_a_step
+
+
 @pytest.mark.parametrize(("lags", "waits"), [([0.5, 0.4, 8], True), ([9, 8, 0.3], False), ([], False)])
 def test_a_gpu_that_waits_for_the_host(clock, monkeypatch, lags, waits):
     """Behind three steps it is seen how far the host is ahead; without a GPU it is not."""
@@ -120,6 +145,7 @@ def test_a_gpu_that_waits_for_the_host(clock, monkeypatch, lags, waits):
         0, *([1] if lags else [0]), 0, *([1, 1] if lags else [0, 0])
     ]  # fmt: skip
     assert ("the GPU waits for the host" in str(report)) == waits
+    assert "recorded" not in str(report)
     assert Report.from_json(report.to_json()).waits_for_host() == waits
 
 

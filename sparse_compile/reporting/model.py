@@ -210,6 +210,7 @@ class ReportData:
         step_ms: milliseconds of the last training steps, from a step of an optimizer to its next; without those in
             which a graph was compiled or measured.
         gpu_lag_ms: of a few steps, how long the GPU still worked when the host had started all of the step.
+        recorded_a_step: how many CUDA graphs Inductor recorded in each of the steps behind the 32nd, on average.
         fallbacks: what dynamo runs eagerly of the modules that were compiled, a sentence each.
         choices: what was chosen by measured time, for each question and number of tokens, see ``sste.plan``.
     """
@@ -218,6 +219,7 @@ class ReportData:
     health: dict[str, list[Health]] = field(default_factory=dict)
     step_ms: list[float] = field(default_factory=list)
     gpu_lag_ms: list[float] = field(default_factory=list)
+    recorded_a_step: float = 0.0
     fallbacks: list[str] = field(default_factory=list)
     torch: str = ""
     device: str = ""
@@ -328,7 +330,7 @@ class ReportData:
         return {
             "version": VERSION, "torch": self.torch, "device": self.device, "coverage": self.coverage(),
             "gains": gains, "graphs": graphs, "choices": choices, "health": health, "step_ms": self.step_ms,
-            "gpu_lag_ms": self.gpu_lag_ms, "fallbacks": self.fallbacks,
+            "gpu_lag_ms": self.gpu_lag_ms, "recorded_a_step": self.recorded_a_step, "fallbacks": self.fallbacks,
         }  # fmt: skip
 
     def to_json(self) -> str:

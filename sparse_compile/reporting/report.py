@@ -19,6 +19,7 @@ class Report(ReportData):
         step_ms: milliseconds of the last training steps, from a step of an optimizer to its next; without those in
             which a graph was compiled or measured.
         gpu_lag_ms: of a few steps, how long the GPU still worked when the host had started all of the step.
+        recorded_a_step: how many CUDA graphs Inductor recorded in each of the steps behind the 32nd, on average.
         fallbacks: what dynamo runs eagerly of the modules that were compiled, a sentence each.
         torch: the version of PyTorch.
         device: the name of the GPU; empty without one.

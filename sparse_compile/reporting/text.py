@@ -81,6 +81,8 @@ def steps(report: ReportData) -> str:
         line += f"; about {dense:.1f} ms if the measured graphs were dense: {dense / step.median:.2f}x"
     if report.waits_for_host():
         line += "; the GPU waits for the host (docs/limits.md#my-model-is-not-faster)"
+    if report.recorded_a_step > 0.1:
+        line += f"; in each, {report.recorded_a_step:.1f} CUDA graphs are recorded anew: TORCH_LOGS=cudagraphs says why"
     return line
 
 

@@ -102,6 +102,15 @@ def _run_eagerly(graph_module: GraphModule, inputs: Sequence[Any], **_: Any) -> 
     return run
 
 
+def recorded_cuda_graphs(device: torch.device) -> int:
+    """How many CUDA graphs Inductor has recorded on a device; each question counts as one, too."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is None or device.type != "cuda":
+        return 0
+    manager = trees.get_container(device.index).tree_manager
+    return 0 if manager is None else int(manager.new_graph_id().id)
+
+
 def reset_cuda_graphs() -> None:
     # What was never imported holds no graphs; and dynamo, which calls this, cannot stand what an import may compile.
     trees = sys.modules.get("torch._inductor.cudagraph_trees")

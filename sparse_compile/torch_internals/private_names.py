@@ -34,6 +34,8 @@ PRIVATE_NAMES = (
     ("torch._inductor.compile_fx", "compile_fx_inner"),
     ("torch._inductor.config", "get_config_copy"),
     ("torch._inductor.config", "triton.cudagraphs"),
+    ("torch._inductor.cudagraph_trees", "CUDAGraphTreeManager.new_graph_id"),
+    ("torch._inductor.cudagraph_trees", "get_container"),
     ("torch._inductor.cudagraph_trees", "reset_cudagraph_trees"),
     ("torch._inductor.decomposition", "select_decomp_table"),
     ("torch._logging._internal", "trace_log"),
