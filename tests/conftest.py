@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -30,7 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--zoo-results", metavar="FILE", help="write what a nightly run found of the zoo, as JSON")
 
 
+@pytest.hookimpl(tryfirst=True)  # -m selects what is marked here, too
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_cases_as_nightly(items)
     if not config.getoption("--nightly"):
         nightly = [item for item in items if item.get_closest_marker("nightly")]
         items[:] = [item for item in items if item not in nightly]
@@ -47,6 +50,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip_two)
         elif item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip)
+
+
+def mark_cases_as_nightly(items: list[pytest.Item]) -> None:
+    """Of tests that are marked ``by_day``: all cases but so many, which lie as far apart as they can."""
+    cases = defaultdict(list)
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if "by_day" in marks and not marks & {"gpu", "gpus2", "nightly"}:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for alike in cases.values():
+        mark = alike[0].get_closest_marker("by_day")
+        assert mark is not None
+        (count,) = mark.args
+        by_day = {len(alike) * (index + 1) // count - 1 for index in range(count)}
+        for index, item in enumerate(alike):
+            if index not in by_day:
+                item.add_marker(pytest.mark.nightly)
 
 
 def gpus_of(worker: str, devices: int) -> str | None:

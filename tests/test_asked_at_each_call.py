@@ -108,6 +108,7 @@ def test_a_dense_checkpoint_in_a_frozen_24_model(ffn):
         assert [graph.calls for graph in sparse_compile.report().graphs if graph.rewritten][-1] >= 1
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("again", [{}, {"warmup": 1}, {"tail": 1, "total_steps": 100}], ids=str)
 def test_a_schedule_ends_with_its_compilation(again, ffn):
     """At its old end nothing is written."""

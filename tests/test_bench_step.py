@@ -117,6 +117,7 @@ def test_steps_of_other_models_than_hugging_faces(
         assert made[0].logits.dtype == torch.bfloat16, "fp32 parameters are multiplied under autocast"
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     ("name", "wrong", "expected"),
     [("gpt2-small", float("nan"), 10.0), ("gpt2-small", 9.0, 10.0), ("experts-mixtral", 4.1, 4.0)],

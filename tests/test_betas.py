@@ -73,6 +73,7 @@ def saved(*parts: Any) -> list[Any]:
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     ("boost", "factor"), [({"sste.beta": 1.5}, 1.5), ({"sste.recipe": "s-ste-boosted"}, 1.7)], ids=["option", "recipe"]
 )

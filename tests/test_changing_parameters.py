@@ -137,6 +137,7 @@ def test_two_compiled_copies_of_a_module_share_its_weights(x):
     assert refreshes(model) == [n + 1 for n in count]
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("what", ["torch.compile", "module.compile"])
 def test_nothing_outlives_a_model(x, what):
     torch._dynamo.reset()  # of a graph that another model was traced for nothing could hold this one

@@ -134,6 +134,7 @@ def assert_weights(model, expected):
         torch.testing.assert_close(actual.data, wanted)
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     ("transposed", "microbatches"),
     [

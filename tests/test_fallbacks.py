@@ -235,6 +235,7 @@ def test_a_module_of_pytorchs_that_is_compiled_in_place_is_warned_of() -> None:
     ]
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("how", ["DDP", "FSDP2, compiled", "compiled, FSDP2", "compiled in place, FSDP2"])
 @pytest.mark.usefixtures("nothing_traced", "one_process")
 def test_modules_of_pytorchs_behind_hooks_are_warned_of(how: str) -> None:

@@ -82,6 +82,7 @@ def trained(examples):
     return model, call, optimizer
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     ("kind", "dtype", "stored"),
     [

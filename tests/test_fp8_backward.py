@@ -16,6 +16,7 @@ uncompiled = shared_graphs.uncompiled
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     ("stored", "autocast"),
     [

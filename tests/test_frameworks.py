@@ -279,7 +279,8 @@ def test_hugging_face_trainer_resumes(
 
 @pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("way", ["Module.compile", "--auto", "dynamo_backend"])
+@pytest.mark.by_day(1)
+@pytest.mark.parametrize("way", ["--auto", "dynamo_backend", "Module.compile"])
 def test_accelerate(chosen: Any, tmp_path: Path, device: str, way: str) -> None:
     """Mixed precision, for which Accelerate replaces ``model.forward``, accumulation and clipping; and resuming."""
     make, expected = chosen

@@ -60,6 +60,7 @@ def test_models_that_are_compiled_and_forgotten(times: int) -> None:
         assert memory[1] - memory[0] < 100 * 2**20
 
 
+@pytest.mark.nightly
 def test_sizes_that_change_leave_the_operands_alone() -> None:
     """Graphs are kept for each, weights and what is derived from them are not."""
     torch._dynamo.reset()

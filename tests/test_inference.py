@@ -32,6 +32,7 @@ def run(model: nn.Module, ids: torch.Tensor, mode: Any, **options: Any) -> tuple
     return out, {row.module: row.decision.partition(" (")[2].partition(",")[0] or row.decision for row in rows}
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_weights_that_are_not_frozen_run_as_in_training(loaded, batch, mode) -> None:
     """As from_pretrained returns them.  Pruning changes nothing of them; attention runs in dense FP8."""

@@ -13,14 +13,14 @@ KERNELS = (
     "prune",
     "prune_bf16",
     "transpose_pruned",
-    "transposable",
     "soft_transposable",
     "decay",
     "quantize",
     "mvue",
-    "experts_weights",
-    "experts_casts",
-    pytest.param("random", marks=pytest.mark.nightly),
+    *(
+        pytest.param(kernel, marks=pytest.mark.nightly)
+        for kernel in ("transposable", "experts_weights", "experts_casts", "random")
+    ),
 )
 
 

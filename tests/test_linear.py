@@ -52,14 +52,6 @@ PROJECTIONS = {
 }
 
 
-def variants(turn):
-    """In a night all, by day a fifth of them, in each test others."""
-    return [
-        pytest.param(variant, id=name, marks=() if index % 5 == turn else pytest.mark.nightly)
-        for index, (name, variant) in enumerate(VARIANTS.items())
-    ]
-
-
 def small_integers(rows, columns):
     """Integers of magnitude 7 at most, 7 in every row and column: e4m3 with any of our scales holds them exactly."""
     x = torch.randint(-7, 8, (rows, columns)).float()
@@ -191,7 +183,8 @@ def test_large_inputs_and_gradients_of_zero(grad_format):
     assert torch.equal(parameter.grad, torch.zeros_like(weight))
 
 
-@pytest.mark.parametrize("recipe", variants(0))
+@pytest.mark.by_day(16)
+@pytest.mark.parametrize("recipe", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_close_to_the_dense_product_of_the_projected_weight(recipe, dtype):
     """Output and input gradient within the noise of e4m3: about 2^-4 / sqrt(3) relative for each operand.
@@ -259,7 +252,8 @@ def test_scales_follow_each_token():
     assert bool(((y - expected).norm(dim=1) < 0.06 * expected.norm(dim=1)).all())
 
 
-@pytest.mark.parametrize("recipe", variants(1))
+@pytest.mark.by_day(16)
+@pytest.mark.parametrize("recipe", VARIANTS.values(), ids=VARIANTS.keys())
 def test_zero_gradients_and_zero_inputs_stay_zero(recipe):
     x, weight = torch.zeros(20, 64, requires_grad=True), torch.randn(32, 64)
     x.data[3] = 1e6
@@ -273,7 +267,8 @@ def test_zero_gradients_and_zero_inputs_stay_zero(recipe):
     assert torch.equal(parameter.grad, torch.zeros_like(weight))
 
 
-@pytest.mark.parametrize("recipe", variants(2))
+@pytest.mark.by_day(16)
+@pytest.mark.parametrize("recipe", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_gradient_stays_visible(recipe, value):
     """Gradient scalers skip a step when a gradient is not finite: a cast must not hide that."""
@@ -292,7 +287,8 @@ def test_a_bad_gradient_stays_visible(recipe, value):
     assert not bad.isfinite().any()
 
 
-@pytest.mark.parametrize("recipe", variants(3))
+@pytest.mark.by_day(16)
+@pytest.mark.parametrize("recipe", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_input_or_weight_stays_visible(recipe, value):
     x, weight = torch.randn(20, 64), torch.randn(32, 64)
@@ -309,7 +305,8 @@ def test_a_bad_input_or_weight_stays_visible(recipe, value):
     assert not (y[:, 3] if recipe.is_bf16 or recipe.fprop is Gemm.DENSE else y).isfinite().any()
 
 
-@pytest.mark.parametrize("recipe", variants(4))
+@pytest.mark.by_day(16)
+@pytest.mark.parametrize("recipe", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64), (64,), (1, 64)])
 def test_any_leading_dimensions(recipe, shape):
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(32, 64)
@@ -336,7 +333,8 @@ def test_soft_threshold_gradcheck():
     assert torch.autograd.gradcheck(reference.soft_threshold24, (weight,))
 
 
-@pytest.mark.parametrize("recipe", variants(0))
+@pytest.mark.by_day(16)
+@pytest.mark.parametrize("recipe", VARIANTS.values(), ids=VARIANTS.keys())
 def test_any_strides(recipe):
     """Transposed inputs, and the gradients of sums, which have no strides at all."""
     weight, contiguous = torch.randn(32, 64), torch.randn(40, 64)

@@ -87,6 +87,7 @@ def test_a_broadcast_of_unknown_size(trace):
     assert len(kept(graph)) == 1
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     "options",
     [

@@ -161,6 +161,7 @@ TRACES = {
 }
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("trace", TRACES.values(), ids=TRACES.keys())
 def test_a_trace_has_its_own_names_once_the_model_is_gone(trace, ffn):
     """And does not change the names of the model as long as that is there."""

@@ -288,6 +288,7 @@ def resumptions():
             yield pytest.param(make, options, RESUMED, True, id=f"{name}-{kind}, anywhere", marks=pytest.mark.nightly)
 
 
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize(("make", "options", "places", "afresh"), list(resumptions()))
 def test_what_keeps_no_state_under_each_weight_resumes_all_the_same(make, options, places, afresh):
     blocks = 2 if make is Grouped else 1  # two weights of each shape

@@ -46,6 +46,7 @@ TRACES = {
 }
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("trace", TRACES.values(), ids=TRACES.keys())
 def test_what_stands_for_a_module_is_no_second_owner(trace, ffn):

@@ -69,6 +69,7 @@ def by_turns(*values):
     return [pytest.param(*c, marks=() if c in by_day else pytest.mark.nightly) for c in product(*values)]
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(("name", "microbatches"), by_turns(list(OPTIMIZERS), [1, 3]))
 def test_phases_are_counted_in_optimizer_steps_and_compiled_once_each(name, microbatches):
     torch._dynamo.reset()
@@ -137,6 +138,7 @@ def saved(*parts):
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(("recipe", "name"), by_turns(["ste", "s-ste"], list(OPTIMIZERS)))
 def test_a_resumed_run_is_the_continued_one_in_every_phase(recipe, name):
     torch._dynamo.reset()

@@ -48,6 +48,7 @@ ARMS = {
 }
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("options", ARMS.values(), ids=ARMS.keys())
 @torch._functorch.config.patch(donated_buffer=False)
 def test_a_second_backward_draws_the_same(options):

@@ -48,6 +48,7 @@ def test_all_are_found() -> None:
     assert len(COMMANDS) == 5
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "-m sparse_compile" in command])
 def test_commands(tmp_path: Path, command: str) -> None:
     """Those with SPARSE_COMPILE need an installation: ``test_packaging.py``."""

@@ -71,6 +71,7 @@ def test_a_skipped_step_of_a_gradient_scaler(x, dtype):
 # Memory and shapes.
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_around_compiled_blocks(x, reentrant):
     """Recomputation finds the operands of its forward, and draws its samples."""

@@ -140,6 +140,7 @@ def test_any_number_of_tokens(ways):
     assert str(sparse_compile.report())
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     "options",
     [

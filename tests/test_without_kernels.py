@@ -50,6 +50,7 @@ def decisions():
     return {row.module: row.decision.split()[0] for row in sparse_compile.report().graphs[-1].rows}
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("targets", ["ffn", "[02]", pytest.param("all", marks=pytest.mark.nightly)])
 def test_it_is_dense_with_one_warning_and_a_reason(targets):
     """Also where the user names linears: that says which ones, not that they be emulated."""
@@ -95,6 +96,7 @@ def test_a_weight_that_was_trained_pruned_stays_so():
     assert (evaluated - model(X)).norm() > 0.02 * evaluated.norm(), "dense products compute another function"
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("options", [{}, {"sste.recipe": "ste", "sste.warmup": 1}], ids=str)
 def test_a_checkpoint_says_that_it_was(options):
     model = ffn()
