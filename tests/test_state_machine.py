@@ -92,12 +92,16 @@ class Scripts(RuleBasedStateMachine):
     def begin(self):
         torch._dynamo.reset()
         torch.manual_seed(0)
+        self.saved = []
+        self.name = "none"
+        self.make()
+
+    def make(self):
+        """A model that nothing is known of."""
         self.model = FFN()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
-        self.schedule = None
         self.expected = Expected()
-        self.saved = []
-        self.compile("none")
+        self.compile(self.name)
 
     @property
     def weight(self):
@@ -108,6 +112,7 @@ class Scripts(RuleBasedStateMachine):
         return find_record(self.weight)
 
     def compile(self, name):
+        self.name = name
         self.schedule, options = SCHEDULES[name]
         self.step = torch.compile(self.model, backend="sste", options=EAGER | options)
 
@@ -150,6 +155,19 @@ class Scripts(RuleBasedStateMachine):
             assert not torch.equal(self.weight, before)
             assert is_24(self.weight, 1), "what linears computed with is 2:4"
             expected.go_dense()
+
+    @rule()
+    def step_without_the_backend(self):
+        """As another model that holds the weight makes it."""
+        known = self.record is not None
+        self.model(torch.randn(8, 64)).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if known:
+            self.expected.steps += 1
+            self.expected.keep_to_schedule()
+            if self.expected.unbaked:
+                self.expected.go_dense()
 
     @rule()
     def evaluate(self):
@@ -214,6 +232,13 @@ class Scripts(RuleBasedStateMachine):
         self.expected.schedule = schedule
         self.expected.unbaked = self.expected.told = False
         self.expected.keep_to_schedule()
+
+    @precondition(lambda self: self.saved)
+    @rule(which=integers(0, 2))
+    def resume(self, which):
+        """In what another process would make; nothing is called before the next rule."""
+        self.make()
+        self.load(which)
 
     @rule(beta=sampled_from([1.25, 1.5, 1.75]))
     def tell(self, beta):
