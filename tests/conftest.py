@@ -119,7 +119,7 @@ def one_process() -> Iterator[None]:
 
 
 # For devices that are not there torch.manual_seed keeps each call, with its stack, until they are.
-SEED = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+seed_all = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +131,7 @@ def clean_slate() -> Iterator[None]:
     sparse_compile.report().fallbacks.clear()
     sparse_compile.report().choices.clear()
     ops.observe(None)
-    SEED(0)
+    seed_all(0)
     yield
     torch._dynamo.reset()
     sparse_compile.report()  # keeps it from being written when the tests end
