@@ -131,11 +131,12 @@ def execute(request: dict[str, Any]) -> None:
 
 
 def compile_quickly() -> None:
-    """Spare compilations what takes long and changes nothing that is tested."""
+    """Spare compilations what takes long, and a warning, and changes nothing that is tested."""
     # Dynamo measures the guards of each, for which it flushes the caches of the processor.
     import_module("torch._dynamo.guards").profile_guard_manager = lambda *_: 0.0
-    # It walks over all objects after each, too.
+    # It walks over all objects after each, too, and warns of Python 3.13.0, where guards are slow.
     import_module("torch._dynamo.config").run_gc_after_compile = False
+    import_module("torch._dynamo.config").issue_3_13_0_warning = False
     # g++ takes half as long for loops without vector instructions, of which Inductor need not find out then.
     import_module("torch._inductor.config").cpp.vec_isa_ok = False
 
