@@ -30,11 +30,12 @@ use_environment() {
     local install=("$PYTHON" -m pip install --quiet --quiet --no-compile --constraint constraints.txt)
     "${install[@]}" --upgrade pip  # which resolves in half of the time of the one that comes with Python 3.11
     "${install[@]}" torch setuptools
-    # Beside pip, which leaves a core idle: what each of the first processes would compile of torch, 10 s each; and the
-    # headers of the code that Inductor generates for CPUs, with the options of the tests (tests/warm.py).
+    # Beside pip, which leaves a core idle: what each of the first processes would compile of torch, 10 s each; and, as
+    # the tests need them (tests/warm.py), the headers of the code that Inductor generates for CPUs.
     local modules="_inductor.compile_fx, torch._inductor.lowering, torch._inductor.fx_passes.joint_graph"
     modules+=", torch.distributed.fsdp, torch.distributed.checkpoint.state_dict, torch.distributed.run"
-    local first="import torch.$modules"$'\n'"torch.compile(torch.sin)(torch.ones(16))"
+    local first="import torch.$modules"
+    [ "$extra" != dev ] || first+=$'\n'"torch.compile(torch.sin)(torch.ones(16))"
     OMP_NUM_THREADS=1 TORCHINDUCTOR_VEC_ISA_OK=0 "$PYTHON" -c "$first" > /dev/null 2>&1 &
     local compiled=$!
     "${install[@]}" --no-build-isolation --editable ".[$extra]"
