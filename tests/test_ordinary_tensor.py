@@ -376,9 +376,10 @@ def test_of_inputs_of_any_layout(make, bias):
 
 
 def test_of_inputs_of_any_layout_side_by_side():
-    """Some with a bias, some without."""
+    """Every other one, some with a bias, some without; in a night each alone."""
+    inputs = list(INPUTS.items())[::2]
     compare_together(
-        {name: (doubled, make(), index % 2 == 0, nothing_more) for index, (name, make) in enumerate(INPUTS.items())}
+        {name: (doubled, make(), index % 2 == 0, nothing_more) for index, (name, make) in enumerate(inputs)}
     )
 
 

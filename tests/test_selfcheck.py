@@ -136,6 +136,7 @@ def test_a_wrong_variant_is_never_taken_for_checked(use) -> None:
             check_variant(CONFIG, PROBLEM, CPU)
 
 
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
