@@ -201,7 +201,6 @@ def compilations() -> Iterator[Any]:
             )  # fmt: skip
 
 
-@pytest.mark.by_day(4)
 @pytest.mark.parametrize(("config", "accurate", "product"), list(compilations()))
 def test_compiles_for_hopper(compile_plan, monkeypatch, config, accurate, product) -> None:
     dtypes, out_dtype, rows, columns, scaled, transpose, store = product
