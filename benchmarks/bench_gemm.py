@@ -6,7 +6,8 @@
     python benchmarks/bench_gemm.py choice      the tiles that the estimate chooses against the fastest
 
 Several parts can be named at once.  Every product is ``out = A @ B.T``, A ``[R, C]`` and B ``[D, C]``, bf16 out; A is
-2:4 for sparse GEMMs, dense for dense ones.  Data is random normal.  A library stores out or its transpose, whichever is
+2:4 for sparse GEMMs, dense for dense ones.  Data is random normal.  To compare with another cuSPARSELt than
+PyTorch's, preload it: ``LD_PRELOAD=<folder>/libcusparseLt.so.0``.  A library stores out or its transpose, whichever is
 faster, and applies the scales that cost it least: vectors for A and B (rowwise, CUTLASS) or none (all others).
 TFLOP/s are dense-equivalent, 2 * R * D * C divided by the time, also where half of the products are skipped.
 """
@@ -40,6 +41,7 @@ from gemm_libraries import (
     Inputs,
     Problem,
     column_scale_inv,
+    cusparselt_version,
     fprop,
     make_inputs,
     ours,
@@ -153,6 +155,10 @@ def _absent(rows: Sequence[dict[str, Any]]) -> str:
     return "\n\nDid not run:\n\n" + "\n".join(lines) if lines else ""
 
 
+def _cusparselt(version: str | None) -> str:
+    return f"\n\ncuSPARSELt {version}." if version is not None else ""
+
+
 def cube_part() -> Report:
     """8192 cubed in both dtypes; bf16 is compared with libraries in bf16 only."""
     problem = Problem(name="cube", rows=CUBE, columns=CUBE, contraction=CUBE)
@@ -161,7 +167,9 @@ def cube_part() -> Report:
     bf16_libraries = [CUBLAS.name, CUSPARSELT_BF16.name]
     fp8 = against_libraries(rows, own[0].name, [*(library.name for library in FP8_LIBRARIES), *bf16_libraries])
     bf16 = against_libraries(rows, own[1].name, bf16_libraries)
-    return {"rows": rows, "ratios": [fp8, bf16], "failed": failures(rows)}, cube_table(rows, [fp8, bf16])
+    version = cusparselt_version()
+    results = {"rows": rows, "ratios": [fp8, bf16], "cusparselt": version, "failed": failures(rows)}
+    return results, cube_table(rows, [fp8, bf16]) + _cusparselt(version)
 
 
 def cube_table(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]]) -> str:
@@ -196,8 +204,11 @@ def shapes_part() -> Report:
             rows += compared
             gc.collect()
             torch.cuda.empty_cache()
-    results = {"rows": rows, "ratios": ratios, "summary": summary(ratios), "failed": failures(rows)}
-    return results, shapes_table(rows, ratios)
+    version = cusparselt_version()
+    results = {
+        "rows": rows, "ratios": ratios, "summary": summary(ratios), "cusparselt": version, "failed": failures(rows)
+    }  # fmt: skip
+    return results, shapes_table(rows, ratios) + _cusparselt(version)
 
 
 def summary(ratios: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ A ``[R, C]`` is 2:4 for sparse implementations and dense for dense ones; B ``[D,
 ``[D, R]`` where an implementation stores the transpose, is bf16.
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -170,6 +171,18 @@ def cusparselt(sets: Sequence[Inputs], transpose: bool) -> Calls:
     chosen = {"alg_id": algorithm, "split_k": split_k, "split_k_mode": split_k_mode}
     product = partial(torch._cslt_sparse_mm, out_dtype=out_dtype, transpose_result=transpose, **chosen)
     return [partial(product, a, x.b.t()) for a, x in zip(compressed, sets, strict=True)]
+
+
+def cusparselt_version() -> str | None:
+    """Of the library that this process has loaded: a newer one than PyTorch's by LD_PRELOAD."""
+    try:
+        library = ctypes.CDLL("libcusparseLt.so.0")
+    except OSError:
+        return None
+    parts = [ctypes.c_int() for _ in range(3)]
+    for which, part in enumerate(parts):
+        library.cusparseLtGetProperty(which, ctypes.byref(part))
+    return ".".join(str(part.value) for part in parts)
 
 
 def cutlass(sets: Sequence[Inputs], transpose: bool) -> Calls:
