@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from torch.fx import Node
 from torch.nn import Parameter
 
 from sparse_compile.passes.parameter_owners import ParameterOwners
@@ -80,6 +81,9 @@ def decide(
             everywhere = targets == "all" and not is_head
             targeted = named or everywhere or site.role in TARGETS.get(targets, ())
             chosen = recipe if targeted else (is_head and head) or recipe.unpruned()
+            if targeted and not named and site.role not in TARGETS["ffn"]:
+                # A larger scale is for FFNs: attention projections lose by it.
+                chosen = replace(chosen, beta_factor=1.0)
             if site.experts is not None and chosen.dgrad is Gemm.MVUE24:
                 # A draw along out_features is not defined for experts: their dgrad is the more precise one.
                 chosen = replace(chosen, dgrad=Gemm.FP8)
@@ -105,17 +109,19 @@ def decide(
 def alike(plans: list[Plan], rejections: list[Rejection]) -> tuple[list[Plan], list[Rejection]]:
     """One arithmetic for each weight, whatever parts the linears play that read it: a block that is called twice.
 
-    Where one of them stays dense all do, and where one is no target none is pruned.
+    Where one of them stays dense all do, where one is no target none is pruned, and the least scale is that of all.
     """
     dense = {rejection.site.weight: rejection for rejection in rejections if rejection.site is not None}
-    unpruned = {plan.site.weight: plan for plan in plans if not plan.recipe.projection.prunes}
+    least: dict[Node, Plan] = {}
+    for plan in sorted(plans, key=lambda plan: (plan.recipe.projection.prunes, plan.recipe.beta_factor)):
+        least.setdefault(plan.site.weight, plan)
     agreed: list[Plan] = []
     for plan in plans:
         if (other := dense.get(plan.site.weight)) is not None:
             detail = f"another linear of this graph reads it and stays dense: {other.reason.value}: {other.detail}"
             rejections.append(plan.site.reject(Reason.TIED, detail, other.advice))
         else:
-            other_plan = unpruned.get(plan.site.weight, plan)
+            other_plan = least[plan.site.weight]
             agreed.append(replace(plan, recipe=other_plan.recipe, advice=other_plan.advice))
     return agreed, rejections
 

@@ -80,7 +80,8 @@ class UserOptions:
     )
     beta: float | None = _optional(
         FACTOR,
-        "factor applied to β, the fitted scale of S-STE weights, when training begins; for training from scratch only",
+        "factor applied to β, the fitted scale of S-STE weights, when training begins; for training from scratch only. "
+        'With `sste.targets="all"`, FFNs alone get it',
         f'`1`; `{SSTE_BOOSTED.beta_factor:g}` for `"{SSTE_BOOSTED.name}"`',
     )
     decay: float | None = _optional(

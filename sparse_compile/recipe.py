@@ -104,7 +104,8 @@ class Recipe:
         rounding: of what the estimator keeps; no named recipe has another than the default.
         decay: masked decay: ``decay * (1 - mask) * W`` is added to the gradient.
         refresh: optimizer steps between two searches for transposable masks; 0 without them.
-        beta_factor: times the beta that is the best fit of a weight that is not 2:4 yet.
+        beta_factor: times the beta that is the best fit of a weight that is not 2:4 yet; where all linears are targets,
+            of the weights of FFNs.
         tail: share of the optimizer steps, the last ones, in which it is dense.
 
     Raises:

@@ -1,5 +1,7 @@
 """DECIDE: a plan or a rejection for each linear; every reason has a row."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,16 @@ def test_all_linears_but_the_head(gpt_graph):
     assert set(plans.values()) == {SSTE}
     assert len(plans) == 4
     assert rejections == {"head": Reason.HEAD}
+
+
+@pytest.mark.parametrize("targets", ["ffn", "all", "*[hpu][erp]*"])
+def test_of_all_linears_those_of_ffns_alone_get_a_larger_scale(gpt_graph, targets):
+    sites, _ = found(gpt_graph())
+    plans, _ = decide(sites, replace(SSTE, beta_factor=1.7), targets, ParameterOwners())
+    factors = {plan.site.name: plan.recipe.beta_factor for plan in plans if plan.recipe.projection.prunes}
+    named = {"blocks.0.proj": 1.7, "blocks.0.up": 1.7, "head": 1.7}
+    ffn = {"blocks.0.up": 1.7, "blocks.0.down": 1.7}
+    assert factors == {"ffn": ffn, "all": {"blocks.0.qkv": 1.0, "blocks.0.proj": 1.0, **ffn}}.get(targets, named)
 
 
 @pytest.mark.parametrize("targets", ["ffn", "all"])
@@ -212,13 +224,13 @@ def test_a_weight_of_two_linears_is_pruned_once_for_both(trace):
 
 
 def test_a_weight_of_two_linears_has_one_arithmetic(trace):
-    """An FFN's linear whose weight serves outside of the FFN as well is not pruned in one place alone."""
+    """An FFN's linear whose weight serves outside of the FFN as well is not pruned, nor scaled, in one place alone."""
     up, down = nn.Linear(64, 64), nn.Linear(64, 64)
     graph = trace(lambda x: down(F.relu(up(x))).sum() + up(x.softmax(-1)).softmax(-1).sum(), torch.randn(8, 64))
-    plans, _ = decide(found(graph)[0], SSTE, "ffn", ParameterOwners())
-    assert [(plan.site.name, plan.recipe.projection.prunes) for plan in plans] == [
-        ("up", False), ("down", True), ("up", False)
-    ]  # fmt: skip
+    larger = replace(SSTE, beta_factor=1.7)
+    for targets, other in (("ffn", FP8), ("all", SSTE)):
+        plans, _ = decide(found(graph)[0], larger, targets, ParameterOwners())
+        assert [(plan.site.name, plan.recipe) for plan in plans] == [("up", other), ("down", larger), ("up", other)]
 
 
 def test_where_one_linear_of_a_weight_stays_dense_all_do(trace):
