@@ -117,6 +117,7 @@ def _arms() -> Iterator[tuple[str, Arm]]:
             ("", {}),
             (", no MVUE", {"sste.mvue": "off"}),
             (", ffn-up", {"sste.targets": "ffn-up"}),
+            (", head fp8", {"sste.head": "fp8"}),
             (", all", {"sste.targets": "all"}),
             (", all, head fp8", {"sste.targets": "all", "sste.head": "fp8"}),
             (", all, head fp8-backward", {"sste.targets": "all", "sste.head": "fp8-backward"}),

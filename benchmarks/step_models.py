@@ -46,6 +46,7 @@ SSTE = "sste"
 SSTE_UP = "sste, ffn-up"
 SSTE_HEAD = "sste, head in fp8"
 SSTE_BOTH = "sste, transposable"
+SSTE_BOTH_HEAD = "sste, transposable, head in fp8"
 SSTE_BOTH_ALL = "sste, transposable, all linears"
 SSTE_BOTH_ALL_HEAD = "sste, transposable, all linears, head in fp8"
 SSTE_HEAD_BACKWARD = "sste, head's backward in fp8"
@@ -60,6 +61,7 @@ COMPILE: Mapping[str, dict[str, Any]] = {
     SSTE_UP: {"backend": "sste", "options": {"sste.targets": "ffn-up"}},
     SSTE_HEAD: {"backend": "sste", "options": {"sste.head": "fp8"}},
     SSTE_BOTH: {"backend": "sste", "options": {"sste.recipe": "s-ste-transposable"}},
+    SSTE_BOTH_HEAD: {"backend": "sste", "options": {"sste.recipe": "s-ste-transposable", "sste.head": "fp8"}},
     SSTE_BOTH_ALL: {"backend": "sste", "options": {"sste.recipe": "s-ste-transposable", "sste.targets": "all"}},
     SSTE_BOTH_ALL_HEAD: {
         "backend": "sste",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, floor
+from math import ceil, floor, log2
 from statistics import mean
 
 from jinja2 import DictLoader, Environment, StrictUndefined
@@ -61,6 +61,29 @@ _DOTS = """\
 {{- row.label }}</text>
 {% endfor %}{% endblock %}
 """
+_CURVES = """\
+{% extends "frame" %}{% block body -%}
+{% for panel in panels -%}
+<text x="{{ panel.left }}" y="44" font-weight="600" fill="{{ text }}">{{ panel.name }}</text>
+{% for y, label in panel.levels -%}
+<line x1="{{ panel.left }}" x2="{{ panel.right }}" y1="{{ y }}" y2="{{ y }}" stroke="{{ line }}"/>
+<text x="{{ panel.left - 6 }}" y="{{ y + 4 }}" text-anchor="end" font-size="11" fill="{{ quiet }}">{{ label }}</text>
+{% endfor -%}
+{% for x, label in panel.rates -%}
+<text x="{{ x }}" y="{{ bottom + 18 }}" text-anchor="middle" font-size="11" fill="{{ quiet }}">{{ label }}</text>
+{% endfor -%}
+{% for curve in panel.curves -%}
+<polyline points="{% for x, y in curve.points %}{{ x }},{{ y }} {% endfor %}" fill="none" stroke-width="2"
+          stroke="{{ ours if curve.ours else other }}"{% if curve.dashed %} stroke-dasharray="5 4"{% endif %}/>
+{% for x, y in curve.points -%}
+<circle cx="{{ x }}" cy="{{ y }}" r="3.5" fill="{{ ours if curve.ours else other }}"/>
+{% endfor -%}
+<line x1="{{ panel.left + 8 }}" x2="{{ panel.left + 36 }}" y1="{{ curve.key }}" y2="{{ curve.key }}" stroke-width="2"
+      stroke="{{ ours if curve.ours else other }}"{% if curve.dashed %} stroke-dasharray="5 4"{% endif %}/>
+<text x="{{ panel.left + 42 }}" y="{{ curve.key + 4 }}" font-size="11" fill="{{ text }}">{{ curve.name }}</text>
+{% endfor -%}
+{% endfor %}{% endblock %}
+"""
 _PIPELINE = """\
 {% extends "frame" %}{% block body -%}
 {% for box in boxes -%}
@@ -78,7 +101,7 @@ _PIPELINE = """\
 <text x="0" y="{{ y }}" font-size="11" fill="{{ quiet }}">{{ label }}</text>
 {% endfor %}{% endblock %}
 """
-_TEMPLATES = {"frame": _FRAME, "axis": _AXIS, "bars": _BARS, "dots": _DOTS, "pipeline": _PIPELINE}
+_TEMPLATES = {"frame": _FRAME, "axis": _AXIS, "bars": _BARS, "dots": _DOTS, "curves": _CURVES, "pipeline": _PIPELINE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +127,27 @@ class Dots:
     seeds: Sequence[float]
     mean: float
     label: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """``key``: where the legend has it."""
+
+    points: Sequence[tuple[float, float]]
+    name: str
+    key: float
+    ours: bool
+    dashed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    left: float
+    right: float
+    name: str
+    levels: Sequence[tuple[float, str]]
+    rates: Sequence[tuple[float, str]]
+    curves: Sequence[Curve]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +253,54 @@ def loss(theme: str) -> str:
     )  # fmt: skip
 
 
+def rates(theme: str) -> str:
+    """Validation losses over the learning rate: a curve for each recipe and factor, a panel for each setting."""
+    top, bottom, gap = 56, 336, 44
+    width = (WIDTH - 2 * gap) / 2
+    panels = []
+    for place, (setting, name) in enumerate(losses.RATE_SETTINGS.items()):
+        curves = losses.rate_curves(setting)
+        left = gap + place * (width + gap)
+        every = [loss for of_curve in curves.values() for loss in of_curve.values()]
+        tried = sorted({rate for of_curve in curves.values() for rate in of_curve})
+        # The legend lies above the curves.
+        legend, low, high = 18 * len(curves) + 10, min(every), max(every)
+        margin = (width - 40) / log2(tried[-1] / tried[0])
+
+        def x(rate: float, left: float = left, first: float = tried[0], unit: float = margin) -> float:
+            return round(left + 20 + unit * log2(rate / first), 1)
+
+        def y(loss: float, low: float = low, high: float = high, legend: float = legend) -> float:
+            return round(bottom - 10 - (bottom - 20 - top - legend) * (loss - low) / (high - low), 1)
+
+        step = 0.1 if high - low < 0.6 else 0.2
+        levels = [step * index for index in range(ceil(low / step), floor(high / step) + 1)]
+        panels.append(
+            Panel(
+                left=left,
+                right=left + width,
+                name=name,
+                levels=[(y(level), f"{level:.1f}") for level in levels],
+                rates=[(x(rate), f"{rate:g}") for rate in tried],
+                curves=[
+                    Curve(
+                        points=[(x(rate), y(loss)) for rate, loss in sorted(of_curve.items())],
+                        name=f"{arm}, factor {factor:g}",
+                        key=top + 8 + 18 * index,
+                        ours=arm != losses.DENSE,
+                        dashed=factor != 1,
+                    )
+                    for index, ((arm, factor), of_curve) in enumerate(curves.items())
+                ],
+            )
+        )
+    return _drawn(
+        "curves", theme, height=bottom + 48, bottom=bottom, panels=panels,
+        title="Validation loss over the learning rate",
+        source="Lower is better. 16 million tokens, one seed. Factor: of the scale of the FFN's weights.",
+    )  # fmt: skip
+
+
 def pipeline(theme: str) -> str:
     """What becomes of a traced graph."""
     boxes, arrows, rows = [], [], []
@@ -227,4 +319,6 @@ def pipeline(theme: str) -> str:
     )  # fmt: skip
 
 
-CHARTS = {f"{chart.__name__}-{theme}.svg": (chart, theme) for chart in (speed, loss, pipeline) for theme in THEMES}
+CHARTS = {
+    f"{chart.__name__}-{theme}.svg": (chart, theme) for chart in (speed, loss, rates, pipeline) for theme in THEMES
+}

@@ -7,6 +7,8 @@ from typing import Any
 from figures.results import FigureError, as_percent, as_table, listed, only_row, section_of
 
 BF16, TORCHAO = "bf16", "torchao tensorwise"
+DENSE = "dense"  # as bench_quality's rates call it
+RATE_SETTINGS = {"gpt2": "GPT-2 small, AdamW", "modern": "Tuned GPT, Muon"}
 # Of bench_quality's recipes and tasks, in the order of their tables.
 ARMS = {
     "bf16": "dense, bf16",
@@ -132,8 +134,8 @@ def searched(trial: str, rate: float) -> str:
 
 def best_of_rates(setting: str, arm: str, part: str = "rates") -> str:
     """Loss over dense, each at the best learning rate and factor that were tried: one seed."""
-    losses = {name: _losses_of(setting, name, part).values() for name in (arm, "dense")}
-    return as_percent(min(losses[arm]) / min(losses["dense"]) - 1)
+    losses = {name: _losses_of(setting, name, part).values() for name in (arm, DENSE)}
+    return as_percent(min(losses[arm]) / min(losses[DENSE]) - 1)
 
 
 def rate_loss(setting: str, arm: str, factor: float) -> str:
@@ -142,6 +144,18 @@ def rate_loss(setting: str, arm: str, factor: float) -> str:
     if not losses:
         raise FigureError(f"rates has no runs of {arm!r} with a factor of {factor:g} in the setting {setting!r}")
     return f"{min(losses):.3f}"
+
+
+def rate_curves(setting: str) -> dict[tuple[str, float], dict[float, float]]:
+    """Losses by learning rate, of each arm and factor that were tried at three rates at least."""
+    found = {}
+    for arm in (DENSE, "s-ste", "s-ste-transposable"):
+        of_arm = _losses_of(setting, arm, "rates")
+        for factor in sorted({factor for factor, _ in of_arm}):
+            curve = {rate: loss for (tried, rate), loss in of_arm.items() if tried == factor}
+            if len(curve) >= 3:
+                found[arm, factor] = curve
+    return found
 
 
 def _losses_of(setting: str, arm: str, part: str) -> dict[tuple[float, float], float]:

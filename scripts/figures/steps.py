@@ -15,7 +15,10 @@ MODELS = {
     "llama-350m": "Llama shape of 350 million parameters, 16 x 1024 tokens",
     "gpt-1280": "GPT of width 1280 with Muon, 4 microbatches of 16 x 2048 tokens",
     "vit-large": "ViT-L/16, 128 images of 224 x 224",
-    "moe": "mixture of experts",
+    "mixtral": "Mixtral shape, 2 layers, 4 x 4096 tokens",
+    "experts-mixtral": "8 experts, top 2, 4096 to 14336 features (Mixtral), 16,384 tokens",
+    "experts-olmoe": "64 experts, top 8, 2048 to 1024 features (OLMoE), 16,384 tokens",
+    "experts-qwen3-30b-a3b": "128 experts, top 8, 2048 to 768 features (Qwen3-30B-A3B), 16,384 tokens",
 }
 VARIANTS = {
     "llama-8b-checkpointed": "Llama-3-8B shape, activation checkpointing",
@@ -29,10 +32,10 @@ SHORT_MODELS = {
     "llama-350m": "Llama, 350M",
     "gpt-1280": "GPT, width 1280",
     "vit-large": "ViT-L/16",
-    "moe": "MoE",
+    "mixtral": "Mixtral",
 }
 # What the table of models has a row of also while it has no results.
-ASKED_FOR = ("vit-large", "moe")
+ASKED_FOR = ("vit-large", "mixtral")
 # And its candidates.
 BF16, TORCHAO, SSTE = "bf16", "torchao tensorwise", "sste"
 KINDS = {
@@ -45,6 +48,9 @@ KINDS = {
     "sste, ffn-up": 'sste, `sste.targets="ffn-up"`',
     "sste, head in fp8": 'sste, `sste.head="fp8"`',
     "sste, head's backward in fp8": 'sste, `sste.head="fp8-backward"`',
+    "sste, dense fp8": 'sste, `"fp8"`',
+    "sste, transposable": 'sste, `"s-ste-transposable"`',
+    "sste, transposable, head in fp8": 'sste, `"s-ste-transposable"`, `sste.head="fp8"`',
     "sste, transposable, all linears": 'sste, `"s-ste-transposable"`, `sste.targets="all"`',
     "sste, transposable, all linears, head in fp8": (
         'sste, `"s-ste-transposable"`, `sste.targets="all"`, `sste.head="fp8"`'
