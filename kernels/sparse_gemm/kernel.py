@@ -34,9 +34,6 @@ _CLUSTER_SYNC_ASM = gl.constexpr("""fence.mbarrier_init.release.cluster;
 barrier.cluster.arrive.release.aligned;
 barrier.cluster.wait.acquire.aligned;
 mov.b32 $0, 0;""")
-# Of a word of the carry, see ``_plus_carry``.
-_ADD_ASM = gl.constexpr("add.rn.ftz.f32 $0, $1, $2;")
-_SUB_ASM = gl.constexpr("sub.rn.ftz.f32 $0, $1, $2;")
 
 
 @gluon.jit
@@ -146,27 +143,21 @@ def _whole(left, right, layout: gl.constexpr):
 
 
 @gluon.jit
-def _plus_carry(acc, carry, ASM: gl.constexpr, layout: gl.constexpr):
-    """``acc`` plus, or with ``_SUB_ASM`` minus, what ``carry`` stands for.
-
-    A word of the carry is a number of the right columns as it is.  Its low half, the bf16 of the left columns, changes
-    it by less than a unit in the last place of bf16, always the same one; beside a zero it is denormal, and flushed.
-    """
-    left, right = _halves(acc)
-    carried = (carry << 16).to(gl.float32, bitcast=True)
-    left = gl.inline_asm_elementwise(ASM, "=f,f,f", [left, carried], gl.float32, True, 1)
-    carried = carry.to(gl.float32, bitcast=True)
-    right = gl.inline_asm_elementwise(ASM, "=f,f,f", [right, carried], gl.float32, True, 1)
-    return _whole(left, right, layout)
+def _widen(carry):
+    """Both bf16 of each word in fp32: those of the left columns, those of the right ones."""
+    return (carry << 16).to(gl.float32, bitcast=True), (carry & -65536).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
 def _carry_over(acc, carry, layout: gl.constexpr):
-    """Move what bf16 holds of ``acc + carry`` to ``carry``; the rest, less than 2^-7 of it, stays in ``acc``."""
-    acc = _plus_carry(acc, carry, _ADD_ASM, layout)
+    """Move what bf16 holds of ``acc + carry`` to ``carry``; the rest, at most 2^-9 of it, stays in ``acc``."""
     left, right = _halves(acc)
+    carried_left, carried_right = _widen(carry)
+    left += carried_left
+    right += carried_right
     carry = gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [left, right], gl.int32, True, 1)
-    return _plus_carry(acc, carry, _SUB_ASM, layout), carry
+    carried_left, carried_right = _widen(carry)
+    return _whole(left - carried_left, right - carried_right, layout), carry
 
 
 @gluon.jit
@@ -313,16 +304,18 @@ def _consumer(
         if ACCURATE:
             acc = gl.zeros([64, WIDTH], gl.float32, acc_layout)
             carry, _ = _halves(zeros)
-            left = num_k
             # Half a period apart: one warpgroup multiplies while the sums of the other move.
+            ahead = num_k
             period = _CARRY_STAGES // (1 + WARPGROUP)
-            while left > 0:
-                count = min(left, period)
+            while ahead > 0:
+                count = min(ahead, period)
                 acc, carry = _carry_over(_multiply(acc, zeros, done, count, WARPGROUP, RING), carry, acc_layout)
                 done += count
-                left -= count
+                ahead -= count
                 period = _CARRY_STAGES
-            acc = _plus_carry(acc, carry, _ADD_ASM, acc_layout)
+            left, right = _halves(acc)
+            carried_left, carried_right = _widen(carry)
+            acc = _whole(left + carried_left, right + carried_right, acc_layout)
         else:
             acc = _multiply(None, zeros, done, num_k, WARPGROUP, RING)
             done += num_k
