@@ -20,6 +20,7 @@ from emulate_recipes import TRIALS, PrunedLinear, Trial
 from harness import Run, latest, side_by_side, take_gpu
 from llama_1b import Llama
 from modern_gpt import ModernGPT, MuonAndAdamW
+from moe_gpt import MoEGPT
 from source_text import tokens, tokens_of
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -71,6 +72,11 @@ SETTINGS: Mapping[str, Setting] = {
     ),
     "modern": Setting(
         make_model=ModernGPT, make_optimizer=MuonAndAdamW, shape=_SMALL, batch=16, rates=(1.5e-3, 3e-3, 6e-3, 1.2e-2)
+    ),
+    # Mixture of experts.
+    "moe": Setting(
+        make_model=MoEGPT, make_optimizer=train_gpt.optimizer_of, shape=replace(_SMALL, layers=6), batch=16,
+        rates=(3e-4, 6e-4, 1.2e-3),
     ),
     # That of Llama-3.2-1B.
     "llama-1b": Setting(
