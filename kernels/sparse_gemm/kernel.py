@@ -304,15 +304,10 @@ def _consumer(
         if ACCURATE:
             acc = gl.zeros([64, WIDTH], gl.float32, acc_layout)
             carry, _ = _halves(zeros)
-            # Half a period apart: one warpgroup multiplies while the sums of the other move.
-            ahead = num_k
-            period = _CARRY_STAGES // (1 + WARPGROUP)
-            while ahead > 0:
-                count = min(ahead, period)
+            for first in range(0, num_k, _CARRY_STAGES):
+                count = min(num_k - first, _CARRY_STAGES)
                 acc, carry = _carry_over(_multiply(acc, zeros, done, count, WARPGROUP, RING), carry, acc_layout)
                 done += count
-                ahead -= count
-                period = _CARRY_STAGES
             left, right = _halves(acc)
             carried_left, carried_right = _widen(carry)
             acc = _whole(left + carried_left, right + carried_right, acc_layout)
