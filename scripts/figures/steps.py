@@ -186,6 +186,32 @@ def overhead(device: str = "H100") -> str:
     return f"{100 * (rest[SSTE] - rest[BF16]) / sum(_kernel_times(SSTE, device).values()):.1f} %"
 
 
+def experts_table(device: str = "H200") -> str:
+    """Steps of experts alone, each candidate's speed over bf16."""
+    kinds = ("sste, dense fp8", SSTE, "sste, transposable")
+    rows = []
+    for model, on, section in _measured_steps():
+        if model.startswith("experts-") and device in on:
+            found = {row["kind"]: row for row in section["rows"]}
+            speeds = [f"{found[kind]['speedup']:.2f}x" for kind in kinds]
+            memory = " / ".join(f"{found[kind]['peak_gib']:.1f}" for kind in (BF16, *kinds))
+            name = MODELS[model].removesuffix(", 16,384 tokens")
+            rows.append((name, f"{found[BF16]['ms']['median']:.1f} ms", *speeds, f"{memory} GiB"))
+    if not rows:
+        raise FigureError(f"no steps of experts were measured on a device named {device!r}")
+    headers = ("experts", "bf16", '`"fp8"`', '`"s-ste"` (default)', '`"s-ste-transposable"`', "peak memory of these four")
+    return as_table(headers, rows)
+
+
+def titan(field: str, kind: str, device: str = "H200") -> str:
+    """Of torchtitan's trainer, Llama-3.2-1B's shape, one GPU: "speed" over inductor, or the "loss" of the last step."""
+    rows = section_of("bench_torchtitan", "one GPU", device)["rows"]
+    row, base = (only_row(rows, "torchtitan", flavor="1B", kind=name) for name in (kind, "inductor"))
+    if field == "loss":
+        return f"{row['losses'][-1]:.2f}"
+    return f"{row['tokens_per_second'] / base['tokens_per_second']:.2f}x"
+
+
 def distributed_table(device: str = "H100", processes: int = 2) -> str:
     """Training steps with DDP and FSDP2."""
     rows = section_of("bench_distributed", f"{processes} processes", device)["rows"]
