@@ -34,7 +34,7 @@ from sparse_compile.projections.base import Projection
 from sparse_compile.projections.groups_of_four import SOFT, TOP2
 from sparse_compile.projections.identity import IDENTITY
 from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE, SoftTransposable
-from sparse_compile.recipe import SSTE_BOOSTED, GradFormat, Rounding
+from sparse_compile.recipe import SSTE, GradFormat, Rounding
 from sparse_compile.weights.projection import project
 from sparse_compile.weights.schedule import Schedule
 
@@ -120,11 +120,17 @@ def _trials() -> Iterator[tuple[str, Trial]]:
     # All of the arithmetic.
     for name, options in (
         ("fp8", {"sste.recipe": "fp8"}),
-        ("s-ste-boosted", {"sste.recipe": "s-ste-boosted"}),
-        ("s-ste-boosted, no MVUE", {"sste.recipe": "s-ste-boosted", "sste.mvue": "off"}),
-        ("s-ste-boosted, stochastic rounding", {"sste.recipe": replace(SSTE_BOOSTED, rounding=Rounding.STOCHASTIC)}),
-        ("s-ste-boosted, e5m2 gradients", {"sste.recipe": replace(SSTE_BOOSTED, grad_format=GradFormat.E5M2)}),
-        ("s-ste-boosted, ffn-up", {"sste.recipe": "s-ste-boosted", "sste.targets": "ffn-up"}),
+        ("s-ste x 1.7", {"sste.beta": 1.7}),
+        ("s-ste x 1.7, no MVUE", {"sste.beta": 1.7, "sste.mvue": "off"}),
+        (
+            "s-ste x 1.7, stochastic rounding",
+            {"sste.beta": 1.7, "sste.recipe": replace(SSTE, rounding=Rounding.STOCHASTIC)},
+        ),
+        (
+            "s-ste x 1.7, e5m2 gradients",
+            {"sste.beta": 1.7, "sste.recipe": replace(SSTE, grad_format=GradFormat.E5M2)},
+        ),
+        ("s-ste x 1.7, ffn-up", {"sste.beta": 1.7, "sste.targets": "ffn-up"}),
     ):
         yield f"{name}, by the backend", Trial(backend=options)
 

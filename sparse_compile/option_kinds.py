@@ -1,8 +1,8 @@
 """The kinds of values that options have: what is allowed, how text becomes such a value, what the error says."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
@@ -27,12 +27,14 @@ class Kind(Generic[T]):
         parse: converts text from a command line; returns the text itself where it cannot.
         names: the allowed values that have a name.
         others: what else is allowed, in words.
+        retired: names of earlier versions, and what says the same now.
     """
 
     read: Callable[[object], T]
     parse: Callable[[str], object] = str
     names: Sequence[str] = ()
     others: str = ""
+    retired: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, name: str, value: object, *, given: object) -> T:
         """The value of the option called ``name``, converted.
@@ -43,6 +45,8 @@ class Kind(Generic[T]):
         try:
             return self.read(value)
         except NotAllowed:
+            if (instead := self.retired.get(str(given))) is not None:
+                raise ValueError(f"option {name!r} is {given!r}, which was retired; say {instead} instead") from None
             hint = nearest(str(given), self.names)
             allowed = " or ".join(part for part in (listed(self.names), self.others) if part)
             verb = "are" if self.names else "is"
@@ -66,14 +70,14 @@ def choice(names: Iterable[str]) -> Kind[str]:
     return Kind(read=read, names=allowed)
 
 
-def choice_or(names: Iterable[str], instance_of: type[U]) -> Kind[str | U]:
+def choice_or(names: Iterable[str], instance_of: type[U], retired: Mapping[str, str] | None = None) -> Kind[str | U]:
     """One of some names, or an object."""
     named = choice(names)
 
     def read(value: object) -> str | U:
         return value if isinstance(value, instance_of) else named.read(value)
 
-    return Kind(read=read, names=named.names, others=f"a {instance_of.__name__}")
+    return Kind(read=read, names=named.names, others=f"a {instance_of.__name__}", retired=retired or {})
 
 
 def name_or_glob(names: Iterable[str]) -> Kind[str]:

@@ -33,7 +33,6 @@ from sparse_compile.recipe import (
     RECIPES,
     SR_STE,
     SSTE,
-    SSTE_BOOSTED,
     T_SR_STE,
     Recipe,
 )
@@ -42,6 +41,7 @@ from sparse_compile.weights.schedule import Schedule
 
 T = TypeVar("T")
 PREFIX = "sste."
+_RETIRED = {"s-ste-boosted": "'sste.recipe': 's-ste', 'sste.beta': 1.7"}
 # A row of activations is cast in one reading where its registers allow it: Inductor tries, and takes the faster way.
 _INDUCTOR_DEFAULTS = {"triton.multi_kernel": 1}
 
@@ -69,7 +69,7 @@ class UserOptions:
     """The options as the user gives them, ``sste.`` and the name of the field; None if not given."""
 
     recipe: str | Recipe = _option(  # noqa: RUF009, it is a field
-        choice_or(RECIPES, Recipe),
+        choice_or(RECIPES, Recipe, _RETIRED),
         "how the linears that `sste.targets` selects are pruned, and the precision of their GEMMs",
         SSTE.name,
     )
@@ -82,7 +82,7 @@ class UserOptions:
         FACTOR,
         "factor applied to β, the fitted scale of S-STE weights, when training begins; for training from scratch only. "
         'With `sste.targets="all"`, FFNs alone get it',
-        f'`1`; `{SSTE_BOOSTED.beta_factor:g}` for `"{SSTE_BOOSTED.name}"`',
+        "`1`",
     )
     decay: float | None = _optional(
         NUMBER,

@@ -260,7 +260,6 @@ SSTE = Recipe(
     estimator=Estimator.EXACT_MVUE,
 )
 SSTE_APPROXIMATE = replace(SSTE, name="s-ste-approximate", estimator=Estimator.APPROXIMATE_MVUE)
-SSTE_BOOSTED = replace(SSTE, name="s-ste-boosted", beta_factor=1.7)
 SSTE_TRANSPOSABLE = replace(SSTE, name="s-ste-transposable", projection=SOFT_TRANSPOSABLE, dgrad=Gemm.SPARSE24)
 STE = replace(SSTE, name="ste", projection=TOP2)
 SR_STE = replace(STE, name="sr-ste", decay=2e-4)
@@ -279,7 +278,7 @@ STE_BF16 = replace(SSTE_BF16, name="ste-bf16", projection=TOP2_BF16)
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        SSTE, SSTE_TRANSPOSABLE, SSTE_APPROXIMATE, SSTE_BOOSTED, SSTE_BF16, STE, STE_BF16, SR_STE, T_SR_STE,
+        SSTE, SSTE_TRANSPOSABLE, SSTE_APPROXIMATE, SSTE_BF16, STE, STE_BF16, SR_STE, T_SR_STE,
         STE_DENSE_TAIL, FP8, FP8_BACKWARD,
     )
 }  # fmt: skip

@@ -110,7 +110,7 @@ def test_trials_of_the_backend_are_what_they_say() -> None:
     """Their linears are pruned by the kernels' definitions, in FP8, the FFN's second one only where it is a target."""
     names = [name for name, trial in emulate_recipes.TRIALS.items() if trial.backend is not None]
     decisions = {}
-    for name in ("s-ste-boosted, no MVUE, by the backend", "s-ste-boosted, ffn-up, by the backend"):
+    for name in ("s-ste x 1.7, no MVUE, by the backend", "s-ste x 1.7, ffn-up, by the backend"):
         assert name in names
         torch.manual_seed(0)
         gpt = train_gpt.GPT(replace(TINY, width=64))
@@ -118,7 +118,7 @@ def test_trials_of_the_backend_are_what_they_say() -> None:
         call(tokens(), tokens()).backward()
         rows = {row.module: row.decision for row in sparse_compile.report().graphs[-1].rows}
         decisions[name] = [rows[f"blocks.0.ffn.{layer}"] for layer in ("up", "down")]
-    pruned, dense = "s-ste-boosted (2:4 fp8, fp8, {})", "fp8 (fp8, fp8, fp8)"
+    pruned, dense = "s-ste (2:4 fp8, fp8, {})", "fp8 (fp8, fp8, fp8)"
     assert list(decisions.values()) == [[pruned.format("fp8")] * 2, [pruned.format("2:4 fp8"), dense]]
     for name in names:
         read_options(None, emulate_recipes.TRIALS[name].backend)

@@ -31,10 +31,3 @@ def options_table() -> str:
     from sparse_compile.launcher.option_table import as_markdown
 
     return as_markdown()
-
-
-def beta_factor(recipe: str) -> str:
-    """What a recipe multiplies the best fit of beta with."""
-    from sparse_compile.recipe import RECIPES
-
-    return f"{RECIPES[recipe].beta_factor:g} times"

@@ -199,7 +199,14 @@ def experts_table(device: str = "H200") -> str:
             rows.append((name, f"{found[BF16]['ms']['median']:.1f} ms", *speeds, f"{memory} GiB"))
     if not rows:
         raise FigureError(f"no steps of experts were measured on a device named {device!r}")
-    headers = ("experts", "bf16", '`"fp8"`', '`"s-ste"` (default)', '`"s-ste-transposable"`', "peak memory of these four")
+    headers = (
+        "experts",
+        "bf16",
+        '`"fp8"`',
+        '`"s-ste"` (default)',
+        '`"s-ste-transposable"`',
+        "peak memory of these four",
+    )
     return as_table(headers, rows)
 
 

@@ -69,7 +69,6 @@ class Recipe:
 
     Attributes:
         projection: by name; "masks" are transposable ones, which are kept.
-        factor: of beta.
         sampled: whether the gradient of the weight may be an estimate.
     """
 
@@ -77,7 +76,6 @@ class Recipe:
     fprop: Product = "fp8"
     dgrad: Product = "fp8"
     wgrad: Product = "fp8"
-    factor: float = 1.0
     sampled: bool = False
 
     @property
@@ -94,7 +92,6 @@ RECIPES = {
     "fp8-backward": Recipe("none", fprop="dense"),
     "s-ste": Recipe("soft", sampled=True),
     "s-ste-approximate": Recipe("soft", sampled=True),
-    "s-ste-boosted": Recipe("soft", factor=1.7, sampled=True),
     "s-ste-transposable": Recipe("soft, both", sampled=True),
     "ste": Recipe("hard", sampled=True),
     "sr-ste": Recipe("hard", sampled=True),
@@ -113,11 +110,11 @@ class Kept:
 
 
 def beta_of(weight: Tensor, recipe: Recipe) -> float:
-    """Of least squares, times the recipe's factor; 1 where there is none."""
+    """Of least squares; 1 where there is none."""
     if not recipe.has_beta:
         return 1.0
     projected = PROJECTIONS[recipe.projection](weight)
-    return recipe.factor * float((weight * projected).sum() / projected.square().sum())
+    return float((weight * projected).sum() / projected.square().sum())
 
 
 def kept(weight: Tensor, recipe: Recipe, beta: float, mask: Tensor | None) -> Kept:
