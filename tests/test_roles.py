@@ -1,0 +1,281 @@
+"""Roles: which linears are those of FFNs, heads and adapters."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from sparse_compile.passes.find import find
+from sparse_compile.passes.flow import Flow
+from sparse_compile.passes.roles import Role
+
+
+def found(graph):
+    result = find(Flow(graph))
+    return result.sites, result.rejections
+
+
+ROLES_OF_EXPERTS = {
+    "gated": lambda h: F.silu(h[:, ::2]) * h[:, 1::2],
+    "halves": lambda h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],
+    "with a bias of each expert": lambda h: F.silu(h.chunk(2, -1)[0] + BIAS[IDS]) * h.chunk(2, -1)[1],
+    "masked, in place": lambda h: F.gelu(h.masked_fill_(h[:, :1] > 2, 0.0)[:, :64]),
+}
+
+
+BIAS, IDS = nn.Parameter(torch.ones(4, 64).bfloat16()), torch.arange(8) // 2
+
+
+@pytest.mark.parametrize("activation", ROLES_OF_EXPERTS.values(), ids=ROLES_OF_EXPERTS.keys())
+def test_experts_are_ffns(trace, activation):
+    """Between the sort of the tokens, the router's factors, and the sum over experts."""
+    module, router = nn.Module(), nn.Linear(64, 4).bfloat16()
+    module.up = nn.Parameter(torch.randn(4, 128, 64).bfloat16())
+    module.down = nn.Parameter(torch.randn(4, 64, 64).bfloat16())
+
+    def function(x):
+        weights, ids = router(x).softmax(-1).max(-1)
+        ids, order = ids.sort()
+        offsets = torch.histc(ids.float(), 4, 0, 3).cumsum(0, dtype=torch.int32)
+        hidden = torch._grouped_mm(x[order], module.up.mT, offs=offsets)
+        out = torch._grouped_mm(activation(hidden), module.down.mT, offs=offsets) * weights[order, None]
+        return torch.zeros_like(x).index_add(0, order, out)
+
+    sites, _ = found(trace(function, torch.randn(8, 64).bfloat16()))
+    assert roles(sites) == {"router": Role.OTHER, "module.up": Role.UP, "module.down": Role.DOWN}
+
+
+def roles(sites):
+    return {site.name: site.role for site in sites}
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "gated", "checkpoint"])
+def test_roles_in_a_transformer(trace, small_gpt, conv1d, batch, kind):
+    layer = conv1d if kind == "conv1d" else nn.Linear
+    model = small_gpt(layer, gated=kind == "gated", checkpoint=kind == "checkpoint")
+    sites, rejections = found(trace(model, *batch))
+    ffn = ("up", "down", "gate") if kind == "gated" else ("up", "down")
+    expected = {f"blocks.0.{name}": Role.DOWN if name == "down" else Role.UP for name in ffn}
+    expected |= {f"blocks.0.{name}": Role.OTHER for name in ("qkv", "proj")}
+    assert roles(sites) == expected | {"head": Role.HEAD}
+    assert rejections == []
+
+
+def test_head_without_loss_in_the_graph(trace, small_gpt, batch):
+    sites, _ = found(trace(small_gpt(), batch[0]))
+    assert [site.name for site in sites if site.role is Role.LAST] == ["head"]
+    assert Role.HEAD not in roles(sites).values()
+
+
+def test_a_block_on_its_own_has_no_head(trace, small_gpt):
+    sites, _ = found(trace(small_gpt().blocks[0], torch.randn(2, 8, 64)))
+    assert set(roles(sites).values()) == {Role.UP, Role.DOWN, Role.OTHER}
+
+
+def test_not_the_last_if_more_leaves_the_graph(trace, small_gpt):
+    """Half a block returns the hidden activation and the residual stream."""
+    block = small_gpt().blocks[0]
+    sites, _ = found(trace(lambda x: (block.up(block.ffn_norm(x)), x * 2), torch.randn(2, 8, 64)))
+    assert [site.role for site in sites] == [Role.OTHER]
+
+
+def test_head_whose_output_is_changed_alone(trace, small_gpt, batch):
+    """Soft-capped and sliced logits are logits."""
+    model = small_gpt(depth=1)
+    sites, _ = found(trace(lambda ids: 30 * torch.tanh(model(ids)[:, :-1] / 30), batch[0]))
+    assert [site.name for site in sites if site.role is Role.LAST] == ["model.head"]
+
+
+def test_ffn_on_its_own_is_ffn(trace):
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, 64))
+    sites, _ = found(trace(lambda x: model(x), torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.UP, Role.DOWN]
+
+
+def test_between_two_activation_functions_it_is_down(trace):
+    """Of three linears in a row only the first reads what no linear of the FFN has made."""
+    first, second, third = nn.Linear(64, 128), nn.Linear(128, 128), nn.Linear(128, 64)
+    sites, _ = found(trace(lambda x: third(F.relu(second(F.relu(first(x))))), torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.UP, Role.DOWN, Role.DOWN]
+
+
+def test_fused_gate_and_up_is_ffn(trace):
+    fused, down = nn.Linear(64, 256), nn.Linear(128, 64)
+
+    def ffn(x):
+        gate, up = fused(x).chunk(2, dim=-1)
+        return down(F.silu(gate) * up) + x
+
+    sites, _ = found(trace(ffn, torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.UP, Role.DOWN]
+
+
+def test_norm_written_by_hand_is_not_pointwise(trace):
+    """An RMS norm is multiplications but for its mean: proj -> norm -> up must not make proj an FFN linear."""
+    proj, up, down = nn.Linear(64, 64), nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def layer(x):
+        h = x + proj(x)
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return x + down(F.relu(up(h)).square())
+
+    sites, _ = found(trace(layer, torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.OTHER, Role.UP, Role.DOWN]
+
+
+def test_factors_of_one_matrix_are_no_ffn(trace):
+    """Two linears in a row, as in a low-rank adapter, have no activation function between them."""
+    a, b = nn.Linear(64, 64), nn.Linear(64, 64)
+    sites, _ = found(trace(lambda x: x + b(a(x)), torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.OTHER, Role.OTHER]
+
+
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        s = gate.sigmoid()
+        return grad * up * s * (1 + gate * (1 - s)), grad * gate * s
+
+
+def dropped(h):
+    return h * (torch.rand_like(h) > 0.1) / 0.9
+
+
+def set_in_place(h):
+    h = F.relu(h)
+    h[:, 0] = 0
+    return h
+
+
+def changed_without_use(h):
+    h.relu_()
+    return h
+
+
+ACTIVATIONS = {
+    "autograd.Function": lambda gate, up: Swish.apply(gate, up),
+    "compares": lambda gate, up: gate * (gate > 0) * up,
+    "where": lambda gate, up: torch.where(gate > 0, gate, 0.0) * up,
+    "checkpointed": lambda gate, up: checkpoint(lambda a, b: F.gelu(a) * b, gate, up, use_reentrant=False),
+    "checkpointed, several results": lambda gate, up: torch.mul(
+        *checkpoint(lambda a, b: (F.gelu(a), b * 2), gate, up, use_reentrant=False)
+    ),
+    "rand_like": lambda gate, up: dropped(F.silu(gate) * up),
+    "bernoulli": lambda gate, up: gate.relu() * up * torch.bernoulli(torch.full_like(up, 0.9)),
+    "lerp": lambda gate, up: torch.lerp(gate, gate.sigmoid(), 0.5) * up,
+    "addcmul": lambda gate, up: torch.addcmul(gate, gate, up),
+    "transposed on the way": lambda gate, up: (F.gelu(gate.t()) * up.t()).t(),
+    "permuted": lambda gate, up: (F.gelu(gate) * up).view(8, 2, 64).permute(1, 0, 2).permute(1, 0, 2).flatten(1),
+    "special function": lambda gate, up: torch.special.expit(gate) * up,
+    "written to in place": lambda gate, up: set_in_place(gate) * up,
+    "changed in place": lambda gate, up: changed_without_use(gate) * up,
+    "a factor for each token": lambda gate, up: F.silu(gate) * up * torch.rand(8, 1).softmax(0),
+    "a mask": lambda gate, up: (F.silu(gate) * up).masked_fill(torch.rand(8, 1) > 0.9, 0.0),
+    "detached gate": lambda gate, up: F.silu(gate).detach() * up,
+    "cast and back": lambda gate, up: (F.silu(gate.bfloat16()) * up.bfloat16()).float(),
+}
+
+
+NO_ACTIVATIONS = {
+    "softmax": lambda gate, up: gate.softmax(-1) * up,
+    "norm": lambda gate, up: F.layer_norm(gate * up, (128,)),
+    "RMS norm by hand": lambda gate, up: gate * up * (gate * up).square().mean(-1, keepdim=True).rsqrt(),
+    "largest only": lambda gate, up: gate * (gate >= gate.topk(8, -1).values[:, -1:]) * up,
+    "mean over tokens": lambda gate, up: F.silu(gate) * up.mean(0),
+    "attention": lambda gate, up: F.scaled_dot_product_attention(gate, up, up),
+}
+
+
+class Gated(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(64, 128), nn.Linear(64, 128), nn.Linear(128, 64)
+        self.function = function
+
+    def forward(self, x):
+        return x + self.down(self.function(self.gate(x), self.up(x)))
+
+
+SCALE = nn.Parameter(torch.ones(128))
+
+
+LINEAR = {
+    "nothing": lambda h: h,
+    "dropout": lambda h: F.dropout(h, 0.1),
+    "dropout by hand": lambda h: dropped(h),
+    "a scale and a shift": lambda h: h * SCALE + torch.ones(128),
+    "a mask of tokens": lambda h: h.masked_fill(torch.rand(8, 1) > 0.9, 0.0),
+    "a residual": lambda h: h + h.roll(1, 0) / 2,
+    "casts": lambda h: h.bfloat16().float(),
+}
+
+
+@pytest.mark.parametrize("function", LINEAR.values(), ids=LINEAR.keys())
+def test_without_an_activation_function_it_is_no_ffn(trace, function):
+    first, second = nn.Linear(64, 128), nn.Linear(128, 64)
+    sites, _ = found(trace(lambda x: x + second(function(first(x))), torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.OTHER, Role.OTHER]
+
+
+@pytest.mark.parametrize("function", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
+def test_an_ffn_is_told_by_what_its_activation_does(trace, function):
+    sites, _ = found(trace(Gated(function), torch.randn(8, 64)))
+    assert roles(sites) == {"gate": Role.UP, "up": Role.UP, "down": Role.DOWN}
+
+
+@pytest.mark.parametrize("function", NO_ACTIVATIONS.values(), ids=NO_ACTIVATIONS.keys())
+def test_what_mixes_elements_is_no_ffn(trace, function):
+    sites, _ = found(trace(Gated(function), torch.randn(8, 64)))
+    assert Role.DOWN not in roles(sites).values()
+
+
+def test_a_factor_by_a_router_leaves_experts_ffns(trace):
+    router, up, down = nn.Linear(64, 4), nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def expert(x):
+        return x + down(F.gelu(up(x)) * router(x).softmax(-1)[:, :1])
+
+    sites, _ = found(trace(expert, torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.UP, Role.OTHER, Role.DOWN]
+
+
+class Adapted(nn.Module):
+    """A frozen linear and what is trained beside it."""
+
+    def __init__(self, in_features, out_features, rank, activation=nn.Identity):
+        super().__init__()
+        self.base = nn.Linear(in_features, out_features).requires_grad_(False)
+        self.a, self.b = nn.Linear(in_features, rank, bias=False), nn.Linear(rank, out_features, bias=False)
+        self.activation = activation()
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.activation(self.a(F.dropout(x, 0.1)))) * 2.0
+
+
+@pytest.mark.parametrize("activation", [nn.Identity, nn.ReLU])
+def test_adapters_are_no_ffn(trace, activation):
+    """Neither between the matrices of one, nor from one to the next across the frozen activation function."""
+    up, down = Adapted(64, 256, 48, activation), Adapted(256, 64, 48, activation)
+    sites, _ = found(trace(lambda x: x + down(F.gelu(up(x))), torch.randn(8, 64)))
+    part = {site.name: site.role for site in sites}
+    assert {part[f"{layer}.{name}"] for layer in ("up", "down") for name in "ab"} == {Role.ADAPTER}
+    assert (part["up.base"], part["down.base"]) == (Role.UP, Role.DOWN)
+
+
+def test_a_trained_ffn_beside_frozen_attention_is_one(trace):
+    proj = nn.Linear(64, 64).requires_grad_(False)
+    up, down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def block(x):
+        x = x + proj(x.softmax(-1))
+        return x + down(F.gelu(up(x)))
+
+    sites, _ = found(trace(block, torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.OTHER, Role.UP, Role.DOWN]
