@@ -15,44 +15,29 @@ too, where no code is generated.
 """
 
 import argparse
-import gc
 import json
 import math
-import os
-import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from jinja2 import ChoiceLoader, DictLoader, Environment, PackageLoader
 from tabulate import tabulate
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench_step import categorise
-from harness import RESULTS, provenance, timing, write
-from step_models import BF16, COMPILE, MODELS, SSTE, SSTE_UP, StepModel, llama
+from distributed_worker import COMMUNICATION, COMMUNICATION_ALONE, CURVE, DDP, FSDP2, TINY, Row
+from harness import RESULTS, provenance, write
+from step_models import BF16, COMPILE, MODELS, SSTE, SSTE_BOTH_HEAD
 
-import sparse_compile
 from sparse_compile.reporting.html_plot import Line, Plot
 
-DDP, FSDP2 = "DDP", "FSDP2"
+WORKER = Path(__file__).with_name("distributed_worker.py")
 PARTS = (("llama-1b", DDP), ("llama-1b", FSDP2), ("llama-8b", FSDP2))
-TINY = "tiny"
-KINDS = (BF16, SSTE, SSTE_UP)
-STEPS = 3  # in a row, so that a step begins as it does in training: behind another of its own
-CURVE = 10  # steps whose losses are looked at; the tokens are the same in each
+KINDS = (BF16, SSTE, SSTE_BOTH_HEAD)
 # Relative, of the first loss: what pruning and FP8 may change of random weights.
 LOSS_TOLERANCE = 0.01
 # Of what the dense loss falls by.  Pruned models learn random tokens by heart more slowly: on two GPUs their loss
@@ -61,212 +46,7 @@ LEAST_FALL = 0.2
 # Relative, of the losses of as many processes as of one that has all their batches: of the first, which depends on the
 # order of sums alone, and of all, of which those of the backend depend on what its gradients sample.
 SAME_FIRST, SAME_CURVE = 2e-3, 0.03
-COMMUNICATION = "communication"
 CANDIDATE = ("model", "parallelism", "kind")
-
-Row = dict[str, Any]  # a candidate on so many processes
-
-
-def model_of(name: str) -> StepModel:
-    if name == TINY:
-        return StepModel(make=lambda: llama(128, 256, layers=2, context=32), vocabulary=256, batch=(2, 32))
-    return MODELS[name]
-
-
-# On each process of a job.
-
-
-class Candidate:
-    """A compiled network in training, on the batches of ``seeds``, whose gradients are added up."""
-
-    def __init__(
-        self, model: StepModel, parallelism: str, kind: str, device: torch.device, seeds: Sequence[int]
-    ) -> None:
-        torch.manual_seed(0)
-        network = model.make().to(device).train()
-        compiling = dict(COMPILE[kind])
-        if device.type == "cpu":
-            options = {**compiling.get("options", {}), "sste.executor": "eager", "sste.when": "always"}
-            compiling = {"backend": "aot_eager"} if kind == BF16 else {**compiling, "options": options}
-        self.network: nn.Module
-        if parallelism == DDP:
-            devices = [device.index] if device.type == "cuda" else None
-            self.network = DistributedDataParallel(network.to(torch.bfloat16), device_ids=devices)
-            self.network.compile(**compiling)
-        else:
-            mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            for layer in network.model.layers:
-                layer.compile(**compiling)
-                fully_shard(layer, mesh=mesh, mp_policy=policy)
-            self.network = fully_shard(network, mesh=mesh, mp_policy=policy)
-        self._first = [local(parameter).detach().clone().cpu() for parameter in self.network.parameters()]
-        self._model, self._device = model, device
-        self.begin(seeds)
-
-    def begin(self, seeds: Sequence[int]) -> None:
-        """Training, from the first weights, on the batches of ``seeds``."""
-        with torch.no_grad():
-            for parameter, first in zip(self.network.parameters(), self._first, strict=True):
-                local(parameter).copy_(first)
-        self._optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-5, fused=True)
-        generators = [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
-        vocabulary, shape = self._model.vocabulary, self._model.batch
-        self._batches = [
-            torch.randint(vocabulary, shape, device=self._device, generator=generator) for generator in generators
-        ]
-        torch.manual_seed(1 + dist.get_rank())  # of what backward samples
-
-    def step(self) -> Tensor:
-        """The mean of all processes' losses."""
-        total = torch.zeros((), device=self._batches[0].device)
-        for ids in self._batches:
-            loss = self.network(input_ids=ids, labels=ids).loss.float() / len(self._batches)
-            loss.backward()
-            total += loss.detach()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        dist.all_reduce(total)
-        return total / dist.get_world_size()
-
-    def losses(self) -> list[float]:
-        return [float(self.step()) for _ in range(CURVE)]
-
-
-def part(
-    name: str, parallelism: str, kinds: Sequence[str], counts: Sequence[int], device: torch.device, rounds: int
-) -> list[Row]:
-    """Rows of the candidates of a model and one way to train it in parallel, which take turns."""
-    model, rank, size = model_of(name), dist.get_rank(), dist.get_world_size()
-    candidates: dict[str, Candidate] = {}
-    rows: dict[str, Row] = {}
-    for kind in kinds:
-        fresh(device)
-        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-        compiled = len(sparse_compile.report().graphs)
-        candidate = candidates[kind] = Candidate(model, parallelism, kind, device, [rank])
-        row = rows[kind] = {"model": name, "parallelism": parallelism, "kind": kind, "processes": size}
-        row["losses"] = candidate.losses()
-        row["betas"] = len(require_the_same(sparse_compile.beta(candidate.network)))
-        linears = [row for graph in sparse_compile.report().graphs[compiled:] for row in graph.rows]
-        row |= {"sparse": sum(row.fprop == "2:4 fp8" for row in linears), "linears": len(linears), "peak_gib": None}
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            candidate.step()
-            torch.cuda.synchronize()
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-            row["peak_gib"] = slowest([peak], device)[0]
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for _ in range(rounds):
-        for kind, candidate in candidates.items():
-            times[kind].append(milliseconds(candidate.step, device))
-    for kind, candidate in candidates.items():
-        rows[kind]["ms"] = asdict(timing(slowest(times[kind], device)))
-        rows[kind]["profile"] = profile(candidate.step, device)
-        if size == 1:
-            # What the jobs of more processes must find.
-            rows[kind]["expected"] = {}
-            for count in counts:
-                candidate.begin(range(count))
-                rows[kind]["expected"][str(count)] = candidate.losses()
-    return list(rows.values())
-
-
-def local(parameter: Tensor) -> Tensor:
-    """The parameter, or this process's shard of it."""
-    shard: Tensor = getattr(parameter, "_local_tensor", parameter)
-    return shard
-
-
-def fresh(device: torch.device) -> None:
-    torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def require_the_same(betas: dict[str, float]) -> dict[str, float]:
-    """Raises: SystemExit: another process has other scales."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, betas)
-    for rank, other in enumerate(found):
-        if other != betas:
-            raise SystemExit(f"FAILED: the betas of process {dist.get_rank()} are {betas}, those of {rank} {other}")
-    return betas
-
-
-def slowest(values: Sequence[float], device: torch.device) -> list[float]:
-    """The largest of all processes' values, each."""
-    largest = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest.tolist()
-
-
-def milliseconds(step: Callable[[], Tensor], device: torch.device) -> float:
-    """Of one step, the mean of several."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    dist.barrier()
-    wait()
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        step()
-    wait()
-    return (time.perf_counter() - start) * 1e3 / STEPS
-
-
-def profile(step: Callable[[], Tensor], device: torch.device) -> dict[str, float]:
-    """Milliseconds of a step, by category, in which this process's device, or on a CPU what it calls, is busy.
-
-    ``"communication alone"`` is what nothing else runs beside.
-    """
-    on_gpu = device.type == "cuda"
-    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
-    step()
-    dist.barrier()
-    with torch.profiler.profile(activities=[activity]) as profiler:
-        for _ in range(STEPS):
-            step()
-        if on_gpu:
-            torch.cuda.synchronize()
-    spans: dict[str, list[tuple[float, float]]] = {}
-    for event in profiler.events():
-        if on_gpu and event.device_type is not torch.autograd.DeviceType.CUDA:
-            continue
-        if not on_gpu and not re.match(r"aten::|c10d::|gloo:|sparse_compile::", event.name):
-            continue
-        category = COMMUNICATION if re.search(r"nccl|gloo|c10d", event.name) else categorise(event.name)
-        spans.setdefault(category, []).append((event.time_range.start, event.time_range.end))
-    others = [span for category, found in spans.items() if category != COMMUNICATION for span in found]
-    found = {category: covered(times) / 1e3 / STEPS for category, times in sorted(spans.items())}
-    alone = covered([*others, *spans.get(COMMUNICATION, [])]) - covered(others)
-    return {**found, "communication alone": alone / 1e3 / STEPS}
-
-
-def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """The length of what intervals cover together."""
-    total, reached = 0.0, -math.inf
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
-
-
-def work(args: argparse.Namespace) -> None:
-    """A job's process; the first writes the rows."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    rows = part(*args.part, args.kinds, args.gpus, device, args.rounds)
-    if dist.get_rank() == 0:
-        args.worker.write_text(json.dumps(rows))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def parts_of(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -275,7 +55,23 @@ def parts_of(args: argparse.Namespace) -> list[tuple[str, str]]:
     return [(name, parallelism) for name, parallelism in PARTS if name in args.models]
 
 
-# Of all jobs together.
+def run_jobs(args: argparse.Namespace, name: str, parallelism: str) -> list[Row]:
+    """Of one part, one after another, each by torchrun."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for count in args.gpus:
+            file = Path(folder) / f"{count}.json"
+            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", str(WORKER)]
+            which = [str(file), name, parallelism, "--counts", *map(str, args.gpus), "--kinds", *args.kinds]
+            print(f"{name}, {parallelism}: {count} processes", flush=True)
+            done = subprocess.run([sys.executable, *launch, *which, "--rounds", str(args.rounds)], check=False)
+            if not file.exists():
+                raise SystemExit(f"FAILED: the job of {count} processes ended with status {done.returncode}")
+            found = json.loads(file.read_text())
+            for row in found:
+                print(f"{title(row)}: {row['ms']['median']:.1f} ms", flush=True)
+            rows += found
+    return rows
 
 
 def require_alike(losses: Mapping[str, Sequence[float]]) -> None:
@@ -334,7 +130,7 @@ def table(rows: Sequence[Row]) -> str:
             row["efficiency"],
             row["peak_gib"],
             share(row, COMMUNICATION),
-            share(row, "communication alone"),
+            share(row, COMMUNICATION_ALONE),
             row["losses"][0],
             row["losses"][-1],
             f"{row['sparse']} of {row['linears']}" if row["linears"] else None,
@@ -392,25 +188,6 @@ def plot(rows: Sequence[Row]) -> str:
     return environment.get_template("plot_page").render(plot=shown, keys=keys, provenance=said)
 
 
-def run_jobs(args: argparse.Namespace, name: str, parallelism: str) -> list[Row]:
-    """Of one part, one after another, each by torchrun."""
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for count in args.gpus:
-            file = Path(folder) / f"{count}.json"
-            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-            which = ["--worker", str(file), "--part", name, parallelism]
-            print(f"{name}, {parallelism}: {count} processes", flush=True)
-            done = subprocess.run([sys.executable, *launch, __file__, *sys.argv[1:], *which])
-            if not file.exists():
-                raise SystemExit(f"FAILED: the job of {count} processes ended with status {done.returncode}")
-            found = json.loads(file.read_text())
-            for row in found:
-                print(f"{title(row)}: {row['ms']['median']:.1f} ms", flush=True)
-            rows += found
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     there = torch.cuda.device_count()
@@ -421,8 +198,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--tiny", action="store_true", help="two small layers instead, also without GPUs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.gpus = sorted({1, *args.gpus})
     args.kinds = [BF16, *(kind for kind in args.kinds if kind != BF16)]
@@ -430,9 +205,6 @@ def main() -> None:
         parser.error("no GPU is available; without one only --tiny can run")
     if 0 < there < args.gpus[-1]:
         parser.error(f"there are {there} GPUs")
-    if args.worker is not None:
-        work(args)
-        return
     rows: list[Row] = []
     for name, parallelism in parts_of(args):
         rows += run_jobs(args, name, parallelism)

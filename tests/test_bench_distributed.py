@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_distributed
+import distributed_worker
 
 
 @pytest.mark.nightly
@@ -82,8 +83,8 @@ def test_scaling_is_of_the_same_candidate_on_one() -> None:
 
 
 def test_what_runs_at_the_same_time_counts_once() -> None:
-    assert bench_distributed.covered([(3.0, 5.0), (0.0, 2.0), (1.0, 4.0), (7.0, 8.0), (7.2, 7.5)]) == 6.0
-    assert bench_distributed.covered([]) == 0.0
+    assert distributed_worker.covered([(3.0, 5.0), (0.0, 2.0), (1.0, 4.0), (7.0, 8.0), (7.2, 7.5)]) == 6.0
+    assert distributed_worker.covered([]) == 0.0
 
 
 @pytest.mark.parametrize(
