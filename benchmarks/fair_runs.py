@@ -34,8 +34,6 @@ import train_gpt
 # Called after each step with its number, what is called in each, and how the run is configured.
 OnStep = Callable[[int, Callable[[Tensor, Tensor], Tensor], train_gpt.TrainConfig], None]
 DENSE = "dense"
-# What every run draws its windows from, however few it reads: else a short run would see each of them more than once.
-_TEXT = 50_000_000  # tokens
 _COMPILED = 3  # steps in which all is compiled, and CUDA graphs are captured
 FIELDS = ("setting", "arm", "factor", "learning_rate", "seed", "steps", "text")
 
@@ -47,6 +45,8 @@ class Setting:
     Args:
         batch: windows of a step.
         rates: learning rates around the best one of dense training.
+        windows_of: tokens that every run draws its windows from, however few it reads: else a short run would see each
+            of them more than once.
     """
 
     make_model: Callable[[train_gpt.GPTConfig], nn.Module]
@@ -54,6 +54,7 @@ class Setting:
     shape: train_gpt.GPTConfig
     batch: int
     rates: tuple[float, ...]
+    windows_of: int = 50_000_000
 
     @property
     def tokens_a_step(self) -> int:
@@ -61,7 +62,7 @@ class Setting:
 
     def text(self, at_least: int) -> tuple[Tensor, Tensor]:
         """Training and held-out tokens of a run that reads so many."""
-        return tokens(self.shape.vocabulary, max(at_least, _TEXT))
+        return tokens(self.shape.vocabulary, max(at_least, self.windows_of))
 
 
 _SMALL = replace(train_gpt.PRESETS["gpt2-small"][0], vocabulary=recipe_runs.VOCABULARY)
@@ -78,6 +79,14 @@ SETTINGS: Mapping[str, Setting] = {
         make_model=MoEGPT, make_optimizer=train_gpt.optimizer_of, shape=replace(_SMALL, layers=6), batch=16,
         rates=(3e-4, 6e-4, 1.2e-3),
     ),
+    # What a head in FP8 costs, of a small vocabulary, GPT-2's and Qwen's.
+    **{
+        f"vocabulary {vocabulary}": Setting(
+            make_model=ModernGPT, make_optimizer=MuonAndAdamW, shape=replace(_SMALL, layers=4, vocabulary=vocabulary),
+            batch=16, rates=(1.5e-3, 3e-3, 6e-3), windows_of=16_000_000,
+        )
+        for vocabulary in (8192, 50304, 152064)
+    },
     # That of Llama-3.2-1B.
     "llama-1b": Setting(
         make_model=Llama, make_optimizer=train_gpt.optimizer_of,
