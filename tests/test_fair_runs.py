@@ -119,6 +119,7 @@ def test_the_modern_setting_learns() -> None:
     assert rates == pytest.approx([1e-2, 3e-2])
 
 
+@pytest.mark.nightly
 def test_the_experts_of_the_mixture_are_rewritten_and_learn() -> None:
     torch.manual_seed(0)
     model = moe_gpt.MoEGPT(SHAPE)

@@ -357,17 +357,9 @@ def tiny(architecture: str) -> Any:
     return transformers.GPT2LMHeadModel(config)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "dtype"),
-    [
-        pytest.param("gpt2", torch.float32, marks=pytest.mark.nightly),
-        ("gpt2", torch.bfloat16),
-        # By day ``test_snippets.py`` does this with one.
-        pytest.param("llama", torch.float32, marks=pytest.mark.nightly),
-        pytest.param("llama", torch.bfloat16, marks=pytest.mark.nightly),
-    ],
-    ids=str,
-)
+@pytest.mark.nightly  # the example that exports a model runs by day
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_models_of_transformers_are_saved_and_loaded(tmp_path: Path, batch, architecture: str, dtype) -> None:
     model = tiny(architecture).to(dtype)
     model.compile(backend="sste", options=OPTIONS)

@@ -181,7 +181,7 @@ def test_a_checkpoint_that_is_loaded_late_brings_its_phase():
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("recipe", ["ste", "s-ste"])
+@pytest.mark.parametrize("recipe", ["ste", pytest.param("s-ste", marks=pytest.mark.nightly)])
 def test_a_shorter_run_writes_the_weights_when_it_goes_on(recipe):
     """The checkpoint was pruned, and the new schedule has it dense: it writes beta times what pruning keeps."""
     model = FFN()
