@@ -155,7 +155,7 @@ def _absent(rows: Sequence[dict[str, Any]]) -> str:
     return "\n\nDid not run:\n\n" + "\n".join(lines) if lines else ""
 
 
-def _cusparselt(version: str | None) -> str:
+def _of_version(version: str | None) -> str:
     return f"\n\ncuSPARSELt {version}." if version is not None else ""
 
 
@@ -169,7 +169,7 @@ def cube_part() -> Report:
     bf16 = against_libraries(rows, own[1].name, bf16_libraries)
     version = cusparselt_version()
     results = {"rows": rows, "ratios": [fp8, bf16], "cusparselt": version, "failed": failures(rows)}
-    return results, cube_table(rows, [fp8, bf16]) + _cusparselt(version)
+    return results, cube_table(rows, [fp8, bf16]) + _of_version(version)
 
 
 def cube_table(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]]) -> str:
@@ -208,7 +208,7 @@ def shapes_part() -> Report:
     results = {
         "rows": rows, "ratios": ratios, "summary": summary(ratios), "cusparselt": version, "failed": failures(rows)
     }  # fmt: skip
-    return results, shapes_table(rows, ratios) + _cusparselt(version)
+    return results, shapes_table(rows, ratios) + _of_version(version)
 
 
 def summary(ratios: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
