@@ -161,6 +161,7 @@ def check_files(environment: Environment, printed: str) -> None:
     assert all(Path(file).is_relative_to(environment.python.parent.parent) for file in files)
 
 
+@pytest.mark.nightly  # by day the next but one is in such an environment
 def test_wheel_from_sdist_installs_into_a_fresh_environment(installed: Environment) -> None:
     """Its backend is found in ``test_environment_variables``."""
     check_import(installed)

@@ -450,6 +450,7 @@ class TestGraph:
             compiled(x[:, :44].contiguous()).square().sum().backward()
         assert asked == first
 
+    @pytest.mark.nightly
     def test_a_transformer_has_its_ffns_tuned_alone(self, asked, multiplied, small_gpt, batch) -> None:
         """Its other linears, in dense FP8, ask for nothing."""
         options = {"sste.executor": "eager", "sste.tune": True}
