@@ -155,8 +155,10 @@ def _absent(rows: Sequence[dict[str, Any]]) -> str:
     return "\n\nDid not run:\n\n" + "\n".join(lines) if lines else ""
 
 
-def _of_version(version: str | None) -> str:
-    return f"\n\ncuSPARSELt {version}." if version is not None else ""
+def _with_version(results: dict[str, Any], table: str) -> Report:
+    """The report, and with which cuSPARSELt it compares."""
+    version = cusparselt_version()
+    return {**results, "cusparselt": version}, f"{table}\n\ncuSPARSELt {version}."
 
 
 def cube_part() -> Report:
@@ -167,9 +169,8 @@ def cube_part() -> Report:
     bf16_libraries = [CUBLAS.name, CUSPARSELT_BF16.name]
     fp8 = against_libraries(rows, own[0].name, [*(library.name for library in FP8_LIBRARIES), *bf16_libraries])
     bf16 = against_libraries(rows, own[1].name, bf16_libraries)
-    version = cusparselt_version()
-    results = {"rows": rows, "ratios": [fp8, bf16], "cusparselt": version, "failed": failures(rows)}
-    return results, cube_table(rows, [fp8, bf16]) + _of_version(version)
+    results = {"rows": rows, "ratios": [fp8, bf16], "failed": failures(rows)}
+    return _with_version(results, cube_table(rows, [fp8, bf16]))
 
 
 def cube_table(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]]) -> str:
@@ -204,11 +205,8 @@ def shapes_part() -> Report:
             rows += compared
             gc.collect()
             torch.cuda.empty_cache()
-    version = cusparselt_version()
-    results = {
-        "rows": rows, "ratios": ratios, "summary": summary(ratios), "cusparselt": version, "failed": failures(rows)
-    }  # fmt: skip
-    return results, shapes_table(rows, ratios) + _of_version(version)
+    results = {"rows": rows, "ratios": ratios, "summary": summary(ratios), "failed": failures(rows)}
+    return _with_version(results, shapes_table(rows, ratios))
 
 
 def summary(ratios: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -265,9 +265,9 @@ def rates(theme: str) -> str:
         tried = sorted({rate for of_curve in curves.values() for rate in of_curve})
         # The legend lies above the curves.
         legend, low, high = 18 * len(curves) + 10, min(every), max(every)
-        margin = (width - 40) / log2(tried[-1] / tried[0])
+        octave = (width - 40) / log2(tried[-1] / tried[0])
 
-        def x(rate: float, left: float = left, first: float = tried[0], unit: float = margin) -> float:
+        def x(rate: float, left: float = left, first: float = tried[0], unit: float = octave) -> float:
             return round(left + 20 + unit * log2(rate / first), 1)
 
         def y(loss: float, low: float = low, high: float = high, legend: float = legend) -> float:

@@ -87,9 +87,8 @@ def alone(*arguments: str, **more: Any) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, **more)
 
 
-@pytest.mark.parametrize(
-    "run", [pytest.param(alone, id="alone", marks=pytest.mark.nightly), pytest.param(warm.python, id="warm")]
-)
+@pytest.mark.by_day(1)
+@pytest.mark.parametrize("run", [alone, warm.python], ids=["alone", "warm"])
 def test_a_module_and_a_report_as_a_table(tmp_path: Path, run: Callable[..., Any]) -> None:
     compile = f"lambda model: torch.compile(model, {OURS})"
     done = launch(tmp_path, compile, "--report", "report.txt", "-m", "train", "x", run=run)
