@@ -1,13 +1,14 @@
 """A GPT as they are tuned in 2026, and its optimizers: what a recipe must hold in, beside GPT-2's."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import _muon
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -95,10 +96,49 @@ class ModernGPT(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
+class Graphed:
+    """A function of one CUDA tensor and constants as one CUDA graph for each shape, dtype and device: the same kernels.
+
+    What it returns is overwritten by the next call of that shape.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self._function = function
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+
+    def __call__(self, x: Tensor, *constants: Any) -> Tensor:
+        if not x.is_cuda:
+            return self._function(x, *constants)
+        key = (x.shape, x.dtype, x.device, constants)
+        if key not in self._graphs:
+            self._graphs[key] = self._captured(x, *constants)
+        graph, argument, result = self._graphs[key]
+        argument.copy_(x)
+        graph.replay()
+        return result
+
+    def _captured(self, x: Tensor, *constants: Any) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        argument = x.clone(memory_format=torch.contiguous_format)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            self._function(argument, *constants)  # loads what a first call loads, which cannot be captured
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = self._function(argument, *constants)
+        return graph, argument, result
+
+
 class MuonAndAdamW:
-    """Muon for the matrices of blocks, AdamW for the embedding and the head, stepped together."""
+    """Muon for the matrices of blocks, AdamW for the embedding and the head, stepped together.
+
+    The host would launch Muon's many small products more slowly than a small model trains, in every arm.
+    """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        if not isinstance(_muon._zeropower_via_newtonschulz, Graphed):
+            _muon._zeropower_via_newtonschulz = Graphed(_muon._zeropower_via_newtonschulz)
         hidden = [p for name, p in model.named_parameters() if name.startswith("blocks.")]
         others = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
         muon = torch.optim.Muon(

@@ -119,6 +119,17 @@ def test_the_modern_setting_learns() -> None:
     assert rates == pytest.approx([1e-2, 3e-2])
 
 
+@pytest.mark.gpu
+def test_a_graphed_function_has_the_bits_of_its_calls() -> None:
+    def function(x: torch.Tensor, factor: float) -> torch.Tensor:
+        return (x.T @ x) * factor
+
+    graphed = modern_gpt.Graphed(function)
+    for size, factor in ((8, 2.0), (8, 2.0), (8, 3.0), (16, 3.0)):
+        x = torch.randn(size, size, device="cuda")
+        assert torch.equal(graphed(x, factor), function(x, factor))
+
+
 @pytest.mark.nightly
 def test_the_experts_of_the_mixture_are_rewritten_and_learn() -> None:
     torch.manual_seed(0)
