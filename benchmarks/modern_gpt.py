@@ -133,8 +133,8 @@ class Graphed:
 class MuonAndAdamW:
     """Muon for the matrices of blocks, AdamW for the embedding and the head, stepped together.
 
-    Muon's many small products are one CUDA graph of each shape: the host would launch them more slowly than a small model
-    trains, with every backend.
+    Muon's many small products are one CUDA graph of each shape: the host would launch them more slowly than a small
+    model trains, with every backend.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
