@@ -8,7 +8,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -25,7 +25,7 @@ from source_text import tokens, tokens_of
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from sparse_compile.recipe import FP8, FP8_BACKWARD, Gemm, Recipe
+from sparse_compile.recipe import FP8, FP8_BACKWARD, Gemm, GradFormat, Recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -101,7 +101,7 @@ class Arm:
     """How a model trains.
 
     Args:
-        options: of the backend, but the factor; None trains in bf16 without it.
+        options: of the backend, but the factor and the length of the run; None trains in bf16 without it.
         emulated: how the weights of FFNs are pruned in bf16, without the backend: with it ``options`` is None.
         factors: of beta, or of the FFN's weights in a dense model.
     """
@@ -118,6 +118,7 @@ _HEADS: Mapping[str, str | Recipe] = {
     "fp8 fprop": replace(FP8, name="fp8-fprop", dgrad=Gemm.DENSE, wgrad=Gemm.DENSE),
     "fp8 fprop, dgrad": replace(FP8, name="fp8-fprop-dgrad", wgrad=Gemm.DENSE),
     "fp8 dgrad": replace(FP8_BACKWARD, name="fp8-dgrad", wgrad=Gemm.DENSE),
+    "fp8, e5m2 gradients": replace(FP8, grad_format=GradFormat.E5M2),
 }
 
 
@@ -133,6 +134,10 @@ def _arms() -> Iterator[tuple[str, Arm]]:
             (", no MVUE", {"sste.mvue": "off"}),
             (", ffn-up", {"sste.targets": "ffn-up"}),
             (", head fp8", {"sste.head": "fp8"}),
+            (", head fp8, e5m2 gradients", {"sste.head": _HEADS["fp8, e5m2 gradients"]}),
+            (", last quarter dense", {"sste.tail": 0.25}),
+            (", last half dense", {"sste.tail": 0.5}),
+            (", ffn-up, last quarter dense", {"sste.targets": "ffn-up", "sste.tail": 0.25}),
             (", all", {"sste.targets": "all"}),
             (", all, head fp8", {"sste.targets": "all", "sste.head": "fp8"}),
             (", all, head fp8-backward", {"sste.targets": "all", "sste.head": "fp8-backward"}),
@@ -217,17 +222,24 @@ def train(
 
     result = train_gpt.train(
         f"{setting}, {arm} x {factor:g}, {rate:g}, {seed}", chosen.shape, config, data, device,
-        lambda model: compiled(model, ARMS[arm], factor), chosen.make_model, chosen.make_optimizer, then,
+        lambda model: compiled(model, ARMS[arm], factor, steps), chosen.make_model, chosen.make_optimizer, then,
     )  # fmt: skip
     return {
         "setting": setting, "arm": arm, "factor": factor, "learning_rate": rate, "seed": seed, "steps": steps,
         "tokens_a_step": chosen.tokens_a_step, "text": f"{zlib.crc32(data[0].numpy()):08x}",
         "training": asdict(config), "validation_loss": result.validation_loss, "training_loss": result.training_loss,
+        "curve": [round(mean(part), 4) for part in _parts(result.losses)],
         "tokens_per_second": result.tokens_per_second,
     }  # fmt: skip
 
 
-def compiled(model: nn.Module, arm: Arm, factor: float) -> Callable[[Tensor, Tensor], Tensor]:
+def _parts(losses: Sequence[float]) -> Iterator[Sequence[float]]:
+    """Those of each twentieth of the steps, which are the same batches in every run of a seed."""
+    ends = [len(losses) * part // 20 for part in range(21)]
+    return (losses[start:end] for start, end in pairwise(ends) if start < end)
+
+
+def compiled(model: nn.Module, arm: Arm, factor: float, steps: int) -> Callable[[Tensor, Tensor], Tensor]:
     ffn = [module for name, module in model.named_modules() if name.endswith(("ffn.up", "ffn.down"))]
     if not ffn and (arm.emulated is not None or (arm.options is None and factor != 1.0)):
         raise ValueError(
@@ -243,8 +255,12 @@ def compiled(model: nn.Module, arm: Arm, factor: float) -> Callable[[Tensor, Ten
             module.__class__, module.factor = ScaledLinear, factor
     if arm.options is None:
         return recipe_runs.compiled_dense(model)
-    factors = {"sste.beta": factor} if factor != 1.0 else {}
-    return recipe_runs.compiled_sste(model, {**arm.options, **factors})
+    options = dict(arm.options)
+    if factor != 1.0:
+        options["sste.beta"] = factor
+    if "sste.tail" in options:
+        options["sste.total_steps"] = steps
+    return recipe_runs.compiled_sste(model, options)
 
 
 class ScaledLinear(nn.Linear):

@@ -210,10 +210,10 @@ def experts_table(device: str = "H200") -> str:
     return as_table(headers, rows)
 
 
-def titan(field: str, kind: str, device: str = "H200") -> str:
-    """Of torchtitan's trainer, Llama-3.2-1B's shape, one GPU: "speed" over inductor, or the "loss" of the last step."""
+def titan(field: str, kind: str, flavor: str = "1B", device: str = "H200") -> str:
+    """Of torchtitan's trainer on one GPU: "speed" over inductor, or the "loss" of the last step."""
     rows = section_of("bench_torchtitan", "one GPU", device)["rows"]
-    row, base = (only_row(rows, "torchtitan", flavor="1B", kind=name) for name in (kind, "inductor"))
+    row, base = (only_row(rows, "torchtitan", flavor=flavor, kind=name) for name in (kind, "inductor"))
     if field == "loss":
         return f"{row['losses'][-1]:.2f}"
     return f"{row['tokens_per_second'] / base['tokens_per_second']:.2f}x"
