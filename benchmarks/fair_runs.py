@@ -110,6 +110,15 @@ class Arm:
     emulated: Trial | None = None
     factors: tuple[float, ...] = (1.0,)
 
+    def options_of(self, factor: float, steps: int) -> dict[str, Any]:
+        """All options of a run of so many steps."""
+        options = dict(self.options or {})
+        if factor != 1.0:
+            options["sste.beta"] = factor
+        if "sste.tail" in options:
+            options["sste.total_steps"] = steps
+        return options
+
 
 # By which of its products are in FP8.
 _HEADS: Mapping[str, str | Recipe] = {
@@ -255,12 +264,7 @@ def compiled(model: nn.Module, arm: Arm, factor: float, steps: int) -> Callable[
             module.__class__, module.factor = ScaledLinear, factor
     if arm.options is None:
         return recipe_runs.compiled_dense(model)
-    options = dict(arm.options)
-    if factor != 1.0:
-        options["sste.beta"] = factor
-    if "sste.tail" in options:
-        options["sste.total_steps"] = steps
-    return recipe_runs.compiled_sste(model, options)
+    return recipe_runs.compiled_sste(model, arm.options_of(factor, steps))
 
 
 class ScaledLinear(nn.Linear):

@@ -78,7 +78,8 @@ def _not_for_experts(plan: Plan) -> str | None:
     features = (plan.site.in_features, plan.site.out_features)
     if any(size % grouped_ops.FEATURES_MULTIPLE for size in features):
         return f"no kernels for experts whose features are no multiples of {grouped_ops.FEATURES_MULTIPLE}"
-    if plan.recipe.grad_format is not GradFormat.E4M3 and Gemm.FP8 in (plan.recipe.dgrad, plan.recipe.wgrad):
+    dense_fp8 = any(gemm.is_dense_fp8 for gemm in (plan.recipe.dgrad, plan.recipe.wgrad))
+    if plan.recipe.grad_format is not GradFormat.E4M3 and dense_fp8:
         return "no kernels for experts with dense products of e5m2"  # PyTorch's take e4m3 alone
     return "no kernels for experts without FP8" if plan.recipe.is_bf16 else None
 
@@ -267,12 +268,12 @@ def _microseconds(site: LinearSite, shape: LinearShape, recipe: Recipe, times: d
     total += times[f"{recipe.wgrad.value} wgrad"] + times.get("transpose_tokens", 0.0) / sharing
     if _needs_dgrad(site):
         total += times[f"{recipe.dgrad.value} dgrad"] + sum(times[component] for component in _before_dgrad(recipe))
-        if recipe.dgrad in (Gemm.FP8, Gemm.MVUE24):
+        if recipe.dgrad.is_dense_fp8 or recipe.dgrad is Gemm.MVUE24:
             total += inputs * _PRODUCT_BYTES * byte
         if recipe.dgrad is Gemm.MVUE24:
             total += times[_sampled(recipe, "cast_mvue for dgrad")]
             total += outputs * (shape.dtype.itemsize + _TRANSPOSE_BYTES) * byte
-    casts_gradient = recipe.dgrad in (Gemm.FP8, Gemm.SPARSE24)
+    casts_gradient = recipe.dgrad.is_dense_fp8 or recipe.dgrad is Gemm.SPARSE24
     if casts_gradient or recipe.wgrad not in _DENSE:
         total += outputs * _GRADIENT_BYTES * byte
     if casts_gradient and recipe.wgrad is Gemm.DENSE:

@@ -81,6 +81,8 @@ def decide(
             everywhere = targets == "all" and not is_head
             targeted = named or everywhere or site.role in TARGETS.get(targets, ())
             chosen = recipe if targeted else (is_head and head) or recipe.unpruned()
+            if is_head:
+                chosen = chosen.for_head()
             if everywhere and site.role not in TARGETS["ffn"]:
                 # A larger scale is for FFNs: attention projections lose by it.
                 chosen = replace(chosen, beta_factor=1.0)

@@ -21,6 +21,7 @@ class Gemm(Enum):
     Attributes:
         DENSE: unchanged, in the dtype of the activations.
         FP8: dense, both operands in FP8.
+        FP8_ACCURATE: of dgrad: the same, with sums as exact as in FP32, as those of every wgrad are.
         SPARSE24: in FP8, one operand 2:4: the weight in fprop and dgrad, grad_output in wgrad.
         MVUE24: of dgrad, an experiment: in FP8, grad_output is sampled to 2:4 along out_features.
         BF16: dense, in bf16, beside a weight that is pruned in bf16.
@@ -29,6 +30,7 @@ class Gemm(Enum):
 
     DENSE = "dense"
     FP8 = "fp8"
+    FP8_ACCURATE = "fp8_accurate"
     SPARSE24 = "sparse24"
     MVUE24 = "mvue24"
     BF16 = "bf16"
@@ -38,8 +40,15 @@ class Gemm(Enum):
         """For people; ``value`` is for keys."""
         return _SHOWN.get(self, self.value)
 
+    @property
+    def is_dense_fp8(self) -> bool:
+        """Whether both operands are dense and in FP8."""
+        return self in (Gemm.FP8, Gemm.FP8_ACCURATE)
 
-_SHOWN = {Gemm.SPARSE24: "2:4 fp8", Gemm.MVUE24: "2:4 fp8 mvue", Gemm.SPARSE24_BF16: "2:4 bf16"}
+
+_SHOWN = {
+    Gemm.FP8_ACCURATE: "fp8", Gemm.SPARSE24: "2:4 fp8", Gemm.MVUE24: "2:4 fp8 mvue", Gemm.SPARSE24_BF16: "2:4 bf16"
+}  # fmt: skip
 
 
 class Estimator(Enum):
@@ -130,6 +139,8 @@ class Recipe:
             raise ValueError(f"the name of a recipe is {self.name!r}; allowed are letters, digits, '-', '_' and '.'")
         if (self.fprop in (Gemm.SPARSE24, Gemm.SPARSE24_BF16)) != self.projection.prunes:
             raise ValueError(f"recipe {self.name!r}: fprop is 2:4 if and only if the weight is projected")
+        if Gemm.FP8_ACCURATE in (self.fprop, self.wgrad):
+            raise ValueError(f"recipe {self.name!r}: FP8_ACCURATE is for dgrad; the sums of wgrad always are so")
         if (self.wgrad is Gemm.SPARSE24) != (self.estimator is not None):
             raise ValueError(f"recipe {self.name!r}: wgrad is 2:4 if and only if an estimator is named")
         if len({self.is_bf16, self.dgrad is Gemm.BF16, self.wgrad is Gemm.BF16}) > 1:
@@ -207,6 +218,18 @@ class Recipe:
             Dense FP8, with this recipe's format of gradients.
         """
         return replace(FP8, grad_format=self.grad_format)
+
+    def for_head(self) -> "Recipe":
+        """What a vocabulary head gets in its place.
+
+        Its grad_output is what a softmax leaves: one large element in a row and thousands of small ones of the other
+        sign.  Where rows of the weight share a direction, which the head of a trained model has, these cancel, and
+        sums of 14 bits cut the small ones: an error that is the same for all tokens (docs/recipes.md).
+
+        Returns:
+            The same with an accurate dgrad, if dgrad is dense FP8.
+        """
+        return replace(self, dgrad=Gemm.FP8_ACCURATE) if self.dgrad is Gemm.FP8 else self
 
     def short_str(self) -> str:
         """Its products, and what else differs from the default, in a few characters.

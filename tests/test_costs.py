@@ -125,6 +125,7 @@ class TestComponents:
             "sparse24_bf16 fprop": [(100, 48)], "bf16 dgrad": [(100, 64)], "bf16 wgrad": [gradient],
             "mvue24 dgrad": [(padded(100), 64)],
             "sparse24 dgrad": [(100, 64)], "dense dgrad": [(100, 64)], "fp8 dgrad": [(100, 64)],
+            "fp8_accurate dgrad": [(100, 64)],
             "dense wgrad": [gradient], "fp8 wgrad": [gradient], "sparse24 wgrad": [gradient],
             "transpose_tokens": [(64, padded(100))], "cast_transpose": [(100, 48), (48, padded(100))],
             "copy": [(100, 48)], "transpose_pruned": [(padded(64), 48)], "transpose_weight": [(64, padded(48))],

@@ -12,7 +12,7 @@ from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.passes.sites import Reason
-from sparse_compile.recipe import FP8, SSTE
+from sparse_compile.recipe import FP8, FP8_BACKWARD, SSTE, SSTE_TRANSPOSABLE, Gemm
 
 
 def found(graph):
@@ -20,9 +20,9 @@ def found(graph):
     return result.sites, result.rejections
 
 
-def decisions(graph, targets="ffn"):
+def decisions(graph, targets="ffn", recipe=SSTE, head=None):
     sites, _ = found(graph)
-    plans, rejections = decide(sites, SSTE, targets, ParameterOwners())
+    plans, rejections = decide(sites, recipe, targets, ParameterOwners(), head=head)
     return {plan.site.name: plan.recipe for plan in plans}, {r.name: r.reason for r in rejections}
 
 
@@ -70,7 +70,7 @@ def test_the_head_in_dense_fp8_if_asked_for(gpt_graph, targets):
     sites, _ = found(gpt_graph())
     plans, rejections = decide(sites, SSTE, targets, ParameterOwners(), head=FP8)
     assert plans[-1].site.name == "head"
-    assert plans[-1].recipe == FP8
+    assert plans[-1].recipe == FP8.for_head()
     assert rejections == []
 
 
@@ -82,8 +82,22 @@ def test_a_tied_head_stays_dense_also_if_asked_for(gpt_graph):
 
 def test_glob_names_the_targets_the_head_too(gpt_graph):
     plans, rejections = decisions(gpt_graph(), "*[hp][er][ao][dj]")
-    assert plans == {"blocks.0.qkv": FP8, "blocks.0.proj": SSTE, "blocks.0.up": FP8, "blocks.0.down": FP8, "head": SSTE}
+    others = {"blocks.0.qkv": FP8, "blocks.0.proj": SSTE, "blocks.0.up": FP8, "blocks.0.down": FP8}
+    assert plans == {**others, "head": SSTE.for_head()}
     assert rejections == {}
+
+
+@pytest.mark.parametrize("recipe", [FP8, FP8_BACKWARD, SSTE, SSTE_TRANSPOSABLE])
+def test_dense_dgrad_of_the_head_alone_is_accurate(gpt_graph, recipe):
+    """However the head gets its recipe: as a target or by an option."""
+    as_target, _ = decisions(gpt_graph(), "*", recipe)
+    given = {"head": recipe} if not recipe.projection.prunes else {}
+    by_option, _ = decisions(gpt_graph(), "ffn", recipe, **given)
+    accurate = Gemm.SPARSE24 if recipe.dgrad is Gemm.SPARSE24 else Gemm.FP8_ACCURATE
+    for plans in (as_target, by_option):
+        assert all(plan.dgrad is not Gemm.FP8_ACCURATE for name, plan in plans.items() if name != "head")
+    assert as_target["head"].dgrad is accurate
+    assert not given or by_option["head"].dgrad is accurate
 
 
 def decide_while_tracing(model, batch, recipe, **questions):

@@ -63,8 +63,19 @@ def test_options_of_all_arms_are_right() -> None:
     for arm in fair_runs.ARMS.values():
         for factor in arm.factors:
             if arm.options is not None:
-                beta = {"sste.beta": factor} if factor != 1.0 else {}
-                assert read_options(None, {**arm.options, **beta}).recipe.beta_factor == factor
+                assert read_options(None, arm.options_of(factor, 100)).recipe.beta_factor == factor
+
+
+@pytest.mark.parametrize(("arm", "end"), [("s-ste, last quarter dense", 75), ("s-ste, last half dense", 50)])
+def test_an_arm_that_ends_dense_knows_how_long_the_run_is(arm: str, end: int) -> None:
+    schedule = read_options(None, fair_runs.ARMS[arm].options_of(1.0, 100)).schedule
+    assert schedule is not None
+    assert schedule.end == end
+
+
+def test_losses_of_the_twentieths_of_a_run() -> None:
+    assert [list(part) for part in fair_runs._parts(range(40))] == [[2 * i, 2 * i + 1] for i in range(20)]
+    assert [list(part) for part in fair_runs._parts(range(3))] == [[0], [1], [2]]
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.5])
@@ -75,7 +86,7 @@ def test_a_dense_model_multiplies_with_a_multiple_of_the_ffn_s_weights(
     torch.manual_seed(0)
     plain, scaled = modern_gpt.FeedForward(SHAPE), nn.ModuleDict({"ffn": modern_gpt.FeedForward(SHAPE)})
     scaled["ffn"].load_state_dict(plain.state_dict())
-    fair_runs.compiled(scaled, fair_runs.ARMS["dense"], factor)
+    fair_runs.compiled(scaled, fair_runs.ARMS["dense"], factor, 1)
     x = torch.randn(4, 64)
     torch.testing.assert_close(scaled["ffn"](x), factor**3 * plain(x))  # the square of a ReLU lies between them
 
@@ -86,7 +97,7 @@ def test_an_emulated_arm_multiplies_with_pruned_weights(monkeypatch: pytest.Monk
     torch.manual_seed(0)
     model = nn.ModuleDict({"ffn": modern_gpt.FeedForward(SHAPE)})
     nn.init.zeros_(model["ffn"].down.weight)  # as output projections begin
-    fair_runs.compiled(model, fair_runs.ARMS["s-ste both ways, emulated"], factor)
+    fair_runs.compiled(model, fair_runs.ARMS["s-ste both ways, emulated"], factor, 1)
     up, weight, x = model["ffn"].up, model["ffn"].up.weight.detach(), torch.randn(4, 64)
     pruned = up(torch.eye(64)).detach().t()
     torch.testing.assert_close(up(x), x @ pruned.t())

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sparse_compile.kernels import ops, reference
-from sparse_compile.kernels.formats import FAST_ACCUM_MAX
+from sparse_compile.kernels.formats import E4M3, FAST_ACCUM_MAX
 from sparse_compile.kernels.reference.transposable import dense_mask, transposable_masks
+from sparse_compile.linear.fp8 import cast, token_scale
 from sparse_compile.linear.function import LinearSpec, linear
 from sparse_compile.projections.groups_of_four import SOFT, TOP2
 from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16, TOP2_BF16
@@ -15,6 +17,7 @@ from sparse_compile.projections.identity import IDENTITY, IDENTITY_BACKWARD, IDE
 from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE, TRANSPOSABLE
 from sparse_compile.recipe import (
     FP8,
+    FP8_BACKWARD,
     SSTE,
     SSTE_APPROXIMATE,
     SSTE_BF16,
@@ -25,6 +28,7 @@ from sparse_compile.recipe import (
     GradFormat,
     Rounding,
 )
+from sparse_compile.testing import DENSE_INSTRUCTION, tensor_core_product
 from variants import VARIANTS
 
 E5M2 = GradFormat.E5M2
@@ -79,9 +83,18 @@ def test_dense_fp8_is_exact_on_small_integers(recipe, transposed):
 
 
 @pytest.mark.parametrize(
-    ("in_features", "out_features"), [(64, 32), (FAST_ACCUM_MAX + 16, 32), (64, FAST_ACCUM_MAX + 16)]
+    ("in_features", "out_features", "recipe", "fast"),
+    [
+        (64, 32, FP8, [True, True, False]),
+        (FAST_ACCUM_MAX + 16, 32, FP8, [False, True, False]),
+        (64, FAST_ACCUM_MAX + 16, FP8, [True, False, False]),
+        (64, 32, FP8.for_head(), [True, False, False]),
+        (64, 32, FP8_BACKWARD.for_head(), [False, False]),
+    ],
 )
-def test_long_sums_are_not_left_to_few_bits(monkeypatch, in_features, out_features):
+def test_sums_that_are_long_or_of_a_softmax_are_not_left_to_few_bits(
+    monkeypatch, in_features, out_features, recipe, fast
+):
     """wgrad contracts over tokens, fprop of a wide input over in_features, dgrad of a vocabulary over out_features."""
     flags = []
 
@@ -91,16 +104,26 @@ def test_long_sums_are_not_left_to_few_bits(monkeypatch, in_features, out_featur
 
     monkeypatch.setattr(ops, "scaled_mm", scaled_mm)
     weight, x = torch.randn(out_features, in_features, requires_grad=True), torch.randn(16, in_features)
-    linear(
-        x.requires_grad_(),
-        weight,
-        None,
-        None,
-        LinearSpec(FP8.full_name, 0, False, torch.float32),
-        operands_of(weight, FP8),
-    ).sum().backward()
-    fprop, dgrad, wgrad = in_features == 64, out_features != FAST_ACCUM_MAX + 16, False
-    assert flags == [fprop, dgrad, wgrad]
+    spec = LinearSpec(recipe.full_name, 0, False, torch.float32)
+    linear(x.requires_grad_(), weight, None, None, spec, operands_of(weight, recipe)).sum().backward()
+    assert flags == fast
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_few_bits_bend_the_gradient_of_a_softmax_where_rows_of_the_weight_share_a_direction(shared):
+    """Why the dgrad of a head is accurate: their parts in that direction cancel, but for those that are cut."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, features, vocabulary = 32, 32, 4096
+    direction = shared * torch.randn(features, generator=generator)
+    weight = (direction + torch.randn(vocabulary, features, generator=generator)).to(E4M3).float()
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+    logits = 2 * torch.randn(tokens, vocabulary, generator=generator)
+    grad = logits.softmax(dim=1) - F.one_hot(targets, vocabulary)
+    payload = cast(grad, token_scale(grad.abs().amax(dim=1))[0]).float()
+    exact = payload.double() @ weight.double()
+    few_bits = tensor_core_product(payload, weight.t().contiguous(), DENSE_INSTRUCTION).double()
+    bent = (few_bits - exact).mean(dim=0).norm() / exact.mean(dim=0).norm()
+    assert bent > 0.1 if shared else bent < 0.02
 
 
 @pytest.mark.parametrize(

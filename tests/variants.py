@@ -31,6 +31,8 @@ def _chosen() -> Iterator[Recipe]:
                 yield chosen
                 if chosen.estimator is not None and chosen.dgrad is Gemm.FP8:
                     yield with_sampled_dgrad(chosen)
+    for recipe in (FP8, SSTE):
+        yield recipe.for_head()
     # One of each form: how gradients are cast depends on nothing else.
     for recipe in (SSTE, with_sampled_dgrad(SSTE), T_SR_STE, FP8):
         yield replace(recipe, grad_format=GradFormat.E5M2)

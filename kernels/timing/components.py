@@ -121,9 +121,9 @@ def _fp8_fprop(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
     return _scaled_mm(a, b, s.dtype, allows_fast_accum(s.in_features), make)
 
 
-def _fp8_dgrad(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
+def _fp8_dgrad(s: LinearShape, make: RandomOperands, accurate: bool) -> Callable[[], object]:
     a, b = make.fp8(s.tokens, s.out_features, dtype=s.grad_dtype), make.fp8(s.in_features, s.out_features)
-    return _scaled_mm(a, b, s.dtype, allows_fast_accum(s.out_features), make)
+    return _scaled_mm(a, b, s.dtype, allows_fast_accum(s.out_features) and not accurate, make)
 
 
 def _fp8_wgrad(s: LinearShape, make: RandomOperands) -> Callable[[], object]:
@@ -261,7 +261,13 @@ add_component("dense fprop", _hp_fprop, expert_costs.dense_fprop, of_library=Tru
 add_component("dense dgrad", _hp_dgrad, expert_costs.dense_dgrad, of_library=True)
 add_component("dense wgrad", _hp_wgrad, expert_costs.dense_wgrad, of_library=True)
 add_component("fp8 fprop", _fp8_fprop, expert_costs.fp8_fprop, of_library=True)
-add_component("fp8 dgrad", _fp8_dgrad, expert_costs.fp8_dgrad, of_library=True)
+for _name, _accurate in (("fp8", False), ("fp8_accurate", True)):
+    add_component(
+        f"{_name} dgrad",
+        partial(_fp8_dgrad, accurate=_accurate),
+        partial(expert_costs.fp8_dgrad, accurate=_accurate),
+        of_library=True,
+    )
 add_component("fp8 wgrad", _fp8_wgrad, expert_costs.fp8_wgrad, of_library=True)
 add_component("copy", _copy, _copy, of_library=True)  # of grad_output: reads it and writes as much
 add_component("sparse24 fprop", _sparse_fprop, expert_costs.sparse_fprop)

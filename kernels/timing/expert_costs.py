@@ -61,16 +61,16 @@ def _dense(s: "LinearShape", x: Tensor, matrices: Tensor, make: "RandomOperands"
 
 def fp8_fprop(s: "LinearShape", make: "RandomOperands") -> Callable[[], object]:
     operands = make.fp8(s.tokens, s.in_features), make.fp8(_experts(s), s.out_features, s.in_features)
-    return _scaled_mm(s, *operands, make)
+    return _scaled_mm(s, *operands, make, accurate=False)
 
 
-def fp8_dgrad(s: "LinearShape", make: "RandomOperands") -> Callable[[], object]:
+def fp8_dgrad(s: "LinearShape", make: "RandomOperands", accurate: bool) -> Callable[[], object]:
     g = make.fp8(s.tokens, s.out_features, dtype=s.grad_dtype)
-    return _scaled_mm(s, g, make.fp8(_experts(s), s.in_features, s.out_features), make)
+    return _scaled_mm(s, g, make.fp8(_experts(s), s.in_features, s.out_features), make, accurate)
 
 
-def _scaled_mm(s: "LinearShape", a: Tensor, b: Tensor, make: "RandomOperands") -> Callable[[], object]:
-    scale_inv, fast = make.ones(_experts(s), _SCALE_INV), allows_fast_accum(b.shape[2])
+def _scaled_mm(s: "LinearShape", a: Tensor, b: Tensor, make: "RandomOperands", accurate: bool) -> Callable[[], object]:
+    scale_inv, fast = make.ones(_experts(s), _SCALE_INV), allows_fast_accum(b.shape[2]) and not accurate
     return partial(grouped_ops.grouped_scaled_mm, a, b, scale_inv, _offsets(s, make), unscaled_dtype(s.dtype), fast)
 
 

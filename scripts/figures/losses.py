@@ -132,15 +132,63 @@ def searched(trial: str, rate: float) -> str:
     return as_percent(found["validation_loss"] / dense["validation_loss"] - 1)
 
 
-def best_of_rates(setting: str, arm: str, part: str = "rates") -> str:
-    """Loss over dense, each at the best learning rate and factor that were tried: one seed."""
-    losses = {name: _losses_of(setting, name, part).values() for name in (arm, DENSE)}
+def best_of_rates(setting: str, arm: str) -> str:
+    """Loss over dense, each at the best learning rate and factor that were tried: short runs of one seed."""
+    losses = {name: _losses_of(setting, name).values() for name in (arm, DENSE)}
     return as_percent(min(losses[arm]) / min(losses[DENSE]) - 1)
+
+
+def over_dense(setting: str, arm: str, part: str = "finals") -> str:
+    """Loss over dense in the long runs, each at one learning rate and factor: the mean of the seeds that both have."""
+    return as_percent(mean(_gaps_to_dense(setting, arm, part)))
+
+
+def over_dense_of(setting: str, arm: str) -> str:
+    """The same, and the number of seeds."""
+    return f"{over_dense(setting, arm)} ({len(_gaps_to_dense(setting, arm, 'finals'))})"
+
+
+def seeds_apart(setting: str) -> str:
+    """How far the seeds of dense training are apart in the long runs."""
+    losses = _by_seed(setting, DENSE, "finals").values()
+    return f"{100 * (max(losses) / min(losses) - 1):.1f} %"
+
+
+def training_gap(setting: str, arm: str, part: int) -> str:
+    """Training loss over dense, the same batches, in a twentieth of the steps, counted from 0."""
+    curves = {
+        run["arm"]: run["curve"]
+        for run in section_of("bench_quality", "finals", "H200")["runs"]
+        if run["setting"] == setting and run["seed"] == 1
+    }
+    return as_percent(curves[arm][part] / curves[DENSE][part] - 1)
+
+
+def head_error(dgrad: str) -> str:
+    """Of the head's dgrad: its error that all tokens share, over the mean gradient."""
+    row = only_row(section_of("bench_quality", "heads with fast sums", "H200")["errors"], "errors", dgrad=dgrad)
+    return f"{100 * row['mean_error_over_mean_gradient']:.0f} %"
+
+
+def _gaps_to_dense(setting: str, arm: str, part: str) -> list[float]:
+    losses, dense = (_by_seed(setting, name, part) for name in (arm, DENSE))
+    gaps = [loss / dense[seed] - 1 for seed, loss in losses.items() if seed in dense]
+    if not gaps:
+        raise FigureError(f"{part} has no runs of {arm!r} with a seed of {DENSE!r} in the setting {setting!r}")
+    return gaps
+
+
+def _by_seed(setting: str, arm: str, part: str) -> dict[int, float]:
+    return {
+        run["seed"]: run["validation_loss"]
+        for run in section_of("bench_quality", part, "H200")["runs"]
+        if (run["setting"], run["arm"]) == (setting, arm)
+    }
 
 
 def rate_loss(setting: str, arm: str, factor: float) -> str:
     """Loss at the best learning rate of those that were tried with this factor."""
-    losses = [loss for (tried, _), loss in _losses_of(setting, arm, "rates").items() if tried == factor]
+    losses = [loss for (tried, _), loss in _losses_of(setting, arm).items() if tried == factor]
     if not losses:
         raise FigureError(f"rates has no runs of {arm!r} with a factor of {factor:g} in the setting {setting!r}")
     return f"{min(losses):.3f}"
@@ -150,7 +198,7 @@ def rate_curves(setting: str) -> dict[tuple[str, float], dict[float, float]]:
     """Losses by learning rate, of each arm and factor that were tried at three rates at least."""
     found = {}
     for arm in (DENSE, "s-ste", "s-ste-transposable"):
-        of_arm = _losses_of(setting, arm, "rates")
+        of_arm = _losses_of(setting, arm)
         for factor in sorted({factor for factor, _ in of_arm}):
             curve = {rate: loss for (tried, rate), loss in of_arm.items() if tried == factor}
             if len(curve) >= 3:
@@ -158,15 +206,15 @@ def rate_curves(setting: str) -> dict[tuple[str, float], dict[float, float]]:
     return found
 
 
-def _losses_of(setting: str, arm: str, part: str) -> dict[tuple[float, float], float]:
+def _losses_of(setting: str, arm: str) -> dict[tuple[float, float], float]:
     """By factor and learning rate."""
     losses = {
         (run["factor"], run["learning_rate"]): run["validation_loss"]
-        for run in section_of("bench_quality", part, "H200")["runs"]
+        for run in section_of("bench_quality", "rates", "H200")["runs"]
         if (run["setting"], run["arm"]) == (setting, arm)
     }
     if not losses:
-        raise FigureError(f"{part} has no runs of {arm!r} in the setting {setting!r}")
+        raise FigureError(f"rates has no runs of {arm!r} in the setting {setting!r}")
     return losses
 
 

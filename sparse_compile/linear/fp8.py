@@ -48,7 +48,7 @@ def forward(
         matrix = weight if transposed else weight.mT
         output = products.dense(x.to(out_dtype), matrix.to(out_dtype))
     else:
-        output = _multiply(products, x_fp8, scale_inv, recipe.projection.fprop_operand(operands), out_dtype)
+        output = _multiply(products, x_fp8, scale_inv, recipe.projection.fprop_operand(operands), out_dtype, False)
     saved_input = (x, None) if recipe.wgrad is Gemm.DENSE else (x_fp8, scale_inv)
     saved_weight = (weight,) if recipe.dgrad is Gemm.DENSE else recipe.projection.kept_for_dgrad(operands)
     return output, (*saved_input, *saved_weight)
@@ -79,7 +79,8 @@ def backward(
             product = _sampled_dgrad(ctx, grad, amax, projected, seed)
         else:
             projected = recipe.projection.dgrad_operand(*weight)
-            product = _multiply(products, grad_fp8, row_scale_inv, projected, ctx.input_dtype)
+            accurate = recipe.dgrad is Gemm.FP8_ACCURATE
+            product = _multiply(products, grad_fp8, row_scale_inv, projected, ctx.input_dtype, accurate)
         grad_input = product.to(ctx.input_dtype)
     if ctx.needs_input_grad[1]:
         if recipe.wgrad is Gemm.DENSE:
@@ -103,8 +104,9 @@ def cast(x: Tensor, scale: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
 
 
 def _multiply(
-    products: Products, x: Tensor, scale_inv: Tensor, weight: SparseOperand | DenseOperand, out_dtype: torch.dtype
-) -> Tensor:
+    products: Products, x: Tensor, scale_inv: Tensor, weight: SparseOperand | DenseOperand, out_dtype: torch.dtype,
+    accurate: bool,
+) -> Tensor:  # fmt: skip
     """``(x * scale_inv[:, None]) @ weight.T`` of FP8 ``x [T, C]``: fprop, and dgrad, whose operand is transposed.
 
     Where the weight is dense, rows are scaled after the GEMM, where Inductor fuses the multiplication into whatever
@@ -112,7 +114,8 @@ def _multiply(
     """
     if isinstance(weight, SparseOperand):
         return products.sparse(x, scale_inv, weight, out_dtype)
-    product = products.scaled(x, weight, unscaled_dtype(out_dtype), allows_fast_accum(weight.payload.shape[-1]))
+    fast = allows_fast_accum(weight.payload.shape[-1]) and not accurate
+    product = products.scaled(x, weight, unscaled_dtype(out_dtype), fast)
     return (product.float() * scale_inv[:, None]).to(out_dtype)
 
 
