@@ -251,7 +251,7 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
         recipe=recipe,
         schedule=_schedule(user, recipe),
         targets=user.targets,
-        head=_head(user.head, recipe),
+        head=_head(user.head),
         frozen=user.frozen == "sparse",
         measure=user.when == "faster",
         recompute=user.memory == "small",
@@ -289,11 +289,9 @@ def _recipe(user: UserOptions) -> Recipe:
     return recipe
 
 
-def _head(given: str | Recipe, recipe: Recipe) -> Recipe | None:
-    """What the head gets beside ``recipe``: a named one its format of gradients."""
+def _head(given: str | Recipe) -> Recipe | None:
     if not isinstance(given, Recipe):
-        named = HEAD[given]
-        return named and replace(named, grad_format=recipe.grad_format)
+        return HEAD[given]
     if given.projection.prunes:
         raise ValueError(
             f"option 'sste.head' is the recipe {given.name!r}, which prunes; allowed are recipes that do not prune. To "

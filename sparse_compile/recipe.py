@@ -71,7 +71,7 @@ class GradFormat(Enum):
 
     Attributes:
         E4M3: up to 448.
-        E5M2: up to 57344, with one bit less in the mantissa; an experiment.
+        E5M2: up to 57344, with one bit less in the mantissa; for vocabulary heads, elsewhere an experiment.
     """
 
     E4M3 = "e4m3"
@@ -109,7 +109,7 @@ class Recipe:
         projection: what the weight becomes before its cast.
         fprop, dgrad, wgrad: how the products run.
         estimator: what prunes grad_output for wgrad; None if wgrad is dense.
-        grad_format: the FP8 of grad_output; no named recipe has another than the default.
+        grad_format: the FP8 of grad_output; those of ``RECIPES`` have the default.
         rounding: of what the estimator keeps; no named recipe has another than the default.
         decay: masked decay: ``decay * (1 - mask) * W`` is added to the gradient.
         refresh: optimizer steps between two searches for transposable masks; 0 without them.
@@ -305,8 +305,12 @@ RECIPES = {
         STE_DENSE_TAIL, FP8, FP8_BACKWARD,
     )
 }  # fmt: skip
-# What the user may say of the head.
-HEAD = {"dense": None, "fp8": FP8, "fp8-backward": FP8_BACKWARD}
+# What the user may say of the head.  Most of what a softmax over a large vocabulary leaves lies below e4m3's range.
+HEAD = {
+    "dense": None,
+    "fp8": replace(FP8, grad_format=GradFormat.E5M2),
+    "fp8-backward": replace(FP8_BACKWARD, grad_format=GradFormat.E5M2),
+}
 # What the user may say of the estimator.
 MVUE = {"exact": Estimator.EXACT_MVUE, "approximate": Estimator.APPROXIMATE_MVUE, "off": None}
 

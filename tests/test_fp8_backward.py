@@ -75,13 +75,13 @@ def test_the_head(small_gpt, batch, option, products):
     assert rows["blocks.0.up"].decision == "s-ste (2:4 fp8, fp8, 2:4 fp8)"
 
 
-def test_a_named_head_has_the_recipe_s_format_of_gradients_and_a_composed_one_its_own():
-    e5m2 = replace(SSTE, grad_format=GradFormat.E5M2)
-    formats = [
-        read_options(None, {"sste.recipe": e5m2, "sste.head": head}).head.grad_format
-        for head in ("fp8", FP8, replace(FP8, grad_format=GradFormat.E5M2))
-    ]
-    assert formats == [GradFormat.E5M2, GradFormat.E4M3, GradFormat.E5M2]
+def test_gradients_of_a_named_head_are_in_e5m2_and_those_of_a_composed_one_as_it_says():
+    for recipe in (SSTE, replace(SSTE, grad_format=GradFormat.E5M2)):
+        formats = [
+            read_options(None, {"sste.recipe": recipe, "sste.head": head}).head.grad_format
+            for head in ("fp8", "fp8-backward", FP8, replace(FP8, grad_format=GradFormat.E5M2))
+        ]
+        assert formats == [GradFormat.E5M2, GradFormat.E5M2, GradFormat.E4M3, GradFormat.E5M2]
 
 
 def test_a_head_that_prunes_is_named_as_a_target_instead():
