@@ -120,14 +120,16 @@ class Arm:
         return options
 
 
-# By which of its products are in FP8.
+# Of those with a name the option has, gradients are in e5m2, and so they are where only some products are in FP8.
+_E5M2 = replace(FP8, grad_format=GradFormat.E5M2)
 _HEADS: Mapping[str, str | Recipe] = {
     "fp8": "fp8",
     "fp8-backward": "fp8-backward",
     "fp8 fprop": replace(FP8, name="fp8-fprop", dgrad=Gemm.DENSE, wgrad=Gemm.DENSE),
-    "fp8 fprop, dgrad": replace(FP8, name="fp8-fprop-dgrad", wgrad=Gemm.DENSE),
-    "fp8 dgrad": replace(FP8_BACKWARD, name="fp8-dgrad", wgrad=Gemm.DENSE),
-    "fp8, e5m2 gradients": replace(FP8, grad_format=GradFormat.E5M2),
+    "fp8 fprop, dgrad": replace(_E5M2, name="fp8-fprop-dgrad", wgrad=Gemm.DENSE),
+    "fp8 dgrad": replace(FP8_BACKWARD, name="fp8-dgrad", wgrad=Gemm.DENSE, grad_format=GradFormat.E5M2),
+    "fp8, e4m3 gradients": FP8,
+    "fp8-backward, e4m3 gradients": FP8_BACKWARD,
 }
 
 
@@ -143,7 +145,7 @@ def _arms() -> Iterator[tuple[str, Arm]]:
             (", no MVUE", {"sste.mvue": "off"}),
             (", ffn-up", {"sste.targets": "ffn-up"}),
             (", head fp8", {"sste.head": "fp8"}),
-            (", head fp8, e5m2 gradients", {"sste.head": _HEADS["fp8, e5m2 gradients"]}),
+            (", head fp8, e4m3 gradients", {"sste.head": FP8}),
             (", last quarter dense", {"sste.tail": 0.25}),
             (", last half dense", {"sste.tail": 0.5}),
             (", ffn-up, last quarter dense", {"sste.targets": "ffn-up", "sste.tail": 0.25}),
@@ -293,7 +295,8 @@ def _order(run: Run) -> list[Any]:
 def table(runs: Sequence[Run]) -> str:
     """Of each arm the rate and factor of the lowest mean loss over seeds, against the best of dense training.
 
-    A best rate at the edge of those that were tried is marked: the arm may do better.
+    They are compared on the seeds that both have.  A best rate at the edge of those that were tried is marked: the arm
+    may do better.
     """
     rows = []
     for group in sorted(set(map(_compared, runs))):
@@ -304,8 +307,10 @@ def table(runs: Sequence[Run]) -> str:
         for arm, found in best.items():
             if found is None:
                 continue
-            losses, factor, rate, edge = found
-            percent = 100 * (mean(losses) / mean(dense[0]) - 1) if dense else None
+            by_seed, factor, rate, edge = found
+            both = by_seed.keys() & dense[0].keys() if dense else ()
+            percent = 100 * (mean(by_seed[s] for s in both) / mean(dense[0][s] for s in both) - 1) if both else None
+            losses = list(by_seed.values())
             others = [
                 run["other_loss"] for run in of_group
                 if (run["arm"], run["factor"], run["learning_rate"]) == (arm, factor, rate) and "other_loss" in run
@@ -322,16 +327,17 @@ def table(runs: Sequence[Run]) -> str:
     return tabulate(rows, headers=headers, floatfmt=formats, missingval="-", tablefmt="github")
 
 
-def _best(runs: Sequence[Run]) -> tuple[list[float], float, float, bool] | None:
-    """Losses, factor and rate of the lowest mean among those with the most seeds, and whether the rate is an edge."""
-    losses: dict[tuple[float, float], list[float]] = {}
+def _best(runs: Sequence[Run]) -> tuple[dict[int, float], float, float, bool] | None:
+    """Losses by seed, factor and rate of the lowest mean of the most seeds, and whether the rate is an edge."""
+    losses: dict[tuple[float, float], dict[int, float]] = {}
     for run in runs:
-        losses.setdefault((run["factor"], run["learning_rate"]), []).append(run["validation_loss"])
+        losses.setdefault((run["factor"], run["learning_rate"]), {})[run["seed"]] = run["validation_loss"]
     if not losses:
         return None
     most = max(map(len, losses.values()))
     (factor, rate), found = min(
-        ((key, of_key) for key, of_key in losses.items() if len(of_key) == most), key=lambda item: mean(item[1])
+        ((key, of_key) for key, of_key in losses.items() if len(of_key) == most),
+        key=lambda item: mean(item[1].values()),
     )
-    rates = [of_factor for of_factor in losses if of_factor[0] == factor]
-    return found, factor, rate, rate in (min(rates)[1], max(rates)[1])
+    rates = [tried for of_factor, tried in losses if of_factor == factor]
+    return found, factor, rate, len(rates) > 1 and rate in (min(rates), max(rates))

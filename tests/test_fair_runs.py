@@ -54,6 +54,15 @@ def test_more_seeds_count_before_a_lucky_one() -> None:
     assert [cell.strip() for cell in line.split("|")[6:9]] == ["3", "2.1000", "0.1000"]
 
 
+def test_arms_are_compared_on_the_seeds_that_both_have() -> None:
+    """Or an arm with the easier seed alone would be ahead.  One rate that was tried has no edges."""
+    dense = [run("dense", 2e-3, 2.0, 0), run("dense", 2e-3, 2.2, 1)]
+    lines = [line.split("|") for line in fair_runs.table([*dense, run("s-ste", 2e-3, 2.04, 0)]).splitlines()[2:]]
+    assert [[cells[4].strip(), cells[-3].strip()] for cells in lines] == [["0.002", "+0.00"], ["0.002", "+2.00"]]
+    (_, other) = fair_runs.table([*dense, run("s-ste", 2e-3, 2.04, 2)]).splitlines()[2:]
+    assert other.split("|")[-3].strip() == "-"
+
+
 def test_a_run_takes_the_place_of_an_older_one() -> None:
     merged = fair_runs.merged([run("s-ste", 1e-3, 3.0), run("dense", 1e-3, 2.0)], [run("s-ste", 1e-3, 2.5)])
     assert [(each["arm"], each["validation_loss"]) for each in merged] == [("dense", 2.0), ("s-ste", 2.5)]
