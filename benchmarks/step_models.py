@@ -53,6 +53,7 @@ SSTE_HEAD_BACKWARD = "sste, head's backward in fp8"
 SSTE_SMALL = "sste, small memory"
 SSTE_GRAPHS = "sste reduce-overhead"
 SSTE_FP8 = "sste, dense fp8"
+SSTE_FP8_HEAD = "sste, dense fp8, head in fp8"
 COMPILE: Mapping[str, dict[str, Any]] = {
     BF16: _inductor(),
     BF16_TUNED: _inductor("max-autotune-no-cudagraphs"),
@@ -71,6 +72,7 @@ COMPILE: Mapping[str, dict[str, Any]] = {
     SSTE_SMALL: {"backend": "sste", "options": {"sste.memory": "small"}},
     SSTE_GRAPHS: {"backend": "sste", "mode": "reduce-overhead"},
     SSTE_FP8: {"backend": "sste", "options": {"sste.recipe": "fp8"}},
+    SSTE_FP8_HEAD: {"backend": "sste", "options": {"sste.recipe": "fp8", "sste.head": "fp8"}},
 }
 
 

@@ -49,6 +49,7 @@ KINDS = {
     "sste, head in fp8": 'sste, `sste.head="fp8"`',
     "sste, head's backward in fp8": 'sste, `sste.head="fp8-backward"`',
     "sste, dense fp8": 'sste, `"fp8"`',
+    "sste, dense fp8, head in fp8": 'sste, `"fp8"`, `sste.head="fp8"`',
     "sste, transposable": 'sste, `"s-ste-transposable"`',
     "sste, transposable, head in fp8": 'sste, `"s-ste-transposable"`, `sste.head="fp8"`',
     "sste, transposable, all linears": 'sste, `"s-ste-transposable"`, `sste.targets="all"`',
