@@ -109,21 +109,42 @@ def test_sums_that_are_long_or_of_a_softmax_are_not_left_to_few_bits(
     assert flags == fast
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_few_bits_bend_the_gradient_of_a_softmax_where_rows_of_the_weight_share_a_direction(shared):
-    """Why the dgrad of a head is accurate: their parts in that direction cancel, but for those that are cut."""
+def head_like(shared):
+    """Gradients ``[T, V]`` that a softmax leaves, and a weight ``[V, K]`` whose rows share a direction, or do not."""
     generator = torch.Generator().manual_seed(0)
     tokens, features, vocabulary = 32, 32, 4096
     direction = shared * torch.randn(features, generator=generator)
     weight = (direction + torch.randn(vocabulary, features, generator=generator)).to(E4M3).float()
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
     logits = 2 * torch.randn(tokens, vocabulary, generator=generator)
-    grad = logits.softmax(dim=1) - F.one_hot(targets, vocabulary)
+    return logits.softmax(dim=1) - F.one_hot(targets, vocabulary), weight
+
+
+def bent(actual, exact):
+    """The error that all tokens share, over their mean gradient."""
+    return (actual.double() - exact).mean(dim=0).norm() / exact.mean(dim=0).norm()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_few_bits_bend_the_gradient_of_a_softmax_where_rows_of_the_weight_share_a_direction(shared):
+    """Why the dgrad of a head is accurate: their parts in that direction cancel, but for those that are cut."""
+    grad, weight = head_like(shared)
     payload = cast(grad, token_scale(grad.abs().amax(dim=1))[0]).float()
     exact = payload.double() @ weight.double()
-    few_bits = tensor_core_product(payload, weight.t().contiguous(), DENSE_INSTRUCTION).double()
-    bent = (few_bits - exact).mean(dim=0).norm() / exact.mean(dim=0).norm()
-    assert bent > 0.1 if shared else bent < 0.02
+    few_bits = tensor_core_product(payload, weight.t().contiguous(), DENSE_INSTRUCTION)
+    assert bent(few_bits, exact) > 0.1 if shared else bent(few_bits, exact) < 0.02
+
+
+@pytest.mark.gpu
+def test_the_gradient_of_a_softmax_is_not_bent_on_a_gpu():
+    grad, weight = (tensor.cuda() for tensor in head_like(shared=True))
+    scale, scale_inv = token_scale(grad.abs().amax(dim=1))
+    exact = cast(grad, scale).double() * scale_inv[:, None] @ weight.double()
+    for recipe, is_bent in ((FP8, True), (FP8.for_head(), False)):
+        x = torch.randn(len(grad), weight.shape[1], device="cuda", requires_grad=True)
+        spec = LinearSpec(recipe.full_name, 0, False, torch.float32)
+        linear(x, weight.requires_grad_(), None, None, spec, operands_of(weight, recipe)).backward(grad)
+        assert bent(x.grad, exact) > 0.1 if is_bent else bent(x.grad, exact) < 0.03
 
 
 @pytest.mark.parametrize(("grad_format", "is_right"), [(GradFormat.E4M3, False), (GradFormat.E5M2, True)])
