@@ -144,6 +144,7 @@ def _arms() -> Iterator[tuple[str, Arm]]:
             ("", {}),
             (", no MVUE", {"sste.mvue": "off"}),
             (", ffn-up", {"sste.targets": "ffn-up"}),
+            (", ffn.down", {"sste.targets": "*.ffn.down"}),
             (", head fp8", {"sste.head": "fp8"}),
             (", head fp8, e4m3 gradients", {"sste.head": FP8}),
             (", last quarter dense", {"sste.tail": 0.25}),
