@@ -112,7 +112,7 @@ def sste(
     pattern = None
     if chosen.targets not in TARGETS:
         pattern = TargetPattern(chosen.targets, decisions.names, decisions.paths), decisions.positions
-    return Chooser(decisions.questions, chosen.schedule, variants.of_call, first, pattern)
+    return Chooser(decisions.questions, chosen.schedule, variants.of_call, first, decisions.trainer, pattern)
 
 
 def _run_on_sites(
@@ -157,7 +157,8 @@ def _decide(
         options.targets,
         owners,
         head=options.head,
-        is_pruned=lambda _: standing is Standing.PRUNED,
+        is_pruned=lambda _: standing in (Standing.PRUNED, Standing.RESUMED),
+        goes_on=standing is Standing.PRUNED,
         is_24=lambda *_: standing is Standing.SPARSE,
     )
 
@@ -169,9 +170,13 @@ def _leave_without_kernels(plans: Sequence[Plan], options: Options) -> tuple[Seq
 def _apply_schedule(
     plans: Sequence[Plan], rejections: Sequence[Rejection], standing: Standing, options: Options
 ) -> tuple[Sequence[Plan], Sequence[Rejection]]:
-    if standing is not Standing.DENSE:
+    if standing is Standing.DENSE:
+        why = f"{options.schedule or 'dense now'}, by its schedule"
+    elif standing is Standing.TRAINED_DENSE:
+        why = "trained dense, by another graph of these options"
+    else:
         return plans, rejections
-    plans, dense_now = apply_schedule(plans, options.schedule or "dense now", lambda _: False)
+    plans, dense_now = apply_schedule(plans, why, lambda _: False)
     return plans, (*rejections, *dense_now)
 
 

@@ -16,7 +16,7 @@ from sparse_compile.measuring.weight_health import watch
 from sparse_compile.reporting.model import GraphReport
 from sparse_compile.torch_internals.fake import FakeTensor
 from sparse_compile.weights.operands import are_sparse, current_operands, layout_of, operand_set, restore_operands
-from sparse_compile.weights.record import OperandLayout, OperandSet, WeightRecord
+from sparse_compile.weights.record import OperandLayout, OperandSet, Trainer, WeightRecord
 from sparse_compile.weights.registry import bake, lock, record_of
 from sparse_compile.weights.schedule import Schedule
 from sparse_compile.weights.slot import WeightSlot
@@ -49,6 +49,7 @@ class Runtime:
         self._slots = tuple(slots)
         self._seeds = [SeedSource(device) for device in seed_devices]
         self._layouts = [layout_of(slot) for slot in slots]
+        self.pruned = frozenset(slot.position for slot in slots if slot.projection.prunes)  # positions of weights
         self._fakes = tuple(fakes)  # of seeds and operands
         self._report = report
         self._baseline = baseline
@@ -145,7 +146,7 @@ class Question:
     """A weight of which it depends what its linear is compiled to: asked at each call.
 
     Attributes:
-        target: how it is pruned outside of dense phases; None if it never is.
+        target: how it is pruned outside of dense phases; None if the options do not ask for it in this graph.
         in_features_dim: along which it may be 2:4 itself, where that is asked; else None.
     """
 
@@ -160,6 +161,7 @@ class Chooser:
     Args:
         choose: the variant for how the weights of the questions stand, compiled if it is none of those that are.
         first: the variant that was compiled when dynamo traced the graph.
+        trainer: which options train the weights of this graph.
         pattern: of names of linears that are targets, where the user gave one, and where the linears' weights are.
     """
 
@@ -169,6 +171,7 @@ class Chooser:
         schedule: Schedule | None,
         choose: Callable[[tuple[Standing, ...], tuple[Any, ...]], Runtime],
         first: Runtime,
+        trainer: Trainer,
         pattern: tuple[TargetPattern, Sequence[int]] | None = None,
     ) -> None:
         self._pattern = pattern
@@ -176,6 +179,7 @@ class Chooser:
         self._schedule = schedule
         self._choose = choose
         self._first = first
+        self._trainer = trainer
         self._last: tuple[Any, ...] | None = None
         self._asks_24 = any(question.in_features_dim is not None for question in questions)
 
@@ -205,6 +209,9 @@ class Chooser:
                 for question, weight in zip(self._questions, weights, strict=True)
             )
         runtime = self._choose(standings, args)
+        if training:
+            with lock:
+                self._note_training(weights, standings, runtime)
         self._last = None if runtime.fixed_sizes else (tuple(map(ref, weights)), WeightRecord.changes, now, runtime)
         return runtime
 
@@ -220,11 +227,20 @@ class Chooser:
 
     def _standing(self, question: Question, weight: Tensor, sparse: bool, training: bool) -> Standing:
         record = record_of(weight)
+        trainer = self._trainer if training and weight.requires_grad else None
         if question.target is not None:
-            follow(record, question.target, self._schedule, training=training and weight.requires_grad)
+            follow(record, question.target, self._schedule, training=trainer is not None)
             if record.unbaked:
                 bake(weight, record)
-        return standing_of(record, sparse=sparse)
+        return standing_of(record, sparse=sparse, trainer=trainer)
+
+    def _note_training(self, weights: Sequence[Tensor], standings: Sequence[Standing], runtime: Runtime) -> None:
+        """An evaluation in another graph computes with each weight as what trains it does: pruned, or dense."""
+        for question, weight, standing in zip(self._questions, weights, standings, strict=True):
+            if weight.requires_grad:
+                in_dense_phase = standing is Standing.DENSE and question.target is not None
+                pruned = in_dense_phase or question.position in runtime.pruned
+                record_of(weight).train_by(self._trainer, pruned=pruned)
 
 
 def follow(record: WeightRecord, target: OperandLayout, schedule: Schedule | None, *, training: bool) -> None:
@@ -235,10 +251,18 @@ def follow(record: WeightRecord, target: OperandLayout, schedule: Schedule | Non
         record.follow(schedule)
 
 
-def standing_of(record: WeightRecord, *, sparse: bool) -> Standing:
-    """Args: sparse: whether the weight is frozen and 2:4 itself."""
+def standing_of(record: WeightRecord, *, sparse: bool, trainer: Trainer | None) -> Standing:
+    """How a weight stands.
+
+    Args:
+        sparse: whether it is frozen and 2:4 itself.
+        trainer: the options that train it in this call; None in an evaluation, which computes what training did,
+            whatever part the weight plays in its graph.
+    """
     if not record.phase.prunes:
         return Standing.DENSE
     if record.pruned:
-        return Standing.PRUNED
-    return Standing.SPARSE if sparse else Standing.FRESH
+        return Standing.PRUNED if trainer in (None, record.pruned_by) else Standing.RESUMED
+    if sparse:
+        return Standing.SPARSE
+    return Standing.TRAINED_DENSE if trainer is None and record.trained_dense else Standing.FRESH
