@@ -29,7 +29,5 @@ def apply_schedule(
             rejections.append(plan.site.reject(Reason.DENSE_PHASE, why, advice))
         else:
             dense, shadow_projection = plan.recipe.unpruned(), plan.recipe.projection
-            scheduled.append(
-                replace(plan, recipe=dense, advice=why, shadow_projection=shadow_projection)
-            )
+            scheduled.append(replace(plan, recipe=dense, advice=why, shadow_projection=shadow_projection))
     return scheduled, rejections

@@ -29,7 +29,7 @@ from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.keep_one_copy import keep_one_copy
 from sparse_compile.passes.keep_rotary_tables import keep_rotary_tables
 from sparse_compile.passes.live_modules import LiveModules
-from sparse_compile.passes.module_names import ModuleNames
+from sparse_compile.passes.module_names import ModuleNames, name_of_parameter
 from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.passes.replay import noting, read_plan
 from sparse_compile.passes.rewrite import rewrite, seed_devices
@@ -111,8 +111,10 @@ def sste(
         leave_gradients()
     pattern = None
     if chosen.targets not in TARGETS:
-        pattern = TargetPattern(chosen.targets, decisions.names, decisions.paths), decisions.positions
-    return Chooser(decisions.questions, chosen.schedule, variants.of_call, first, decisions.trainer, pattern)
+        pattern = TargetPattern(chosen.targets, decisions.names, decisions.linears, name_of_parameter)
+    return Chooser(
+        decisions.questions, chosen.schedule, variants.of_call, first, decisions.trainer, decisions.dense_reads, pattern
+    )
 
 
 def _run_on_sites(

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from functools import cache
 from threading import RLock
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from sparse_compile.passes.report_rows import planned_row, rejected_row
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
 from sparse_compile.reporting.model import GraphReport
 from sparse_compile.reporting.process_report import record
-from sparse_compile.runtime import Question, Runtime, follow, standing_of
+from sparse_compile.runtime import DenseRead, Question, Runtime, follow, standing_of
 from sparse_compile.torch_internals.dynamo import forget_examples, trace_artifact
 from sparse_compile.torch_internals.fake import fake_inputs
 from sparse_compile.torch_internals.graph import (
@@ -40,6 +41,7 @@ from sparse_compile.weights.record import OperandLayout, Trainer
 from sparse_compile.weights.registry import record_of
 from sparse_compile.weights.slot import WeightSlot
 from sparse_compile.weights.standing import Standing
+from sparse_compile.weights.target_pattern import NamedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -96,14 +98,31 @@ class Decisions:
         )
 
     @property
+    def dense_reads(self) -> list[DenseRead]:
+        """Of products that stay dense however their weights are found."""
+        places = {node: at for at, node in enumerate(self.graph_module.graph.find_nodes(op="placeholder"))}
+        return [
+            DenseRead(
+                position=places[weight], product=f"{rejection.name}: {rejection.reason.value}: {rejection.detail}"
+            )
+            for rejection in self.found.rejections
+            for weight in (rejection.weights if rejection.site is None else (rejection.site.weight,))
+            if weight in places
+        ]
+
+    @property
     def names(self) -> list[str]:
         """Of the graph's linears."""
         return [site.name for site in self.sites] + [rejection.name for rejection in self.found.rejections]
 
     @property
-    def paths(self) -> list[str]:
-        """By which the traced function reaches the linears' weights: a pattern may name them so, too."""
-        return [site.path for site in self.sites]
+    def linears(self) -> list[NamedLinear]:
+        """Those that a pattern may name: by the model, and as the traced function reaches their weights."""
+        weights = [real_parameter(site.weight) for site in self.sites]
+        return [
+            NamedLinear(position, site.name, site.path, None if weight is None else ref(weight))
+            for position, site, weight in zip(self.positions, self.sites, weights, strict=True)
+        ]
 
     def outcomes(self, standings: tuple[Standing, ...]) -> list[Plan | Rejection]:
         """Of each linear, the weights of the questions standing so.
@@ -146,7 +165,7 @@ class Decisions:
         known = record_of(weight)
         trainer = self.trainer if torch.is_grad_enabled() and weight.requires_grad else None
         if question.target is not None:
-            follow(known, question.target, self._options.schedule, training=trainer is not None)
+            follow(known, question.target, self._options.schedule, trainer)
         # What must be written into a weight waits for the call.
         if known.unbaked:
             return Standing.DENSE
