@@ -110,6 +110,7 @@ def _refused(
         detail=detail,
         advice=advice,
         node=node,
+        weights=frozenset(origin.weights) if len(operands) == 1 else frozenset(),
         flops=flops,
     )
 

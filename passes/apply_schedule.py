@@ -11,12 +11,12 @@ from sparse_compile.passes.sites import Reason, Rejection
 
 
 def apply_schedule(
-    plans: Sequence[Plan], when: object, is_pruned_now: Callable[[Plan], bool]
+    plans: Sequence[Plan], why: str, is_pruned_now: Callable[[Plan], bool]
 ) -> tuple[list[Plan], list[Rejection]]:
     """The plans, in dense FP8 where the weight is not pruned now, and a rejection where there is none.
 
     Args:
-        when: the dense phases, for the report.
+        why: it is dense, for the report.
         is_pruned_now: asked of plans that prune.
     """
     scheduled: list[Plan] = []
@@ -26,10 +26,8 @@ def apply_schedule(
             scheduled.append(plan)
         elif plan.recipe.is_bf16:
             advice = "'sste.warmup' and 'sste.tail' set when it is pruned"
-            rejections.append(plan.site.reject(Reason.DENSE_PHASE, f"{when}, by its schedule", advice))
+            rejections.append(plan.site.reject(Reason.DENSE_PHASE, why, advice))
         else:
             dense, shadow_projection = plan.recipe.unpruned(), plan.recipe.projection
-            scheduled.append(
-                replace(plan, recipe=dense, advice=f"{when}, by its schedule", shadow_projection=shadow_projection)
-            )
+            scheduled.append(replace(plan, recipe=dense, advice=why, shadow_projection=shadow_projection))
     return scheduled, rejections

@@ -55,6 +55,7 @@ def decide(
     head: Recipe | None = None,
     is_pruned: Callable[[Parameter], bool] = lambda _: False,
     is_24: Callable[[Parameter, int], bool] = lambda *_: False,
+    goes_on: bool = True,
 ) -> tuple[list[Plan], list[Rejection]]:
     """A plan or a rejection for each site.
 
@@ -66,6 +67,7 @@ def decide(
         is_pruned: whether a weight has been pruned in training: then it goes on, frozen or not.
         is_24: whether a frozen weight that was not is 2:4 along a dimension, that of in_features: then pruning changes
             nothing, and it is treated as if it were trained.
+        goes_on: whether what was trained pruned is so whatever part it plays in this graph.
 
     Raises:
         ValueError: a linear that the glob names can't be rewritten.
@@ -75,11 +77,12 @@ def decide(
     for site in sites:
         named = targets not in TARGETS and any(fnmatchcase(name, targets) for name in (site.name, site.path))
         pruned = (parameter := real_parameter(site.weight)) is not None and is_pruned(parameter)
-        refusal = _cannot(site, owners, pruned, is_24) or (None if named else _should_not(site, owners, head))
+        wanted = named or (pruned and goes_on and recipe.projection.prunes)
+        refusal = _cannot(site, owners, pruned, is_24) or (None if wanted else _should_not(site, owners, head))
         if refusal is None:
             is_head = _is_head(site, owners)
             everywhere = targets == "all" and not is_head
-            targeted = named or everywhere or site.role in TARGETS.get(targets, ())
+            targeted = wanted or everywhere or site.role in TARGETS.get(targets, ())
             chosen = recipe if targeted else (is_head and head) or recipe.unpruned()
             if is_head:
                 chosen = chosen.for_head()

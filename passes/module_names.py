@@ -2,6 +2,7 @@
 
 from functools import cached_property
 
+from torch import Tensor
 from torch.fx import Node
 from torch.nn import Module
 
@@ -30,9 +31,14 @@ class ModuleNames:
         module holds it is the way by which the traced function reaches it.
         """
         parameter = real_parameter(placeholder)
-        root = None if parameter is None else self._live.root_of(parameter)
+        found = None if parameter is None else self.of_parameter(parameter)
+        return parameter_name(placeholder) if found is None else found
+
+    def of_parameter(self, parameter: Tensor) -> str | None:
+        """The same; None of a parameter that no module holds."""
+        root = self._live.root_of(parameter)
         if root is None:
-            return parameter_name(placeholder)
+            return None
         if id(root) not in self._names:
             self._names[id(root)] = self._names_within(root)
         return self._names[id(root)][id(parameter)].removesuffix(".weight")
@@ -74,3 +80,8 @@ def _is_wrapper(module: Module, name: str) -> bool:
     if name in _WRAPPED or is_compiled_wrapper(module):
         return True
     return name == "module" and type(module).__module__.startswith(_PARALLEL)
+
+
+def name_of_parameter(parameter: Tensor) -> str | None:
+    """The name of ``ModuleNames``, of the modules that are alive now; None of a parameter that none holds."""
+    return ModuleNames(LiveModules()).of_parameter(parameter)

@@ -45,6 +45,7 @@ class Rejection:
     advice: str  # what the user can do about it
     node: Node
     site: "LinearSite | None" = None
+    weights: frozenset[Node] = frozenset()  # placeholders of the parameters that are multiplied, where no site tells
     # Of a step, where no site tells; None where PyTorch's counter does not know the operation.
     flops: int | None = None
     # Predicted microseconds of its products in a step, where they were measured.

@@ -29,7 +29,7 @@ from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.keep_one_copy import keep_one_copy
 from sparse_compile.passes.keep_rotary_tables import keep_rotary_tables
 from sparse_compile.passes.live_modules import LiveModules
-from sparse_compile.passes.module_names import ModuleNames
+from sparse_compile.passes.module_names import ModuleNames, name_of_parameter
 from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.passes.replay import noting, read_plan
 from sparse_compile.passes.rewrite import rewrite, seed_devices
@@ -111,8 +111,10 @@ def sste(
         leave_gradients()
     pattern = None
     if chosen.targets not in TARGETS:
-        pattern = TargetPattern(chosen.targets, decisions.names, decisions.paths), decisions.positions
-    return Chooser(decisions.questions, chosen.schedule, variants.of_call, first, pattern)
+        pattern = TargetPattern(chosen.targets, decisions.names, decisions.linears, name_of_parameter)
+    return Chooser(
+        decisions.questions, chosen.schedule, variants.of_call, first, decisions.trainer, decisions.dense_reads, pattern
+    )
 
 
 def _run_on_sites(
@@ -157,7 +159,8 @@ def _decide(
         options.targets,
         owners,
         head=options.head,
-        is_pruned=lambda _: standing is Standing.PRUNED,
+        is_pruned=lambda _: standing in (Standing.PRUNED, Standing.RESUMED),
+        goes_on=standing is Standing.PRUNED,
         is_24=lambda *_: standing is Standing.SPARSE,
     )
 
@@ -169,9 +172,13 @@ def _leave_without_kernels(plans: Sequence[Plan], options: Options) -> tuple[Seq
 def _apply_schedule(
     plans: Sequence[Plan], rejections: Sequence[Rejection], standing: Standing, options: Options
 ) -> tuple[Sequence[Plan], Sequence[Rejection]]:
-    if standing is not Standing.DENSE:
+    if standing is Standing.DENSE:
+        why = f"{options.schedule or 'dense now'}, by its schedule"
+    elif standing is Standing.TRAINED_DENSE:
+        why = "trained dense, by another graph of these options"
+    else:
         return plans, rejections
-    plans, dense_now = apply_schedule(plans, options.schedule or "dense now", lambda _: False)
+    plans, dense_now = apply_schedule(plans, why, lambda _: False)
     return plans, (*rejections, *dense_now)
 
 

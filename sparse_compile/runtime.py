@@ -16,8 +16,8 @@ from sparse_compile.measuring.weight_health import watch
 from sparse_compile.reporting.model import GraphReport
 from sparse_compile.torch_internals.fake import FakeTensor
 from sparse_compile.weights.operands import are_sparse, current_operands, layout_of, operand_set, restore_operands
-from sparse_compile.weights.record import OperandLayout, OperandSet, WeightRecord
-from sparse_compile.weights.registry import bake, lock, record_of
+from sparse_compile.weights.record import OperandLayout, OperandSet, Phase, Trainer, WeightRecord
+from sparse_compile.weights.registry import bake, find_record, lock, record_of
 from sparse_compile.weights.schedule import Schedule
 from sparse_compile.weights.slot import WeightSlot
 from sparse_compile.weights.standing import Standing
@@ -49,6 +49,7 @@ class Runtime:
         self._slots = tuple(slots)
         self._seeds = [SeedSource(device) for device in seed_devices]
         self._layouts = [layout_of(slot) for slot in slots]
+        self.pruned = frozenset(slot.position for slot in slots if slot.projection.prunes)  # positions of weights
         self._fakes = tuple(fakes)  # of seeds and operands
         self._report = report
         self._baseline = baseline
@@ -145,7 +146,7 @@ class Question:
     """A weight of which it depends what its linear is compiled to: asked at each call.
 
     Attributes:
-        target: how it is pruned outside of dense phases; None if it never is.
+        target: how it is pruned outside of dense phases; None if the options do not ask for it in this graph.
         in_features_dim: along which it may be 2:4 itself, where that is asked; else None.
     """
 
@@ -154,13 +155,27 @@ class Question:
     in_features_dim: int | None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseRead:
+    """A product that stays dense, whatever its weight is.
+
+    Attributes:
+        product: its name, and why.
+    """
+
+    position: int  # of the weight among the graph's inputs
+    product: str
+
+
 class Chooser:
     """Chooses, by the weights that a call is given, which variant of its graph runs.
 
     Args:
         choose: the variant for how the weights of the questions stand, compiled if it is none of those that are.
         first: the variant that was compiled when dynamo traced the graph.
-        pattern: of names of linears that are targets, where the user gave one, and where the linears' weights are.
+        trainer: which options train the weights of this graph.
+        dense_reads: products that would compute another function than training did with a weight that it pruned.
+        pattern: of names of linears that are targets, where the user gave one.
     """
 
     def __init__(
@@ -169,13 +184,17 @@ class Chooser:
         schedule: Schedule | None,
         choose: Callable[[tuple[Standing, ...], tuple[Any, ...]], Runtime],
         first: Runtime,
-        pattern: tuple[TargetPattern, Sequence[int]] | None = None,
+        trainer: Trainer,
+        dense_reads: Sequence[DenseRead] = (),
+        pattern: TargetPattern | None = None,
     ) -> None:
         self._pattern = pattern
         self._questions = tuple(questions)
         self._schedule = schedule
         self._choose = choose
         self._first = first
+        self._trainer = trainer
+        self._dense_reads = tuple(dense_reads)
         self._last: tuple[Any, ...] | None = None
         self._asks_24 = any(question.in_features_dim is not None for question in questions)
 
@@ -183,13 +202,11 @@ class Chooser:
         if _is_fake(args):
             return self._first(*args)
         if self._pattern is not None and torch.is_grad_enabled():
-            # Once: the error comes with the first step.
-            (pattern, positions), self._pattern = self._pattern, None
-            pattern.ran(args[position] for position in positions)
+            self._pattern.ran(args)
         return self._variant(args)(*args)
 
     def _variant(self, args: tuple[Any, ...]) -> Runtime:
-        if not self._questions:
+        if not self._questions and not self._dense_reads:
             return self._first
         weights = [args[question.position] for question in self._questions]
         now = (torch.is_grad_enabled(), self._sparse(weights))
@@ -199,12 +216,19 @@ class Chooser:
             if same and changes == WeightRecord.changes and before == now:
                 return cast(Runtime, runtime)
         training, sparse = now
+        if self._pattern is not None and training:
+            self._pattern.check(args)
+        if not training:
+            self._refuse_dense_reads(args)
         with lock:
             standings = tuple(
                 self._standing(question, weight, question.position in sparse, training)
                 for question, weight in zip(self._questions, weights, strict=True)
             )
         runtime = self._choose(standings, args)
+        if training:
+            with lock:
+                self._note_training(weights, standings, runtime)
         self._last = None if runtime.fixed_sizes else (tuple(map(ref, weights)), WeightRecord.changes, now, runtime)
         return runtime
 
@@ -220,25 +244,73 @@ class Chooser:
 
     def _standing(self, question: Question, weight: Tensor, sparse: bool, training: bool) -> Standing:
         record = record_of(weight)
+        trainer = self._trainer if training and weight.requires_grad else None
         if question.target is not None:
-            follow(record, question.target, self._schedule, training=training and weight.requires_grad)
+            follow(record, question.target, self._schedule, trainer)
             if record.unbaked:
                 bake(weight, record)
-        return standing_of(record, sparse=sparse)
+        return standing_of(record, sparse=sparse, trainer=trainer)
+
+    def _refuse_dense_reads(self, args: tuple[Any, ...]) -> None:
+        for read in self._dense_reads:
+            record = find_record(args[read.position])
+            if record is not None and record.phase is Phase.PRUNED:
+                raise ValueError(
+                    f"a weight that was trained pruned is multiplied densely here ({read.product}), which would "
+                    "compute another function than training did. Multiply it in the form in which it was trained, or "
+                    "evaluate a finalized copy of the model: sparse_compile.finalize writes into weights what they "
+                    "compute with"
+                )
+
+    def _note_training(self, weights: Sequence[Tensor], standings: Sequence[Standing], runtime: Runtime) -> None:
+        """An evaluation in another graph computes with each weight as what trains it does: pruned, or dense."""
+        for question, weight, standing in zip(self._questions, weights, standings, strict=True):
+            if weight.requires_grad:
+                in_dense_phase = standing is Standing.DENSE and question.target is not None
+                pruned = in_dense_phase or question.position in runtime.pruned
+                record_of(weight).train_by(self._trainer, pruned=pruned)
 
 
-def follow(record: WeightRecord, target: OperandLayout, schedule: Schedule | None, *, training: bool) -> None:
-    """What trains a weight says which schedule it follows; an evaluation only where nothing has."""
+def follow(record: WeightRecord, target: OperandLayout, schedule: Schedule | None, trainer: Trainer | None) -> None:
+    """What trains a weight says which schedule it follows; an evaluation only where nothing has.
+
+    Args:
+        trainer: None in an evaluation.
+
+    Raises:
+        ValueError: two graphs of the same options prune it along different dimensions.
+    """
+    training = trainer is not None
+    if training and record.pruned_by == trainer and record.target is not None:
+        before, projection = record.target, target.projection
+        if (
+            before.projection is projection
+            and before.transposed != target.transposed
+            and not projection.prunes_both_ways
+        ):
+            raise ValueError(
+                "a weight is multiplied as it is in one compiled graph and transposed in another, so each would prune "
+                "it along another dimension. Compile both parts as one, where such a weight stays dense, name targets "
+                "without it in 'sste.targets', or set 'sste.recipe': 's-ste-transposable', which prunes along both"
+            )
     if record.target is None or training:
         record.target = target
     if training or record.schedule is None:
         record.follow(schedule)
 
 
-def standing_of(record: WeightRecord, *, sparse: bool) -> Standing:
-    """Args: sparse: whether the weight is frozen and 2:4 itself."""
+def standing_of(record: WeightRecord, *, sparse: bool, trainer: Trainer | None) -> Standing:
+    """How a weight stands.
+
+    Args:
+        sparse: whether it is frozen and 2:4 itself.
+        trainer: the options that train it in this call; None in an evaluation, which computes what training did,
+            whatever part the weight plays in its graph.
+    """
     if not record.phase.prunes:
         return Standing.DENSE
     if record.pruned:
-        return Standing.PRUNED
-    return Standing.SPARSE if sparse else Standing.FRESH
+        return Standing.PRUNED if trainer in (None, record.pruned_by) else Standing.RESUMED
+    if sparse:
+        return Standing.SPARSE
+    return Standing.TRAINED_DENSE if trainer is None and record.trained_dense else Standing.FRESH

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from functools import cache
 from threading import RLock
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from sparse_compile.passes.report_rows import planned_row, rejected_row
 from sparse_compile.passes.sites import LinearSite, Reason, Rejection
 from sparse_compile.reporting.model import GraphReport
 from sparse_compile.reporting.process_report import record
-from sparse_compile.runtime import Question, Runtime, follow, standing_of
+from sparse_compile.runtime import DenseRead, Question, Runtime, follow, standing_of
 from sparse_compile.torch_internals.dynamo import forget_examples, trace_artifact
 from sparse_compile.torch_internals.fake import fake_inputs
 from sparse_compile.torch_internals.graph import (
@@ -36,10 +37,11 @@ from sparse_compile.torch_internals.graph import (
     with_checkpoint_bodies,
 )
 from sparse_compile.weights.operands import are_sparse
-from sparse_compile.weights.record import OperandLayout
+from sparse_compile.weights.record import OperandLayout, Trainer
 from sparse_compile.weights.registry import record_of
 from sparse_compile.weights.slot import WeightSlot
 from sparse_compile.weights.standing import Standing
+from sparse_compile.weights.target_pattern import NamedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ class Decisions:
         choose: Callable[[Sequence[Plan], Standing], Decided],
     ) -> None:
         self._options = options
+        self.trainer: Trainer = (options.recipe.full_name, options.targets)
         self.graph_module, self.found, self.sites = graph_module, found, found.sites
         self._choose = choose
         self._decided = {
@@ -95,14 +98,31 @@ class Decisions:
         )
 
     @property
+    def dense_reads(self) -> list[DenseRead]:
+        """Of products that stay dense however their weights are found."""
+        places = {node: at for at, node in enumerate(self.graph_module.graph.find_nodes(op="placeholder"))}
+        return [
+            DenseRead(
+                position=places[weight], product=f"{rejection.name}: {rejection.reason.value}: {rejection.detail}"
+            )
+            for rejection in self.found.rejections
+            for weight in (rejection.weights if rejection.site is None else (rejection.site.weight,))
+            if weight in places
+        ]
+
+    @property
     def names(self) -> list[str]:
         """Of the graph's linears."""
         return [site.name for site in self.sites] + [rejection.name for rejection in self.found.rejections]
 
     @property
-    def paths(self) -> list[str]:
-        """By which the traced function reaches the linears' weights: a pattern may name them so, too."""
-        return [site.path for site in self.sites]
+    def linears(self) -> list[NamedLinear]:
+        """Those that a pattern may name: by the model, and as the traced function reaches their weights."""
+        weights = [real_parameter(site.weight) for site in self.sites]
+        return [
+            NamedLinear(position, site.name, site.path, None if weight is None else ref(weight))
+            for position, site, weight in zip(self.positions, self.sites, weights, strict=True)
+        ]
 
     def outcomes(self, standings: tuple[Standing, ...]) -> list[Plan | Rejection]:
         """Of each linear, the weights of the questions standing so.
@@ -110,14 +130,17 @@ class Decisions:
         Raises:
             ValueError: a linear that the user named can't be rewritten.
         """
-        found: list[Plan | Rejection] = []
+        alike: dict[Standing, list[int]] = {}
         for index in range(len(self.sites)):
             standing = standings[self._asked[index]] if index in self._asked else Standing.FRESH
-            outcome = self._outcomes(standing)[index]
-            if isinstance(outcome, ValueError):
-                raise outcome
-            found.append(outcome)
-        return found
+            alike.setdefault(standing, []).append(index)
+        found: dict[int, Plan | Rejection] = {}
+        for standing, indices in alike.items():
+            for index, outcome in zip(indices, self._outcomes(standing, tuple(indices)), strict=True):
+                if isinstance(outcome, ValueError):
+                    raise outcome
+                found[index] = outcome
+        return [found[index] for index in range(len(self.sites))]
 
     def _depends(self, index: int) -> bool:
         """Whether it matters how the weight is found: not for one that is trainable, and never pruned."""
@@ -125,7 +148,7 @@ class Decisions:
         return len({_kind(outcome) for outcome in decided}) > 1 or any(map(_prunes, decided))
 
     def _question(self, index: int, position: int) -> Question:
-        site, pruned = self.sites[index], self._decided[Standing.PRUNED][index]
+        site, pruned = self.sites[index], self._decided[Standing.RESUMED][index]
         target = None
         if isinstance(pruned, Plan) and _prunes(pruned):
             device = example_value(site.weight).device
@@ -140,18 +163,19 @@ class Decisions:
         if weight is None:
             return Standing.FRESH
         known = record_of(weight)
+        trainer = self.trainer if torch.is_grad_enabled() and weight.requires_grad else None
         if question.target is not None:
-            training = torch.is_grad_enabled() and weight.requires_grad
-            follow(known, question.target, self._options.schedule, training=training)
+            follow(known, question.target, self._options.schedule, trainer)
         # What must be written into a weight waits for the call.
         if known.unbaked:
             return Standing.DENSE
         dim = question.in_features_dim
-        return standing_of(known, sparse=dim is not None and are_sparse([weight], [known], [dim])[0])
+        sparse = dim is not None and are_sparse([weight], [known], [dim])[0]
+        return standing_of(known, sparse=sparse, trainer=trainer)
 
-    def _outcomes_of(self, standing: Standing) -> list[Outcome]:
-        """With the phase of the schedule, and what is faster."""
-        outcomes = self._decided[standing]
+    def _outcomes_of(self, standing: Standing, indices: tuple[int, ...]) -> list[Outcome]:
+        """Of the linears whose weights stand so, with the phase of the schedule, and what is faster."""
+        outcomes = [self._decided[standing][index] for index in indices]
         return _placed(outcomes, self._choose([outcome for outcome in outcomes if isinstance(outcome, Plan)], standing))
 
 

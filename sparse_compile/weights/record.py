@@ -71,6 +71,9 @@ class Beta:
         return self.value if isinstance(self.value, tuple) else (self.value,)
 
 
+# The options that train a weight: the arithmetic of their recipe, and their targets.
+Trainer = tuple[str, str]
+
 # What shows that a weight changed: the last step of the optimizer that owns it, its version and its address.
 WeightVersion = tuple[int | None, int, int]
 STALE: WeightVersion = (-1, -1, -1)  # that no weight has
@@ -154,13 +157,17 @@ class WeightRecord:
         layout: the one of the last call that recorded gradients; None before.
         unbaked: whether it is to be dense from now on and was trained pruned: beta * S(W) must be written into it.
         unverified: whether its scale comes from a checkpoint, and the weight has not been looked at since.
+        trained_by: the options of the last call that recorded gradients; None before.
+        pruned_by: those that last trained it pruned; of a checkpoint nothing says it.
+        trained_dense: whether calls recorded gradients, and none with it pruned.
         loaded: whether it goes on from what a checkpoint held of it: that is saved again, though no call uses it.
     """
 
     __slots__ = (
         "__weakref__", "_on_devices", "beta", "decay", "glimpse_24", "is_24", "layout", "loaded", "loaded_masks",
-        "operands", "phase", "prior_steps", "provisional", "provisional_glimpse", "refit_due", "schedule", "shards",
-        "stepped_to", "steps", "target", "trained_set", "trained_with", "unbaked", "unverified",
+        "operands", "phase", "prior_steps", "provisional", "provisional_glimpse", "pruned_by", "refit_due", "schedule",
+        "shards", "stepped_to", "steps", "target", "trained_by", "trained_dense", "trained_set", "trained_with",
+        "unbaked", "unverified",
     )  # fmt: skip
 
     # Of all records, how often one changed what linears compute with: what was decided by them is decided anew then.
@@ -188,6 +195,9 @@ class WeightRecord:
         self.stepped_to: tuple[int, int] | None = None  # the weight's version and address after its last step
         # How a gradient passed since the last step.
         self.trained_with: tuple[OperandLayout, Beta | None] | None = None
+        self.trained_by: Trainer | None = None
+        self.pruned_by: Trainer | None = None
+        self.trained_dense = False
         self.is_24 = False
         self.glimpse_24: Glimpse | None = None
         self._on_devices: dict[tuple[Scale, torch.device], Tensor] = {}
@@ -285,6 +295,13 @@ class WeightRecord:
             kept.used = False
         self._keep_to_schedule()
 
+    def train_by(self, trainer: Trainer, *, pruned: bool) -> None:
+        """A call that records gradients computes with the weight, pruned outside of dense phases or not."""
+        self.trained_by = trainer
+        if pruned:
+            self.pruned_by = trainer
+        self.trained_dense = self.pruned_by is None
+
     def _train(self, layout: OperandLayout, beta: Beta | None) -> None:
         if layout.projection.prunes:
             if self.phase.prunes:
@@ -294,9 +311,9 @@ class WeightRecord:
                 WeightRecord.changes += 1
             elif self.beta is None and beta is not None:
                 self.adopt(beta.value, beta.source)
-        elif self.pruned:
-            # Another recipe trains it dense, from the weight as it is.
-            self.beta = None
+        elif self.pruned and self.pruned_by != self.trained_by:
+            # Other options train it dense, from the weight as it is.
+            self.beta, self.pruned_by, self.trained_dense = None, None, True
             self._enter(Phase.FRESH)
         self.provisional = self.provisional_glimpse = None
 
@@ -323,6 +340,7 @@ class WeightRecord:
         """Go on from a checkpoint."""
         self.loaded, self.loaded_masks = False, masks
         self.steps, self.trained_with, self.unbaked = steps, None, False
+        self.pruned_by, self.trained_dense = None, False
         self.stepped_to = None
         self.beta = self.provisional = self.provisional_glimpse = None
         if not pruned:

@@ -1,0 +1,208 @@
+"""A weight is computed with as it was trained, whatever part it plays in another graph."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sparse_compile
+from ffn_training import EAGER, compiled, states
+from sparse_compile.weights.registry import find_record
+
+
+class Net(nn.Module):
+    """An FFN; what it returns besides, and where its graph ends, is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x, labels=None, features=False, breaks=False, penalty=False):
+        hidden = self.up(x)
+        if features:
+            return hidden
+        if breaks:
+            torch._dynamo.graph_break()
+        logits = self.down(F.gelu(hidden))
+        if labels is not None:
+            return logits, F.cross_entropy(logits, labels)
+        return (logits, self.up.weight.abs().sum()) if penalty else logits
+
+
+TOKENS = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(32)
+
+
+def logits(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def loss(output):
+    if isinstance(output, tuple) and output[1].ndim == 0:
+        return output[1] + output[0].square().mean()
+    return logits(output).square().mean()
+
+
+def trained(run, model, steps=3, **how):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(steps):
+        loss(run(TOKENS, **how)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def distance(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(
+    ("training", "evaluation"),
+    [
+        ({"labels": LABELS}, {}),
+        ({}, {"labels": LABELS}),
+        ({"breaks": True}, {}),
+        ({}, {"breaks": True}),
+        ({"penalty": True}, {}),
+        ({}, {"penalty": True}),
+    ],
+    ids=str,
+)
+def test_an_evaluation_computes_what_training_did(training, evaluation):
+    model = Net()
+    run = compiled(model)
+    trained(run, model, **training)
+    expected = logits(run(TOKENS, **training)).detach()
+    with torch.no_grad():
+        assert distance(logits(run(TOKENS, **evaluation)), expected) < 0.1
+
+
+def test_the_features_of_a_pruned_ffn_are_of_its_pruned_weight():
+    model = Net()
+    run = compiled(model)
+    trained(run, model)
+    with torch.no_grad():
+        features = run(TOKENS, features=True)
+        assert distance(features, F.linear(TOKENS, pruned_up(model), model.up.bias)) < 0.1
+        assert distance(features, model.up(TOKENS)) > 0.3
+
+
+def pruned_up(model):
+    finalized = Net()
+    finalized.load_state_dict(model.state_dict())
+    finalized.up.weight.data = sparse_compile.kernels.reference.soft_threshold24(model.up.weight.data)
+    return finalized.up.weight * sparse_compile.beta(model)["up.weight"]
+
+
+def test_what_one_graph_trains_pruned_another_of_the_same_options_does_too():
+    """Else it would be dense after a step of the other, and get a new scale in each."""
+    model = Net()
+    run = compiled(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scales = []
+    for _ in range(4):
+        (run(TOKENS).square().mean() + run(TOKENS, features=True).square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scales.append(sparse_compile.beta(model)["up.weight"])
+    assert len(set(scales)) == 1
+    assert find_record(model.up.weight).pruned
+
+
+def test_other_options_begin_anew():
+    """Attention projections that were targets, and are none of the next run: these train them dense."""
+    model = Net()
+    trained(compiled(model), model)
+    assert find_record(model.down.weight).pruned
+    torch.compiler.reset()
+    run = compiled(model, EAGER | {"sste.targets": "ffn-up"})
+    trained(run, model)
+    assert not find_record(model.down.weight).pruned
+    assert find_record(model.up.weight).pruned
+    with torch.no_grad():
+        expected = model.down(F.gelu(run(TOKENS, features=True)))
+        assert distance(run(TOKENS), expected) < 0.1
+
+
+def test_a_resumed_run_goes_on_pruned_in_whatever_graph_comes_first():
+    model, resumed = Net(), Net()
+    state = trained(compiled(model), model).state_dict()
+    resumed.load_state_dict(model.state_dict())
+    optimizer = torch.optim.SGD(resumed.parameters(), lr=0.1, momentum=0.9)
+    optimizer.load_state_dict(state)
+    run = compiled(resumed)
+    with torch.no_grad():
+        features = run(TOKENS, features=True)
+        assert distance(features, F.linear(TOKENS, pruned_up(model), model.up.bias)) < 0.1
+    for _ in range(2):
+        (run(TOKENS, features=True).square().mean() + run(TOKENS).square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert find_record(resumed.up.weight).pruned
+
+
+def test_a_part_of_a_pruned_weight_is_refused_in_an_evaluation():
+    model = nn.MultiheadAttention(64, 4, batch_first=True)
+    run = compiled(lambda query, x: model(query, x, x, need_weights=False)[0], EAGER | {"sste.targets": "all"})
+    x = torch.randn(2, 16, 64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run(x, x).square().mean().backward()
+    optimizer.step()
+    assert any("in_proj" in name for name in states(model))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"multiplied densely here .*in_proj_weight.* finalized copy"):
+        run(x[:, -1:], x)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(x)))
+
+
+def blocks(pattern):
+    """Compiled one by one: dynamo traces the first, and another, of which the rest share the graph."""
+    model = nn.Sequential(*(Block() for _ in range(4)))
+    for block in model:
+        block.compile(backend="sste", options=EAGER | {"sste.targets": pattern})
+    return model
+
+
+@pytest.mark.parametrize("pattern", ["1.*", "2.*"])
+def test_a_pattern_that_names_some_of_the_blocks_that_share_a_graph_is_refused(pattern):
+    model = blocks(pattern)
+    with pytest.raises(ValueError, match=r"names one of '1\.\w+' and '2\.\w+', but not the other.* such as 'up'"):
+        model(TOKENS)
+
+
+def test_a_pattern_may_name_what_all_blocks_have_in_common():
+    model = blocks("up")
+    trained(model, model)
+    assert set(sparse_compile.beta(model)) == {f"{number}.up.weight" for number in range(4)}
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def encode(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+    def decode(self, x):
+        return F.gelu(x @ self.down.weight) @ self.up.weight
+
+
+@pytest.mark.parametrize("recipe", ["s-ste", "s-ste-transposable"])
+def test_two_graphs_do_not_prune_a_weight_along_two_dimensions(recipe):
+    model = Tied()
+    encode, decode = (compiled(part, EAGER | {"sste.recipe": recipe}) for part in (model.encode, model.decode))
+    if recipe == "s-ste":
+        with pytest.raises(Exception, match="transposed in another"):
+            decode(encode(TOKENS))
+    else:
+        decode(encode(TOKENS)).square().mean().backward()
+        assert model.up.weight.grad is not None
