@@ -150,3 +150,61 @@ def test_weights_loaded_after_an_evaluation_start_clean(ffn):
     with torch.no_grad():
         assert torch.equal(run(x), compiled(fresh)(x))
     assert sparse_compile.beta(warm) == {"up.weight": 1.0, "down.weight": 1.0}
+
+
+def into_a_buffer(run, x):
+    out = torch.zeros(32, 64)
+    run(x, out)
+    return out
+
+
+def into_a_part_of_a_buffer(run, x):
+    out = torch.zeros(64, 64)
+    run(x, out[32:])
+    return out[32:] * 1.0
+
+
+def read_through_what_was_written_to(run, x):
+    out = torch.zeros(64, 64)
+    run(x, out[32:])
+    return out
+
+
+def written_to_what_was_returned(run, x):
+    return run(x).add_(1.0)
+
+
+@pytest.mark.parametrize(
+    "call", [into_a_buffer, into_a_part_of_a_buffer, read_through_what_was_written_to, written_to_what_was_returned]
+)
+def test_a_gradient_is_seen_whichever_way_it_comes(call, ffn):
+    """A weight is trained pruned if a gradient passed, not if it passed what was returned."""
+
+    class Net(ffn):
+        def forward(self, x, out=None):
+            y = super().forward(x)
+            if out is None:
+                return y.view(4, 8, 64)
+            out.copy_(y)
+            return None
+
+    model, x = Net(), torch.randn(32, 64)
+    run, optimizer = compiled(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.no_grad():
+        call(run, x)
+    for _ in range(2):
+        call(run, x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert {entry["sste_pruned"] for entry in optimizer.state_dict()["state"].values() if entry} == {1}
+
+
+def test_what_a_gradient_comes_through_is_not_what_was_handed_in(ffn):
+    """Of an input that is not written to, gradients say nothing of the weights."""
+    model, x = ffn(), torch.randn(32, 64, requires_grad=True)
+    run, optimizer = compiled(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    before = x * 2.0
+    run(before)
+    before.sum().backward()
+    optimizer.step()
+    assert {entry["sste_pruned"] for entry in optimizer.state_dict()["state"].values() if entry} == {0}
