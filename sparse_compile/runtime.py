@@ -19,7 +19,7 @@ from sparse_compile.torch_internals.fake import FakeTensor
 from sparse_compile.torch_internals.tensors import whole
 from sparse_compile.weights.operands import are_sparse, current_operands, layout_of, operand_set, restore_operands
 from sparse_compile.weights.record import OperandLayout, OperandSet, WeightRecord
-from sparse_compile.weights.registry import bake, lock, record_of
+from sparse_compile.weights.registry import lock, record_of
 from sparse_compile.weights.schedule import Schedule
 from sparse_compile.weights.slot import WeightSlot
 from sparse_compile.weights.standing import Standing
@@ -233,8 +233,6 @@ class Chooser:
         record = record_of(weight)
         if question.target is not None:
             follow(record, question.target, self._schedule, training=training and weight.requires_grad)
-            if record.unbaked:
-                bake(weight, record)
         return standing_of(record, sparse=sparse)
 
 

@@ -143,9 +143,6 @@ class Decisions:
         if question.target is not None:
             training = torch.is_grad_enabled() and weight.requires_grad
             follow(known, question.target, self._options.schedule, training=training)
-        # What must be written into a weight waits for the call.
-        if known.unbaked:
-            return Standing.DENSE
         dim = question.in_features_dim
         return standing_of(known, sparse=dim is not None and are_sparse([weight], [known], [dim])[0])
 

@@ -14,6 +14,7 @@ import sparse_compile
 from sparse_compile.kernels import reference
 from sparse_compile.options import read_options
 from sparse_compile.weights.optimizer_state import PRUNED
+from sparse_compile.weights.pattern_24 import is_24
 from sparse_compile.weights.schedule import Schedule
 
 clean_slate = shared_graphs.kept
@@ -205,6 +206,52 @@ def test_a_shorter_run_writes_the_weights_when_it_goes_on(recipe):
         else reference.soft_threshold24(weight) * beta["up.weight"]
     )
     assert torch.equal(resumed.up.weight, kept)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_an_evaluation_writes_no_weight():
+    """Nor any other call: only the step that ends the pruned phase does, of a shorter run the first one that it makes."""
+    model = FFN()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(compiled(model, "s-ste", tail=1, total_steps=100), optimizer, range(3))
+    checkpoint = saved(model, optimizer)
+    resumed = FFN()
+    optimizer = torch.optim.SGD(resumed.parameters(), lr=0.1)
+    resumed.load_state_dict(checkpoint[0])
+    optimizer.load_state_dict(checkpoint[1])
+    step, x = compiled(resumed, "s-ste", tail=3, total_steps=5), torch.randn(16, 64)
+    expected = compiled(model, "s-ste")(x).detach()
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            assert torch.allclose(step(x), expected), "pruned as it was trained"
+        assert torch.equal(resumed.up.weight, model.up.weight)
+    train(step, optimizer, range(3, 4))
+    assert is_24(resumed.up.weight, 1)
+    assert not is_24(model.up.weight, 1)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("schedule", [{"warmup": 2}, {"warmup": 2, "tail": 1, "total_steps": 5}], ids=str)
+def test_a_copy_that_was_told_its_scales_has_its_warm_up_behind_it(schedule):
+    """An average, or a run whose optimizer saves nothing of ours: neither has steps of its own."""
+    model, x = FFN(), torch.randn(16, 64)
+    run = compiled(model, "s-ste", **schedule)
+    train(run, torch.optim.AdamW(model.parameters(), lr=1e-2), range(3))
+    betas = sparse_compile.beta(model)
+    assert set(betas) == {"up.weight", "down.weight"}
+    resumed = copy.deepcopy(model)
+    sparse_compile.set_beta(resumed, betas)
+    step, optimizer = compiled(resumed, "s-ste", **schedule), torch.optim.AdamW(resumed.parameters(), lr=1e-2)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            assert torch.allclose(step(x), run(x))
+        assert torch.equal(resumed.up.weight, model.up.weight)
+    for number in range(3):
+        train(step, optimizer, [number])
+        assert sparse_compile.beta(resumed) == betas, f"pruned in step {number}"
+    train(step, optimizer, [3])
+    assert sparse_compile.beta(resumed) == ({} if "tail" in schedule else betas), "its end comes"
+    assert is_24(resumed.up.weight, 1) == ("tail" in schedule)
 
 
 @pytest.mark.usefixtures("uncompiled")

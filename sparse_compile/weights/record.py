@@ -5,7 +5,7 @@ Transitions are methods, and an illegal one raises::
     FRESH ──trained──▶ PRUNED ──finalize──▶ FINALIZED ──trained──▶ PRUNED
       ▲                  │ ▲
       │ schedule         │ └─ told its scale, or loaded: from every phase
-      ▼                  ▼ schedule, when beta * S(W) is written into the weight (baked)
+      ▼                  ▼ the schedule's end, when a step writes beta * S(W) into the weight (bakes it)
     WARMUP              TAIL
 """
 
@@ -152,7 +152,7 @@ class WeightRecord:
         prior_steps: how many of these have used the prior.
         target: the layout in which it is pruned, or would be outside of dense phases; None where no call has told.
         layout: the one of the last call that recorded gradients; None before.
-        unbaked: whether it is to be dense from now on and was trained pruned: beta * S(W) must be written into it.
+        unbaked: whether its schedule has ended and it was trained pruned: a step must write beta * S(W) into it.
         unverified: whether its scale comes from a checkpoint, and the weight has not been looked at since.
         loaded: whether it goes on from what a checkpoint held of it: that is saved again, though no call uses it.
     """
@@ -345,11 +345,10 @@ class WeightRecord:
             if not self.phase.prunes:
                 self._enter(Phase.FRESH)
         elif self.phase is Phase.PRUNED:
-            # It is pruned until that is written, in this step, or in the next call: a model may be loaded after its
-            # optimizer.
-            if not self.unbaked:
-                self.unbaked = True
-                WeightRecord.changes += 1
+            # Its warm-up is behind it, though a copy, or what was resumed without its steps, counts from 0.  At the end
+            # it is pruned until that is written, in this step, or in the next one: calls write no weights.
+            assert self.schedule is not None
+            self.unbaked = self.schedule.ends_by(self.steps)
         else:
             self._go_dense()
 
