@@ -302,6 +302,49 @@ def test_without_fp8_dense_phases_have_none():
 
 
 @pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("resumed", [False, True], ids=["continued", "resumed"])
+def test_a_block_that_joins_later_is_in_the_phase_of_its_optimizer(resumed):
+    """Progressive depth: the other blocks have made steps, and dense ones come at the end for all."""
+    schedule = {"tail": 2, "total_steps": 6}
+
+    def start():
+        blocks = nn.ModuleList((FFN(), FFN()))
+        runs = [compiled(block, "s-ste", **schedule) for block in blocks]
+        return blocks, runs, torch.optim.AdamW(blocks.parameters(), lr=1e-2)
+
+    blocks, runs, optimizer = start()
+    train(runs[0], optimizer, range(3))
+    if resumed:
+        checkpoint = saved(blocks, optimizer)
+        blocks, runs, optimizer = start()
+        with torch.no_grad():
+            runs[1](torch.randn(16, 64))
+        blocks.load_state_dict(checkpoint[0])
+        optimizer.load_state_dict(checkpoint[1])
+    train(lambda x: runs[1](runs[0](x)), optimizer, range(3, 4))
+    assert is_24(blocks[0].up.weight, 1)
+    assert is_24(blocks[1].up.weight, 1), "the pruned phase ends for both"
+    train(lambda x: runs[1](runs[0](x)), optimizer, range(4, 6))
+    assert sparse_compile.beta(blocks) == {}
+    steps = [entry["sste_steps"] for entry in optimizer.state_dict()["state"].values() if "sste_steps" in entry]
+    assert steps == [6] * 4
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_steps_before_the_first_call_count():
+    """Of an optimizer that another model begins with; a warm-up may be over when the weight is first read."""
+    first, second, x = nn.Linear(64, 64), FFN(), torch.randn(16, 64)
+    optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
+    train(first, optimizer, range(2))
+    train(compiled(second, "s-ste", warmup=2), optimizer, range(2, 3))
+    assert set(sparse_compile.beta(second)) == {"up.weight", "down.weight"}
+    # A checkpoint without anything of ours is a new beginning.
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": {}})
+    compiled(second, "s-ste", warmup=2)(x)
+    assert sparse_compile.beta(second) == {}
+
+
+@pytest.mark.usefixtures("uncompiled")
 def test_both_models_of_a_class_have_phases_of_their_own():
     first, second = FFN(), FFN()
     runs = []

@@ -166,13 +166,13 @@ class WeightRecord:
     # Of all records, how often one changed what linears compute with: what was decided by them is decided anew then.
     changes: ClassVar[int] = 0
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int = 0) -> None:
         self.phase = Phase.FRESH
         self.beta: Beta | None = None
         self.provisional: Beta | None = None
         self.provisional_glimpse: Glimpse | None = None
         self.schedule: Schedule | None = None
-        self.steps = 0
+        self.steps = steps
         self.prior_steps = 0
         self.refit_due = False
         self.shards: ref[Tensor] | None = None  # weak: what a dictionary with weak keys holds must not hold the key
