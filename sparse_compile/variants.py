@@ -236,7 +236,12 @@ class Variants:
         now = self._decisions.standings_now
         if self._origin["dynamic"] and self._follows_schedule:
             dense = Standing.DENSE in now
-            other = tuple(Standing.PRUNED if dense else Standing.DENSE for _ in now)
+            phase = Standing.PRUNED if dense else Standing.DENSE
+            # What has no target follows no schedule.
+            other = tuple(
+                standing if question.target is None else phase
+                for standing, question in zip(now, self._decisions.questions, strict=True)
+            )
             kinds, outcomes = self._outcomes(other)
             self._variants[kinds] = self._compile(kinds, outcomes, inputs)
         kinds, outcomes = self._outcomes(now)

@@ -208,3 +208,51 @@ def test_what_a_gradient_comes_through_is_not_what_was_handed_in(ffn):
     before.sum().backward()
     optimizer.step()
     assert {entry["sste_pruned"] for entry in optimizer.state_dict()["state"].values() if entry} == {0}
+
+
+@pytest.mark.parametrize("recipe", ["s-ste", "fp8"])
+def test_a_weight_that_is_written_to_before_it_is_read(recipe, ffn):
+    """It is multiplied as it is then, or not at all: trained dense it is not FP8, trained pruned it is an error."""
+
+    class Net(ffn):
+        clips = False
+
+        def forward(self, x):
+            if self.clips:
+                with torch.no_grad():
+                    self.up.weight.mul_(0.5)
+            return super().forward(x)
+
+    fresh, model, x = Net(), Net(), torch.randn(32, 64)
+    fresh.down.requires_grad_(False)  # dense
+    train(compiled(model), torch.optim.SGD(model.parameters(), lr=0.1))
+    fresh.clips = model.clips = True
+    twice = fresh.up.weight.detach() * 0.5, model.up.weight.detach() * 0.5
+    with torch.no_grad():
+        y = compiled(fresh, recipe=recipe)(x)
+        assert torch.equal(fresh.up.weight, twice[0])
+        assert distance(y, ffn.forward(fresh, x)) < 0.01
+        run = compiled(model, recipe=recipe)
+        if recipe == "s-ste":
+            with pytest.raises(Exception, match="'up' was trained pruned, and mul_ writes to its weight"):
+                run(x)
+        else:
+            assert distance(run(x), ffn.forward(model, x)) < 0.1
+            assert torch.equal(model.up.weight, twice[1])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_weight_that_is_written_to_follows_no_schedule(dynamic, ffn):
+    """It is dense, and no error, in the warm-up of the others and after it."""
+
+    class Net(ffn):
+        def forward(self, x):
+            with torch.no_grad():
+                self.up.weight.clamp_(-0.1, 0.1)
+            return super().forward(x)
+
+    model = Net()
+    options = EAGER | {"sste.warmup": 1}
+    run = torch.compile(model, backend="sste", dynamic=dynamic, options=options)
+    train(run, torch.optim.SGD(model.parameters(), lr=0.1), 3)
+    assert set(sparse_compile.beta(model)) == {"down.weight"}

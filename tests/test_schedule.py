@@ -210,7 +210,7 @@ def test_a_shorter_run_writes_the_weights_when_it_goes_on(recipe):
 
 @pytest.mark.usefixtures("uncompiled")
 def test_an_evaluation_writes_no_weight():
-    """Nor any other call: only the step that ends the pruned phase does, of a shorter run the first one that it makes."""
+    """Nor any other call: only the step that ends the pruned phase does; of a shorter run, its first one."""
     model = FFN()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train(compiled(model, "s-ste", tail=1, total_steps=100), optimizer, range(3))
