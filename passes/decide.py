@@ -70,7 +70,8 @@ def decide(
         goes_on: whether what was trained pruned is so whatever part it plays in this graph.
 
     Raises:
-        ValueError: a linear that the glob names can't be rewritten.
+        ValueError: a linear that the glob names can't be rewritten, or a weight that has been pruned in training is
+            written to before the linear reads it.
     """
     plans: list[Plan] = []
     rejections: list[Rejection] = []
@@ -100,6 +101,16 @@ def decide(
             could_be_sparse = recipe.projection.prunes and not targeted
             advice = f"dense FP8; for 2:4, which costs loss, {_names(site, targets)}" if could_be_sparse else ""
             stays_pruned = pruned and chosen.projection.prunes
+            if site.writers and not stays_pruned:
+                rejections.append(_written_to(site))
+                continue
+            if site.writers:
+                raise ValueError(
+                    f"{site.name!r} was trained pruned, and {', '.join(site.writers)} writes to its weight in the "
+                    "compiled function, before the linear reads it. Weights are pruned before it runs, "
+                    "so the linear would compute with it as it was. Write to weights outside of what is compiled, for "
+                    "instance after optimizer.step(), or in a function under torch.compiler.disable."
+                )
             plans.append(Plan(site=site, recipe=chosen, named=named, pruned=stays_pruned, advice=advice))
         elif named:
             raise ValueError(
@@ -169,6 +180,8 @@ def _cannot(
     # What was trained pruned goes on so, whoever else reads it by now.
     if pruned:
         return None
+    if site.writers:
+        return _written_to(site)
     untie = "give each use its own parameter, if the model allows"
     if site.other_uses:
         return site.reject(Reason.TIED, f"{', '.join(site.other_uses)} of this graph reads it as well", untie)
@@ -177,6 +190,12 @@ def _cannot(
     if len(holders) > 1 or embedded:
         return site.reject(Reason.TIED, f"held by {', '.join(holders)}", untie)
     return None
+
+
+def _written_to(site: LinearSite) -> Rejection:
+    """Operands are made of a weight as it is before the graph runs."""
+    detail = f"{', '.join(site.writers)} of this graph writes to it, before the linear reads it"
+    return site.reject(Reason.TIED, detail, "write to it outside of what is compiled")
 
 
 def _describe(value: Any) -> str:

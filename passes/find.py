@@ -66,6 +66,7 @@ def find(flow: Flow, whole: GraphModule | None = None, name_of: Callable[[Node],
             path=parameter_name(linear.weight),
             role=roles[node],
             other_uses=other_uses(linear),
+            writers=tuple(target_name(writer) for writer in flow.writers(node, linear.pattern.matrix)),
             has_backward=flow.has_backward(node),
             forwards=flow.forwards(node),
         )
@@ -131,7 +132,8 @@ def _other_uses(flow: Flow, linears: Mapping[Node, _Linear]) -> Callable[[_Linea
             if node in seen:
                 continue
             seen.add(node)
-            if node not in linears and node.op != "output" and flow.matrix(node)[0] is weight:
+            handed_on = node not in linears and node.op != "output" and flow.matrix(node)[0] is weight
+            if handed_on and not flow.effect(node).written:
                 pending.extend(flow.users(node))
             else:
                 readers.setdefault(weight, []).append(node)

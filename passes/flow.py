@@ -66,6 +66,7 @@ class Flow:
         self._results: dict[Node, Any] = {}  # of checkpointed calls: what their bodies return
         self._memory: dict[Node, Node] = {}  # the first node whose memory a node shares
         self._writers: dict[Node, list[Node]] = {}  # by that node
+        self._read: dict[Node, tuple[Node, ...]] = {}  # the inputs that a node reads
         self._origins: dict[Node, Origin] = {}
         result = self._follow(Region(graph_module=graph_module, calls=(), handed={}))
         self.returned = frozenset(_nodes(_flat(result)))  # by the top graph
@@ -174,19 +175,42 @@ class Flow:
         """The parameter that a matrix is, through transpositions, copies and casts; whether it is its transpose.
 
         None where it is not a parameter: computed, a part of one, cast to what cannot hold it, or cut off gradients.
+        What is written to a parameter in place does not make it another one: see ``writers``.
         """
         transposed = False
         while isinstance(node, Node):
             node = self.outer(node)
             if node.op == "placeholder":
                 return (node, transposed) if isinstance(self._value(node), Parameter) else (None, False)
-            effect = self.effect(node)
-            sources = self._sources.get(node, ())
-            if effect.layout is Layout.OTHER or len(sources) != 1 or effect.written:
+            effect, step = self.effect(node), self._step(node)
+            if step is None or (effect.layout is Layout.OTHER and not effect.written):
                 return None, False
             transposed ^= effect.layout is Layout.TRANSPOSED
-            (node,) = sources
+            node = step
         return None, False
+
+    def writers(self, node: Node, matrix: Any) -> tuple[Node, ...]:
+        """What wrote to a parameter, or to the copy of it that a matrix is, before a node reads the matrix."""
+        found: dict[Node, None] = {}
+        reader, read = node, matrix
+        while isinstance(read, Node):
+            writers = self._writers.get(self._memory.get(read, read), ())
+            found.update((writer, None) for writer in writers if writer in self._sources[reader])
+            reader = self.outer(read)
+            if reader.op != "placeholder" and self.effect(reader).written:
+                found[reader] = None
+            read = self._step(reader)
+        return tuple(found)
+
+    def _step(self, node: Node) -> Node | None:
+        """The one input that a node hands on, as it is or, of a parameter, written to; None of several."""
+        if self.effect(node).written:
+            memory = self._memory.get(node)
+            same = [given for given in node.all_input_nodes if self._memory.get(given, given) is memory]
+            parameter = memory is not None and isinstance(self._value(memory), Parameter)
+            return same[0] if parameter and _shape(self._value(same[0])) == _shape(self._value(node)) else None
+        sources = self._read.get(node, self._sources.get(node, ()))
+        return sources[0] if len(sources) == 1 else None
 
     def _value(self, node: Node) -> Any:
         node = self.outer(node)
@@ -225,11 +249,10 @@ class Flow:
         shared = [self._memory.get(inputs[position], inputs[position]) for position in sorted(effect.aliased)]
         if shared:
             self._memory[node] = shared[0]
-        read: dict[Node, None] = {}
-        for position in sorted(effect.sources):
-            read[inputs[position]] = None
-            first = self._memory.get(inputs[position], inputs[position])
-            read.update(dict.fromkeys(self._writers.get(first, ())))
+        self._read[node] = tuple(dict.fromkeys(inputs[position] for position in sorted(effect.sources)))
+        read = dict.fromkeys(self._read[node])
+        for source in self._read[node]:
+            read.update(dict.fromkeys(self._writers.get(self._memory.get(source, source), ())))
         for position in effect.written:
             self._writers.setdefault(self._memory.get(inputs[position], inputs[position]), []).append(node)
         return tuple(read)

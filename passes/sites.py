@@ -72,6 +72,7 @@ class LinearSite:
     other_uses: tuple[str, ...]  # what reads the weight besides linears that read it in the same way
     has_backward: bool  # whether a gradient can come to it
     forwards: int  # how often fprop runs in a step: once more in backward where a checkpointed region needs its result
+    writers: tuple[str, ...] = ()  # what writes to the weight in the same graph, before the linear reads it
 
     @property
     def experts(self) -> int | None:

@@ -1,12 +1,13 @@
 """RUN: what dynamo calls instead of the traced graph."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from sparse_compile.linear.seed import SeedSource
 from sparse_compile.measuring.baseline import Baseline, measure
@@ -15,9 +16,10 @@ from sparse_compile.measuring.eager_fallbacks import watch_fallbacks
 from sparse_compile.measuring.weight_health import watch
 from sparse_compile.reporting.model import GraphReport
 from sparse_compile.torch_internals.fake import FakeTensor
+from sparse_compile.torch_internals.tensors import whole
 from sparse_compile.weights.operands import are_sparse, current_operands, layout_of, operand_set, restore_operands
 from sparse_compile.weights.record import OperandLayout, OperandSet, Phase, Trainer, WeightRecord
-from sparse_compile.weights.registry import bake, find_record, lock, record_of
+from sparse_compile.weights.registry import find_record, lock, record_of
 from sparse_compile.weights.schedule import Schedule
 from sparse_compile.weights.slot import WeightSlot
 from sparse_compile.weights.standing import Standing
@@ -74,15 +76,21 @@ class Runtime:
         inputs = [*(source.draw() for source in self._seeds), *current_operands(weights, self._slots, records, sets)]
         if self._baseline is not None and not capturing():
             self._measure(self._baseline, args, inputs)
+        before_backward = self._before_backward(weights, records, sets) if torch.is_grad_enabled() else None
+        if before_backward is None:
+            return self._compiled(*args, *inputs)
+        earlier = _backward_nodes(args)
         outputs = self._compiled(*args, *inputs)
-        if torch.is_grad_enabled():
-            self._prepare_backward(outputs, weights, records, sets)
+        # A gradient comes through what the graph returns, and through inputs that it has written to.
+        results = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        for node in _backward_nodes((*results, *args)) - earlier:
+            node.register_prehook(torch.compiler.disable(before_backward))
         return outputs
 
-    def _prepare_backward(
-        self, outputs: Any, weights: list[Tensor], records: list[WeightRecord], sets: list[OperandSet]
-    ) -> None:
-        """Let a backward say that it has passed, where that changes what a weight is, and find its operands.
+    def _before_backward(
+        self, weights: list[Tensor], records: list[WeightRecord], sets: list[OperandSet]
+    ) -> Callable[[Any], None] | None:
+        """Lets a backward say that it has passed, where that changes what a weight is, and find its operands.
 
         FSDP2 may free what it gathered, and the operands with it: backward reads those that forward did.  Its own
         hooks, which gather the weights for backward, are on the outputs of modules, and so run before.
@@ -97,7 +105,7 @@ class Runtime:
             self._settled_at = -1 if passing else WeightRecord.changes
         gathered = self._met_gathered and any(operands.shards is not None for operands in sets)
         if not passing and not gathered:
-            return
+            return None
 
         def before_backward(_: Any) -> None:
             for record, layout, beta in passing:
@@ -105,10 +113,7 @@ class Runtime:
             if gathered:
                 restore_operands(weights, self._slots, records, sets)
 
-        results = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-        nodes = {result.grad_fn for result in results if isinstance(result, Tensor) and result.grad_fn is not None}
-        for node in nodes:
-            node.register_prehook(torch.compiler.disable(before_backward))
+        return before_backward
 
     def _measure(self, baseline: Baseline, args: tuple[Any, ...], inputs: list[Tensor]) -> None:
         """Once."""
@@ -135,6 +140,12 @@ class Runtime:
         for listener in on_weight:
             listener(slot, weight, operands)
         return record, operands
+
+
+def _backward_nodes(values: Iterable[Any]) -> set[Node]:
+    """What the gradients of values pass in backward; those of all views of a tensor pass that of the tensor."""
+    wholes = (whole(value) for value in values if isinstance(value, Tensor))
+    return {tensor.grad_fn for tensor in wholes if tensor.grad_fn is not None}
 
 
 def _is_fake(args: tuple[Any, ...]) -> bool:
@@ -247,8 +258,6 @@ class Chooser:
         trainer = self._trainer if training and weight.requires_grad else None
         if question.target is not None:
             follow(record, question.target, self._schedule, trainer)
-            if record.unbaked:
-                bake(weight, record)
         return standing_of(record, sparse=sparse, trainer=trainer)
 
     def _refuse_dense_reads(self, args: tuple[Any, ...]) -> None:

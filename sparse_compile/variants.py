@@ -166,9 +166,6 @@ class Decisions:
         trainer = self.trainer if torch.is_grad_enabled() and weight.requires_grad else None
         if question.target is not None:
             follow(known, question.target, self._options.schedule, trainer)
-        # What must be written into a weight waits for the call.
-        if known.unbaked:
-            return Standing.DENSE
         dim = question.in_features_dim
         sparse = dim is not None and are_sparse([weight], [known], [dim])[0]
         return standing_of(known, sparse=sparse, trainer=trainer)
@@ -263,7 +260,12 @@ class Variants:
         now = self._decisions.standings_now
         if self._origin["dynamic"] and self._follows_schedule:
             dense = Standing.DENSE in now
-            other = tuple(Standing.PRUNED if dense else Standing.DENSE for _ in now)
+            phase = Standing.PRUNED if dense else Standing.DENSE
+            # What has no target follows no schedule.
+            other = tuple(
+                standing if question.target is None else phase
+                for standing, question in zip(now, self._decisions.questions, strict=True)
+            )
             kinds, outcomes = self._outcomes(other)
             self._variants[kinds] = self._compile(kinds, outcomes, inputs)
         kinds, outcomes = self._outcomes(now)

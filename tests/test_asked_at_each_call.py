@@ -150,3 +150,109 @@ def test_weights_loaded_after_an_evaluation_start_clean(ffn):
     with torch.no_grad():
         assert torch.equal(run(x), compiled(fresh)(x))
     assert sparse_compile.beta(warm) == {"up.weight": 1.0, "down.weight": 1.0}
+
+
+def into_a_buffer(run, x):
+    out = torch.zeros(32, 64)
+    run(x, out)
+    return out
+
+
+def into_a_part_of_a_buffer(run, x):
+    out = torch.zeros(64, 64)
+    run(x, out[32:])
+    return out[32:] * 1.0
+
+
+def read_through_what_was_written_to(run, x):
+    out = torch.zeros(64, 64)
+    run(x, out[32:])
+    return out
+
+
+def written_to_what_was_returned(run, x):
+    return run(x).add_(1.0)
+
+
+@pytest.mark.parametrize(
+    "call", [into_a_buffer, into_a_part_of_a_buffer, read_through_what_was_written_to, written_to_what_was_returned]
+)
+def test_a_gradient_is_seen_whichever_way_it_comes(call, ffn):
+    """A weight is trained pruned if a gradient passed, not if it passed what was returned."""
+
+    class Net(ffn):
+        def forward(self, x, out=None):
+            y = super().forward(x)
+            if out is None:
+                return y.view(4, 8, 64)
+            out.copy_(y)
+            return None
+
+    model, x = Net(), torch.randn(32, 64)
+    run, optimizer = compiled(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.no_grad():
+        call(run, x)
+    for _ in range(2):
+        call(run, x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert {entry["sste_pruned"] for entry in optimizer.state_dict()["state"].values() if entry} == {1}
+
+
+def test_what_a_gradient_comes_through_is_not_what_was_handed_in(ffn):
+    """Of an input that is not written to, gradients say nothing of the weights."""
+    model, x = ffn(), torch.randn(32, 64, requires_grad=True)
+    run, optimizer = compiled(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    before = x * 2.0
+    run(before)
+    before.sum().backward()
+    optimizer.step()
+    assert {entry["sste_pruned"] for entry in optimizer.state_dict()["state"].values() if entry} == {0}
+
+
+@pytest.mark.parametrize("recipe", ["s-ste", "fp8"])
+def test_a_weight_that_is_written_to_before_it_is_read(recipe, ffn):
+    """It is multiplied as it is then, or not at all: trained dense it is not FP8, trained pruned it is an error."""
+
+    class Net(ffn):
+        clips = False
+
+        def forward(self, x):
+            if self.clips:
+                with torch.no_grad():
+                    self.up.weight.mul_(0.5)
+            return super().forward(x)
+
+    fresh, model, x = Net(), Net(), torch.randn(32, 64)
+    fresh.down.requires_grad_(False)  # dense
+    train(compiled(model), torch.optim.SGD(model.parameters(), lr=0.1))
+    fresh.clips = model.clips = True
+    twice = fresh.up.weight.detach() * 0.5, model.up.weight.detach() * 0.5
+    with torch.no_grad():
+        y = compiled(fresh, recipe=recipe)(x)
+        assert torch.equal(fresh.up.weight, twice[0])
+        assert distance(y, ffn.forward(fresh, x)) < 0.01
+        run = compiled(model, recipe=recipe)
+        if recipe == "s-ste":
+            with pytest.raises(Exception, match="'up' was trained pruned, and mul_ writes to its weight"):
+                run(x)
+        else:
+            assert distance(run(x), ffn.forward(model, x)) < 0.1
+            assert torch.equal(model.up.weight, twice[1])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_weight_that_is_written_to_follows_no_schedule(dynamic, ffn):
+    """It is dense, and no error, in the warm-up of the others and after it."""
+
+    class Net(ffn):
+        def forward(self, x):
+            with torch.no_grad():
+                self.up.weight.clamp_(-0.1, 0.1)
+            return super().forward(x)
+
+    model = Net()
+    options = EAGER | {"sste.warmup": 1}
+    run = torch.compile(model, backend="sste", dynamic=dynamic, options=options)
+    train(run, torch.optim.SGD(model.parameters(), lr=0.1), 3)
+    assert set(sparse_compile.beta(model)) == {"down.weight"}

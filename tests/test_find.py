@@ -299,6 +299,27 @@ def test_what_else_reads_a_weight_is_named(trace):
     assert [site.other_uses for site in sites] == [("sum",)]
 
 
+@pytest.mark.parametrize(
+    ("function", "writers"),
+    [
+        (lambda m, x: (m.w.mul_(0.5), F.linear(x, m.w))[1], ("mul_",)),
+        (lambda m, x: F.linear(x, m.w.mul_(0.5)), ("mul_",)),
+        (lambda m, x: (m.w.data.clamp_(-1, 1), x @ m.w.t())[1], ("clamp_",)),
+        (lambda m, x: (m.w[:8].zero_(), F.linear(x, m.w.double().float()))[1], ("zero_",)),
+        (lambda m, x: (m.w.copy_(m.wt.t()), F.linear(x, m.w))[1], ("copy_",)),
+        (lambda m, x: (m.w.mul_(0.5), checkpoint(lambda y: F.linear(y, m.w), x, use_reentrant=False))[1], ("mul_",)),
+        (lambda m, x: checkpoint(lambda y: (m.w.mul_(0.5), F.linear(y, m.w))[1], x, use_reentrant=False), ("mul_",)),
+        (lambda m, x: (F.linear(x, m.w), m.w.mul_(0.5))[0], ()),
+        (lambda m, x: (m.wt.mul_(0.5), x.mul_(2.0), F.linear(x, m.w))[2], ()),
+    ],
+    ids=["first", "handed on", "data", "a part", "replaced", "around", "inside", "afterwards", "another"],
+)
+def test_what_writes_to_a_weight_before_it_is_read_is_named(trace, function, writers):
+    with torch.no_grad():
+        sites, _ = found(trace(Weights(function), torch.randn(2, 3, 80)))
+    assert [site.writers for site in sites] == [writers]
+
+
 def test_the_transpose_of_a_weight_is_another_use(trace):
     """An autoencoder with tied weights: pruned along in_features of one is not along those of the other."""
     w = nn.Parameter(torch.randn(64, 128))

@@ -15,6 +15,7 @@ from sparse_compile.kernels import reference
 from sparse_compile.options import read_options
 from sparse_compile.weights import skipped_steps
 from sparse_compile.weights.optimizer_state import PRUNED
+from sparse_compile.weights.pattern_24 import is_24
 from sparse_compile.weights.record import Phase
 from sparse_compile.weights.registry import find_record
 from sparse_compile.weights.schedule import Schedule
@@ -265,6 +266,52 @@ def test_a_shorter_run_writes_the_weights_when_it_goes_on(recipe):
 
 
 @pytest.mark.usefixtures("uncompiled")
+def test_an_evaluation_writes_no_weight():
+    """Nor any other call: only the step that ends the pruned phase does; of a shorter run, its first one."""
+    model = FFN()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(compiled(model, "s-ste", tail=1, total_steps=100), optimizer, range(3))
+    checkpoint = saved(model, optimizer)
+    resumed = FFN()
+    optimizer = torch.optim.SGD(resumed.parameters(), lr=0.1)
+    resumed.load_state_dict(checkpoint[0])
+    optimizer.load_state_dict(checkpoint[1])
+    step, x = compiled(resumed, "s-ste", tail=3, total_steps=5), torch.randn(16, 64)
+    expected = compiled(model, "s-ste")(x).detach()
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            assert torch.allclose(step(x), expected), "pruned as it was trained"
+        assert torch.equal(resumed.up.weight, model.up.weight)
+    train(step, optimizer, range(3, 4))
+    assert is_24(resumed.up.weight, 1)
+    assert not is_24(model.up.weight, 1)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("schedule", [{"warmup": 2}, {"warmup": 2, "tail": 1, "total_steps": 5}], ids=str)
+def test_a_copy_that_was_told_its_scales_has_its_warm_up_behind_it(schedule):
+    """An average, or a run whose optimizer saves nothing of ours: neither has steps of its own."""
+    model, x = FFN(), torch.randn(16, 64)
+    run = compiled(model, "s-ste", **schedule)
+    train(run, torch.optim.AdamW(model.parameters(), lr=1e-2), range(3))
+    betas = sparse_compile.beta(model)
+    assert set(betas) == {"up.weight", "down.weight"}
+    resumed = copy.deepcopy(model)
+    sparse_compile.set_beta(resumed, betas)
+    step, optimizer = compiled(resumed, "s-ste", **schedule), torch.optim.AdamW(resumed.parameters(), lr=1e-2)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            assert torch.allclose(step(x), run(x))
+        assert torch.equal(resumed.up.weight, model.up.weight)
+    for number in range(3):
+        train(step, optimizer, [number])
+        assert sparse_compile.beta(resumed) == betas, f"pruned in step {number}"
+    train(step, optimizer, [3])
+    assert sparse_compile.beta(resumed) == ({} if "tail" in schedule else betas), "its end comes"
+    assert is_24(resumed.up.weight, 1) == ("tail" in schedule)
+
+
+@pytest.mark.usefixtures("uncompiled")
 def test_what_a_dense_tail_has_trained_is_not_finalized():
     """Though a checkpoint of the pruned phase has left its beta with the optimizer."""
     model = FFN()
@@ -309,6 +356,49 @@ def test_without_fp8_dense_phases_have_none():
     assert torch.equal(model.up.weight, reference.hard_threshold24(weight))
     x = torch.randn(16, 64)
     torch.testing.assert_close(step(x), model(x))
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("resumed", [False, True], ids=["continued", "resumed"])
+def test_a_block_that_joins_later_is_in_the_phase_of_its_optimizer(resumed):
+    """Progressive depth: the other blocks have made steps, and dense ones come at the end for all."""
+    schedule = {"tail": 2, "total_steps": 6}
+
+    def start():
+        blocks = nn.ModuleList((FFN(), FFN()))
+        runs = [compiled(block, "s-ste", **schedule) for block in blocks]
+        return blocks, runs, torch.optim.AdamW(blocks.parameters(), lr=1e-2)
+
+    blocks, runs, optimizer = start()
+    train(runs[0], optimizer, range(3))
+    if resumed:
+        checkpoint = saved(blocks, optimizer)
+        blocks, runs, optimizer = start()
+        with torch.no_grad():
+            runs[1](torch.randn(16, 64))
+        blocks.load_state_dict(checkpoint[0])
+        optimizer.load_state_dict(checkpoint[1])
+    train(lambda x: runs[1](runs[0](x)), optimizer, range(3, 4))
+    assert is_24(blocks[0].up.weight, 1)
+    assert is_24(blocks[1].up.weight, 1), "the pruned phase ends for both"
+    train(lambda x: runs[1](runs[0](x)), optimizer, range(4, 6))
+    assert sparse_compile.beta(blocks) == {}
+    steps = [entry["sste_steps"] for entry in optimizer.state_dict()["state"].values() if "sste_steps" in entry]
+    assert steps == [6] * 4
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_steps_before_the_first_call_count():
+    """Of an optimizer that another model begins with; a warm-up may be over when the weight is first read."""
+    first, second, x = nn.Linear(64, 64), FFN(), torch.randn(16, 64)
+    optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
+    train(first, optimizer, range(2))
+    train(compiled(second, "s-ste", warmup=2), optimizer, range(2, 3))
+    assert set(sparse_compile.beta(second)) == {"up.weight", "down.weight"}
+    # A checkpoint without anything of ours is a new beginning.
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": {}})
+    compiled(second, "s-ste", warmup=2)(x)
+    assert sparse_compile.beta(second) == {}
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -5,6 +5,7 @@ from operator import attrgetter
 
 # Module, name.
 PRIVATE_NAMES = (
+    ("torch", "Tensor._base"),
     ("torch", "Tensor._use_count"),
     ("torch", "_TorchCompileInductorWrapper"),
     ("torch", "_fused_sdp_choice"),

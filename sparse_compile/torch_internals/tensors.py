@@ -28,6 +28,11 @@ def unsafe_view(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return cast(torch.Tensor, torch.ops.aten._unsafe_view.default(tensor, shape))
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """What autograd takes the tensor for a view of; any other tensor itself."""
+    return tensor if tensor._base is None else tensor._base
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """The same for tensors that share memory, fake ones too."""
     return int(tensor.untyped_storage()._cdata)

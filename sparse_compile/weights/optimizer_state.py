@@ -10,7 +10,7 @@ entry for every weight or for none: where one weight has numbers, the others hav
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import SGD, Optimizer
@@ -34,6 +34,11 @@ class SavedState:
 
     numbers: Mapping[str, Number]
     masks: tuple[Tensor, int] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Of the optimizer with this weight."""
+        return int(_one(self.numbers.get(STEPS, 0)))
 
     @property
     def lacks_beta(self) -> bool:
@@ -75,23 +80,30 @@ class SavedState:
             value = kept[BETA]
             scale = tuple(value) if isinstance(value, list) else value
             beta = Beta(scale, BetaSource.PRIOR if PRIOR_STEPS in kept else BetaSource.CHECKPOINT)
-        steps, prior_steps = (int(_one(kept.get(name, 0))) for name in (STEPS, PRIOR_STEPS))
-        record.load(steps=steps, pruned=pruned, beta=beta, prior_steps=prior_steps, masks=self.masks)
+        prior_steps = int(_one(kept.get(PRIOR_STEPS, 0)))
+        record.load(steps=self.steps, pruned=pruned, beta=beta, prior_steps=prior_steps, masks=self.masks)
         record.loaded = True
+
+
+class Loaded(NamedTuple):
+    """What an optimizer has loaded of a weight."""
+
+    weight: Tensor
+    saved: SavedState | None
+    keeps_state: bool  # whether the optimizer keeps something of its own of it
 
 
 def connect(
     optimizer: Optimizer,
     saved_of: Callable[[Tensor], SavedState | None],
-    load: Callable[[Tensor, SavedState | None, bool], None],
-    found: Callable[[Tensor, SavedState | None, bool], None],
+    load: Callable[[Optimizer, list[Loaded]], None],
+    found: Callable[[Optimizer, list[Loaded]], None],
 ) -> None:
     """Let every ``state_dict`` of the optimizer hold what is kept of its weights, and what it loads be taken over.
 
     Args:
         saved_of: what is to be saved of a weight.
-        load: called with each weight whose optimizer was loaded, what was saved of the weight, and whether the
-            optimizer keeps something of its own of it.
+        load: called with what the optimizer has loaded of its weights.
         found: the same, now, of what the optimizer holds: it may have been loaded before.
     """
 
@@ -120,15 +132,16 @@ def connect(
         return {**state_dict, "state": state, "param_groups": groups}
 
     def read_loaded(optimizer: Optimizer) -> None:
-        read(optimizer, load)
+        load(optimizer, read(optimizer))
 
-    read(optimizer, found)
+    found(optimizer, read(optimizer))
     optimizer.register_state_dict_post_hook(write)
     optimizer.register_load_state_dict_post_hook(read_loaded)
 
 
-def read(optimizer: Optimizer, load: Callable[[Tensor, SavedState | None, bool], None]) -> None:
+def read(optimizer: Optimizer) -> list[Loaded]:
     """Take what an optimizer has loaded out of it."""
+    loaded = []
     # In the middle of its initialiser it has no groups.
     for group in vars(optimizer).get("param_groups", ()):
         apart = group.pop(GROUP, None) or {}
@@ -142,7 +155,8 @@ def read(optimizer: Optimizer, load: Callable[[Tensor, SavedState | None, bool],
             steps = int(beside.pop(_MASK_STEPS, 0))
             numbers |= {key: _number(value) for key, value in beside.items()}
             saved = SavedState(numbers, None if masks is None else (masks, steps)) if numbers else None
-            load(weight, saved, bool(kept))
+            loaded.append(Loaded(weight, saved, bool(kept)))
+    return loaded
 
 
 def writes_its_own(optimizer: Optimizer) -> bool:

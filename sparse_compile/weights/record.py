@@ -5,7 +5,7 @@ Transitions are methods, and an illegal one raises::
     FRESH ──trained──▶ PRUNED ──finalize──▶ FINALIZED ──trained──▶ PRUNED
       ▲                  │ ▲
       │ schedule         │ └─ told its scale, or loaded: from every phase
-      ▼                  ▼ schedule, when beta * S(W) is written into the weight (baked)
+      ▼                  ▼ the schedule's end, when a step writes beta * S(W) into the weight (bakes it)
     WARMUP              TAIL
 """
 
@@ -157,7 +157,7 @@ class WeightRecord:
         prior_steps: how many of these have used the prior.
         target: the layout in which it is pruned, or would be outside of dense phases; None where no call has told.
         layout: the one of the last call that recorded gradients; None before.
-        unbaked: whether it is to be dense from now on and was trained pruned: beta * S(W) must be written into it.
+        unbaked: whether its schedule has ended and it was trained pruned: a step must write beta * S(W) into it.
         unverified: whether its scale comes from a checkpoint, and the weight has not been looked at since.
         trained_by: the options of the last call that recorded gradients; None before.
         pruned_by: those that last trained it pruned; of a checkpoint nothing says it.
@@ -175,13 +175,13 @@ class WeightRecord:
     # Of all records, how often one changed what linears compute with: what was decided by them is decided anew then.
     changes: ClassVar[int] = 0
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int = 0) -> None:
         self.phase = Phase.FRESH
         self.beta: Beta | None = None
         self.provisional: Beta | None = None
         self.provisional_glimpse: Glimpse | None = None
         self.schedule: Schedule | None = None
-        self.steps = 0
+        self.steps = steps
         self.prior_steps = 0
         # Steps may have been skipped since this count.
         self._unsettled: tuple[SkippedSteps, SkipCount] | None = None
@@ -398,11 +398,10 @@ class WeightRecord:
             if not self.phase.prunes:
                 self._enter(Phase.FRESH)
         elif self.phase is Phase.PRUNED:
-            # It is pruned until that is written, in this step, or in the next call: a model may be loaded after its
-            # optimizer.
-            if not self.unbaked:
-                self.unbaked = True
-                WeightRecord.changes += 1
+            # Its warm-up is behind it, though a copy, or what was resumed without its steps, counts from 0.  At the end
+            # it is pruned until that is written, in this step, or in the next one: calls write no weights.
+            assert self.schedule is not None
+            self.unbaked = self.schedule.ends_by(self.steps)
         else:
             self._go_dense()
 

@@ -13,7 +13,7 @@ from sparse_compile.torch_internals.distributed import first_local, local_tensor
 from sparse_compile.torch_internals.fsdp2 import call_when_freed, sharded_parameter
 from sparse_compile.weights.edit_detection import is_edited
 from sparse_compile.weights.masked_decay import MaskedDecay
-from sparse_compile.weights.optimizer_state import SavedState, connect, read, writes_its_own
+from sparse_compile.weights.optimizer_state import Loaded, SavedState, connect, read, writes_its_own
 from sparse_compile.weights.optimizer_watch import Stage, held_by, watch
 from sparse_compile.weights.projection import write_projected
 from sparse_compile.weights.record import BetaSource, Scale, WeightRecord
@@ -33,8 +33,8 @@ def record_of(weight: Tensor) -> WeightRecord:
     """The record of a weight, made at first use, with what optimizers have loaded of it."""
     record = find_record(weight)
     if record is None:
-        record = _make_record(weight)
         read_unread()
+        record = _make_record(weight)
     return record
 
 
@@ -42,7 +42,9 @@ def _make_record(weight: Tensor) -> WeightRecord:
     owned = owned_by_optimizer(weight)
     record = find_record(owned)
     if record is None:
-        record = _records[owned] = WeightRecord()
+        # One that joins late is where its optimizer is.
+        held = (count for optimizer, count in list(_steps.items()) if any(one is owned for one in held_by(optimizer)))
+        record = _records[owned] = WeightRecord(steps=max(held, default=0))
     if owned is not weight:
         _records[weight] = record
         record.shards = ref(owned)
@@ -79,11 +81,13 @@ def read_unread() -> None:
     if _read_at[0] != watch.count:
         _read_at[0] = watch.count
         for optimizer in list(watch.optimizers):
-            read(optimizer, _unread)
+            read_now(optimizer)
 
 
 def read_now(optimizer: Optimizer) -> None:
-    read(optimizer, _unread)
+    loaded = [one for one in read(optimizer) if one.saved is not None]
+    if loaded:
+        _load(optimizer, loaded)
 
 
 _read_at = [-1]  # steps so far
@@ -103,28 +107,31 @@ def _saved_of(weight: Tensor) -> SavedState | None:
         )
 
 
-def _load(weight: Tensor, saved: SavedState | None, keeps_state: bool) -> None:
+# The outermost steps of each optimizer, in this run and those that it resumes.
+_steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+
+
+def _load(optimizer: Optimizer, loaded: list[Loaded]) -> None:
     """An optimizer was loaded: its weights go on from what was saved with it, and where that is nothing, as fresh."""
     with lock:
-        record = find_record(weight)
-        if saved is not None:
-            saved.to(_make_record(weight) if record is None else record)
-        elif record is not None and (record.beta is None or record.beta.source is not BetaSource.TOLD):
-            record.load(steps=0, pruned=False, beta=None, prior_steps=0, masks=None)
-        _mark_blind(weight, keeps_state and (saved is None or saved.lacks_beta))
+        steps = _steps[optimizer] = max((saved.steps for _, saved, _ in loaded if saved is not None), default=0)
+        for weight, saved, keeps_state in loaded:
+            record = find_record(weight)
+            if saved is not None:
+                saved.to(_make_record(weight) if record is None else record)
+            elif record is not None and (record.beta is None or record.beta.source is not BetaSource.TOLD):
+                record.load(steps=steps, pruned=False, beta=None, prior_steps=0, masks=None)
+            _mark_blind(weight, keeps_state and (saved is None or saved.lacks_beta))
 
 
-def _found(weight: Tensor, saved: SavedState | None, keeps_state: bool) -> None:
+def _found(optimizer: Optimizer, held: list[Loaded]) -> None:
     """What an optimizer holds that was not seen to be loaded."""
-    if saved is not None:
-        _load(weight, saved, keeps_state)
-    elif find_record(weight) is None:
-        _mark_blind(weight, keeps_state)
-
-
-def _unread(weight: Tensor, saved: SavedState | None, keeps_state: bool) -> None:
-    if saved is not None:
-        _load(weight, saved, keeps_state)
+    loaded = [one for one in held if one.saved is not None]
+    if loaded:
+        _load(optimizer, loaded)
+    for weight, saved, keeps_state in held:
+        if saved is None and find_record(weight) is None:
+            _mark_blind(weight, keeps_state)
 
 
 def _mark_blind(weight: Tensor, blind: bool) -> None:
@@ -155,7 +162,7 @@ _heard: WeakSet[Optimizer] = WeakSet()
 
 def _after_step(optimizer: Optimizer, weights: list[Tensor]) -> None:
     with lock:
-        saves = False
+        saves, steps = False, _steps.get(optimizer, 0) + 1
         skipped = add_step(optimizer, _skipped.get(optimizer))
         if skipped is not None:
             _skipped[optimizer] = skipped
@@ -163,11 +170,13 @@ def _after_step(optimizer: Optimizer, weights: list[Tensor]) -> None:
             record = find_record(weight)
             if record is not None:
                 record.step(skipped)
+                steps = max(steps, record.steps)
                 held = local_tensor(weight)
                 record.stepped_to = held._version, held.data_ptr()
                 saves = saves or record.pruned
                 if record.unbaked:
                     bake(weight, record)
+        _steps[optimizer] = steps
     if saves and writes_its_own(optimizer) and optimizer not in _warned:
         _warned.add(optimizer)
         warnings.warn(

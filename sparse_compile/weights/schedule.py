@@ -11,7 +11,10 @@ class Schedule:
     end: int | None  # None: to the end of training
 
     def prunes_at(self, step: int) -> bool:
-        return self.begin <= step and (self.end is None or step < self.end)
+        return self.begin <= step and not self.ends_by(step)
+
+    def ends_by(self, step: int) -> bool:
+        return self.end is not None and step >= self.end
 
     def __str__(self) -> str:
         """The dense phases, for the report."""
