@@ -50,7 +50,9 @@ def read_linear(node: Node) -> LinearPattern | None:
     is_function = node.op == "call_function"
     if is_function and node.target in _LINEAR:
         named = _named(node, "input", "weight", "bias")
-        return LinearPattern(input=named["input"], matrix=named["weight"], bias=named.get("bias"), transposed=False)
+        left, bias = named["input"], named.get("bias")
+        refusal = _adds_column(left, bias)
+        return LinearPattern(input=left, matrix=named["weight"], bias=bias, transposed=False, refusal=refusal)
     if is_function and (node.target in _GROUPED or _op_name(node.target) == _GROUPED_FALLBACK):
         return _grouped(node)
     if node.target in (_MATMUL | _BMM if is_function else {*_MATMUL_METHODS, "bmm"}):
@@ -107,6 +109,14 @@ def _named(node: Node, *names: str) -> dict[str, Any]:
 
 def _writes_out(node: Node) -> str | None:
     return "it writes into an existing tensor (out=)" if node.kwargs.get("out") is not None else None
+
+
+def _adds_column(left: Any, bias: Any) -> str | None:
+    given, added = example_value(left), example_value(bias)
+    if given is None or added is None or given.ndim < 3 or added.ndim != 2 or added.shape[1] != 1:
+        return None
+    # PyTorch takes one row for each token of all, or of a batch, by strides and versions.
+    return f"F.linear adds a column, {tuple(added.shape)}; only a bias that has out_features is a linear's"
 
 
 def _adds_more(node: Node, bias: Any) -> str | None:

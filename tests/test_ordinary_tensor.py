@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import sparse_compile
 from sparse_compile.linear.function import LinearSpec, linear
 from sparse_compile.recipe import FP8, SSTE_BF16, Gemm
 from test_linear import operands_of
@@ -285,6 +286,27 @@ def test_they_behave_as_dense_ones_side_by_side():
         bias, lead = layouts[index % len(layouts)]
         cases[name] = program, torch.randn(*lead, WIDTH), bias, nothing_more
     compare_together(cases)
+
+
+def with_biases_of_other_shapes(linear, x):
+    """All that F.linear broadcasts."""
+    b, rows = linear.bias, torch.linspace(0, 1, x.shape[-2])[:, None]
+    biases = [b, b[None], b * rows, b[:1], b[0], *([b[:1] * rows] if x.ndim == 2 else [(b * rows).expand(2, -1, -1)])]
+    inputs = [x] if x.ndim == 2 else [x, x.transpose(0, 1).contiguous().transpose(0, 1), x[None]]
+    return tuple(F.linear(each, linear.weight, bias) for each in inputs for bias in biases)
+
+
+@pytest.mark.parametrize("lead", [(8,), (2, 4)], ids=str)
+def test_a_bias_of_another_shape_is_an_addition(lead):
+    compare(with_biases_of_other_shapes, torch.randn(*lead, WIDTH))
+    (graph,) = sparse_compile.report().graphs
+    assert graph.rewritten == len(graph.rows)
+
+
+def test_a_bias_of_one_column_may_be_one_of_all_tokens():
+    x = torch.randn(2, 4, WIDTH)
+    compare(lambda linear, x: F.linear(x, linear.weight, linear.bias[:8, None]), x)
+    assert "F.linear adds a column" in sparse_compile.report().rows[0].reason
 
 
 def written_by_the_caller(y, *views):

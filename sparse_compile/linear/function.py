@@ -54,7 +54,7 @@ def linear(
         x: ``[..., K]``; of experts ``[T, K]``, or ``[E, T / E, K]``.
         weight: the parameter, ``[N, K]`` or as ``spec`` says: the edge its gradient flows along.  The product itself
             reads ``operands``.  Of experts, ``[E, N, K]``.
-        bias: ``[N]`` or None; None of experts.
+        bias: ``[N]``, or whatever else F.linear broadcasts, or None; None of experts.
         seed: int64 ``[1]``.  None for recipes without an estimator, and where there will be no backward.
         operands: what is kept of the weight for this recipe: ``Operands`` of its projection.
         offsets: of experts, int32 or int64 ``[E]``, where the tokens of each end in ``x``, which is sorted by them;
@@ -66,12 +66,18 @@ def linear(
         offsets = torch.arange(1, experts + 1, device=x.device) * each
     # Views are made out here, where autograd knows them: what a Function returns may be written in place if it is none.
     tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    bias, added = (bias, None) if bias is None or _is_vector(bias, weight, spec) else (None, bias)
     result: Tensor = _Linear.apply(tokens, weight, bias, seed, offsets, spec, *operands)  # type: ignore[no-untyped-call]
-    if x.ndim == 2:
-        return result
-    # As F.linear does: with a bias its result is a view, without one it is none, which hooks and writes can tell.
-    unflatten = unsafe_view if bias is None else Tensor.view
-    return unflatten(result, (*x.shape[:-1], result.shape[1]))
+    if x.ndim != 2:
+        # As F.linear does: with a bias its result is a view, without one it is none, which hooks and writes can tell.
+        unflatten = unsafe_view if bias is None else Tensor.view
+        result = unflatten(result, (*x.shape[:-1], result.shape[1]))
+    return result if added is None else result + added.to(spec.out_dtype)
+
+
+def _is_vector(bias: Tensor, weight: Tensor, spec: LinearSpec) -> bool:
+    """Whether a bias has one element for each out_feature."""
+    return bias.ndim == 1 and bias.shape[0] == weight.shape[1 if spec.transposed else 0]
 
 
 class _Linear(torch.autograd.Function):
