@@ -6,6 +6,7 @@ from torch import Tensor
 from sparse_compile.kernels import ops, reference
 from sparse_compile.kernels.formats import PAD, grouped_columns, metadata_shape, values_shape
 from sparse_compile.kernels.ops import define, empty
+from sparse_compile.torch_internals.autocast import no_autocast
 
 # Rows of A that a warpgroup of the GEMM multiplies: those of two experts are never in one of its blocks.
 FEATURES_MULTIPLE = 64
@@ -27,14 +28,14 @@ grouped_mm = define(
 def _grouped_mm_kernel(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """PyTorch's kernel takes bf16 alone; the definition reads offsets on the host."""
     if a.dtype != torch.bfloat16:
-        with torch.autocast("cuda", enabled=False):
+        with no_autocast():
             return reference.grouped_mm(a, b, offsets)
     return torch._grouped_mm(a, b, offs=offsets.int())
 
 
 def _grouped_wgrad_mm_kernel(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     if a.dtype != torch.bfloat16:
-        with torch.autocast("cuda", enabled=False):
+        with no_autocast():
             return reference.grouped_wgrad_mm(a, b, offsets)
     return torch._grouped_mm(a.t(), b, offs=offsets.int())
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import metadata_shape, padded, values_shape
+from sparse_compile.torch_internals.autocast import no_autocast
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -106,7 +107,7 @@ def define(
     def emulate(*arguments: Any) -> R:
         _check_contiguous(name, arguments, start=any_strides)
         # Autocast would silently turn the fp32 products of the reference into bf16.
-        with torch.autocast(arguments[0].device.type, enabled=False):
+        with no_autocast():
             return eager(*arguments)
 
     def run(*arguments: Any) -> R:

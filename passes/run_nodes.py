@@ -17,6 +17,7 @@ from torch.fx import Node, map_arg
 
 from sparse_compile.passes.flops import flops_of, is_product
 from sparse_compile.passes.record_operations import Effect, Product, Recorder, asks_only, tensors_in
+from sparse_compile.torch_internals.autocast import no_autocast
 from sparse_compile.torch_internals.dispatch import HigherOrderOperator, TorchDispatchMode, tree_flatten, tree_map_only
 from sparse_compile.torch_internals.fake import FakeTensorMode
 from sparse_compile.torch_internals.graph import example_value
@@ -178,19 +179,13 @@ def _fakes(values: Sequence[Any], dtype: torch.dtype | None = None) -> Iterator[
         return made.requires_grad_(tensor.requires_grad)
 
     # Autocast, where it surrounds the compilation, is not what the node saw if it is switched within the graph.
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(False), _no_autocast():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(False), no_autocast():
         sized = tree_map_only((torch.SymInt,), concrete_size, list(values))
         yield tree_map_only(Tensor, fake, sized)
 
 
 # What autocast casts between.
 _MIXED = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@contextmanager
-def _no_autocast() -> Iterator[None]:
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
 
 
 def _saved_to(saved: list[Tensor]) -> Any:

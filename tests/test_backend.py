@@ -287,6 +287,26 @@ def test_pure_bf16(ffn, x):
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.parametrize(("stored", "cast"), [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+def test_autocast_to_another_half_than_the_weights(ffn, x, stored, cast):
+    """PyTorch concatenates no tensor of one of them under autocast to the other: what the backend does is outside."""
+    model = ffn().to(stored)
+    step = torch.compile(model, backend="sste", options=EAGER | {"sste.recipe": "t-sr-ste"})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    with torch.autocast("cpu", cast):
+        for _ in range(2):  # the operands of the second are made again
+            y = step(x)
+            y.square().mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            step(x)  # looks for edits
+        assert optimizer.state_dict()["param_groups"][0]["sste"]  # masks, if the weight was not edited
+    assert y.dtype is cast
+    with torch.autocast("cpu", cast, enabled=False):
+        plain = step(x.to(stored))
+    assert (y - plain).norm() < 0.1 * plain.norm()
+
+
 def test_evaluation_keeps_the_sparse_forward(ffn, x):
     model = ffn()
     compiled = torch.compile(model, backend="sste", options=EAGER)

@@ -33,7 +33,6 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(linear_costs, "undisturbed", lambda device: nullcontext())
     gpu_times.folder.cache_clear()
     yield tmp_path
     gpu_times.folder.cache_clear()

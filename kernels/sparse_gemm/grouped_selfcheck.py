@@ -18,7 +18,7 @@ from sparse_compile.kernels.formats import PAD, grouped_columns
 from sparse_compile.kernels.sparse_gemm.configs import BLOCK_R, STAGE_BYTES, Config
 from sparse_compile.kernels.sparse_gemm.problem import Problem
 from sparse_compile.kernels.sparse_gemm.selfcheck import ELEMENTS, random_operands
-from sparse_compile.kernels.timing.gpu_times import undisturbed
+from sparse_compile.torch_internals.autocast import plain_arithmetic
 
 _LARGEST = 3  # magnitude of the elements
 _TILES = 3  # that each cluster multiplies, at least
@@ -76,7 +76,7 @@ def check_grouped(config: Config, variant: GroupedVariant, device: torch.device,
 
 
 def _check(config: Config, variant: GroupedVariant, device: torch.device, plan: Planner) -> None:
-    with undisturbed(device):
+    with plain_arithmetic():
         operands, offsets, expected, written = _example(config, variant, device)
         out = torch.empty_like(expected)
         tensors = (*operands, offsets, out)

@@ -17,7 +17,7 @@ from sparse_compile.kernels.formats import metadata_shape, values_shape
 from sparse_compile.kernels.reference import sparse_mm
 from sparse_compile.kernels.sparse_gemm.configs import BLOCK_R, CARRY_STAGES, STAGE_BYTES, Config
 from sparse_compile.kernels.sparse_gemm.problem import Problem
-from sparse_compile.kernels.timing.gpu_times import undisturbed
+from sparse_compile.torch_internals.autocast import plain_arithmetic
 
 _LARGEST = 3  # magnitude of the elements
 _SCALE_BITS = 10  # of the product of both scales
@@ -80,7 +80,7 @@ def _check(config: Config, problem: Problem, device: torch.device) -> None:
     """Raise unless the product is right, twice in a row."""
     from sparse_compile.kernels.sparse_gemm.plan import plan_gemm  # on first use: it imports Triton
 
-    with undisturbed(device):
+    with plain_arithmetic():
         generator = torch.Generator(device).manual_seed(0)
         elements = torch.randint(-_LARGEST, _LARGEST + 1, (ELEMENTS,), generator=generator, device=device)
         values, metadata, dense = random_operands(problem, elements, generator)

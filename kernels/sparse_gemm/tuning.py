@@ -23,9 +23,9 @@ from sparse_compile.kernels.timing.gpu_times import (
     path_of,
     round_up,
     set_count,
-    undisturbed,
 )
 from sparse_compile.progress import tracked
+from sparse_compile.torch_internals.autocast import plain_arithmetic
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def measure(problem: Problem, candidates: Iterable[Config], device: torch.device
     """Median microseconds of the product."""
     from sparse_compile.kernels.sparse_gemm.plan import plan_gemm  # on first use: it imports Triton
 
-    with undisturbed(device), torch.cuda.device(device):
+    with plain_arithmetic(), torch.cuda.device(device):
         generator = torch.Generator(device).manual_seed(0)
         # Normal, as trained weights and activations nearly are: how fast a GPU may run depends on its data.
         normal = torch.randn(ELEMENTS, generator=generator, device=device, dtype=torch.float32)

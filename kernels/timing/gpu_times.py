@@ -10,8 +10,8 @@ import re
 import statistics
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
@@ -156,10 +156,3 @@ def median_microseconds(
 
 def _file_name(text: str) -> str:
     return re.sub(r"[^\w.+-]", "_", text)
-
-
-@contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """Plain arithmetic, in whatever mode of autograd, inference or autocast the caller is."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield

@@ -23,9 +23,9 @@ from sparse_compile.kernels.timing.gpu_times import (
     path_of,
     round_up,
     set_count,
-    undisturbed,
 )
 from sparse_compile.progress import tracked
+from sparse_compile.torch_internals.autocast import plain_arithmetic
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +99,11 @@ class _Timed(NamedTuple):
         return make(self.shape, operands)
 
     def compile(self) -> None:
-        with undisturbed(self.device), torch.cuda.device(self.device):
+        with plain_arithmetic(), torch.cuda.device(self.device):
             self.call(RandomOperands(self.device))()
 
     def measure(self) -> float:
-        with undisturbed(self.device), torch.cuda.device(self.device):
+        with plain_arithmetic(), torch.cuda.device(self.device):
             return _measure(self.call, RandomOperands(self.device))
 
 

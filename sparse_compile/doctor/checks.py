@@ -22,6 +22,7 @@ from sparse_compile.projections.base import Projection
 from sparse_compile.recipe import RECIPES
 from sparse_compile.torch_internals import private_names
 from sparse_compile.torch_internals.attention import chosen_backend
+from sparse_compile.torch_internals.autocast import plain_arithmetic
 
 OLDEST_TORCH, TOO_NEW_TORCH = "2.11", "2.14"
 _REQUIRED = ("Jinja2", "tabulate", "tqdm", *(["triton"] if sys.platform == "linux" else []))
@@ -198,7 +199,7 @@ def kernels(device: torch.device) -> Iterator[Finding]:
                 runs[projection.cost_key] = _filled(projection, RandomOperands(device))
 
     def run(call: Callable[[], Any]) -> Any:
-        with gpu_times.undisturbed(device), torch.cuda.device(device):
+        with plain_arithmetic(), torch.cuda.device(device):
             return call()
 
     def enter() -> None:
@@ -261,7 +262,7 @@ def speed(device: torch.device) -> Iterator[Finding]:
         "dense dgrad": "bf16 dgrad", "fp8 dgrad": "fp8 dgrad",
         "dense wgrad": "bf16 wgrad", "sparse24 wgrad": "2:4 wgrad",
     }  # fmt: skip
-    with gpu_times.undisturbed(device), torch.cuda.device(device):
+    with plain_arithmetic(), torch.cuda.device(device):
         calls = {name: COMPONENTS[name].make(_LARGE, RandomOperands(device)) for name in names}
         for call in calls.values():
             call()

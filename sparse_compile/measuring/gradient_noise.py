@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import ops
 from sparse_compile.linear.fp8 import DGRAD_DRAWS
+from sparse_compile.torch_internals.autocast import plain_arithmetic
 
 _SAMPLED = 256  # rows, and columns, of a weight's gradient
 _MAGNITUDE = 0x7F  # bits of either FP8 format without the sign
@@ -82,7 +83,7 @@ class GradNoise:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return result
         draw = None
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with plain_arithmetic():
             if op == "cast_mvue":
                 grad, _, token_scale, seed, index, *_ = arguments
                 if index < DGRAD_DRAWS:

@@ -21,6 +21,7 @@ from sparse_compile.measuring.gradient_noise import GradNoise, noise_and_underfl
 from sparse_compile.projections.base import SparseOperand
 from sparse_compile.reporting.health import HEALTH_LIMITS, Health
 from sparse_compile.reporting.process_report import record_health
+from sparse_compile.torch_internals.autocast import plain_arithmetic
 from sparse_compile.weights.optimizer_watch import Stage
 from sparse_compile.weights.optimizer_watch import watch as optimizer_watch
 from sparse_compile.weights.record import OperandSet, WeightRecord, before_freeing
@@ -102,7 +103,7 @@ class HealthMonitor:
     def sample(self, sets: Iterable[OperandSet]) -> dict[str, Health]:
         """One of each weight that has been pruned; also kept for the report, and handed to the listeners."""
         counts, gradients = {}, self.noise.take()
-        with torch.no_grad():
+        with plain_arithmetic():
             for state in sets:
                 watched = self.watched[state]
                 counted, watched.taken = watched.taken, None
@@ -137,7 +138,7 @@ class HealthMonitor:
         """What FSDP2 frees before the optimizer steps is counted before."""
         watched = self.watched.get(operands)
         if watched is not None and _is_due(watched, 1) and not capturing():
-            with torch.no_grad():
+            with plain_arithmetic():
                 watched.taken = _take(operands, watched)
 
     def watch_gradients(self) -> None:

@@ -11,6 +11,7 @@ PRIVATE_NAMES = (
     ("torch", "_grouped_mm"),
     ("torch", "_transformer_encoder_layer_fwd"),
     ("torch", "ops.aten._unsafe_view.default"),
+    ("torch._C", "_DisableAutocast"),
     ("torch._C", "_current_graph_task_id"),
     ("torch._C", "_is_tracing"),
     ("torch._C", "_set_grad_enabled"),

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_compile.kernels import ops
+from sparse_compile.torch_internals.autocast import plain_arithmetic
 from sparse_compile.torch_internals.distributed import local_tensor
 from sparse_compile.weights.optimizer_watch import Arguments
 from sparse_compile.weights.record import WeightRecord
@@ -55,7 +56,7 @@ class MaskedDecay:
 
     def _add(self, optimizer: Optimizer, weights: list[Tensor]) -> None:
         scale = getattr(optimizer, "grad_scale", None)  # of the gradients that a GradScaler left to a fused optimizer
-        with torch.no_grad():
+        with plain_arithmetic():
             for weight in weights:
                 record = self._record_of(weight)
                 if record is not None and record.decay and record.phase.prunes and weight.grad is not None:

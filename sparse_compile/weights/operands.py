@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_compile.torch_internals.autocast import plain_arithmetic
 from sparse_compile.torch_internals.tensors import is_held, versions_kept
 from sparse_compile.weights.beta_fit import Fit, fit_betas
 from sparse_compile.weights.edit_detection import find_edited, is_edited, take_samples
@@ -34,7 +35,7 @@ from sparse_compile.weights.record import (
     WeightRecord,
     WeightVersion,
 )
-from sparse_compile.weights.registry import lock, plain_tensors, record_of, take_blind
+from sparse_compile.weights.registry import lock, record_of, take_blind
 from sparse_compile.weights.slot import WeightSlot
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def current_operands(
 ) -> list[Tensor]:
     """The operands of the weights as they are now: all of the first weight, then of the next."""
     training = torch.is_grad_enabled()
-    with lock, plain_tensors():
+    with lock, plain_arithmetic():
         versions = [_version(weight, kept) for weight, kept in zip(weights, sets, strict=True)]
         stale = _find_stale(weights, records, sets, versions, training)
         for index in stale:
@@ -82,7 +83,7 @@ def restore_operands(
     Raises:
         RuntimeError: FSDP2 has not gathered a weight.
     """
-    with lock, plain_tensors():
+    with lock, plain_arithmetic():
         for weight, slot, record, kept in zip(weights, slots, records, sets, strict=True):
             if kept.freed:
                 if weight.untyped_storage().size() == 0:
@@ -95,14 +96,14 @@ def restore_operands(
 
 def fill_operands(weight: Tensor, slot: WeightSlot, operands: Any) -> None:
     """Make operands of a weight with beta = 1, to see how long that takes; what is kept of it is not touched."""
-    with plain_tensors():
+    with plain_arithmetic():
         slot.fill(_matrix(weight, slot.transposed), operands, None, slot.new_masks(), True)
 
 
 def are_sparse(weights: Sequence[Tensor], records: Sequence[WeightRecord], dims: Sequence[int]) -> list[bool]:
     """Whether weights are 2:4 along dimensions as they are now, and not zero; asked again when they have changed."""
     training = torch.is_grad_enabled()
-    with lock, plain_tensors():
+    with lock, plain_arithmetic():
         same = [
             index
             for index, (weight, record) in enumerate(zip(weights, records, strict=True))

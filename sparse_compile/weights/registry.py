@@ -1,16 +1,14 @@
 """The records of all weights, and what makes them change: steps of optimizers, and checkpoints."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from threading import RLock
 from weakref import WeakSet, ref
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sparse_compile.torch_internals.autocast import plain_arithmetic
 from sparse_compile.torch_internals.distributed import first_local, local_tensor
 from sparse_compile.torch_internals.fsdp2 import call_when_freed, sharded_parameter
 from sparse_compile.weights.edit_detection import is_edited
@@ -63,7 +61,7 @@ def bake(weight: Tensor, record: WeightRecord) -> None:
     assert layout is not None  # whoever follows a schedule has one
     beta = None if record.beta is None else record.beta.value
     masks = None if record.masks is None else record.masks.to(weight.device)
-    with plain_tensors():
+    with plain_arithmetic():
         for tensor in (weight,) if owned is weight else (weight, owned):  # gathered, and in shards
             local = local_tensor(tensor)
             if isinstance(beta, tuple):  # FSDP2 shards whole experts
@@ -90,23 +88,17 @@ def read_now(optimizer: Optimizer) -> None:
 _read_at = [-1]  # steps so far
 
 
-@contextmanager
-def plain_tensors() -> Iterator[None]:
-    """Operands made under inference_mode could not be saved for a later backward."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
 def _saved_of(weight: Tensor) -> SavedState | None:
     record = find_record(weight)
     if record is None:
         return None
     made = record.masked_set.version if record.masked_set is not None else None
-    return SavedState.of(
-        record,
-        stepped=lambda: made is not None and made[0] not in (None, watch.last_of(weight)),
-        edited=lambda kept: is_edited(weight.detach(), record, kept),
-    )
+    with plain_arithmetic():
+        return SavedState.of(
+            record,
+            stepped=lambda: made is not None and made[0] not in (None, watch.last_of(weight)),
+            edited=lambda kept: is_edited(weight.detach(), record, kept),
+        )
 
 
 def _load(weight: Tensor, saved: SavedState | None, keeps_state: bool) -> None:
