@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import shared_graphs
 import sparse_compile
@@ -128,6 +130,28 @@ def test_a_resumed_run_is_the_continued_one(batch, make) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert train(compiled(resumed), optimizer, batch) == continued
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_distributed_checkpoints_of_sgd(batch, momentum, tmp_path) -> None:
+    """Biases have no numbers of ours, and without momentum nothing of the optimizer's."""
+    runs = []
+    for _ in range(2):
+        model = Model()
+        runs.append((model, compiled(model), torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)))
+    (model, step, optimizer), (resumed, step_again, fresh) = runs
+    train(step, optimizer, batch)
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.save(states, checkpoint_id=tmp_path)
+    continued = train(step, optimizer, batch)
+
+    step_again(*batch)
+    states = dict(zip(("model", "optimizer"), get_state_dict(resumed, fresh), strict=True))
+    dcp.load(states, checkpoint_id=tmp_path)
+    set_state_dict(resumed, fresh, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    assert len(fresh.state) == (6 if momentum else 0)
+    assert train(step_again, fresh, batch) == continued
+    assert sparse_compile.beta(resumed) == sparse_compile.beta(model)
 
 
 def test_a_checkpoint_that_is_loaded_late_brings_its_beta(batch) -> None:

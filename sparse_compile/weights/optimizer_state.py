@@ -3,7 +3,9 @@
 The model's ``state_dict`` stays as it is.  An optimizer's ``state_dict`` holds numbers under the weight where the
 optimizer keeps something of the weight, and else in the weight's parameter group, under ``"sste"``, by its place in the
 group: most optimizers initialise what they keep of a weight when they find nothing, so nothing may come first.  The
-optimizer itself holds none of it.  A weight of experts has a list of scales, one for each.
+optimizer itself holds none of it.  A weight of experts has a list of scales, one for each.  SGD initialises nothing, so
+its numbers are under the weight.  Without momentum these are all there is, and torch.distributed.checkpoint wants an
+entry for every weight or for none: where one weight has numbers, the others have empty entries.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +21,7 @@ BETA = "sste_beta"
 STEPS = "sste_steps"  # of the optimizer with this weight
 PRUNED = "sste_pruned"  # 1 if the weight was trained pruned, and is not dense since
 PRIOR_STEPS = "sste_prior_steps"  # with the prior for a scale
-_NUMBERS = (BETA, STEPS, PRUNED, PRIOR_STEPS)
+_NUMBERS = frozenset((BETA, STEPS, PRUNED, PRIOR_STEPS))
 Number = float | list[float]  # a list of experts, one for each
 GROUP = "sste"
 _MASKS = "masks"  # transposable ones, and the optimizer steps since they were found
@@ -95,11 +97,13 @@ def connect(
 
     def write(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         state, groups = dict(state_dict["state"]), []
+        empty: dict[Any, dict[str, Any]] = {}
         for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
             apart: dict[str, Any] = {}
             for place, (weight, index) in enumerate(zip(group["params"], packed["params"], strict=True)):
                 saved = saved_of(weight)
                 if saved is None:
+                    empty[index] = {}
                     continue
                 if state.get(index) or isinstance(optimizer, SGD):
                     state[index] = {**_without_numbers(state.get(index, {})), **saved.numbers}
@@ -111,6 +115,8 @@ def connect(
             groups.append({key: value for key, value in packed.items() if key != GROUP})
             if apart:
                 groups[-1][GROUP] = apart
+        if isinstance(optimizer, SGD) and any(_NUMBERS.intersection(kept) for kept in state.values()):
+            state = empty | state
         return {**state_dict, "state": state, "param_groups": groups}
 
     def read_loaded(optimizer: Optimizer) -> None:
@@ -129,8 +135,8 @@ def read(optimizer: Optimizer, load: Callable[[Tensor, SavedState | None, bool],
         for place, weight in enumerate(group["params"]):
             kept = optimizer.state.get(weight)
             numbers = {key: _number(kept.pop(key)) for key in _NUMBERS if kept and key in kept}
-            if numbers and not kept:
-                del optimizer.state[weight]
+            if not kept and (numbers or isinstance(optimizer, SGD)):
+                optimizer.state.pop(weight, None)
             beside = dict(apart.get(str(place), {}))
             masks = beside.pop(_MASKS, None)
             steps = int(beside.pop(_MASK_STEPS, 0))
