@@ -13,8 +13,12 @@ import shared_graphs
 import sparse_compile
 from sparse_compile.kernels import reference
 from sparse_compile.options import read_options
+from sparse_compile.weights import skipped_steps
 from sparse_compile.weights.optimizer_state import PRUNED
+from sparse_compile.weights.record import Phase
+from sparse_compile.weights.registry import find_record
 from sparse_compile.weights.schedule import Schedule
+from sparse_compile.weights.skipped_steps import SkipCount
 
 clean_slate = shared_graphs.kept
 uncompiled = shared_graphs.uncompiled
@@ -83,6 +87,59 @@ def test_phases_are_counted_in_optimizer_steps_and_compiled_once_each(name, micr
     assert recipes() == [{"fp8"}, {"ste"}]
     advice = "dense before optimizer step 2 and from optimizer step 4 on, by its schedule"
     assert sparse_compile.report().graphs[0].rows[0].advice == advice
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Counts of skipped steps that were read, which waits for the device."""
+    read = []
+
+    class Counted(SkipCount):
+        def read(self):
+            read.extend([self] * (self._read is None))
+            return super().read()
+
+    monkeypatch.setattr(skipped_steps, "SkipCount", Counted)
+    return read
+
+
+def scaled_run(fused, skipped, steps, **options):
+    """Phases, and whether the device was waited for, after each step of a run in which some are skipped."""
+    torch.manual_seed(0)
+    model = FFN()
+    step = compiled(model, "s-ste", **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for number in range(steps):
+        torch.manual_seed(number)
+        loss = (step(torch.randn(16, 64)) - 1.0).square().mean() * (torch.inf if number in skipped else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        yield find_record(model.up.weight).phase
+    entry = optimizer.state_dict()["state"][0]
+    assert entry["sste_steps"] == int(entry["step"]) == steps - len(skipped)
+    yield sparse_compile.beta(model)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("skipped", [(0, 1), (1, 3, 4, 8)], ids=str)
+def test_steps_that_a_fused_optimizer_skips_do_not_count(skipped):
+    plain, fused = (list(scaled_run(fused, skipped, 12, warmup=2, tail=3, total_steps=8)) for fused in (False, True))
+    assert fused == plain
+    assert {Phase.WARMUP, Phase.PRUNED, Phase.TAIL} <= set(plain[:-1])
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_the_device_is_asked_only_where_a_skipped_step_matters(reads):
+    seen = []
+    for _ in scaled_run(True, (5,), 12, warmup=2):
+        seen.append(len(reads))
+        reads.clear()
+    # The begin of the pruned phase, its first step, the state_dict.
+    assert [number for number, count in enumerate(seen) if count] == [1, 2, 12]
+    assert max(seen) <= 2, "once for all weights"
 
 
 @pytest.mark.usefixtures("uncompiled")

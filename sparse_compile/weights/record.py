@@ -23,6 +23,7 @@ from sparse_compile.errors import SparseCompileError
 from sparse_compile.projections.base import Projection
 from sparse_compile.weights.beta_fit import WINDOW
 from sparse_compile.weights.schedule import Schedule
+from sparse_compile.weights.skipped_steps import SkipCount, SkippedSteps
 
 
 class Phase(Enum):
@@ -148,7 +149,8 @@ class WeightRecord:
         phase: see ``Phase``.
         beta: final since the weight was trained; None before, and for projections that have none.
         provisional: the scale with which linears compute until there is a final one.
-        steps: of its optimizer, with this weight, in this run and those that it resumes.
+        steps: of its optimizer, with this weight, in this run and those that it resumes; until ``settle``, with those
+            that a fused optimizer has skipped since.
         prior_steps: how many of these have used the prior.
         target: the layout in which it is pruned, or would be outside of dense phases; None where no call has told.
         layout: the one of the last call that recorded gradients; None before.
@@ -158,9 +160,9 @@ class WeightRecord:
     """
 
     __slots__ = (
-        "__weakref__", "_on_devices", "beta", "decay", "glimpse_24", "is_24", "layout", "loaded", "loaded_masks",
-        "operands", "phase", "prior_steps", "provisional", "provisional_glimpse", "refit_due", "schedule", "shards",
-        "stepped_to", "steps", "target", "trained_set", "trained_with", "unbaked", "unverified",
+        "__weakref__", "_on_devices", "_unsettled", "beta", "decay", "glimpse_24", "is_24", "layout", "loaded",
+        "loaded_masks", "operands", "phase", "prior_steps", "provisional", "provisional_glimpse", "refit_due",
+        "schedule", "shards", "stepped_to", "steps", "target", "trained_set", "trained_with", "unbaked", "unverified",
     )  # fmt: skip
 
     # Of all records, how often one changed what linears compute with: what was decided by them is decided anew then.
@@ -174,6 +176,8 @@ class WeightRecord:
         self.schedule: Schedule | None = None
         self.steps = 0
         self.prior_steps = 0
+        # Steps may have been skipped since this count.
+        self._unsettled: tuple[SkippedSteps, SkipCount] | None = None
         self.refit_due = False
         self.shards: ref[Tensor] | None = None  # weak: what a dictionary with weak keys holds must not hold the key
         self.operands: dict[OperandLayout, OperandSet] = {}
@@ -247,6 +251,7 @@ class WeightRecord:
 
     def tell(self, value: Scale) -> None:
         """The weight is a copy of one that was trained with this scale."""
+        self.settle()
         self.adopt(value, BetaSource.TOLD)
         self._enter(Phase.PRUNED)
         self.unbaked = False
@@ -255,6 +260,7 @@ class WeightRecord:
     def follow(self, schedule: Schedule | None) -> None:
         """Keep to a schedule from now on, or to none."""
         if schedule != self.schedule:
+            self.settle()
             self.schedule = schedule
             self.unbaked = False
             self._keep_to_schedule()
@@ -269,9 +275,22 @@ class WeightRecord:
         """A backward ran through a linear: the optimizer's next step trains the weight in this layout."""
         self.trained_with = (layout, beta)
 
-    def step(self) -> None:
-        """Its optimizer has stepped."""
+    def step(self, skipped: SkippedSteps | None = None) -> None:
+        """Its optimizer has stepped.
+
+        Args:
+            skipped: what counts the steps that a fused optimizer skips, where this may have been one.  It is read,
+                which waits for the device, where this step may change the phase or the scale, and not in others.
+        """
         self.steps += 1
+        if skipped is not None:
+            if self._unsettled is not None and self._unsettled[0] is not skipped:
+                self.settle()
+            self._unsettled = self._unsettled or (skipped, skipped.before)
+            if self._may_change():
+                self.settle()
+                if skipped.skipped_last():
+                    return
         if self.trained_with is not None:
             (layout, beta), self.trained_with = self.trained_with, None
             self._train(layout, beta)
@@ -284,6 +303,22 @@ class WeightRecord:
         for kept in self.operands.values():
             kept.used = False
         self._keep_to_schedule()
+
+    def _may_change(self) -> bool:
+        """Whether the last step may change the phase or the scale."""
+        fits = self.beta is not None and self.beta.source is BetaSource.PRIOR and self.prior_steps <= WINDOW
+        schedule = self.schedule
+        switches = schedule is not None and schedule.prunes_at(self.steps - 1) != schedule.prunes_at(self.steps)
+        return self.trained_with is not None or fits or switches
+
+    def settle(self) -> None:
+        """Take back the steps that were counted and skipped."""
+        if self._unsettled is not None:
+            (skipped, since), self._unsettled = self._unsettled, None
+            count = skipped.now.read() - since.read()
+            self.steps -= count
+            for kept in self.operands.values():
+                kept.steps -= count
 
     def _train(self, layout: OperandLayout, beta: Beta | None) -> None:
         if layout.projection.prunes:
@@ -322,7 +357,7 @@ class WeightRecord:
     ) -> None:
         """Go on from a checkpoint."""
         self.loaded, self.loaded_masks = False, masks
-        self.steps, self.trained_with, self.unbaked = steps, None, False
+        self.steps, self.trained_with, self.unbaked, self._unsettled = steps, None, False, None
         self.stepped_to = None
         self.beta = self.provisional = self.provisional_glimpse = None
         if not pruned:

@@ -2,7 +2,7 @@
 
 import warnings
 from threading import RLock
-from weakref import WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,6 +17,7 @@ from sparse_compile.weights.optimizer_state import SavedState, connect, read, wr
 from sparse_compile.weights.optimizer_watch import Stage, held_by, watch
 from sparse_compile.weights.projection import write_projected
 from sparse_compile.weights.record import BetaSource, Scale, WeightRecord
+from sparse_compile.weights.skipped_steps import SkippedSteps, add_step
 
 lock = RLock()
 _records: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -92,6 +93,7 @@ def _saved_of(weight: Tensor) -> SavedState | None:
     record = find_record(weight)
     if record is None:
         return None
+    record.settle()
     made = record.masked_set.version if record.masked_set is not None else None
     with plain_arithmetic():
         return SavedState.of(
@@ -154,10 +156,13 @@ _heard: WeakSet[Optimizer] = WeakSet()
 def _after_step(optimizer: Optimizer, weights: list[Tensor]) -> None:
     with lock:
         saves = False
+        skipped = add_step(optimizer, _skipped.get(optimizer))
+        if skipped is not None:
+            _skipped[optimizer] = skipped
         for weight in weights:
             record = find_record(weight)
             if record is not None:
-                record.step()
+                record.step(skipped)
                 held = local_tensor(weight)
                 record.stepped_to = held._version, held.data_ptr()
                 saves = saves or record.pruned
@@ -174,6 +179,8 @@ def _after_step(optimizer: Optimizer, weights: list[Tensor]) -> None:
 
 
 _warned: WeakSet[Optimizer] = WeakSet()
+# Of optimizers that a gradient scaler leaves the decision to.
+_skipped: WeakKeyDictionary[Optimizer, SkippedSteps] = WeakKeyDictionary()
 
 
 def _connect(optimizer: Optimizer) -> None:
