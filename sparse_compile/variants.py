@@ -224,8 +224,8 @@ class Variants:
         self._follows_schedule = follows_schedule
         self._baseline = baseline
         self._origin = described
-        # Dynamo lets go of the real parameters when its backend returns.
-        self._graph = forget_examples(clone_graph_module(graph_module))
+        # Dynamo lets go of the real parameters when its backend returns; of its weak references to them, too.
+        self._graph = clone_graph_module(forget_examples(graph_module))
         self._variants: dict[Any, Runtime] = {}
         self._reports: dict[tuple[str | Reason, ...], GraphReport] = {}
         self._recorded: set[tuple[str | Reason, ...]] = set()
