@@ -17,6 +17,7 @@ from sparse_compile.measuring.weight_health import watch
 from sparse_compile.reporting.model import GraphReport
 from sparse_compile.torch_internals.fake import FakeTensor
 from sparse_compile.torch_internals.tensors import whole
+from sparse_compile.torch_internals.weak_tensors import WeakTensor, weak
 from sparse_compile.weights.operands import are_sparse, current_operands, layout_of, operand_set, restore_operands
 from sparse_compile.weights.record import OperandLayout, OperandSet, Phase, Trainer, WeightRecord
 from sparse_compile.weights.registry import find_record, lock, record_of
@@ -57,7 +58,7 @@ class Runtime:
         self._baseline = baseline
         # The weight each slot saw last, and what is kept of it: saves the look-up by tensor.  Weak: compiled graphs may
         # outlive the models that they were compiled for.
-        self._last: list[tuple[ref[Tensor], ref[WeightRecord], ref[OperandSet]] | None] = [None] * len(slots)
+        self._last: list[tuple[WeakTensor, ref[WeightRecord], ref[OperandSet]] | None] = [None] * len(slots)
         self._met_gathered = False  # a weight that FSDP2 gathers
         self._fallbacks = watch_fallbacks()
         # Up to which change of records no backward through these weights would say anything new.
@@ -126,14 +127,14 @@ class Runtime:
 
     def _kept(self, index: int, weight: Tensor) -> tuple[WeightRecord, OperandSet]:
         last = self._last[index]
-        if last is not None and last[0]() is weight:
+        if last is not None and last[0].ref() is weight:
             record, operands = last[1](), last[2]()
             if record is not None and operands is not None and not operands.dropped:
                 return record, operands
         slot = self._slots[index]
         record, operands = record_of(weight), operand_set(weight, slot)
         operands.readers.add(self)
-        self._last[index] = (ref(weight), ref(record), ref(operands))
+        self._last[index] = (weak(weight), ref(record), ref(operands))
         self._met_gathered = self._met_gathered or operands.shards is not None
         self._settled_at = -1
         watch(slot, weight, operands, self._health)
@@ -223,7 +224,7 @@ class Chooser:
         now = (torch.is_grad_enabled(), self._sparse(weights))
         if self._last is not None:
             known, changes, before, runtime = self._last
-            same = all(last() is weight for last, weight in zip(known, weights, strict=True))
+            same = all(last.ref() is weight for last, weight in zip(known, weights, strict=True))
             if same and changes == WeightRecord.changes and before == now:
                 return cast(Runtime, runtime)
         training, sparse = now
@@ -240,7 +241,7 @@ class Chooser:
         if training:
             with lock:
                 self._note_training(weights, standings, runtime)
-        self._last = None if runtime.fixed_sizes else (tuple(map(ref, weights)), WeightRecord.changes, now, runtime)
+        self._last = None if runtime.fixed_sizes else (tuple(map(weak, weights)), WeightRecord.changes, now, runtime)
         return runtime
 
     def _sparse(self, weights: Sequence[Tensor]) -> frozenset[int]:

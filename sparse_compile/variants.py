@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from functools import cache
 from threading import RLock
 from typing import Any, NamedTuple
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -36,6 +35,7 @@ from sparse_compile.torch_internals.graph import (
     real_parameter,
     with_checkpoint_bodies,
 )
+from sparse_compile.torch_internals.weak_tensors import weak
 from sparse_compile.weights.operands import are_sparse
 from sparse_compile.weights.record import OperandLayout, Trainer
 from sparse_compile.weights.registry import record_of
@@ -120,7 +120,7 @@ class Decisions:
         """Those that a pattern may name: by the model, and as the traced function reaches their weights."""
         weights = [real_parameter(site.weight) for site in self.sites]
         return [
-            NamedLinear(position, site.name, site.path, None if weight is None else ref(weight))
+            NamedLinear(position, site.name, site.path, None if weight is None else weak(weight))
             for position, site, weight in zip(self.positions, self.sites, weights, strict=True)
         ]
 
@@ -245,8 +245,8 @@ class Variants:
         self._follows_schedule = follows_schedule
         self._baseline = baseline
         self._origin = described
-        # Dynamo lets go of the real parameters when its backend returns.
-        self._graph = forget_examples(clone_graph_module(graph_module))
+        # Dynamo lets go of the real parameters when its backend returns; of its weak references to them, too.
+        self._graph = clone_graph_module(forget_examples(graph_module))
         self._variants: dict[Any, Runtime] = {}
         self._reports: dict[tuple[str | Reason, ...], GraphReport] = {}
         self._recorded: set[tuple[str | Reason, ...]] = set()

@@ -8,6 +8,8 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel
 
 import shared_graphs
@@ -239,3 +241,43 @@ def test_a_model_that_moves_to_the_host_and_back():
     torch.testing.assert_close(on_host, before.cpu(), rtol=0.05, atol=0.05)
     model.cuda()
     assert torch.equal(step(x.cuda()), before)
+
+
+def swapped_run(x, swap, recipe):
+    """Losses and scales of a run whose model is loaded and converted between its steps."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = FFN()
+    step = compiled(model, EAGER | {"sste.recipe": recipe, "sste.health": 1})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    changes = (lambda: model.load_state_dict(model.state_dict()), lambda: model.to(torch.bfloat16), lambda: None)
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        for change in changes:
+            loss = step(x.to(model.up.weight.dtype)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()  # which PyTorch forgets where it swaps
+            losses.append(loss.item())
+            change()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    return losses, sparse_compile.beta(model)
+
+
+@pytest.mark.parametrize("recipe", ["s-ste", "sr-ste"])
+def test_parameters_whose_contents_are_swapped(x, recipe):
+    """PyTorch swaps no tensors with weak references.  What is kept of a parameter stays with it."""
+    assert swapped_run(x, True, recipe) == swapped_run(x, False, recipe)
+
+
+def test_parameters_of_fsdp2_are_converted(x, one_process):
+    """Of DTensors PyTorch always swaps the contents."""
+    model = fully_shard(FFN(), mesh=init_device_mesh("cpu", (1,)))
+    step = compiled(model)
+    train(step, torch.optim.SGD(model.parameters(), lr=0.1), x)
+    before = sparse_compile.beta(model)
+    model.to(torch.bfloat16)
+    assert sparse_compile.beta(model) == before
+    assert len(before) == 2

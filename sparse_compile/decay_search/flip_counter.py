@@ -6,7 +6,7 @@ pruned, with masks that are kept for some steps, or dense.  So runs of all three
 
 from collections.abc import Sequence
 from dataclasses import replace
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from sparse_compile.measuring.weight_health import mask_flips
 from sparse_compile.projections.base import Projection, SparseOperand
 from sparse_compile.runtime import on_weight
+from sparse_compile.torch_internals.weak_tensors import weak
 from sparse_compile.weights.operands import fill_operands
 from sparse_compile.weights.optimizer_watch import Stage, watch
 from sparse_compile.weights.record import OperandSet
@@ -33,7 +34,7 @@ class _Counted:
     def __init__(self, slot: WeightSlot, weight: Tensor) -> None:
         projection = _projection(slot)
         self.slot = replace(slot, projection=projection, refresh=int(projection.keeps_masks))
-        self.weight = ref(weight)
+        self.weight = weak(weight)
         self.elements = weight.numel()
         self.metadata = self._mask(weight)
         self.flips: list[Tensor] = []
@@ -72,7 +73,7 @@ class FlipCounts:
         }
 
     def _see(self, slot: WeightSlot, weight: Tensor, operands: OperandSet) -> None:
-        if not _projection(slot).prunes or any(counted.weight() is weight for counted in self._counted.values()):
+        if not _projection(slot).prunes or any(counted.weight.ref() is weight for counted in self._counted.values()):
             return
         if operands.shards is not None:
             raise ValueError(f"FSDP2 holds the weight of {slot.name!r} in shards: flips are counted without it")
@@ -83,7 +84,7 @@ class FlipCounts:
     def _after_step(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         stepped = set(map(id, weights))
         for counted in self._counted.values():
-            weight = counted.weight()
+            weight = counted.weight.ref()
             if weight is not None and id(weight) in stepped:
                 counted.count(weight)
         self._taken[optimizer] = self._taken.get(optimizer, 0) + 1

@@ -68,7 +68,7 @@ def linear(
     tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     bias, added = (bias, None) if bias is None or _is_vector(bias, weight, spec) else (None, bias)
     result: Tensor = _Linear.apply(tokens, weight, bias, seed, offsets, spec, *operands)  # type: ignore[no-untyped-call]
-    if x.ndim > 2:
+    if x.ndim != 2:
         # As F.linear does: with a bias its result is a view, without one it is none, which hooks and writes can tell.
         unflatten = unsafe_view if bias is None else Tensor.view
         result = unflatten(result, (*x.shape[:-1], result.shape[1]))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from sparse_compile.reporting.process_report import report_so_far
 from sparse_compile.reporting.report import Report
 from sparse_compile.torch_internals.dynamo import RecompileLimit, on_recompile_limit
 from sparse_compile.torch_internals.modules import compiled_modules, is_pytorchs
+from sparse_compile.torch_internals.weak_tensors import WeakTensor, weak
 from sparse_compile.weights.pattern_24 import may_be_of_experts
 
 # Steps 2, 8, 32, ... of each optimizer are looked at: the first compiles, and a look may walk over the heap.
@@ -33,7 +34,7 @@ _ADVICE = "use dynamic=True or raise it"
 _EXPERTS_ADVICE = "a loop over experts does that; transformers: model.set_experts_implementation('grouped_mm')"
 _CLASS_ADVICE = "compile a class of your own that holds it"
 
-_Weights = dict[int, "ref[Tensor]"]  # by their ids
+_Weights = dict[int, WeakTensor]  # by their ids
 
 
 @dataclass(slots=True)
@@ -73,7 +74,7 @@ class Fallbacks:
     def note(self, arguments: Iterable[Any]) -> None:
         """A graph is called with these."""
         self._captured = self._captured or capturing()
-        weights: _Weights = {id(weight): ref(weight) for weight in arguments if isinstance(weight, Parameter)}
+        weights: _Weights = {id(weight): weak(weight) for weight in arguments if isinstance(weight, Parameter)}
         for noted in (self._noted, *(window.noted for window in self._windows.values() if window.is_open)):
             noted |= weights
 
@@ -219,7 +220,7 @@ def _is_sharded(root: Module) -> bool:
 
 def _alive(weights: _Weights) -> set[int]:
     """Ids of those that live."""
-    return {key for key, reference in weights.items() if reference() is not None}
+    return {key for key, reference in weights.items() if reference.ref() is not None}
 
 
 def _linears_of(root: Module) -> Iterator[tuple[str, Parameter]]:

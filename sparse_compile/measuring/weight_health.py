@@ -22,6 +22,7 @@ from sparse_compile.projections.base import SparseOperand
 from sparse_compile.reporting.health import HEALTH_LIMITS, Health
 from sparse_compile.reporting.process_report import record_health
 from sparse_compile.torch_internals.autocast import plain_arithmetic
+from sparse_compile.torch_internals.weak_tensors import weak
 from sparse_compile.weights.optimizer_watch import Stage
 from sparse_compile.weights.optimizer_watch import watch as optimizer_watch
 from sparse_compile.weights.record import OperandSet, WeightRecord, before_freeing
@@ -43,7 +44,7 @@ class _Watched:
 
     def __init__(self, name: str, slot: WeightSlot, weight: Tensor, every: int) -> None:
         self.name = name
-        self.weight = ref(weight)
+        self.weight = weak(weight)
         self.record = ref(record_of(weight))
         self.every = every  # optimizer steps of the weight between two samples; 0 takes none
         self.device, self.projection = slot.device, slot.projection
@@ -53,7 +54,7 @@ class _Watched:
 
     def is_there(self) -> bool:
         """Whether the weight lives, and was not moved to another device, where it has another state."""
-        weight = self.weight()
+        weight = self.weight.ref()
         return weight is not None and weight.device == self.device
 
 
@@ -80,7 +81,9 @@ class HealthMonitor:
         watched = self.watched.get(operands)
         if watched is None:
             # A weight that was moved keeps its name.
-            taken = {other.name for other in self.watched.values() if other.is_there() or other.weight() is not weight}
+            taken = {
+                other.name for other in self.watched.values() if other.is_there() or other.weight.ref() is not weight
+            }
             names = (slot.name if number == 1 else f"{slot.name} ({number})" for number in range(1, len(taken) + 2))
             name = next(name for name in names if name not in taken)
             self.watched[operands] = _Watched(name, slot, weight, every)

@@ -9,16 +9,15 @@ a closure it is added when the closure returns, which computes the gradients.
 from collections.abc import Callable
 from functools import cache
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_compile.kernels import ops
 from sparse_compile.torch_internals.autocast import plain_arithmetic
 from sparse_compile.torch_internals.distributed import local_tensor
+from sparse_compile.torch_internals.weak_tensors import TensorDict, weak
 from sparse_compile.weights.optimizer_watch import Arguments
 from sparse_compile.weights.record import WeightRecord
 
@@ -33,7 +32,7 @@ class MaskedDecay:
     def __init__(self, record_of: Callable[[Tensor], WeightRecord | None]) -> None:
         self._record_of = record_of
         # The gradient that a weight's decay was last added to, and its version after that.
-        self._added: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._added = TensorDict()
 
     def before_step(
         self, optimizer: Optimizer, weights: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -65,8 +64,8 @@ class MaskedDecay:
     def _add_to(self, weight: Tensor, record: WeightRecord, scale: Tensor | None) -> None:
         matrix, grad = local_tensor(weight), local_tensor(weight.grad)
         # A step may be one of several that see the same gradients: of two optimizers of one weight, for instance.
-        last, version = self._added.get(weight, (lambda: None, -1))
-        if last() is grad and version == grad._version:
+        last, version = self._added.get(weight, (None, -1))
+        if last is not None and last.ref() is grad and version == grad._version:
             return
         factor = _factor(record.decay, grad.device)
         if scale is not None:
@@ -79,7 +78,7 @@ class MaskedDecay:
         else:
             for e, of_expert in enumerate(matrix):
                 ops.add_masked_decay_(grad[e], of_expert, factor.reshape(1), None if masks is None else masks[e])
-        self._added[weight] = (ref(local_tensor(weight.grad)), local_tensor(weight.grad)._version)
+        self._added[weight] = (weak(local_tensor(weight.grad)), local_tensor(weight.grad)._version)
 
 
 @cache

@@ -121,7 +121,7 @@ def are_sparse(weights: Sequence[Tensor], records: Sequence[WeightRecord], dims:
 
 
 def _version(weight: Tensor, kept: OperandSet) -> WeightVersion:
-    owned = weight if kept.shards is None else kept.shards()
+    owned = weight if kept.shards is None else kept.shards.ref()
     return None if owned is None else watch.last_of(owned), _counter(weight), weight.data_ptr()
 
 

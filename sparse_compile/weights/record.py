@@ -14,13 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple
-from weakref import WeakSet, ref
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.projections.base import Projection
+from sparse_compile.torch_internals.weak_tensors import WeakTensor
 from sparse_compile.weights.beta_fit import WINDOW
 from sparse_compile.weights.schedule import Schedule
 from sparse_compile.weights.skipped_steps import SkipCount, SkippedSteps
@@ -101,7 +102,7 @@ class OperandSet:
         "sample", "shards", "steps", "used", "version",
     )  # fmt: skip
 
-    def __init__(self, shards: ref[Tensor] | None) -> None:
+    def __init__(self, shards: WeakTensor | None) -> None:
         self.shards = shards
         self.operands: Any = ()  # a NamedTuple of the projection; empty until they are made
         self.freed = False
@@ -186,7 +187,7 @@ class WeightRecord:
         # Steps may have been skipped since this count.
         self._unsettled: tuple[SkippedSteps, SkipCount] | None = None
         self.refit_due = False
-        self.shards: ref[Tensor] | None = None  # weak: what a dictionary with weak keys holds must not hold the key
+        self.shards: WeakTensor | None = None  # weak: what a dictionary with weak keys holds must not hold the key
         self.operands: dict[OperandLayout, OperandSet] = {}
         self.target: OperandLayout | None = None
         self.layout: OperandLayout | None = None

@@ -2,15 +2,15 @@
 
 import warnings
 from threading import RLock
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_compile.torch_internals.autocast import plain_arithmetic
 from sparse_compile.torch_internals.distributed import first_local, local_tensor
 from sparse_compile.torch_internals.fsdp2 import call_when_freed, sharded_parameter
+from sparse_compile.torch_internals.weak_tensors import TensorDict, weak
 from sparse_compile.weights.edit_detection import is_edited
 from sparse_compile.weights.masked_decay import MaskedDecay
 from sparse_compile.weights.optimizer_state import Loaded, SavedState, connect, read, writes_its_own
@@ -20,7 +20,7 @@ from sparse_compile.weights.record import BetaSource, Scale, WeightRecord
 from sparse_compile.weights.skipped_steps import SkippedSteps, add_step
 
 lock = RLock()
-_records: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_records = TensorDict()
 
 
 def find_record(weight: Tensor) -> WeightRecord | None:
@@ -47,7 +47,7 @@ def _make_record(weight: Tensor) -> WeightRecord:
         record = _records[owned] = WeightRecord(steps=max(held, default=0))
     if owned is not weight:
         _records[weight] = record
-        record.shards = ref(owned)
+        record.shards = weak(owned)
         call_when_freed(weight, record.free)
     return record
 
@@ -142,7 +142,7 @@ def _mark_blind(weight: Tensor, blind: bool) -> None:
 
 
 # Weights whose optimizer was loaded with a state of them, without anything of ours.
-_blind: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_blind = TensorDict()
 
 
 def take_blind(weight: Tensor) -> bool:

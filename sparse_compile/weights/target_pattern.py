@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
-from weakref import WeakSet, ref
+from weakref import WeakSet
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sparse_compile.torch_internals.weak_tensors import WeakTensor
 from sparse_compile.weights.optimizer_watch import Stage, watch
 from sparse_compile.weights.record import WeightRecord
 from sparse_compile.weights.registry import find_record, record_of
@@ -31,7 +32,7 @@ class NamedLinear(NamedTuple):
     position: int
     name: str
     path: str
-    weight: ref[Tensor] | None
+    weight: WeakTensor | None
 
 
 class TargetPattern:
@@ -70,7 +71,7 @@ class TargetPattern:
             ValueError: the pattern names some of them and not others.
         """
         for position, traced, path, weight in self._linears:
-            if self._matches(path) or weight is None or weight() is args[position]:
+            if self._matches(path) or weight is None or weight.ref() is args[position]:
                 continue
             name = self._name_of(args[position])
             if name is not None and self._matches(name) != self._matches(traced):
