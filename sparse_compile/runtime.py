@@ -45,8 +45,9 @@ class Runtime:
         baseline: Baseline | None = None,
         seed_devices: Sequence[torch.device] = (),
         health: int = 0,
+        trainer: Trainer | None = None,
     ) -> None:
-        self._health = health
+        self._health, self._trainer = health, trainer
         self.fixed_sizes = False  # whether dynamo may call its graph with other sizes than it was compiled for
         self._compiled = compiled
         self._slots = tuple(slots)
@@ -110,7 +111,7 @@ class Runtime:
 
         def before_backward(_: Any) -> None:
             for record, layout, beta in passing:
-                record.gradient_passed(layout, beta)
+                record.gradient_passed(layout, beta, self._trainer)
             if gathered:
                 restore_operands(weights, self._slots, records, sets)
 

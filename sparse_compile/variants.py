@@ -90,6 +90,12 @@ class Decisions:
         self._outcomes = cache(self._outcomes_of)
         placeholders = list(graph_module.graph.find_nodes(op="placeholder"))
         self.positions = [placeholders.index(site.weight) for site in self.sites]  # of the weights among the inputs
+        # Those that a pattern may name; now, while dynamo tells which weights it traces.
+        weights = [real_parameter(site.weight) for site in self.sites]
+        self.linears = [
+            NamedLinear(position, site.name, site.path, None if weight is None else weak(weight))
+            for position, site, weight in zip(self.positions, self.sites, weights, strict=True)
+        ]
         asked = [index for index, _ in enumerate(self.sites) if self._depends(index)]
         self.questions = [self._question(index, self.positions[index]) for index in asked]
         self._asked = dict(zip(asked, range(len(asked)), strict=True))
@@ -114,15 +120,6 @@ class Decisions:
     def names(self) -> list[str]:
         """Of the graph's linears."""
         return [site.name for site in self.sites] + [rejection.name for rejection in self.found.rejections]
-
-    @property
-    def linears(self) -> list[NamedLinear]:
-        """Those that a pattern may name: by the model, and as the traced function reaches their weights."""
-        weights = [real_parameter(site.weight) for site in self.sites]
-        return [
-            NamedLinear(position, site.name, site.path, None if weight is None else weak(weight))
-            for position, site, weight in zip(self.positions, self.sites, weights, strict=True)
-        ]
 
     def outcomes(self, standings: tuple[Standing, ...]) -> list[Plan | Rejection]:
         """Of each linear, the weights of the questions standing so.
@@ -301,7 +298,10 @@ class Variants:
         call, slots, fakes, seed_devices = self._compiler(graph, plans, inputs)
         if kinds not in self._reports:
             self._reports[kinds] = self._report(outcomes, slots)
-        return Runtime(call, slots, fakes, self._reports[kinds], self._baseline, seed_devices, self._health)
+        return Runtime(
+            call, slots, fakes, self._reports[kinds], self._baseline, seed_devices, self._health,
+            self._decisions.trainer,
+        )  # fmt: skip
 
     def _report(self, outcomes: list[Plan | Rejection], slots: Iterable[WeightSlot]) -> GraphReport:
         plans = [outcome for outcome in outcomes if isinstance(outcome, Plan)]

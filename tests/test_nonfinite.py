@@ -82,7 +82,7 @@ def test_as_dense_does(trained: dict[str, FFN], recipe: str, where: str, value: 
             assert elements.any() == actual[name].any(), name
     if recipe != "fp8":
         weights = {id(parameter): name for name, parameter in model.named_parameters()}
-        watched = {found.name: weights.get(id(found.weight())) for found in weight_health.monitor.watched.values()}
+        watched = {found.name: weights.get(id(found.weight.ref())) for found in weight_health.monitor.watched.values()}
         health = {watched[name]: sample for name, sample in health.items() if watched[name]}  # not of other tests
         assert {name: sample.nonfinite for name, sample in health.items()} == {
             name: where == name for name in ("up.weight", "down.weight")

@@ -7,7 +7,9 @@ from torch import nn
 
 import sparse_compile
 from ffn_training import EAGER, compiled, states
+from sparse_compile.torch_internals.weak_tensors import weak
 from sparse_compile.weights.registry import find_record
+from sparse_compile.weights.target_pattern import NamedLinear, TargetPattern
 
 
 class Net(nn.Module):
@@ -176,6 +178,22 @@ def test_a_pattern_that_names_some_of_the_blocks_that_share_a_graph_is_refused(p
     model = blocks(pattern)
     with pytest.raises(ValueError, match=r"names one of '1\.\w+' and '2\.\w+', but not the other.* such as 'up'"):
         model(TOKENS)
+
+
+@pytest.mark.parametrize(("pattern", "other", "is_refused"), [
+    ("0.*", "1.up", True), ("1.*", "1.up", True), ("0.*", "0.up", False), ("2.*", "1.up", False),
+    ("up", "1.up", False), ("0.*", None, False),
+])  # fmt: skip
+def test_what_other_blocks_are_called_is_asked(pattern, other, is_refused):
+    traced, called = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    linear = NamedLinear(position=1, name="0.up", path="up", weight=weak(traced))
+    target = TargetPattern(pattern, ["0.up"], [linear], lambda weight: other if weight is called else None)
+    target.check((None, traced))
+    if is_refused:
+        with pytest.raises(ValueError, match=r"names one of '0\.up' and '1\.up', but not the other.* such as 'up'"):
+            target.check((None, called))
+    else:
+        target.check((None, called))
 
 
 def test_a_pattern_may_name_what_all_blocks_have_in_common():

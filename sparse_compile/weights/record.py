@@ -160,8 +160,7 @@ class WeightRecord:
         layout: the one of the last call that recorded gradients; None before.
         unbaked: whether its schedule has ended and it was trained pruned: a step must write beta * S(W) into it.
         unverified: whether its scale comes from a checkpoint, and the weight has not been looked at since.
-        trained_by: the options of the last call that recorded gradients; None before.
-        pruned_by: those that last trained it pruned; of a checkpoint nothing says it.
+        pruned_by: the options that last trained it pruned; of a checkpoint nothing says it.
         trained_dense: whether calls recorded gradients, and none with it pruned.
         loaded: whether it goes on from what a checkpoint held of it: that is saved again, though no call uses it.
     """
@@ -169,8 +168,8 @@ class WeightRecord:
     __slots__ = (
         "__weakref__", "_on_devices", "_unsettled", "beta", "decay", "glimpse_24", "is_24", "layout", "loaded",
         "loaded_masks", "operands", "phase", "prior_steps", "provisional", "provisional_glimpse", "pruned_by",
-        "refit_due", "schedule", "shards", "stepped_to", "steps", "target", "trained_by", "trained_dense",
-        "trained_set", "trained_with", "unbaked", "unverified",
+        "refit_due", "schedule", "shards", "stepped_to", "steps", "target", "trained_dense", "trained_set",
+        "trained_with", "unbaked", "unverified",
     )  # fmt: skip
 
     # Of all records, how often one changed what linears compute with: what was decided by them is decided anew then.
@@ -199,8 +198,7 @@ class WeightRecord:
         self.trained_set: OperandSet | None = None  # of that layout
         self.stepped_to: tuple[int, int] | None = None  # the weight's version and address after its last step
         # How a gradient passed since the last step.
-        self.trained_with: tuple[OperandLayout, Beta | None] | None = None
-        self.trained_by: Trainer | None = None
+        self.trained_with: tuple[OperandLayout, Beta | None, Trainer | None] | None = None
         self.pruned_by: Trainer | None = None
         self.trained_dense = False
         self.is_24 = False
@@ -282,9 +280,9 @@ class WeightRecord:
             return self.pruned
         return self.phase is not Phase.PRUNED or (self.beta is not None) != layout.projection.has_beta
 
-    def gradient_passed(self, layout: OperandLayout, beta: Beta | None) -> None:
+    def gradient_passed(self, layout: OperandLayout, beta: Beta | None, trainer: Trainer | None) -> None:
         """A backward ran through a linear: the optimizer's next step trains the weight in this layout."""
-        self.trained_with = (layout, beta)
+        self.trained_with = (layout, beta, trainer)
 
     def step(self, skipped: SkippedSteps | None = None) -> None:
         """Its optimizer has stepped.
@@ -303,8 +301,8 @@ class WeightRecord:
                 if skipped.skipped_last():
                     return
         if self.trained_with is not None:
-            (layout, beta), self.trained_with = self.trained_with, None
-            self._train(layout, beta)
+            trained_with, self.trained_with = self.trained_with, None
+            self._train(*trained_with)
         if self.beta is not None and self.beta.source is BetaSource.PRIOR:
             self.prior_steps += 1
             self.refit_due = self.prior_steps <= WINDOW
@@ -317,7 +315,6 @@ class WeightRecord:
 
     def train_by(self, trainer: Trainer, *, pruned: bool) -> None:
         """A call that records gradients computes with the weight, pruned outside of dense phases or not."""
-        self.trained_by = trainer
         if pruned:
             self.pruned_by = trainer
         self.trained_dense = self.pruned_by is None
@@ -338,7 +335,7 @@ class WeightRecord:
             for kept in self.operands.values():
                 kept.steps -= count
 
-    def _train(self, layout: OperandLayout, beta: Beta | None) -> None:
+    def _train(self, layout: OperandLayout, beta: Beta | None, trainer: Trainer | None) -> None:
         if layout.projection.prunes:
             if self.phase.prunes:
                 self._enter(Phase.PRUNED)
@@ -347,7 +344,7 @@ class WeightRecord:
                 WeightRecord.changes += 1
             elif self.beta is None and beta is not None:
                 self.adopt(beta.value, beta.source)
-        elif self.pruned and self.pruned_by != self.trained_by:
+        elif self.pruned and self.pruned_by != trainer:
             # Other options train it dense, from the weight as it is.
             self.beta, self.pruned_by, self.trained_dense = None, None, True
             self._enter(Phase.FRESH)
