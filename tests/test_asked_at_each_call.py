@@ -210,7 +210,7 @@ def test_what_a_gradient_comes_through_is_not_what_was_handed_in(ffn):
     assert {entry["sste_pruned"] for entry in optimizer.state_dict()["state"].values() if entry} == {0}
 
 
-@pytest.mark.parametrize("recipe", ["s-ste", "fp8"])
+@pytest.mark.parametrize("recipe", ["s-ste", pytest.param("fp8", marks=pytest.mark.nightly)])
 def test_a_weight_that_is_written_to_before_it_is_read(recipe, ffn):
     """It is multiplied as it is then, or not at all: trained dense it is not FP8, trained pruned it is an error."""
 

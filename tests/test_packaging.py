@@ -173,6 +173,7 @@ def test_wheel_installs_into_a_fresh_environment(built: Path, environment: Envir
     check_files(environment, check_import(environment, FIND_BACKEND + IMPORT_ALL))
 
 
+@pytest.mark.nightly
 def test_environment_variables(installed: Environment) -> None:
     """SPARSE_COMPILE does what the launcher does under torchrun."""
     train, report = installed.elsewhere / "train.py", installed.elsewhere / "report.json"

@@ -65,11 +65,11 @@ def distance(actual, expected):
         ({"labels": LABELS}, {}),
         ({}, {"labels": LABELS}),
         ({"breaks": True}, {}),
-        ({}, {"breaks": True}),
+        pytest.param({}, {"breaks": True}, marks=pytest.mark.nightly),
         ({"penalty": True}, {}),
-        ({}, {"penalty": True}),
+        pytest.param({}, {"penalty": True}, marks=pytest.mark.nightly),
     ],
-    ids=str,
+    ids=["labels", "no labels", "break", "no break", "penalty", "no penalty"],
 )
 def test_an_evaluation_computes_what_training_did(training, evaluation):
     model = Net()
@@ -173,7 +173,7 @@ def blocks(pattern):
     return model
 
 
-@pytest.mark.parametrize("pattern", ["1.*", "2.*"])
+@pytest.mark.parametrize("pattern", ["1.*", pytest.param("2.*", marks=pytest.mark.nightly)])
 def test_a_pattern_that_names_some_of_the_blocks_that_share_a_graph_is_refused(pattern):
     model = blocks(pattern)
     with pytest.raises(ValueError, match=r"names one of '1\.\w+' and '2\.\w+', but not the other.* such as 'up'"):

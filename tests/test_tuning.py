@@ -438,6 +438,7 @@ class TestGraph:
         assert set(asked) == multiplied
         assert sum(problem.rows == padded(144) and not problem.transpose for problem in asked) == 2
 
+    @pytest.mark.nightly
     def test_symbolic_tokens_use_their_hint(self, asked, ffn, x) -> None:
         options = {"sste.executor": "eager", "sste.tune": True}
         compiled = torch.compile(ffn(), backend="sste", dynamic=True, options=options)
