@@ -174,6 +174,7 @@ def written_to_what_was_returned(run, x):
     return run(x).add_(1.0)
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize(
     "call", [into_a_buffer, into_a_part_of_a_buffer, read_through_what_was_written_to, written_to_what_was_returned]
 )
@@ -210,7 +211,8 @@ def test_what_a_gradient_comes_through_is_not_what_was_handed_in(ffn):
     assert {entry["sste_pruned"] for entry in optimizer.state_dict()["state"].values() if entry} == {0}
 
 
-@pytest.mark.parametrize("recipe", ["s-ste", pytest.param("fp8", marks=pytest.mark.nightly)])
+@pytest.mark.by_day(1)
+@pytest.mark.parametrize("recipe", ["fp8", "s-ste"])
 def test_a_weight_that_is_written_to_before_it_is_read(recipe, ffn):
     """It is multiplied as it is then, or not at all: trained dense it is not FP8, trained pruned it is an error."""
 
@@ -241,6 +243,7 @@ def test_a_weight_that_is_written_to_before_it_is_read(recipe, ffn):
             assert torch.equal(model.up.weight, twice[1])
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_weight_that_is_written_to_follows_no_schedule(dynamic, ffn):
     """It is dense, and no error, in the warm-up of the others and after it."""

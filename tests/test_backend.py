@@ -287,6 +287,7 @@ def test_pure_bf16(ffn, x):
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(("stored", "cast"), [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
 def test_autocast_to_another_half_than_the_weights(ffn, x, stored, cast):
     """PyTorch concatenates no tensor of one of them under autocast to the other: what the backend does is outside."""

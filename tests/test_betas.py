@@ -132,6 +132,7 @@ def test_a_resumed_run_is_the_continued_one(batch, make) -> None:
         assert train(compiled(resumed), optimizer, batch) == continued
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_distributed_checkpoints_of_sgd(batch, momentum, tmp_path) -> None:
     """Biases have no numbers of ours, and without momentum nothing of the optimizer's."""

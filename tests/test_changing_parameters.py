@@ -266,7 +266,8 @@ def swapped_run(x, swap, recipe):
     return losses, sparse_compile.beta(model)
 
 
-@pytest.mark.parametrize("recipe", ["s-ste", pytest.param("sr-ste", marks=pytest.mark.nightly)])
+@pytest.mark.by_day(1)
+@pytest.mark.parametrize("recipe", ["sr-ste", "s-ste"])
 def test_parameters_whose_contents_are_swapped(x, recipe):
     """PyTorch swaps no tensors with weak references.  What is kept of a parameter stays with it."""
     assert swapped_run(x, True, recipe) == swapped_run(x, False, recipe)

@@ -59,15 +59,16 @@ def distance(actual, expected):
     return float((actual - expected).norm() / expected.norm())
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize(
     ("training", "evaluation"),
     [
         ({"labels": LABELS}, {}),
         ({}, {"labels": LABELS}),
         ({"breaks": True}, {}),
-        pytest.param({}, {"breaks": True}, marks=pytest.mark.nightly),
+        ({}, {"breaks": True}),
         ({"penalty": True}, {}),
-        pytest.param({}, {"penalty": True}, marks=pytest.mark.nightly),
+        ({}, {"penalty": True}),
     ],
     ids=["labels", "no labels", "break", "no break", "penalty", "no penalty"],
 )
@@ -173,7 +174,8 @@ def blocks(pattern):
     return model
 
 
-@pytest.mark.parametrize("pattern", ["1.*", pytest.param("2.*", marks=pytest.mark.nightly)])
+@pytest.mark.by_day(1)
+@pytest.mark.parametrize("pattern", ["1.*", "2.*"])
 def test_a_pattern_that_names_some_of_the_blocks_that_share_a_graph_is_refused(pattern):
     model = blocks(pattern)
     with pytest.raises(ValueError, match=r"names one of '1\.\w+' and '2\.\w+', but not the other.* such as 'up'"):
@@ -214,6 +216,7 @@ class Tied(nn.Module):
         return F.gelu(x @ self.down.weight) @ self.up.weight
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("recipe", ["s-ste", "s-ste-transposable"])
 def test_two_graphs_do_not_prune_a_weight_along_two_dimensions(recipe):
     model = Tied()

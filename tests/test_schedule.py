@@ -124,6 +124,7 @@ def scaled_run(fused, skipped, steps, **options):
     yield sparse_compile.beta(model)
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("skipped", [(0, 1), (1, 3, 4, 8)], ids=str)
 def test_steps_that_a_fused_optimizer_skips_do_not_count(skipped):
@@ -287,6 +288,7 @@ def test_an_evaluation_writes_no_weight():
     assert not is_24(model.up.weight, 1)
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("schedule", [{"warmup": 2}, {"warmup": 2, "tail": 1, "total_steps": 5}], ids=str)
 def test_a_copy_that_was_told_its_scales_has_its_warm_up_behind_it(schedule):
@@ -358,6 +360,7 @@ def test_without_fp8_dense_phases_have_none():
     torch.testing.assert_close(step(x), model(x))
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("resumed", [False, True], ids=["continued", "resumed"])
 def test_a_block_that_joins_later_is_in_the_phase_of_its_optimizer(resumed):
