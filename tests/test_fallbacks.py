@@ -1,6 +1,7 @@
 """What dynamo runs eagerly of the modules that were compiled is told at the end of the report; nothing else is."""
 
 import gc
+import warnings
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ ADVICE = f"recompile limit {LIMIT}; use dynamic=True or raise it"
 @pytest.fixture(autouse=True)
 def nothing_reached_so_far():
     watch_fallbacks()._limits.clear()
+    watch_fallbacks()._warned.clear()
     gc.collect()  # modules of other tests, which count as long as they are alive
 
 
@@ -134,6 +136,24 @@ def test_a_model_whose_shapes_vary():
     ]
     # With a graph again there is nothing to tell but the limit.
     assert train(model, call, steps=2) == [line]
+
+
+@pytest.mark.usefixtures("low_limit")
+@pytest.mark.parametrize("recipe, warns", [("s-ste", True), ("fp8", False)])
+@pytest.mark.parametrize("trains", [True, False])
+def test_calls_beyond_the_limit_that_prune_no_more_warn(recipe, warns, trains):
+    model = Block()
+    call = torch.compile(model, backend="sste", options=OPTIONS | {"sste.recipe": recipe}, dynamic=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if trains:
+            train(model, call, steps=LIMIT + 3, tokens=range(8, 8 + LIMIT + 3))
+        else:
+            for tokens in range(8, 8 + LIMIT + 3):
+                call(torch.randn(tokens, 64))
+    told = [str(warning.message) for warning in caught if "prune them" in str(warning.message)]
+    assert len(told) == warns
+    assert all(f"has reached recompile limit {LIMIT}" in line and "raise it" in line for line in told)
 
 
 def test_parts_that_are_disabled():

@@ -27,6 +27,7 @@ from sparse_compile.torch_internals.dynamo import RecompileLimit, on_recompile_l
 from sparse_compile.torch_internals.modules import compiled_modules, is_pytorchs
 from sparse_compile.torch_internals.weak_tensors import WeakTensor, weak
 from sparse_compile.weights.pattern_24 import may_be_of_experts
+from sparse_compile.weights.registry import find_record
 
 # Steps 2, 8, 32, ... of each optimizer are looked at: the first compiles, and a look may walk over the heap.
 _FIRST, _FACTOR = 2, 4
@@ -82,6 +83,9 @@ class Fallbacks:
         """Dynamo will compile a function no more."""
         self._limits[limit.function] = limit
         self._tell()
+        weights = (reference.ref() for reference in self._noted.values())
+        if any(weight is not None and (record := find_record(weight)) and record.computed_pruned for weight in weights):
+            self._warn(f"{_beyond(limit)}.  They compute with dense weights, where calls of its graphs prune them")
 
     def on_step(self, optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
         del args, kwargs
@@ -144,10 +148,13 @@ class Fallbacks:
             {line for root, backend in compiled if _has_gradients(root) and (line := self._why_not(root, backend))}
         )
         for line in lines:
-            if line not in self._warned:
-                self._warned.add(line)
-                warnings.warn(f"sparse_compile: {line}", stacklevel=2)
+            self._warn(line)
         return lines
+
+    def _warn(self, line: str) -> None:
+        if line not in self._warned:
+            self._warned.add(line)
+            warnings.warn(f"sparse_compile: {line}", stacklevel=2)
 
     def _why_not(self, root: Module, backend: object) -> str | None:
         """Why nothing was traced of a module that was compiled with this backend; None of another one's.
@@ -185,11 +192,15 @@ class Fallbacks:
         for limit in self._limits.values():
             told = any(f"{limit.name} {limit.value}; {_ADVICE}" in line for line in lines)
             if not told:
-                lines.append(
-                    f"{limit.function} has reached {limit.name} {limit.value}: calls that fit none of its graphs run "
-                    f"eagerly; {_ADVICE}"
-                )
+                lines.append(_beyond(limit))
         self._report.fallbacks[:] = lines
+
+
+def _beyond(limit: RecompileLimit) -> str:
+    return (
+        f"{limit.function} has reached {limit.name} {limit.value}: calls that fit none of its graphs run eagerly; "
+        f"{_ADVICE}"
+    )
 
 
 def _is_weight(weight: Tensor) -> bool:
