@@ -18,8 +18,9 @@ from sparse_compile.reporting.model import GraphReport
 from sparse_compile.torch_internals.fake import FakeTensor
 from sparse_compile.torch_internals.tensors import whole
 from sparse_compile.torch_internals.weak_tensors import WeakTensor, weak
+from sparse_compile.weights.operand_set import OperandLayout, OperandSet
 from sparse_compile.weights.operands import are_sparse, current_operands, layout_of, operand_set, restore_operands
-from sparse_compile.weights.record import OperandLayout, OperandSet, Phase, Trainer, WeightRecord
+from sparse_compile.weights.record import Phase, Trainer, WeightRecord
 from sparse_compile.weights.registry import find_record, lock, record_of
 from sparse_compile.weights.schedule import Schedule
 from sparse_compile.weights.slot import WeightSlot

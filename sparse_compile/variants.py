@@ -36,8 +36,9 @@ from sparse_compile.torch_internals.graph import (
     with_checkpoint_bodies,
 )
 from sparse_compile.torch_internals.weak_tensors import weak
+from sparse_compile.weights.operand_set import OperandLayout
 from sparse_compile.weights.operands import are_sparse
-from sparse_compile.weights.record import OperandLayout, Trainer
+from sparse_compile.weights.record import Trainer
 from sparse_compile.weights.registry import record_of
 from sparse_compile.weights.slot import WeightSlot
 from sparse_compile.weights.standing import Standing

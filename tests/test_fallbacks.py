@@ -139,7 +139,7 @@ def test_a_model_whose_shapes_vary():
 
 
 @pytest.mark.usefixtures("low_limit")
-@pytest.mark.parametrize("recipe, warns", [("s-ste", True), ("fp8", False)])
+@pytest.mark.parametrize(("recipe", "warns"), [("s-ste", True), ("fp8", False)])
 @pytest.mark.parametrize("trains", [True, False])
 def test_calls_beyond_the_limit_that_prune_no_more_warn(recipe, warns, trains):
     model = Block()

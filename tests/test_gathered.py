@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 import shared_graphs
 import sparse_compile
 from sparse_compile.measuring import weight_health
-from sparse_compile.weights.record import OperandSet
+from sparse_compile.weights.operand_set import OperandSet
 
 clean_slate = shared_graphs.kept
 

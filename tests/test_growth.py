@@ -17,7 +17,8 @@ from sparse_compile.reporting.process_report import report_so_far
 from sparse_compile.runtime import Chooser, Runtime
 from sparse_compile.torch_internals.heap import instances_of
 from sparse_compile.variants import Decisions, Variants
-from sparse_compile.weights.record import OperandSet, WeightRecord
+from sparse_compile.weights.operand_set import OperandSet
+from sparse_compile.weights.record import WeightRecord
 
 KINDS = (Chooser, Decisions, OperandSet, Runtime, Variants, WeightRecord, torch.fx.GraphModule, torch.optim.Optimizer)
 

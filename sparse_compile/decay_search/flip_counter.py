@@ -16,9 +16,9 @@ from sparse_compile.measuring.weight_health import mask_flips
 from sparse_compile.projections.base import Projection, SparseOperand
 from sparse_compile.runtime import on_weight
 from sparse_compile.torch_internals.weak_tensors import weak
+from sparse_compile.weights.operand_set import OperandSet
 from sparse_compile.weights.operands import fill_operands
 from sparse_compile.weights.optimizer_watch import Stage, watch
-from sparse_compile.weights.record import OperandSet
 from sparse_compile.weights.slot import WeightSlot
 
 

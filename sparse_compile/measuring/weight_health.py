@@ -23,9 +23,10 @@ from sparse_compile.reporting.health import HEALTH_LIMITS, Health
 from sparse_compile.reporting.process_report import record_health
 from sparse_compile.torch_internals.autocast import plain_arithmetic
 from sparse_compile.torch_internals.weak_tensors import weak
+from sparse_compile.weights.operand_set import OperandSet, before_freeing
 from sparse_compile.weights.optimizer_watch import Stage
 from sparse_compile.weights.optimizer_watch import watch as optimizer_watch
-from sparse_compile.weights.record import OperandSet, WeightRecord, before_freeing
+from sparse_compile.weights.record import WeightRecord
 from sparse_compile.weights.registry import find_record, record_of
 from sparse_compile.weights.slot import WeightSlot
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from sparse_compile.weights.record import STALE, OperandSet, WeightRecord
+from sparse_compile.weights.operand_set import STALE, OperandSet
+from sparse_compile.weights.record import WeightRecord
 
 # Rows, and columns of each, that a sample takes at most.
 _SAMPLED = 32

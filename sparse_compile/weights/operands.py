@@ -23,18 +23,10 @@ from sparse_compile.torch_internals.autocast import plain_arithmetic
 from sparse_compile.torch_internals.tensors import is_held, versions_kept
 from sparse_compile.weights.beta_fit import Fit, fit_betas
 from sparse_compile.weights.edit_detection import find_edited, is_edited, take_samples
+from sparse_compile.weights.operand_set import OperandLayout, OperandSet, WeightVersion
 from sparse_compile.weights.optimizer_watch import watch
 from sparse_compile.weights.pattern_24 import is_24
-from sparse_compile.weights.record import (
-    Beta,
-    BetaSource,
-    Glimpse,
-    OperandLayout,
-    OperandSet,
-    Scale,
-    WeightRecord,
-    WeightVersion,
-)
+from sparse_compile.weights.record import Beta, BetaSource, Glimpse, Scale, WeightRecord
 from sparse_compile.weights.registry import lock, record_of, take_blind
 from sparse_compile.weights.slot import WeightSlot
 

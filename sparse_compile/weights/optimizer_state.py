@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from sparse_compile.weights.record import Beta, BetaSource, OperandSet, WeightRecord
+from sparse_compile.weights.operand_set import OperandSet
+from sparse_compile.weights.record import Beta, BetaSource, WeightRecord
 
 BETA = "sste_beta"
 STEPS = "sste_steps"  # of the optimizer with this weight
