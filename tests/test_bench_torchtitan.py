@@ -37,14 +37,16 @@ def test_the_speed_is_that_of_steps_that_compile_no_more() -> None:
 @pytest.mark.parametrize(
     ("losses", "rewritten", "problem"),
     [
-        ([8.0, 7.0], [7, 7], ""),
-        ([8.1, 7.0], [7, 7], "loss 0 is 8.1, not 8.0"),
-        ([8.0, float("nan")], [7, 7], "loss -1 is nan, not 7.0"),
-        ([8.0, 7.0], [0, 7], "no linear is rewritten"),
+        ([8.0, 7.0, 7.0, 7.0, 7.0, 7.0], [7, 7], ""),
+        ([8.1, 7.0, 7.0, 7.0, 7.0, 7.0], [7, 7], "the first loss is 8.1000, not 8.0000"),
+        ([8.0, 7.0, 7.0, 7.0, 7.0, float("nan")], [7, 7], "the mean of the last 5 is nan, not 7.0000"),
+        ([8.0, 7.3, 7.3, 7.3, 7.3, 7.0], [7, 7], "the mean of the last 5 is 7.2400, not 7.0000"),
+        ([8.0, 7.0, 7.0, 7.0, 7.0, 7.9], [7, 7], ""),
+        ([8.0, 7.0, 7.0, 7.0, 7.0, 7.0], [0, 7], "no linear is rewritten"),
     ],
 )
 def test_what_is_wrong(losses: list[float], rewritten: list[int], problem: str) -> None:
-    problems = bench_torchtitan.wrong(row("inductor", [8.0, 7.0]), row("sste", losses, rewritten))
+    problems = bench_torchtitan.wrong(row("inductor", [8.0, *[7.0] * 5]), row("sste", losses, rewritten))
     assert [text.removeprefix("1B, sste: ") for text in problems] == ([problem] if problem else [])
 
 
@@ -57,6 +59,6 @@ def test_linears_are_counted_by_the_report(tmp_path: Path) -> None:
 
 
 def test_the_table_compares_with_inductor() -> None:
-    table = bench_torchtitan.table([row("inductor", [8.0, 7.0]), row("sste", [8.0, 7.1], [7, 8])])
+    table = bench_torchtitan.table([row("inductor", [8.0, 7.0]), row("sste", [8.0, *[7.2, 7.0] * 3], [7, 8])])
     cells = [cell.strip() for cell in table.splitlines()[-1].split("|")[1:-1]]
-    assert cells == ["1B", "sste", "8.0000", "7.1000", "2,000", "2.000", "3.0", "7/8"]
+    assert cells == ["1B", "sste", "8.0000", "7.0800", "2,000", "2.000", "3.0", "7/8"]
