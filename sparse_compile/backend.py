@@ -41,7 +41,12 @@ from sparse_compile.progress import announced
 from sparse_compile.reporting.graph_origin import origin
 from sparse_compile.reporting.process_report import report_so_far, write_to
 from sparse_compile.runtime import Chooser
-from sparse_compile.torch_internals.dynamo import graph_before_cut, guard_frozen_parameters, trace_artifact
+from sparse_compile.torch_internals.dynamo import (
+    compiled_frame,
+    graph_before_cut,
+    guard_frozen_parameters,
+    trace_artifact,
+)
 from sparse_compile.torch_internals.fake import backend_fake_mode
 from sparse_compile.torch_internals.graph import clone_graph_module
 from sparse_compile.torch_internals.inductor import compile_graph, reset_cuda_graphs, uses_cuda_graphs
@@ -103,6 +108,8 @@ def sste(
         baseline=_dense_baseline(graph_module, chosen) if chosen.report_measure else None,
         health=chosen.health,
     )
+    if any(question.target is not None and question.target.projection.prunes for question in decisions.questions):
+        watch_fallbacks().prunes(compiled_frame())
     first = variants.traced(example_inputs)
     time_steps()
     if chosen.report is not None:

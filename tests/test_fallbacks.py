@@ -30,6 +30,7 @@ ADVICE = f"recompile limit {LIMIT}; use dynamic=True or raise it"
 def nothing_reached_so_far():
     watch_fallbacks()._limits.clear()
     watch_fallbacks()._warned.clear()
+    watch_fallbacks()._pruning.clear()  # dynamo counts functions anew for each test
     gc.collect()  # modules of other tests, which count as long as they are alive
 
 
@@ -142,6 +143,8 @@ def test_a_model_whose_shapes_vary():
 @pytest.mark.parametrize(("recipe", "warns"), [("s-ste", True), ("fp8", False)])
 @pytest.mark.parametrize("trains", [True, False])
 def test_calls_beyond_the_limit_that_prune_no_more_warn(recipe, warns, trains):
+    other = torch.compile(BrokenBlock(), backend="sste", options=OPTIONS | {"sste.recipe": "s-ste"})
+    train(other, other)  # which prunes, and is far from its limit
     model = Block()
     call = torch.compile(model, backend="sste", options=OPTIONS | {"sste.recipe": recipe}, dynamic=False)
     with warnings.catch_warnings(record=True) as caught:

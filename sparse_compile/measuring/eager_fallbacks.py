@@ -27,7 +27,6 @@ from sparse_compile.torch_internals.dynamo import RecompileLimit, on_recompile_l
 from sparse_compile.torch_internals.modules import compiled_modules, is_pytorchs
 from sparse_compile.torch_internals.weak_tensors import WeakTensor, weak
 from sparse_compile.weights.pattern_24 import may_be_of_experts
-from sparse_compile.weights.registry import find_record
 
 # Steps 2, 8, 32, ... of each optimizer are looked at: the first compiles, and a look may walk over the heap.
 _FIRST, _FACTOR = 2, 4
@@ -69,6 +68,7 @@ class Fallbacks:
         self._noted: _Weights = {}  # ever
         self._captured = False  # by the user: what a CUDA graph replays calls nothing
         self._limits: dict[str, RecompileLimit] = {}  # by function
+        self._pruning: set[str] = set()  # functions
         self._eager: list[str] = []
         self._warned: set[str] = set()
 
@@ -79,12 +79,15 @@ class Fallbacks:
         for noted in (self._noted, *(window.noted for window in self._windows.values() if window.is_open)):
             noted |= weights
 
+    def prunes(self, frame: str) -> None:
+        """Graphs of this function, which ``compiled_frame`` has named, compute with pruned weights."""
+        self._pruning.add(frame)
+
     def on_limit(self, limit: RecompileLimit) -> None:
         """Dynamo will compile a function no more."""
         self._limits[limit.function] = limit
         self._tell()
-        weights = (reference.ref() for reference in self._noted.values())
-        if any(weight is not None and (record := find_record(weight)) and record.computed_pruned for weight in weights):
+        if limit.frame in self._pruning:
             self._warn(f"{_beyond(limit)}.  They compute with dense weights, where calls of its graphs prune them")
 
     def on_step(self, optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:

@@ -59,6 +59,13 @@ def compile_id(graph_module: GraphModule) -> str:
     return "" if found is None else str(found)
 
 
+def compiled_frame() -> str:
+    """Dynamo's number of the function that it is compiling; empty outside of a compilation."""
+    from torch._guards import CompileContext
+
+    return str(CompileContext.current_compile_id() or "").partition("/")[0]
+
+
 def graph_end(graph_module: GraphModule) -> tuple[str, str, str]:
     """Why dynamo ended the graph; ``file:line`` of the user's code there; dynamo's hints, if it is a graph break."""
     end = getattr(graph_module, "compile_subgraph_reason", None)
@@ -80,11 +87,13 @@ class RecompileLimit:
     Attributes:
         function: ``'forward' (file.py:12)``.
         name, value: of the limit, ``recompile limit``.
+        frame: the function, as ``compiled_frame`` names it.
     """
 
     function: str
     name: str
     value: int
+    frame: str = ""
 
     @property
     def is_pytorchs(self) -> bool:
@@ -99,7 +108,7 @@ def on_recompile_limit(call: Callable[[RecompileLimit], None]) -> None:
         def emit(self, record: logging.LogRecord) -> None:
             if str(record.msg).startswith("torch._dynamo hit config.") and isinstance(record.args, tuple):
                 name, value, function, *_ = record.args
-                call(RecompileLimit(str(function), str(name).replace("_", " "), cast(int, value)))
+                call(RecompileLimit(str(function), str(name).replace("_", " "), cast(int, value), compiled_frame()))
 
     logging.getLogger("torch._dynamo.convert_frame").addHandler(Listener())
 

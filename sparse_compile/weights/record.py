@@ -75,6 +75,7 @@ class Beta:
 # The options that train a weight: the arithmetic of their recipe, and their targets.
 Trainer = tuple[str, str]
 
+
 @dataclass(frozen=True, slots=True)
 class Glimpse:
     """What was computed of a weight as it was, and how to tell that it is still that: its version, and a sample."""
