@@ -132,10 +132,10 @@ class Kernel:
         self.mistake, self.launches = mistake, 0
 
     def plan(self, config: configs.Config, *arguments: Any) -> Callable[..., None]:
-        *operands, offsets, out, transpose = arguments
+        *operands, offsets, out, transpose, _ = arguments
 
         def multiply(*addresses: int | None) -> None:
-            assert addresses == tuple(None if t is None else t.data_ptr() for t in arguments[:-1])
+            assert addresses == tuple(None if t is None else t.data_ptr() for t in arguments[:-2])
             self.launches += 1
             made: Any
             if operands[0].dim() == 3:

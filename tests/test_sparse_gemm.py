@@ -15,6 +15,7 @@ from hopper_compiler import plans_that_only_compile
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.formats import E4M3, E5M2, PAD_WORD, metadata_shape, padded, values_shape
 from sparse_compile.kernels.sparse_gemm import configs, launch, shared_memory
+from sparse_compile.kernels.sparse_gemm import kernel as gemm_kernel
 from sparse_compile.kernels.sparse_gemm import plan as plan_module
 from sparse_compile.testing import SPARSE_INSTRUCTION, assert_within_budget
 
@@ -421,6 +422,71 @@ def check_budget(
     assert torch.equal(*results)
     product = results[0].t() if transpose else results[0]
     assert_product(product, values, metadata, dense, scale_inv, dense_scale_inv)
+
+
+def tiles_of(monkeypatch, program: int, programs: int, tiles: int, waves: int, cluster: int) -> list[int]:
+    """What a block multiplies, as the kernel says it."""
+    language = SimpleNamespace(
+        cdiv=lambda a, b: -(-a // b), num_programs=lambda axis: programs, program_id=lambda axis: program
+    )
+    monkeypatch.setattr(gemm_kernel, "gl", language)
+    return [*range(*gemm_kernel._span.fn(tiles, waves, cluster))]
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize(("tiles", "clusters"), [(1, 1), (5, 5), (2048, 66), (512, 66), (13, 2), (7, 3)])
+def test_each_tile_is_in_one_wave(monkeypatch, tiles, clusters, cluster) -> None:
+    for waves in range(1, 6):
+        programs = waves * clusters * cluster
+        taken = [tiles_of(monkeypatch, program, programs, tiles, waves, cluster) for program in range(programs)]
+        assert all(taken[block] == taken[block // cluster * cluster] for block in range(programs)), (
+            "clusters go together"
+        )
+        by_cluster = taken[::cluster]
+        assert sorted(tile for of_cluster in by_cluster for tile in of_cluster) == [*range(tiles)]
+        # Those that run at a time are neighbours, as in one wave: they share operands in the L2 cache.
+        assert all(tile in of_cluster for tile, of_cluster in zip(range(tiles), by_cluster[:clusters], strict=False))
+
+
+def test_products_are_cut_into_waves_where_collectives_run(monkeypatch) -> None:
+    config = configs.Config(block_d=256, cluster=2)
+    monkeypatch.setattr(plan_module, "sm_count", lambda device: 132)
+    monkeypatch.setattr(plan_module, "_collectives_run", lambda: False)
+    assert plan_module._grid(config, 2048, None, torch.device("cpu")) == (132, 1)
+    monkeypatch.setattr(plan_module, "_collectives_run", lambda: True)
+    expected = {1: (2, 1), 66: (132, 1), 131: (132, 1), 198: (132, 1), 199: (264, 2), 512: (528, 4), 2048: (528, 4)}
+    assert {tiles: plan_module._grid(config, tiles, None, torch.device("cpu")) for tiles in expected} == expected
+    assert plan_module._grid(config, 2048, 3, torch.device("cpu")) == (396, 3)
+
+
+def test_collectives_run_in_groups_of_several_processes(monkeypatch) -> None:
+    assert not plan_module._collectives_run()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for processes in (1, 2):
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda processes=processes: processes)
+        assert plan_module._collectives_run() == (processes > 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("config", "accurate"), CONFIGS, ids=config_id)
+def test_waves_change_nothing(config, accurate) -> None:
+    rows, columns, contraction = 4300, 7000, 1040  # several rounds of tiles for each program, and tails
+    weight = torch.randn(rows, contraction, device="cuda").to(E4M3)
+    values, metadata = reference.compress24(weight, random_positions(rows, contraction, "cuda"))
+    dense = torch.randn(columns, contraction, device="cuda").to(E4M3)
+    scale_inv, dense_scale_inv = torch.tensor([0.25], device="cuda"), torch.rand(columns, device="cuda")
+    results = []
+    for waves in (1, 2, 4, 7):
+        buffer, out = poisoned((columns, rows), torch.bfloat16, "cuda")
+        tensors = (values, metadata, dense, scale_inv, dense_scale_inv, out)
+        multiply = plan_module.plan_gemm(config, accurate, *tensors, True, waves)
+        for _ in range(3):
+            multiply(*(tensor.data_ptr() for tensor in tensors))
+            results.append(out.clone())
+        assert buffer[:1024].isnan().all()
+        assert buffer[-1024:].isnan().all()
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert_product(results[0].t(), values, metadata, dense, scale_inv, dense_scale_inv)
 
 
 @pytest.mark.gpu

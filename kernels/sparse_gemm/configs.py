@@ -18,6 +18,10 @@ _COSTS = {
     (128, 1): (1.9, 0.298, 0.81),
     (128, 2): (2.7, 0.295, 0.87),
 }
+# Waves that a product is cut into where collectives hold some multiprocessors for as long as it runs: a block that has
+# to wait for one holds up its wave's share of the product, and not all of it.  Each wave fills the ring anew.
+_WAVES = 4
+_LEAST_ROUNDS = 2  # of tiles, in a wave
 # Stages after which the sums of an accurate product move to its carry.
 CARRY_STAGES = 16
 
@@ -61,6 +65,11 @@ class Config:
         launch, stage, end = _COSTS[self.block_d, self.cluster]
         rounds = _ceil_div(self.tiles(rows, columns), sm_count // self.cluster)
         return launch + rounds * (num_k * stage + end)
+
+
+def waves_of(tiles: int, clusters: int) -> int:
+    """How many waves so many tiles are cut into where the GPU is shared with collectives."""
+    return max(1, min(_WAVES, _ceil_div(tiles, clusters) // _LEAST_ROUNDS))
 
 
 def contraction_stages(contraction: int, element_size: int) -> int:

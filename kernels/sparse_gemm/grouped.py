@@ -77,13 +77,13 @@ def launch_grouped_sparse_gemm(
 
 def plan_tokens(
     config: Config, values: Tensor, metadata: Tensor, dense: Tensor, scale_inv: Tensor, dense_scale_inv: Tensor | None,
-    offsets: Tensor, out: Tensor, transpose: bool = True,
+    offsets: Tensor, out: Tensor, transpose: bool = True, waves: int | None = None,
 ) -> LaunchPlan:  # fmt: skip
     """The plan of ``launch_grouped_sparse_gemm`` for a config; arguments as there, checked already."""
     blocks = most_blocks(dense.shape[0], offsets.shape[0], config.block_d)
     new_table, table, find_blocks = plan_expert_blocks(offsets, dense.shape[0], config.block_d)
     operands = (values, metadata, dense, scale_inv, dense_scale_inv)
-    multiply = plan_grouped_gemm(config, COLUMNS, *operands, out, table, blocks, transpose)
+    multiply = plan_grouped_gemm(config, COLUMNS, *operands, out, table, blocks, transpose, waves)
 
     def run(
         values: int, metadata: int, dense: int, scale_inv: int, dense_scale_inv: int | None, offsets: int, out: int
@@ -138,7 +138,7 @@ def launch_grouped_wgrad(
 
 def plan_wgrad(
     config: Config, values: Tensor, metadata: Tensor, dense: Tensor, scale_inv: Tensor, dense_scale_inv: Tensor | None,
-    offsets: Tensor, out: Tensor, transpose: bool,
+    offsets: Tensor, out: Tensor, transpose: bool, waves: int | None = None,
 ) -> LaunchPlan:  # fmt: skip
     """The plan of ``launch_grouped_wgrad`` for a config; arguments as there, checked already, no scale of rows."""
     total = dense.shape[1]
@@ -146,7 +146,7 @@ def plan_wgrad(
     blocks = total // PAD
     new_table, table, find_blocks = plan_expert_blocks(offsets, total, PAD, blocks)
     operands = (values, metadata, dense, scale_inv, dense_scale_inv)
-    multiply = plan_grouped_gemm(config, CONTRACTION, *operands, out, table, blocks, transpose)
+    multiply = plan_grouped_gemm(config, CONTRACTION, *operands, out, table, blocks, transpose, waves)
 
     def run(
         values: int, metadata: int, dense: int, scale_inv: int, dense_scale_inv: None, offsets: int, out: int

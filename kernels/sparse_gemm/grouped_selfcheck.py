@@ -48,7 +48,7 @@ class GroupedVariant:
     transpose: bool
 
 
-# Plans a launch: config, operands, offsets, out, transposed.
+# Plans a launch: config, operands, offsets, out, transposed, waves.
 Planner = Callable[..., Callable[..., Any]]
 
 
@@ -57,7 +57,8 @@ def check_grouped(config: Config, variant: GroupedVariant, device: torch.device,
 
     Args:
         plan: plans a launch of ``(values, metadata, dense, scale_inv, dense_scale_inv, offsets, out)``, and is called
-            with the config, these, and whether out is transposed; the plan with the addresses of these.
+            with the config, these, whether out is transposed, and in how many waves; the plan with the addresses of
+            these.
 
     Raises:
         SparseCompileError: the result is wrong.
@@ -80,8 +81,8 @@ def _check(config: Config, variant: GroupedVariant, device: torch.device, plan: 
         operands, offsets, expected, written = _example(config, variant, device)
         out = torch.empty_like(expected)
         tensors = (*operands, offsets, out)
-        multiply = plan(config, *tensors, variant.transpose)
-        for launch in ("first", "second"):
+        for launch, waves in (("first", 1), ("second", 2)):
+            multiply = plan(config, *tensors, variant.transpose, waves)
             out.fill_(_UNTOUCHED)
             multiply(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
             wrong = int((out[:written] != expected[:written]).sum())

@@ -4,6 +4,9 @@ The kernel is persistent and warp-specialised: one thread loads stages of A and 
 multiplies 64 rows of A and stores its part of the tile on its own, while the other may go on multiplying.  Two blocks
 of a cluster take neighbouring tiles of rows, and each loads half of the B that both multiply.
 
+Where collectives share the GPU, its tiles are cut into waves (``configs.waves_of``): blocks of the next one start as
+those before end, on whatever multiprocessors are free.
+
 Tails need no code in the loops.  TMA fills with zeros what lies beyond A and B and clips what lies beyond out, metadata
 is padded, and direct stores are masked.
 
@@ -68,6 +71,16 @@ def _tiles(table_ptr, num_r, num_d, experts, blocks, SHARED: gl.constexpr):
 
 
 @gluon.jit
+def _span(tiles, waves, CLUSTER: gl.constexpr):
+    """The first tile of this cluster, where those of its wave end, and how far apart its tiles are."""
+    step = gl.num_programs(0) // CLUSTER // waves
+    cluster = gl.program_id(0) // CLUSTER
+    share = gl.cdiv(gl.cdiv(tiles, waves), step) * step
+    first = cluster // step * share
+    return first + cluster % step, min(tiles, first + share), step
+
+
+@gluon.jit
 def _stages(table_ptr, blocks, expert):
     """The first stage of an expert's tokens, and how many there are."""
     span_ptr = table_ptr + (blocks + 1 + expert) * 4
@@ -76,7 +89,7 @@ def _stages(table_ptr, blocks, expert):
 
 @gluon.jit
 def _producer(
-    table_ptr, num_r, num_d, num_k, group, last_metadata, experts, blocks, expert_blocks, expert_stages,
+    table_ptr, num_r, num_d, num_k, group, last_metadata, experts, blocks, expert_blocks, expert_stages, waves,
     SHARED: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     CLUSTER: gl.constexpr = RING.value.cluster
@@ -87,7 +100,8 @@ def _producer(
     stage = 0
     parity = 1  # a new barrier counts as one whose previous phase is complete: the stages start empty
     num_d, tiles = _tiles(table_ptr, num_r, num_d, experts, blocks, SHARED)
-    for tile in range(gl.program_id(0) // CLUSTER, tiles, gl.num_programs(0) // CLUSTER):
+    first_tile, end, step = _span(tiles, waves, CLUSTER)
+    for tile in range(first_tile, end, step):
         if SHARED == _CONTRACTION:
             first_k, num_k = _stages(table_ptr, blocks, tile // (num_r * num_d))
             pid_r, pid_d = _tile(tile % (num_r * num_d), num_r, num_d, group)
@@ -261,7 +275,7 @@ def _store_tile_masked(
 @gluon.jit
 def _consumer(
     scale_inv_ptr, dense_scale_inv_ptr, out, out_ptr, table_ptr, a_buf, m_buf, b_buf, barriers, num_r, num_d, num_k,
-    group, rows, columns, experts, blocks,
+    group, rows, columns, experts, blocks, waves,
     WARPGROUP: gl.constexpr, RING: gl.constexpr, ACCURATE: gl.constexpr, TRANSPOSE: gl.constexpr,
     OUT_BUFFERS: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
@@ -281,7 +295,8 @@ def _consumer(
     # The assembly makes new accumulators; a tensor of their shape and layout is where it takes its argument from.
     zeros = gl.zeros([64, WIDTH], gl.int32, acc_layout)
     num_d, tiles = _tiles(table_ptr, num_r, num_d, experts, blocks, SHARED)
-    for tile in range(gl.program_id(0) // CLUSTER, tiles, gl.num_programs(0) // CLUSTER):
+    first_tile, end, step = _span(tiles, waves, CLUSTER)
+    for tile in range(first_tile, end, step):
         if SHARED == _CONTRACTION:
             expert = tile // (num_r * num_d)
             _, num_k = _stages(table_ptr, blocks, expert)
@@ -364,11 +379,11 @@ def _consumer(
 
 
 @gluon.jit(do_not_specialize=[
-    "rows", "columns", "num_k", "group", "last_metadata", "experts", "blocks", "expert_blocks", "expert_stages"
+    "rows", "columns", "num_k", "group", "last_metadata", "experts", "blocks", "expert_blocks", "expert_stages", "waves"
 ])  # fmt: skip
 def sparse_gemm_kernel(
     values_desc, metadata_desc, dense_desc, scale_inv_ptr, dense_scale_inv_ptr, out, out_ptr, table_ptr,
-    rows, columns, num_k, group, last_metadata, experts, blocks, expert_blocks, expert_stages,
+    rows, columns, num_k, group, last_metadata, experts, blocks, expert_blocks, expert_stages, waves,
     RING: gl.constexpr, ACCURATE: gl.constexpr, TRANSPOSE: gl.constexpr, OUT_BUFFERS: gl.constexpr,
     COLUMNS_DIVISOR: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
@@ -406,16 +421,18 @@ def sparse_gemm_kernel(
         [
             (_consumer, (
                 scale_inv_ptr, dense_scale_inv_ptr, out, out_ptr, table_ptr, a_buf, m_buf, b_buf, barriers, num_r,
-                num_d, num_k, group, rows, columns, experts, blocks, 0, RING, ACCURATE, TRANSPOSE, OUT_BUFFERS, SHARED,
+                num_d, num_k, group, rows, columns, experts, blocks, waves, 0, RING, ACCURATE, TRANSPOSE, OUT_BUFFERS,
+                SHARED,
             )),
             (_consumer, (
                 scale_inv_ptr, dense_scale_inv_ptr, out, out_ptr, table_ptr, a_buf, m_buf, b_buf, barriers, num_r,
-                num_d, num_k, group, rows, columns, experts, blocks, 1, RING, ACCURATE, TRANSPOSE, OUT_BUFFERS, SHARED,
+                num_d, num_k, group, rows, columns, experts, blocks, waves, 1, RING, ACCURATE, TRANSPOSE, OUT_BUFFERS,
+                SHARED,
             )),
             # Four warps, because each warp of the block must take part in barriers of the cluster.
             (_producer, (
                 table_ptr, num_r, num_d, num_k, group, last_metadata, experts, blocks, expert_blocks, expert_stages,
-                SHARED, RING,
+                waves, SHARED, RING,
             )),
         ],
         [4, 4],

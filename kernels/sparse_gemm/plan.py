@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -14,7 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparse_compile.kernels.formats import E4M3, E5M2
 from sparse_compile.kernels.launch_plan import LaunchPlan, plan_kernel
-from sparse_compile.kernels.sparse_gemm.configs import Config, contraction_stages
+from sparse_compile.kernels.sparse_gemm.configs import Config, contraction_stages, waves_of
 from sparse_compile.kernels.sparse_gemm.kernel import COLUMNS, CONTRACTION, ONE, sparse_gemm_kernel
 from sparse_compile.kernels.sparse_gemm.ptx import BLOCKS, SmemPipeline
 from sparse_compile.kernels.sparse_gemm.shared_memory import resolve_places
@@ -33,8 +34,13 @@ def plan_gemm(
     dense_scale_inv: Tensor | None,
     out: Tensor,
     transpose: bool,
+    waves: int | None = None,
 ) -> LaunchPlan:
-    """The plan of ``launch_sparse_gemm`` for a config; arguments as there, checked already."""
+    """The plan of ``launch_sparse_gemm`` for a config; arguments as there, checked already.
+
+    Args:
+        waves: that its tiles are cut into; None for as many as suit the process.
+    """
     rows, (columns, contraction) = values.shape[0], dense.shape
     # fp32 tiles leave from registers: in shared memory they would take the place of stages.
     tma_store = out.dtype != torch.float32 and out.shape[1] * out.element_size() % 16 == 0
@@ -54,7 +60,10 @@ def plan_gemm(
     )
     last_metadata = metadata.shape[1] * 32 * words - 128 * words
     # Of experts there are none, nor a table of their blocks.
-    sizes = (None, None, rows, columns, contraction_stages(contraction, size), config.group, last_metadata, 0, 0, 0, 0)
+    tiles = config.tiles(rows, columns)
+    programs, waves = _grid(config, tiles, waves, out.device)
+    num_k = contraction_stages(contraction, size)
+    sizes = (None, None, rows, columns, num_k, config.group, last_metadata, 0, 0, 0, 0, waves)
     constants = {
         "ACCURATE": accurate,
         "TRANSPOSE": transpose,
@@ -62,9 +71,8 @@ def plan_gemm(
         "COLUMNS_DIVISOR": 4 if columns % 4 == 0 else 1,
         "SHARED": ONE,
     }
-    clusters = min(config.tiles(rows, columns), sm_count(out.device) // config.cluster)
     return plan_kernel(
-        sparse_gemm_kernel, (clusters * config.cluster,), varying, sizes,
+        sparse_gemm_kernel, (programs,), varying, sizes,
         RING=_resolve(ring, varying, sizes, constants), **constants, num_warps=4, cluster=config.cluster,
     )  # fmt: skip
 
@@ -81,11 +89,13 @@ def plan_grouped_gemm(
     table: Tensor,
     blocks: int,
     transpose: bool,
+    waves: int | None = None,
 ) -> LaunchPlan:
     """The plan of ``launch_grouped_sparse_gemm`` or, with the contraction shared, of ``launch_grouped_wgrad``.
 
     Args:
         table, blocks: of ``expert_blocks``; of ``config.block_d`` tokens where columns are shared, otherwise of 128.
+        waves: as ``plan_gemm`` has it.
     """
     experts = scale_inv.shape[0]
     if shared == COLUMNS:
@@ -109,8 +119,13 @@ def plan_grouped_gemm(
         table,
     )
     row_blocks, stages = metadata.shape[-3], contraction_stages(contraction, 1)
+    tiles = config.tiles(rows, columns) * experts
+    if shared == COLUMNS:
+        tiles = config.tiles(rows, blocks * config.block_d)
+    programs, waves = _grid(config, tiles, waves, out.device)
     sizes = (
-        rows, columns, stages, config.group, row_blocks * 64 - 256, experts, blocks, rows // 64, metadata.shape[-4]
+        rows, columns, stages, config.group, row_blocks * 64 - 256, experts, blocks, rows // 64, metadata.shape[-4],
+        waves,
     )  # fmt: skip
     constants = {
         "ACCURATE": shared == CONTRACTION,
@@ -119,14 +134,23 @@ def plan_grouped_gemm(
         "COLUMNS_DIVISOR": 1 if shared == COLUMNS else 64,
         "SHARED": shared,
     }
-    tiles = config.tiles(rows, columns) * experts
-    if shared == COLUMNS:
-        tiles = config.tiles(rows, blocks * config.block_d)
-    clusters = min(tiles, sm_count(out.device) // config.cluster)
     return plan_kernel(
-        sparse_gemm_kernel, (clusters * config.cluster,), varying, sizes,
+        sparse_gemm_kernel, (programs,), varying, sizes,
         RING=_resolve(ring, varying, sizes, constants), **constants, num_warps=4, cluster=config.cluster,
     )  # fmt: skip
+
+
+def _grid(config: Config, tiles: int, waves: int | None, device: torch.device) -> tuple[int, int]:
+    """How many blocks there are, and in how many waves."""
+    clusters = min(tiles, sm_count(device) // config.cluster)
+    if waves is None:
+        waves = waves_of(tiles, clusters) if _collectives_run() else 1
+    return waves * clusters * config.cluster, waves
+
+
+def _collectives_run() -> bool:
+    """Whether kernels of this process's collectives may hold multiprocessors of its GPU."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 _rings: dict[tuple[object, ...], SmemPipeline] = {}

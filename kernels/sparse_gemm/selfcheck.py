@@ -77,7 +77,7 @@ def _example(config: Config, problem: Problem, num_k: int, device: torch.device)
 
 
 def _check(config: Config, problem: Problem, device: torch.device) -> None:
-    """Raise unless the product is right, twice in a row."""
+    """Raise unless the product is right, twice in a row, also in several waves."""
     from sparse_compile.kernels.sparse_gemm.plan import plan_gemm  # on first use: it imports Triton
 
     with plain_arithmetic():
@@ -96,8 +96,8 @@ def _check(config: Config, problem: Problem, device: torch.device) -> None:
         before, flat, after = buffer.split([_GUARD, expected.numel(), _GUARD])
         out = flat.view(expected.shape)
         tensors = (*operands, out)
-        multiply = plan_gemm(config, problem.accurate, *tensors, problem.transpose)
-        for launch in ("first", "second"):
+        for launch, waves in (("first", 1), ("second", 2)):
+            multiply = plan_gemm(config, problem.accurate, *tensors, problem.transpose, waves)
             buffer.fill_(float("nan"))
             multiply(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
             fault = _fault(out, expected) or _spill(before, after)
