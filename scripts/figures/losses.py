@@ -143,9 +143,19 @@ def over_dense(setting: str, arm: str, part: str = "finals") -> str:
     return as_percent(mean(_gaps_to_dense(setting, arm, part)))
 
 
-def over_dense_of(setting: str, arm: str) -> str:
+def over_dense_of(setting: str, arm: str, part: str = "finals") -> str:
     """The same, and the number of seeds."""
-    return f"{over_dense(setting, arm)} ({len(_gaps_to_dense(setting, arm, 'finals'))})"
+    return f"{over_dense(setting, arm, part)} ({len(_gaps_to_dense(setting, arm, part))})"
+
+
+def head_cost(vocabulary: int, head: str = "fp8") -> str:
+    """Loss of "fp8" with the head in FP8, over the head dense: the mean of the seeds, and their number."""
+    setting, part = f"vocabulary {vocabulary}", "heads by vocabulary"
+    in_fp8, dense = (_by_seed(setting, arm, part) for arm in (f"fp8, head {head}", "fp8"))
+    gaps = [loss / dense[seed] - 1 for seed, loss in in_fp8.items() if seed in dense]
+    if not gaps:
+        raise FigureError(f"{part} has no runs of {head!r} with a vocabulary of {vocabulary}")
+    return f"{as_percent(mean(gaps))} ({len(gaps)})"
 
 
 def seeds_apart(setting: str) -> str:
