@@ -29,7 +29,7 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from distributed_worker import COMMUNICATION, COMMUNICATION_ALONE, CURVE, DDP, FSDP2, TINY, Row
+from distributed_worker import BUSY, COMMUNICATION, COMMUNICATION_ALONE, CURVE, DDP, FSDP2, TINY, Row
 from harness import RESULTS, provenance, write
 from step_models import BF16, COMPILE, MODELS, SSTE, SSTE_BOTH_HEAD
 
@@ -129,6 +129,8 @@ def table(rows: Sequence[Row]) -> str:
             row["speedup_kept"],
             row["efficiency"],
             row["peak_gib"],
+            row["host_ms"],
+            share(row, BUSY),
             share(row, COMMUNICATION),
             share(row, COMMUNICATION_ALONE),
             row["losses"][0],
@@ -139,9 +141,28 @@ def table(rows: Sequence[Row]) -> str:
     ]
     headers = (
         "", "", "step", "GPUs", "ms", "p10", "p90", f"x {BF16}", "of that at 1", "efficiency", "peak GiB",
-        COMMUNICATION, "alone", "first loss", f"loss of step {CURVE}", "2:4 in compiled graphs",
+        "host ms", BUSY, COMMUNICATION, "alone", "first loss", f"loss of step {CURVE}", "2:4 in compiled graphs",
     )  # fmt: skip
-    floats = ("", "", "", "", ".1f", ".1f", ".1f", ".3f", ".3f", ".3f", ".1f", ".1%", ".1%", ".3f", ".3f", "")
+    floats = (
+        "",
+        "",
+        "",
+        "",
+        ".1f",
+        ".1f",
+        ".1f",
+        ".3f",
+        ".3f",
+        ".3f",
+        ".1f",
+        ".1f",
+        ".1%",
+        ".1%",
+        ".1%",
+        ".3f",
+        ".3f",
+        "",
+    )
     return tabulate(lines, headers=headers, floatfmt=floats, missingval="-", tablefmt="github")
 
 

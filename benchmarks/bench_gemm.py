@@ -4,6 +4,7 @@
     python benchmarks/bench_gemm.py shapes      fprop and wgrad of the linears of Llama and GPT-2 models
     python benchmarks/bench_gemm.py accuracy    the error of wgrad as the number of tokens grows
     python benchmarks/bench_gemm.py choice      the tiles that the estimate chooses against the fastest
+    python benchmarks/bench_gemm.py shared      in several waves, while another kernel holds multiprocessors
 
 Several parts can be named at once.  Every product is ``out = A @ B.T``, A ``[R, C]`` and B ``[D, C]``, bf16 out; A is
 2:4 for sparse GEMMs, dense for dense ones.  Data is random normal.  To compare with another cuSPARSELt than
@@ -18,7 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from gemm_libraries import (
     wgrad,
 )
 from harness import Candidate, Report, Timing, brief, measure, require_close, run_parts
+from shared_gpu import shared_part
 
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, E4M3_MAX, MVUE_GAIN
@@ -375,7 +377,10 @@ def choice_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parts = {"cube": cube_part, "shapes": shapes_part, "accuracy": accuracy_part, "choice": choice_part}
+    parts = {
+        "cube": cube_part, "shapes": shapes_part, "accuracy": accuracy_part, "choice": choice_part,
+        "shared": partial(shared_part, DEVICE),
+    }  # fmt: skip
     run_parts("bench_gemm", __doc__, parts)
 
 

@@ -34,7 +34,7 @@ import sparse_compile
 DDP, FSDP2 = "DDP", "FSDP2"
 TINY = "tiny"  # two small layers, also without GPUs
 CURVE = 10  # steps whose losses are looked at; the tokens are the same in each
-COMMUNICATION, COMMUNICATION_ALONE = "communication", "communication alone"
+COMMUNICATION, COMMUNICATION_ALONE, BUSY = "communication", "communication alone", "busy"
 _STEPS = 3  # in a row, so that a step begins as it does in training: behind another of its own
 
 Row = dict[str, Any]  # a candidate on so many processes
@@ -132,6 +132,7 @@ def part(
             times[kind].append(milliseconds(candidate.step, device))
     for kind, candidate in candidates.items():
         rows[kind]["ms"] = asdict(timing(slowest(times[kind], device)))
+        rows[kind]["host_ms"] = slowest([enqueued(candidate.step, device)], device)[0]
         rows[kind]["profile"] = profile(candidate.step, device)
         if size == 1:
             # What the jobs of more processes must find.
@@ -174,24 +175,33 @@ def slowest(values: Sequence[float], device: torch.device) -> list[float]:
 
 def milliseconds(step: Callable[[], Tensor], device: torch.device) -> float:
     """Of one step, the mean of several."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
     dist.barrier()
-    wait()
+    wait_for(device)
     start = time.perf_counter()
     for _ in range(_STEPS):
         step()
-    wait()
+    wait_for(device)
     return (time.perf_counter() - start) * 1e3 / _STEPS
+
+
+def enqueued(step: Callable[[], Tensor], device: torch.device) -> float:
+    """Milliseconds after which the host has started all kernels of a step, and could go on to the next."""
+    dist.barrier()
+    wait_for(device)
+    start = time.perf_counter()
+    step()
+    return (time.perf_counter() - start) * 1e3
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def profile(step: Callable[[], Tensor], device: torch.device) -> dict[str, float]:
     """Milliseconds of a step, by category, in which this process's device, or on a CPU what it calls, is busy.
 
-    ``"communication alone"`` is what nothing else runs beside.
+    ``"communication alone"`` is what nothing else runs beside, ``"busy"`` all in which anything runs.
     """
     on_gpu = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
@@ -200,11 +210,10 @@ def profile(step: Callable[[], Tensor], device: torch.device) -> dict[str, float
     with torch.profiler.profile(activities=[activity]) as profiler:
         for _ in range(_STEPS):
             step()
-        if on_gpu:
-            torch.cuda.synchronize()
+        wait_for(device)
     spans: dict[str, list[tuple[float, float]]] = {}
     for event in profiler.events():
-        if on_gpu and event.device_type is not torch.autograd.DeviceType.CUDA:
+        if on_gpu and event.device_type != torch.autograd.DeviceType.CUDA:
             continue
         if not on_gpu and not re.match(r"aten::|c10d::|gloo:|sparse_compile::", event.name):
             continue
@@ -212,8 +221,9 @@ def profile(step: Callable[[], Tensor], device: torch.device) -> dict[str, float
         spans.setdefault(category, []).append((event.time_range.start, event.time_range.end))
     others = [span for category, found in spans.items() if category != COMMUNICATION for span in found]
     found = {category: covered(times) / 1e3 / _STEPS for category, times in sorted(spans.items())}
-    alone = covered([*others, *spans.get(COMMUNICATION, [])]) - covered(others)
-    return {**found, COMMUNICATION_ALONE: alone / 1e3 / _STEPS}
+    busy = covered([*others, *spans.get(COMMUNICATION, [])])
+    sums = {COMMUNICATION_ALONE: busy - covered(others), BUSY: busy}
+    return found | {name: total / 1e3 / _STEPS for name, total in sums.items()}
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:

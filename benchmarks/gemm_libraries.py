@@ -223,8 +223,9 @@ OURS = "sparse_compile"
 OURS_ACCURATE = f"{OURS} accurate"
 CUBLAS = Gemm(name="cuBLAS bf16", dtype=BF16, prepare=cublas, sparse=False, scaled=False)
 CUSPARSELT_BF16 = Gemm(name="cuSPARSELt bf16", dtype=BF16, prepare=cusparselt, sparse=True, scaled=False)
+SCALED_MM = Gemm(name="_scaled_mm tensorwise", dtype=E4M3, prepare=scaled_mm_tensorwise, sparse=False, scaled=False)
 FP8_LIBRARIES = (
-    Gemm(name="_scaled_mm tensorwise", dtype=E4M3, prepare=scaled_mm_tensorwise, sparse=False, scaled=False),
+    SCALED_MM,
     Gemm(name="_scaled_mm rowwise", dtype=E4M3, prepare=scaled_mm_rowwise, sparse=False, scaled=True),
     Gemm(name="cuSPARSELt fp8", dtype=E4M3, prepare=cusparselt, sparse=True, scaled=False),
     Gemm(name="CUTLASS fp8", dtype=E4M3, prepare=cutlass, sparse=True, scaled=True, layouts=(True,)),

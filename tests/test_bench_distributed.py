@@ -45,7 +45,8 @@ def test_processes_measure(tmp_path: Path, processes: tuple[int, ...]) -> None:
         assert row["sparse"] == sparse[row["kind"]]
         assert row["betas"] == (6 if row["kind"] == "sste" else 0)
         assert row["losses"][-1] < row["losses"][0]
-        assert row["profile"]["communication"] > 0
+        assert row["profile"]["busy"] > row["profile"]["communication"] > 0
+        assert row["host_ms"] > 0
         assert row["kind"] != "bf16" or row["speedup"] == 1.0
         assert row["processes"] != 1 or row["efficiency"] == row["speedup_kept"] == 1.0
     page = (tmp_path / "bench_distributed.html").read_text()
@@ -55,8 +56,8 @@ def test_processes_measure(tmp_path: Path, processes: tuple[int, ...]) -> None:
 def row(**fields: Any) -> dict[str, Any]:
     return {
         "model": "tiny", "parallelism": "DDP", "kind": "bf16", "processes": 1, "losses": [10.0, *[9.0] * 9],
-        "ms": {"median": 10.0, "low": 9.0, "high": 11.0}, "profile": {"communication": 4.0, "communication alone": 1.0},
-        "peak_gib": None, "sparse": 0, "linears": 0, **fields,
+        "ms": {"median": 10.0, "low": 9.0, "high": 11.0}, "peak_gib": None, "host_ms": 5.0,
+        "profile": {"communication": 4.0, "communication alone": 1.0, "busy": 9.0}, "sparse": 0, "linears": 0, **fields,
     }  # fmt: skip
 
 

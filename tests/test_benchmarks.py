@@ -19,6 +19,7 @@ import bench_inference
 import bench_kernels
 import gemm_libraries
 import harness
+import shared_gpu
 
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3
@@ -335,3 +336,12 @@ def test_all_kernels_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
         all_kernels.kernels_of_experts()
     of_pytorch = {"scaled_mm", "grouped_mm", "grouped_wgrad_mm", "grouped_scaled_mm", "grouped_wgrad_scaled_mm"}
     assert seen == ops.defined.keys() - of_pytorch - {"sparse_mm", "materialize"}
+
+
+@pytest.mark.gpu
+def test_products_beside_a_kernel_that_holds_multiprocessors_are_right(monkeypatch) -> None:
+    monkeypatch.setattr(shared_gpu, "SHAPES", ((512, 256),))
+    results, table = shared_gpu.shared_part(torch.device("cuda"))
+    assert [row["held"] for row in results["rows"]] == list(shared_gpu.HELD)
+    assert all(timing["median"] > 0 for row in results["rows"] for timing in row["ms"].values())
+    assert len(table.splitlines()) == 2 + len(shared_gpu.HELD)

@@ -454,7 +454,7 @@ def test_products_are_cut_into_waves_where_collectives_run(monkeypatch) -> None:
     monkeypatch.setattr(plan_module, "_collectives_run", lambda: False)
     assert plan_module._grid(config, 2048, None, torch.device("cpu")) == (132, 1)
     monkeypatch.setattr(plan_module, "_collectives_run", lambda: True)
-    expected = {1: (2, 1), 66: (132, 1), 131: (132, 1), 198: (132, 1), 199: (264, 2), 512: (528, 4), 2048: (528, 4)}
+    expected = {1: (2, 1), 66: (132, 1), 131: (132, 1), 198: (132, 1), 199: (264, 2), 2048: (264, 2)}
     assert {tiles: plan_module._grid(config, tiles, None, torch.device("cpu")) for tiles in expected} == expected
     assert plan_module._grid(config, 2048, 3, torch.device("cpu")) == (396, 3)
 
