@@ -75,7 +75,8 @@ def page(report, path):
 @pytest.fixture
 def report():
     rows = [row(f"blocks.{n}.up") for n in range(12)]
-    rows += [row("down", fprop="2:4 fp8", dgrad="fp8", wgrad="2:4 fp8", decision="s-ste", reason="", rewritten_us=99.0)]
+    rows += [row("down", fprop="2:4 fp8", dgrad="fp8", wgrad="2:4 fp8", decision="s-ste", rewritten_us=99.0)]
+    rows[-1] = replace(rows[-1], reason="", advice="")
     return Report([GraphReport(rows=tuple(rows), execution="kernels", origin="GPT.forward", calls=3)], device="a GPU")
 
 
@@ -87,6 +88,8 @@ def test_each_row_is_there(report, tmp_path):
     assert "blocks.*.up (12)" in shown.text
     for text in ("1234", "99", "too small: because", "make it larger", "GPT.forward", "3 calls", "a GPU"):
         assert text in shown.text
+    assert ("data-label", "reason and advice") in shown.attributes
+    assert shown.text.endswith(" 1234 99"), "a linear with neither reason nor advice has an empty cell"
     assert "2:4 fp8 13 %" in shown.text  # 2 of 15 products
     assert "1 of 13 linears rewritten, in 1 graph." in shown.text
     widths = [value for name, value in shown.attributes if name == "style"]

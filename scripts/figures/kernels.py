@@ -70,3 +70,15 @@ def inference_table(part: str, device: str = "H100") -> str:
             for tokens, of in _inference(part, device).items()
         ],
     )
+
+
+def held_up(name: str, device: str = "H200", held: int = 8) -> str:
+    """How many times as long as in one wave, alone, a product takes while so many multiprocessors are held."""
+    rows = section_of("bench_gemm", "shared", device)["rows"]
+    alone = {(row["n"], row["k"]): row["ms"] for row in rows if row["held"] == 0}
+    times = [
+        row["ms"][name]["median"] / alone[row["n"], row["k"]]["waves: 1"]["median"]
+        for row in rows
+        if row["held"] == held
+    ]
+    return f"{min(times):.2f} to {max(times):.2f} times"

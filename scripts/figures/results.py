@@ -57,7 +57,8 @@ def as_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def as_percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:+.{digits}f} %"
+    text = f"{100 * share:+.{digits}f} %"
+    return text if any(digit in text for digit in "123456789") else text[1:]
 
 
 def as_day(written: str) -> str:

@@ -211,13 +211,20 @@ def experts_table(device: str = "H200") -> str:
     return as_table(headers, rows)
 
 
-def titan(field: str, kind: str, flavor: str = "1B", device: str = "H200") -> str:
-    """Of torchtitan's trainer on one GPU: "speed" over inductor, or the "loss" of the last step."""
-    rows = section_of("bench_torchtitan", "one GPU", device)["rows"]
+def titan(field: str, kind: str, flavor: str = "1B", device: str = "H200", gpus: str = "one GPU") -> str:
+    """Of torchtitan's trainer: "speed" over inductor, or the "loss" of the last step."""
+    rows = section_of("bench_torchtitan", gpus, device)["rows"]
     row, base = (only_row(rows, "torchtitan", flavor=flavor, kind=name) for name in (kind, "inductor"))
     if field == "loss":
         return f"{row['losses'][-1]:.2f}"
     return f"{row['tokens_per_second'] / base['tokens_per_second']:.2f}x"
+
+
+def fsdp2_speed(processes: int, device: str = "H200") -> str:
+    """With FSDP2, over bf16 on as many GPUs."""
+    rows = section_of("bench_distributed", "up to 2 processes", device)["rows"]
+    row = only_row(rows, "bench_distributed", parallelism="FSDP2", kind=SSTE, processes=processes)
+    return f"{row['speedup']:.2f}x"
 
 
 def distributed_table(device: str = "H100", processes: int = 2) -> str:
