@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from weakref import ref
 
 import torch
@@ -17,7 +17,7 @@ from sparse_compile.measuring.weight_health import watch
 from sparse_compile.reporting.model import GraphReport
 from sparse_compile.torch_internals.fake import FakeTensor
 from sparse_compile.torch_internals.tensors import whole
-from sparse_compile.torch_internals.weak_tensors import WeakTensor, weak
+from sparse_compile.torch_internals.weak_tensors import OfTensors
 from sparse_compile.weights.operand_set import OperandLayout, OperandSet
 from sparse_compile.weights.operands import are_sparse, current_operands, layout_of, operand_set, restore_operands
 from sparse_compile.weights.record import Phase, Trainer, WeightRecord
@@ -29,6 +29,27 @@ from sparse_compile.weights.target_pattern import TargetPattern
 
 # Called with each weight that a rewritten linear reads, and its operands, before its first call.
 on_weight: list[Callable[[WeightSlot, Tensor, OperandSet], object]] = []
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What is kept of the weights of a call: weakly, because compiled graphs may outlive the models they were made for.
+
+    Attributes:
+        gathered: whether FSDP2 gathers a weight.
+        settled_at: up to which change of records no backward through these weights would say anything new.
+    """
+
+    records: list[ref[WeightRecord]]
+    sets: list[ref[OperandSet]]
+    gathered: bool
+    settled_at: int = -1
+
+    def alive(self) -> tuple[list[WeightRecord], list[OperandSet]] | None:
+        """Records and operands; None where some of them are no more."""
+        records = [record for known in self.records if (record := known()) is not None]
+        sets = [kept for known in self.sets if (kept := known()) is not None and not kept.dropped]
+        return (records, sets) if len(records) == len(sets) == len(self.sets) else None
 
 
 class Runtime:
@@ -58,13 +79,8 @@ class Runtime:
         self._fakes = tuple(fakes)  # of seeds and operands
         self._report = report
         self._baseline = baseline
-        # The weight each slot saw last, and what is kept of it: saves the look-up by tensor.  Weak: compiled graphs may
-        # outlive the models that they were compiled for.
-        self._last: list[tuple[WeakTensor, ref[WeightRecord], ref[OperandSet]] | None] = [None] * len(slots)
-        self._met_gathered = False  # a weight that FSDP2 gathers
+        self._known: OfTensors[_Kept] = OfTensors()
         self._fallbacks = watch_fallbacks()
-        # Up to which change of records no backward through these weights would say anything new.
-        self._settled_at = -1
 
     def __call__(self, *args: Any) -> Any:
         # DDP's bucketing calls each part once to learn its outputs' shapes: with fake activations, but real parameters.
@@ -74,12 +90,11 @@ class Runtime:
         if self._fallbacks.watching or self._report.calls == 1 or capturing():
             self._fallbacks.note(args)
         weights = [args[slot.position] for slot in self._slots]
-        kept = [self._kept(index, weight) for index, weight in enumerate(weights)]
-        records, sets = [record for record, _ in kept], [operands for _, operands in kept]
+        kept, records, sets = self._kept(weights)
         inputs = [*(source.draw() for source in self._seeds), *current_operands(weights, self._slots, records, sets)]
         if self._baseline is not None and not capturing():
             self._measure(self._baseline, args, inputs)
-        before_backward = self._before_backward(weights, records, sets) if torch.is_grad_enabled() else None
+        before_backward = self._before_backward(kept, weights, records, sets) if torch.is_grad_enabled() else None
         if before_backward is None:
             return self._compiled(*args, *inputs)
         earlier = _backward_nodes(args)
@@ -91,7 +106,7 @@ class Runtime:
         return outputs
 
     def _before_backward(
-        self, weights: list[Tensor], records: list[WeightRecord], sets: list[OperandSet]
+        self, kept: _Kept, weights: list[Tensor], records: list[WeightRecord], sets: list[OperandSet]
     ) -> Callable[[Any], None] | None:
         """Lets a backward say that it has passed, where that changes what a weight is, and find its operands.
 
@@ -99,21 +114,20 @@ class Runtime:
         hooks, which gather the weights for backward, are on the outputs of modules, and so run before.
         """
         passing = []
-        if self._settled_at != WeightRecord.changes:
+        if kept.settled_at != WeightRecord.changes:
             passing = [
                 (record, layout, record.current_beta)
                 for record, layout, weight in zip(records, self._layouts, weights, strict=True)
                 if weight.requires_grad and record.awaits_gradient(layout)
             ]
-            self._settled_at = -1 if passing else WeightRecord.changes
-        gathered = self._met_gathered and any(operands.shards is not None for operands in sets)
-        if not passing and not gathered:
+            kept.settled_at = -1 if passing else WeightRecord.changes
+        if not passing and not kept.gathered:
             return None
 
         def before_backward(_: Any) -> None:
             for record, layout, beta in passing:
                 record.gradient_passed(layout, beta, self._trainer)
-            if gathered:
+            if kept.gathered:
                 restore_operands(weights, self._slots, records, sets)
 
         return before_backward
@@ -127,22 +141,22 @@ class Runtime:
         else:
             self._report.measured = result
 
-    def _kept(self, index: int, weight: Tensor) -> tuple[WeightRecord, OperandSet]:
-        last = self._last[index]
-        if last is not None and last[0].ref() is weight:
-            record, operands = last[1](), last[2]()
-            if record is not None and operands is not None and not operands.dropped:
-                return record, operands
-        slot = self._slots[index]
-        record, operands = record_of(weight), operand_set(weight, slot)
-        operands.readers.add(self)
-        self._last[index] = (weak(weight), ref(record), ref(operands))
-        self._met_gathered = self._met_gathered or operands.shards is not None
-        self._settled_at = -1
-        watch(slot, weight, operands, self._health)
-        for listener in on_weight:
-            listener(slot, weight, operands)
-        return record, operands
+    def _kept(self, weights: list[Tensor]) -> tuple[_Kept, list[WeightRecord], list[OperandSet]]:
+        kept = self._known.get(weights)
+        alive = None if kept is None else kept.alive()
+        if kept is not None and alive is not None:
+            return kept, *alive
+        records = [record_of(weight) for weight in weights]
+        sets = [operand_set(weight, slot) for weight, slot in zip(weights, self._slots, strict=True)]
+        gathered = any(operands.shards is not None for operands in sets)
+        kept = _Kept([ref(record) for record in records], [ref(operands) for operands in sets], gathered)
+        self._known.put(weights, kept)
+        for slot, weight, operands in zip(self._slots, weights, sets, strict=True):
+            operands.readers.add(self)
+            watch(slot, weight, operands, self._health)
+            for listener in on_weight:
+                listener(slot, weight, operands)
+        return kept, records, sets
 
 
 def _backward_nodes(values: Iterable[Any]) -> set[Node]:
@@ -209,7 +223,8 @@ class Chooser:
         self._first = first
         self._trainer = trainer
         self._dense_reads = tuple(dense_reads)
-        self._last: tuple[Any, ...] | None = None
+        # What was chosen, at which change of records, and for what else it depends on.
+        self._chosen: OfTensors[tuple[int, object, Runtime]] = OfTensors()
         self._asks_24 = any(question.in_features_dim is not None for question in questions)
 
     def __call__(self, *args: Any) -> Any:
@@ -224,11 +239,9 @@ class Chooser:
             return self._first
         weights = [args[question.position] for question in self._questions]
         now = (torch.is_grad_enabled(), self._sparse(weights))
-        if self._last is not None:
-            known, changes, before, runtime = self._last
-            same = all(last.ref() is weight for last, weight in zip(known, weights, strict=True))
-            if same and changes == WeightRecord.changes and before == now:
-                return cast(Runtime, runtime)
+        chosen = self._chosen.get(weights)
+        if chosen is not None and chosen[:2] == (WeightRecord.changes, now):
+            return chosen[2]
         training, sparse = now
         if self._pattern is not None and training:
             self._pattern.check(args)
@@ -243,7 +256,8 @@ class Chooser:
         if training:
             with lock:
                 self._note_training(weights, standings, runtime)
-        self._last = None if runtime.fixed_sizes else (tuple(map(weak, weights)), WeightRecord.changes, now, runtime)
+        if not runtime.fixed_sizes:
+            self._chosen.put(weights, (WeightRecord.changes, now, runtime))
         return runtime
 
     def _sparse(self, weights: Sequence[Tensor]) -> frozenset[int]:

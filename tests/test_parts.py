@@ -7,6 +7,7 @@ from torch import nn
 
 import sparse_compile
 from ffn_training import EAGER, compiled, states
+from sparse_compile import runtime
 from sparse_compile.torch_internals.weak_tensors import weak
 from sparse_compile.weights.registry import find_record
 from sparse_compile.weights.target_pattern import NamedLinear, TargetPattern
@@ -227,3 +228,35 @@ def test_two_graphs_do_not_prune_a_weight_along_two_dimensions(recipe):
     else:
         decode(encode(TOKENS)).square().mean().backward()
         assert model.up.weight.grad is not None
+
+
+def test_an_evaluation_before_training_decides_nothing_for_those_after():
+    after = []
+    for evaluated_before in (False, True):
+        model = Net()
+        run = compiled(model)
+        with torch.no_grad():
+            if evaluated_before:
+                run(TOKENS)  # of an FFN: pruned
+        trained(run, model, features=True)  # of no FFN: dense
+        with torch.no_grad():
+            after.append(run(TOKENS))
+    assert torch.equal(*after)
+
+
+def test_blocks_that_share_a_graph_are_looked_up_once(monkeypatch):
+    blocks = nn.ModuleList(Net() for _ in range(20))
+    for block in blocks:
+        block.compile(backend="sste", options=EAGER)
+
+    def run(x):
+        for block in blocks:
+            x = block(x)
+        return x
+
+    trained(run, blocks)
+    looked_up = []
+    monkeypatch.setattr(runtime, "record_of", looked_up.append)
+    monkeypatch.setattr(runtime, "standing_of", looked_up.append)
+    trained(run, blocks, steps=1)
+    assert not looked_up

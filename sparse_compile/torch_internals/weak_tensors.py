@@ -5,9 +5,9 @@ That refuses tensors with weak references.  It is how modules convert parameters
 kept of it stays with it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, Generic, TypeVar
 from weakref import WeakSet, ref
 
 import torch
@@ -51,6 +51,41 @@ def weak(tensor: Tensor) -> WeakTensor:
     if known is None:
         known = _references[tensor] = WeakTensor(tensor)
     return known
+
+
+V = TypeVar("V")
+
+
+class OfTensors(Generic[V]):
+    """What is kept of each sequence of tensors, as long as these live.
+
+    Blocks that share a compiled graph call it with tensors of their own, in turn.
+    """
+
+    __slots__ = ("_found", "_limit")
+
+    _LEAST = 16
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, ...], tuple[tuple[WeakTensor, ...], V]] = {}
+        self._limit = self._LEAST  # from so many on those are looked for whose tensors are gone
+
+    def get(self, tensors: Sequence[Tensor]) -> V | None:
+        found = self._found.get(tuple(map(id, tensors)))
+        if found is None:
+            return None
+        references, value = found
+        # Where a tensor was, another one may be now.
+        same = all(known.ref() is tensor for known, tensor in zip(references, tensors, strict=True))
+        return value if same else None
+
+    def put(self, tensors: Sequence[Tensor], value: V) -> None:
+        if len(self._found) >= self._limit:
+            self._found = {
+                ids: kept for ids, kept in self._found.items() if all(known.ref() is not None for known in kept[0])
+            }
+            self._limit = max(self._LEAST, 2 * len(self._found))
+        self._found[tuple(map(id, tensors))] = (tuple(map(weak, tensors)), value)
 
 
 _dictionaries: WeakSet[TensorDict] = WeakSet()

@@ -253,9 +253,12 @@ class WeightRecord:
 
     def train_by(self, trainer: Trainer, *, pruned: bool) -> None:
         """A call that records gradients computes with the weight, pruned outside of dense phases or not."""
+        before = self.pruned_by, self.trained_dense
         if pruned:
             self.pruned_by = trainer
         self.trained_dense = self.pruned_by is None
+        if before != (self.pruned_by, self.trained_dense):
+            WeightRecord.changes += 1
 
     def _may_change(self) -> bool:
         """Whether the last step may change the phase or the scale."""
