@@ -120,6 +120,7 @@ def _trials() -> Iterator[tuple[str, Trial]]:
     # All of the arithmetic.
     for name, options in (
         ("fp8", {"sste.recipe": "fp8"}),
+        ("fp8-mvue", {"sste.recipe": "fp8-mvue"}),
         ("s-ste x 1.7", {"sste.beta": 1.7}),
         ("s-ste x 1.7, no MVUE", {"sste.beta": 1.7, "sste.mvue": "off"}),
         (

@@ -54,6 +54,9 @@ SSTE_SMALL = "sste, small memory"
 SSTE_GRAPHS = "sste reduce-overhead"
 SSTE_FP8 = "sste, dense fp8"
 SSTE_FP8_HEAD = "sste, dense fp8, head in fp8"
+SSTE_MVUE = "sste, fp8 and mvue"
+SSTE_MVUE_HEAD = "sste, fp8 and mvue, head in fp8"
+SSTE_MVUE_ALL_HEAD = "sste, fp8 and mvue, all linears, head in fp8"
 COMPILE: Mapping[str, dict[str, Any]] = {
     BF16: _inductor(),
     BF16_TUNED: _inductor("max-autotune-no-cudagraphs"),
@@ -73,6 +76,12 @@ COMPILE: Mapping[str, dict[str, Any]] = {
     SSTE_GRAPHS: {"backend": "sste", "mode": "reduce-overhead"},
     SSTE_FP8: {"backend": "sste", "options": {"sste.recipe": "fp8"}},
     SSTE_FP8_HEAD: {"backend": "sste", "options": {"sste.recipe": "fp8", "sste.head": "fp8"}},
+    SSTE_MVUE: {"backend": "sste", "options": {"sste.recipe": "fp8-mvue"}},
+    SSTE_MVUE_HEAD: {"backend": "sste", "options": {"sste.recipe": "fp8-mvue", "sste.head": "fp8"}},
+    SSTE_MVUE_ALL_HEAD: {
+        "backend": "sste",
+        "options": {"sste.recipe": "fp8-mvue", "sste.targets": "all", "sste.head": "fp8"},
+    },
 }
 
 

@@ -312,7 +312,7 @@ def _schedule(user: UserOptions, recipe: Recipe) -> Schedule | None:
     values = {"sste.warmup": user.warmup, "sste.tail": user.tail, "sste.total_steps": user.total_steps}
     given = [name for name, value in values.items() if value is not None]
     if given and not recipe.projection.prunes:
-        raise ValueError(f"recipe {recipe.name!r} does not prune, so {listed(given)} has no effect; remove it")
+        raise ValueError(f"recipe {recipe.name!r} does not prune weights, so {listed(given)} has no effect; remove it")
     total = user.total_steps or 0
     warmup = _span("sste.warmup", user.warmup, 0, total)
     tail = _span("sste.tail", user.tail, recipe.tail, total)

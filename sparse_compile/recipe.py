@@ -289,6 +289,7 @@ SR_STE = replace(STE, name="sr-ste", decay=2e-4)
 T_SR_STE = replace(SR_STE, name="t-sr-ste", projection=TRANSPOSABLE, dgrad=Gemm.SPARSE24, refresh=40)
 STE_DENSE_TAIL = replace(STE, name="ste-dense-tail", tail=1 / 6)
 FP8 = Recipe(name="fp8", projection=IDENTITY, fprop=Gemm.FP8, dgrad=Gemm.FP8, wgrad=Gemm.FP8, estimator=None)
+FP8_MVUE = replace(FP8, name="fp8-mvue", wgrad=Gemm.SPARSE24, estimator=Estimator.EXACT_MVUE)
 FP8_BACKWARD = replace(FP8, name="fp8-backward", fprop=Gemm.DENSE, projection=IDENTITY_BACKWARD)
 
 SSTE_BF16 = replace(
@@ -302,7 +303,7 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         SSTE, SSTE_TRANSPOSABLE, SSTE_APPROXIMATE, SSTE_BF16, STE, STE_BF16, SR_STE, T_SR_STE,
-        STE_DENSE_TAIL, FP8, FP8_BACKWARD,
+        STE_DENSE_TAIL, FP8, FP8_MVUE, FP8_BACKWARD,
     )
 }  # fmt: skip
 # What the user may say of the head.  Most of what a softmax over a large vocabulary leaves lies below e4m3's range.

@@ -49,7 +49,7 @@ def in_a_loop(x, stored, spec, operands, counts):
 
 # Of each kind of product one; the other recipes differ in the weight, or in how gradients are cast.
 BY_DAY = (
-    ("fp8", False), ("fp8", True), ("fp8-backward", True),
+    ("fp8", False), ("fp8", True), ("fp8-mvue", False), ("fp8-mvue", True), ("fp8-backward", True),
     ("fp8/projection=identity-once/dgrad=DENSE/wgrad=DENSE", False), ("s-ste", False), ("s-ste", True),
     ("s-ste/wgrad=FP8/estimator=", True), ("s-ste/wgrad=DENSE/estimator=", False),
     ("s-ste-transposable", True), ("t-sr-ste", False), ("s-ste-approximate/rounding=STOCHASTIC", False),

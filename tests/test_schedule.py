@@ -473,7 +473,7 @@ def test_steps_or_shares(options, begin, end):
         ({"warmup": 1.5, "total_steps": 10}, r"'sste.warmup' is 1.5; allowed is .* a share below 1.0"),
         ({"warmup": -1}, r"'sste.warmup' is -1; allowed is a number of optimizer steps"),
         ({"tail": True, "total_steps": 10}, r"'sste.tail' is True; allowed is"),
-        ({"recipe": "fp8", "warmup": 5}, r"recipe 'fp8' does not prune, so 'sste.warmup' has no effect"),
+        ({"recipe": "fp8", "warmup": 5}, r"recipe 'fp8' does not prune weights, so 'sste.warmup' has no effect"),
     ],
 )  # fmt: skip
 def test_schedules_that_cannot_be(options, message):

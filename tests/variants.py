@@ -29,7 +29,7 @@ def _chosen() -> Iterator[Recipe]:
             for estimator in MVUE.values():
                 chosen = recipe.with_estimator(estimator)
                 yield chosen
-                if chosen.estimator is not None and chosen.dgrad is Gemm.FP8:
+                if chosen.estimator is not None and chosen.projection.prunes and chosen.dgrad is Gemm.FP8:
                     yield with_sampled_dgrad(chosen)
     for recipe in (FP8, SSTE):
         yield recipe.for_head()
