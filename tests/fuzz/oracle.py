@@ -89,6 +89,7 @@ class Recipe:
 
 RECIPES = {
     "fp8": Recipe("none"),
+    "fp8-mvue": Recipe("none", sampled=True),
     "fp8-backward": Recipe("none", fprop="dense"),
     "s-ste": Recipe("soft", sampled=True),
     "s-ste-approximate": Recipe("soft", sampled=True),
