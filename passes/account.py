@@ -44,7 +44,12 @@ def account(flow: Flow, node: Node, name_of: Callable[[Node], str]) -> tuple[lis
         if "attention" in product.op or target_name(node) == "scaled_dot_product_attention":
             others[ATTENTION] += flops or 0
         elif weights and (product.flops is not None or len(weights) < len(origins)):
-            rejections.append(_refused(flow, node, product, weights, origins[weights[-1]], pattern, flops, name_of))
+            # Of more than two operands nobody knows which are multiplied with which: each parameter has a row.
+            among = [[index] for index in weights] if len(origins) > 2 else [weights]
+            rejections += [
+                _refused(flow, node, product, operands, origins[operands[-1]], pattern, flops, name_of)
+                for operands in among
+            ]
         elif pattern is not None and target_name(node) == "linear":
             rejections.append(_without_parameter(node, flops))
         else:
@@ -95,7 +100,7 @@ def _refused(
     elif len(shape) > 2:
         reason, detail = Reason.NOT_2D, f"{target} multiplies by the matrices of one parameter {shape}"
         advice = GROUPED_ADVICE
-    elif index == 0 and len(product.operands) > 1:
+    elif index == 0 and len(product.operands) == 2:
         reason, detail, advice = Reason.UNSUPPORTED_FORM, f"the weight is the left operand of {target}", as_linear
     elif pattern is not None:
         reason, detail = Reason.UNSUPPORTED_FORM, "a part, another shape, a lossy cast or a detached copy is multiplied"
@@ -135,18 +140,19 @@ def _not_understood(flow: Flow, node: Node, error: str, name_of: Callable[[Node]
     """A node that could not be run on fake tensors, and that may multiply a parameter with something."""
     matrices = [source for source in node.all_input_nodes if _is_matrix(source)]
     weights = [weight for source in matrices for weight in flow.origin(source).weights]
-    if len(matrices) < 2 or not weights:
+    if len(matrices) < 2:
         return []
     return [
         Rejection(
-            name=name_of(weights[0]),
+            name=name_of(weight),
             role=Role.OTHER,
-            shape=f"weight {tuple(example_value(weights[0]).shape)}",
+            shape=f"weight {tuple(example_value(weight).shape)}",
             reason=Reason.UNSUPPORTED_FORM,
             detail=f"what {target_name(node)} computes can't be told ({error})",
             advice="write it as F.linear",
             node=node,
         )
+        for weight in dict.fromkeys(weights)
     ]
 
 

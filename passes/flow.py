@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from sparse_compile.passes.record_operations import Effect
 from sparse_compile.passes.run_nodes import Effects, Layout, NodeEffect
 from sparse_compile.torch_internals.dispatch import tree_flatten
+from sparse_compile.torch_internals.fake import is_fake
 from sparse_compile.torch_internals.graph import checkpoint_body, example_value, is_buffer, is_checkpoint
 
 
@@ -68,8 +69,8 @@ class Flow:
         self._writers: dict[Node, list[Node]] = {}  # by that node
         self._read: dict[Node, tuple[Node, ...]] = {}  # the inputs that a node reads
         self._origins: dict[Node, Origin] = {}
-        result = self._follow(Region(graph_module=graph_module, calls=(), handed={}))
-        self.returned = frozenset(_nodes(_flat(result)))  # by the top graph
+        top = Region(graph_module=graph_module, calls=(), handed={})
+        self.returned = frozenset(_nodes(_flat(self._follow(top))))  # by the top graph
         self._order = {node: index for index, node in enumerate(self._sources)}
         self._users: dict[Node, list[Node]] = {}
         for node, sources in self._sources.items():
@@ -113,12 +114,24 @@ class Flow:
 
     def operand(self, node: Node, positions: frozenset[int]) -> Origin:
         """Of a product's operand, which was made of inputs of the node at these positions."""
-        origins = [self._origins[node.all_input_nodes[position]] for position in sorted(positions)]
+        inputs = [node.all_input_nodes[position] for position in sorted(positions)]
+        # What began as a constant may have been made to be written to.
+        made = [self.held(n, node) if self._origins[n].kind is Kind.CONSTANT else n for n in inputs]
+        origins = [self._origins[given] for given in made]
         return origins[0] if len(origins) == 1 else _joined(origins)
+
+    def held(self, node: Node, reader: Node | None = None) -> Node:
+        """What made the values that a node has where another reads it, or in the end: itself, or what wrote last."""
+        writers = self._writers.get(self._memory.get(node, node), ())
+        return next((w for w in reversed(writers) if reader is None or w in self._sources[reader]), node)
 
     def passes(self, node: Node) -> bool:
         """Whether a node hands on an elementwise function of its sources, or moves of it."""
         return self._kind(node) is not Effect.MIXES
+
+    def moves(self, node: Node) -> bool:
+        """Whether each element that a node hands on is one of its sources'."""
+        return self._kind(node) is Effect.MOVES
 
     def bends(self, node: Node, values: Collection[Node]) -> bool:
         """Whether a node that passes is no linear function of values: an activation function, or a product of two."""
@@ -137,16 +150,25 @@ class Flow:
         return self.effect(node).effect if node.op.startswith("call") else Effect.MOVES
 
     def has_backward(self, node: Node) -> bool:
-        """Whether a gradient can come to a node: not to what nothing that the graph returns is made of."""
+        """Whether a gradient can come to a node.
+
+        Not to what nothing that the graph returns, or writes to its inputs, is made of, nor past what cuts it off.
+        """
         if self._returned is None:
             self._returned = set()
-            pending = list(self.returned)
+            inputs = [given for given in self._sources if given.op == "placeholder" and not self._sources[given]]
+            pending = [*self._with_writers(self.returned), *self._with_writers(inputs)]
             while pending:
                 source = pending.pop()
-                if source not in self._returned:
+                if source not in self._returned and _may_have_gradient(self._value(source)):
                     self._returned.add(source)
                     pending.extend(self._sources[source])
         return node in self._returned
+
+    def _with_writers(self, nodes: Collection[Node]) -> tuple[Node, ...]:
+        """They, and what has written to their memory so far."""
+        writers = (writer for node in nodes for writer in self._writers.get(self._memory.get(node, node), ()))
+        return tuple(dict.fromkeys([*nodes, *writers]))
 
     def forwards(self, node: Node) -> int:
         """How often it runs in a step: once more in backward where a checkpointed region needs its value again."""
@@ -241,21 +263,19 @@ class Flow:
             }
             calls = (*region.calls, (region.graph_module, node))
             self._results[node] = self._follow(Region(graph_module=body, calls=calls, handed=handed))
-            return tuple(_nodes(_flat(self._results[node])))
+            return self._with_writers(tuple(_nodes(_flat(self._results[node]))))
         if (call := _read_of(node)) in self._results:
             whole, item = self._results[call], cast(int, node.args[1])
-            return tuple(_nodes(_flat(whole[item] if isinstance(whole, (tuple, list)) else whole)))
+            return self._with_writers(tuple(_nodes(_flat(whole[item] if isinstance(whole, (tuple, list)) else whole))))
         inputs, effect = node.all_input_nodes, self.effect(node)
         shared = [self._memory.get(inputs[position], inputs[position]) for position in sorted(effect.aliased)]
         if shared:
             self._memory[node] = shared[0]
         self._read[node] = tuple(dict.fromkeys(inputs[position] for position in sorted(effect.sources)))
-        read = dict.fromkeys(self._read[node])
-        for source in self._read[node]:
-            read.update(dict.fromkeys(self._writers.get(self._memory.get(source, source), ())))
+        read = self._with_writers(self._read[node])
         for position in effect.written:
             self._writers.setdefault(self._memory.get(inputs[position], inputs[position]), []).append(node)
-        return tuple(read)
+        return read
 
     def _origin_of(self, node: Node) -> Origin:
         if node.op == "get_attr":
@@ -301,6 +321,13 @@ def _joined(origins: list[Origin]) -> Origin:
         return Origin(kind=kind)
     weights = frozenset().union(*(origin.weights for origin in origins))
     return Origin(kind=kind, weights=weights, computed=any(origin.computed for origin in origins))
+
+
+def _may_have_gradient(value: Any) -> bool:
+    """Not if it was cut off from what it was made of: detached, compared, computed without gradients."""
+    tensors = [leaf for leaf in _flat(value) if isinstance(leaf, Tensor)]
+    # Of tensors within transforms of torch.func that is not known.
+    return not (tensors and all(is_fake(tensor) and not tensor.requires_grad for tensor in tensors))
 
 
 def _shape(value: Any) -> str:

@@ -158,6 +158,9 @@ def _run(node: Node, values: Sequence[Any], backward: bool, dtype: torch.dtype |
 
 
 def _call(node: Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if isinstance(node.target, HigherOrderOperator) and node.target.__name__ == "invoke_subgraph":
+        # Its body: where gradients are recorded, the operation itself would trace a backward, too.
+        return args[0](*args[2:])
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]

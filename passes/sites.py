@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from sparse_compile.passes.flow import Region
 from sparse_compile.passes.roles import Role
+from sparse_compile.torch_internals.dispatch import tree_flatten
 from sparse_compile.torch_internals.graph import example_value
 
 
@@ -123,7 +124,7 @@ class LinearSite:
 
 
 def dtype_name(node: Node) -> str:
-    """``bf16``: of a node's output; empty where it has several."""
-    value = example_value(node)
-    name = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
+    """``bf16``: of a node's output, the first where it has several."""
+    tensors = [leaf for leaf in tree_flatten(example_value(node))[0] if isinstance(leaf, Tensor)]
+    name = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
     return name.replace("bfloat", "bf").replace("float", "fp")

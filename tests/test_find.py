@@ -1,5 +1,7 @@
 """FIND: graphs in, exact list of linears out."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from libraries import library
 from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
+from sparse_compile.passes.report_rows import rejected_row
 from sparse_compile.passes.sites import Reason
 
 
@@ -54,6 +57,14 @@ SPELLINGS = {
 HALF = torch.full((48, 80), 0.5)
 
 
+def in_a_new_tensor(rows, function=lambda part: part, width=None):
+    """``function`` of both halves of some rows, written one after the other."""
+    out, half = torch.zeros(len(rows), width or rows.shape[1]), len(rows) // 2
+    out[:half] = function(rows[:half])
+    out[half:] = function(rows[half:])
+    return out
+
+
 UNSUPPORTED = {
     "einsum": (lambda m, x: torch.einsum("bti,oi->bto", x, m.w), "w"),
     "weight on the left": (lambda m, x: m.w @ x[0].t(), "w"),
@@ -75,6 +86,7 @@ UNSUPPORTED = {
     "matrix times vector": (lambda m, x: m.w.mv(x[0, 0]), "w"),
     "bilinear": (lambda m, x: F.bilinear(x[0, :, :8], x[0, :, :10], m.w.view(48, 8, 10)), "w"),
     "convolution": (lambda m, x: F.conv1d(x.mT, m.w[..., None]), "w"),
+    "parts in a new tensor": (lambda m, x: x @ in_a_new_tensor(m.wt), "wt"),
 }  # fmt: skip
 
 
@@ -354,3 +366,71 @@ def test_what_nothing_returned_is_made_of_has_no_backward(trace):
     assert {site.name: site.products for site in sites} == {
         "layer": ("fprop", "dgrad", "wgrad"), "pooler": ("fprop",)
     }  # fmt: skip
+
+
+RESULTS = {
+    "in a new tensor": lambda layer, x: in_a_new_tensor(x, layer),
+    "copied": lambda layer, x: torch.empty(8, 64).copy_(layer(x)),
+    "in a checkpointed region": lambda layer, x: checkpoint(in_a_new_tensor, x, layer, use_reentrant=False),
+    "read again": lambda layer, x: in_a_new_tensor(x, layer) * 2,
+}
+
+
+@pytest.mark.parametrize("function", RESULTS.values(), ids=RESULTS.keys())
+def test_what_is_written_to_a_tensor_that_is_returned_has_a_backward(trace, function):
+    layer = nn.Linear(64, 64)
+    sites, _ = found(trace(lambda x: function(layer, x), torch.randn(8, 64, requires_grad=True)))
+    assert {site.products for site in sites} == {("fprop", "dgrad", "wgrad")}
+
+
+def test_what_is_written_to_an_input_has_a_backward(trace):
+    layer = nn.Linear(64, 64)
+    sites, _ = found(trace(lambda x, out: (out.copy_(layer(x)), None)[1], torch.randn(8, 64), torch.zeros(8, 64)))
+    assert [site.products for site in sites] == [("fprop", "wgrad")]
+
+
+CUTS = {
+    "detached": lambda layer, x: layer(x).detach() + x,
+    "compared": lambda layer, x: torch.where(layer(x) > 0, x, 0.0),
+    "an index": lambda layer, x: x + layer(x).max(-1).indices[:, None],
+    "rounded straight through": lambda layer, x: x + (layer(x).round() - x).detach(),
+}
+
+
+@pytest.mark.parametrize("function", CUTS.values(), ids=CUTS.keys())
+def test_what_is_cut_off_has_no_backward(trace, function):
+    """The FLOPs of the report are those that PyTorch counts."""
+    layer = nn.Linear(64, 64)
+    sites, _ = found(trace(lambda x: function(layer, x), torch.randn(8, 64, requires_grad=True)))
+    assert [site.products for site in sites] == [("fprop",)]
+
+
+def test_each_parameter_in_a_branch_is_reported(trace):
+    """Nobody looks into the body of torch.cond: which of its operands are multiplied is not known."""
+    up, down = nn.Linear(64, 128), nn.Linear(128, 64)
+    graph = trace(
+        lambda x: torch.cond(x.sum() > 0, lambda x: down(F.gelu(up(x))), lambda x: x * 2, (x,)), torch.randn(8, 64)
+    )
+    sites, rejections = found(graph)
+    assert sites == []
+    assert {(r.name, r.detail) for r in rejections} == {(name, "cond is not rewritten yet") for name in ("up", "down")}
+
+
+def test_products_of_a_node_with_several_results_are_counted(trace):
+    cell = nn.LSTMCell(64, 64)
+    graph = trace(lambda x: cell(x)[0], torch.randn(8, 64))
+    sites, rejections = found(graph)
+    assert sites == []
+    counted = sum((rejected_row(rejection).flops() for rejection in rejections), Counter())
+    # Two products with 4 x 64 features; no gradient of the first state, nor of the input.
+    assert counted == {"fp32": (2 + 2) * 2 * 8 * 64 * 256}
+
+
+def test_a_nested_region_counts_as_what_it_runs(trace):
+    """Where gradients are recorded the region's operation traces a backward, which is none of its products."""
+    layer = nn.Linear(64, 64)
+    region = torch.compiler.nested_compile_region(lambda x: F.gelu(layer(x)))
+    result = find(Flow(trace(lambda x: region(region(x)), torch.randn(8, 64, requires_grad=True))))
+    assert result.sites == []
+    assert result.others == {}
+    assert sum(rejection.flops for rejection in result.rejections) == 2 * 3 * 2 * 8 * 64 * 64
