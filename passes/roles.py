@@ -22,8 +22,9 @@ class Role(Enum):
 
 
 _LOSSES = frozenset(
-    """cross_entropy nll_loss log_softmax logsumexp binary_cross_entropy_with_logits ctc_loss mse_loss l1_loss
-    smooth_l1_loss huber_loss kl_div linear_cross_entropy""".split()
+    """cross_entropy nll_loss log_softmax logsumexp binary_cross_entropy binary_cross_entropy_with_logits ctc_loss
+    mse_loss l1_loss smooth_l1_loss huber_loss kl_div linear_cross_entropy gaussian_nll_loss poisson_nll_loss
+    soft_margin_loss multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss""".split()
 )
 
 
@@ -54,8 +55,8 @@ def assign_roles(
     roles = dict.fromkeys(inputs, Role.OTHER)
     adapters = _adapters(flow, inputs, features, frozen)
     roles.update(dict.fromkeys(adapters, Role.ADAPTER))
-    for node, source in inputs.items():
-        producers, bends = _producers(flow, source, inputs)
+    for node in inputs:
+        producers, bends = _producers(flow, node, inputs)
         ffn = producers - adapters
         if node in adapters or not (ffn and bends):
             continue
@@ -72,14 +73,15 @@ def assign_roles(
     return roles
 
 
-def _producers(flow: Flow, source: Node, linears: Mapping[Node, Node]) -> tuple[set[Node], bool]:
-    """The linears that a value is an elementwise function of, and whether that is more than a linear one.
+def _producers(flow: Flow, linear: Node, linears: Mapping[Node, Node]) -> tuple[set[Node], bool]:
+    """The linears that a linear's input is an elementwise function of, and whether that is more than a linear one.
 
     No linears if it depends on another activation with features as well.
     """
     producers: set[Node] = set()
     masks: list[Node] = []
-    pending, seen = [source], set()
+    source = linears[linear]
+    pending, seen = [source, flow.held(source, linear)], set()
     while pending:
         node = pending.pop()
         if node not in seen and flow.origin(node).kind is Kind.ACTIVATION:
@@ -121,10 +123,10 @@ def _adapters(
     if not frozen:
         return found
     added = {node: _reached(flow, node, inputs) for node in frozen}
-    for node, source in inputs.items():
+    for node in inputs:
         if node in frozen:
             continue
-        narrow = {p for p in _producers(flow, source, inputs)[0] if p not in frozen}
+        narrow = {p for p in _producers(flow, node, inputs)[0] if p not in frozen}
         rank, out_features = features[node]
         narrow = {p for p in narrow if features[p][1] == rank < min(features[p][0], out_features)}
         reached = _reached(flow, node, inputs)
@@ -145,12 +147,17 @@ def _reached(flow: Flow, linear: Node, linears: Mapping[Node, Node]) -> set[Node
 
 
 def _alone(flow: Flow, linear: Node, linears: Mapping[Node, Node]) -> set[Node]:
-    """The linear's output and what elementwise operations make of it without another activation."""
+    """The linear's output and what elementwise operations make of it without another activation.
+
+    Where elements only move they may come to lie beside others: logits of several heads, or of parts of a batch.
+    """
     alone: set[Node] = {linear}
 
     def passes(node: Node) -> bool:
         if node in linears or not flow.passes(node):
             return False
+        if flow.moves(node):
+            return True
         others = (source for source in flow.sources(node) if source not in alone)
         return all(flow.origin(source).kind is not Kind.ACTIVATION for source in others)
 
@@ -170,7 +177,7 @@ def _follow(flow: Flow, start: Node, passes: Callable[[Node], bool], found: set[
 
 def _is_all_that_leaves(flow: Flow, alone: set[Node]) -> bool:
     """Whether everything floating-point that the graph returns is the linear's output, alone."""
-    returned = {node for node in flow.returned if _is_floating(node)}
+    returned = {flow.held(node) for node in flow.returned if _is_floating(node)}
     return bool(returned) and returned <= alone
 
 

@@ -87,6 +87,59 @@ def test_head_whose_output_is_changed_alone(trace, small_gpt, batch):
     assert [site.name for site in sites if site.role is Role.LAST] == ["model.head"]
 
 
+def written(parts):
+    out = torch.empty(8, 64)
+    for index, part in enumerate(parts):
+        out[4 * index : 4 * index + 4] = part
+    return out
+
+
+JOINED = {"concatenated": torch.cat, "stacked": torch.stack, "written": written}
+
+
+@pytest.mark.parametrize("joined", JOINED.values(), ids=JOINED.keys())
+def test_heads_whose_logits_lie_side_by_side_are_heads(trace, joined):
+    """Several heads, as of codebooks, or one that runs over parts of a batch."""
+    one, other = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def logits(x):
+        return joined([one(x[:4]), other(x[4:])])
+
+    sites, _ = found(trace(logits, torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.LAST, Role.LAST]
+    sites, _ = found(trace(lambda x: F.cross_entropy(logits(x).flatten(0, -2), torch.arange(8)), torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.HEAD, Role.HEAD]
+
+
+def test_not_the_last_if_its_output_was_added_to(trace):
+    layer = nn.Linear(64, 64)
+
+    def function(x):
+        h = layer(x)
+        h.add_(x)
+        return h
+
+    sites, _ = found(trace(function, torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.OTHER]
+
+
+LOSSES = {
+    "binary_cross_entropy": lambda x: F.binary_cross_entropy(x.sigmoid(), torch.zeros(8, 64)),
+    "poisson_nll_loss": lambda x: F.poisson_nll_loss(x, torch.ones(8, 64)),
+    "soft_margin_loss": lambda x: F.soft_margin_loss(x, torch.ones(8, 64)),
+    "multi_margin_loss": lambda x: F.multi_margin_loss(x, torch.arange(8)),
+    "multilabel_margin_loss": lambda x: F.multilabel_margin_loss(x, torch.zeros(8, 64, dtype=torch.int64)),
+    "multilabel_soft_margin_loss": lambda x: F.multilabel_soft_margin_loss(x, torch.zeros(8, 64)),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+def test_what_a_loss_reads_is_a_head(trace, loss):
+    layer = nn.Linear(64, 64)
+    sites, _ = found(trace(lambda x: loss(layer(x)), torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.HEAD]
+
+
 def test_ffn_on_its_own_is_ffn(trace):
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, 64))
     sites, _ = found(trace(lambda x: model(x), torch.randn(8, 64)))
@@ -159,6 +212,24 @@ def changed_without_use(h):
     return h
 
 
+def half_changed(h):
+    h.t()[:64].relu_()
+    return h
+
+
+def in_a_new_tensor(h):
+    out = torch.zeros(8, 128)
+    out[:4] = F.gelu(h[:4])
+    out[4:] = F.relu(h[4:])
+    return out
+
+
+def zeroed(h):
+    h = F.relu(h)
+    h[:, :1].zero_()
+    return h
+
+
 ACTIVATIONS = {
     "autograd.Function": lambda gate, up: Swish.apply(gate, up),
     "compares": lambda gate, up: gate * (gate > 0) * up,
@@ -228,6 +299,13 @@ def test_without_an_activation_function_it_is_no_ffn(trace, function):
 def test_an_ffn_is_told_by_what_its_activation_does(trace, function):
     sites, _ = found(trace(Gated(function), torch.randn(8, 64)))
     assert roles(sites) == {"gate": Role.UP, "up": Role.UP, "down": Role.DOWN}
+
+
+@pytest.mark.parametrize("function", [changed_without_use, half_changed, in_a_new_tensor, zeroed])
+def test_what_was_written_counts_where_the_next_linear_reads_it(trace, function):
+    up, down = nn.Linear(64, 128), nn.Linear(128, 64)
+    sites, _ = found(trace(lambda x: x + down(function(up(x))), torch.randn(8, 64)))
+    assert {(site.name, site.role) for site in sites} == {("up", Role.UP), ("down", Role.DOWN)}
 
 
 @pytest.mark.parametrize("function", NO_ACTIVATIONS.values(), ids=NO_ACTIVATIONS.keys())
