@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -311,6 +312,49 @@ def test_what_keeps_no_state_under_each_weight_resumes_all_the_same(make, option
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert losses_of(compiled(resumed, **options), optimizer, range(number, 7)) == losses[number:], number
+
+
+class Past(torch.optim.AdamW):
+    """It loads without the hooks of PyTorch, as optimizers do that cast what they load in a way of their own."""
+
+    def load_state_dict(self, state_dict):
+        weights = self.param_groups[0]["params"]
+        state = {weights[index]: dict(kept) for index, kept in state_dict["state"].items()}
+        self.__setstate__({"state": state, "param_groups": [state_dict["param_groups"][0] | {"params": weights}]})
+
+
+def test_a_state_that_is_loaded_past_the_hooks_is_taken_over():
+    """After a call, too: a sanity check, or a step that is taken back."""
+    model = model_of()
+    run, optimizer = compiled(model, **SCHEDULED), Past(model.parameters(), lr=1e-2)
+    losses_of(run, optimizer, range(3))
+    checkpoint = saved(model, optimizer)
+    losses = losses_of(run, optimizer, range(3, 7))
+    resumed = model_of()
+    again, other = compiled(resumed, **SCHEDULED), Past(resumed.parameters(), lr=1e-2)
+    with torch.no_grad():
+        again(torch.randn(16, 64))
+    for owner, call, stepped in ((resumed, again, other), (model, run, optimizer)):
+        owner.load_state_dict(checkpoint[0])
+        stepped.load_state_dict(copy.deepcopy(checkpoint[1]))
+        assert not any("sste_beta" in kept for kept in stepped.state.values())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert losses_of(call, stepped, range(3, 7)) == losses
+
+
+@pytest.mark.parametrize(
+    "make_copy", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_copy_of_a_model_with_its_optimizer_goes_on(momentum, make_copy):
+    model = model_of()
+    run, optimizer = compiled(model, **SCHEDULED), torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+    losses_of(run, optimizer, range(3))
+    other, its_optimizer = make_copy((model, optimizer))
+    losses = losses_of(run, optimizer, range(3, 7))
+    assert not any("sste_beta" in kept for kept in (*optimizer.state.values(), *its_optimizer.state.values()))
+    assert losses_of(compiled(other, **SCHEDULED), its_optimizer, range(3, 7)) == losses
 
 
 def test_transposable_masks_are_in_checkpoints():

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from types import CodeType
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from sparse_compile.torch_internals.heap import instances_of
 
 
 def call_with_new_optimizers(call: Callable[[torch.optim.Optimizer], None]) -> None:
-    """Call with each optimizer that is alive, and with each that is made, copied or unpickled from now on.
+    """Call with each optimizer that is alive, and with each that is made, copied, unpickled or given a state later.
 
     All of these pass through one method, which wraps the step for its hooks.
     """
@@ -26,6 +27,16 @@ def call_with_new_optimizers(call: Callable[[torch.optim.Optimizer], None]) -> N
         # Wrappers, as Accelerate's, are optimizers by name, and neither hold parameters nor take hooks.
         if "param_groups" in vars(optimizer):
             call(optimizer)
+
+
+def change_pickled_optimizers(change: Callable[[torch.optim.Optimizer, dict[str, Any]], dict[str, Any]]) -> None:
+    """Let it change what copies and pickles of optimizers hold: ``state`` by weight, and ``param_groups``."""
+    getstate = torch.optim.Optimizer.__getstate__
+
+    def changed(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return change(optimizer, getstate(optimizer))
+
+    torch.optim.Optimizer.__getstate__ = changed  # type: ignore[assignment,method-assign]
 
 
 def nested_optimizer_steps() -> int:

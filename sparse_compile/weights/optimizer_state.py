@@ -10,6 +10,7 @@ entry for every weight or for none: where one weight has numbers, the others hav
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -108,36 +109,44 @@ def connect(
         found: the same, now, of what the optimizer holds: it may have been loaded before.
     """
 
-    def write(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        state, groups = dict(state_dict["state"]), []
-        empty: dict[Any, dict[str, Any]] = {}
-        for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-            apart: dict[str, Any] = {}
-            for place, (weight, index) in enumerate(zip(group["params"], packed["params"], strict=True)):
-                saved = saved_of(weight)
-                if saved is None:
-                    empty[index] = {}
-                    continue
-                if state.get(index) or isinstance(optimizer, SGD):
-                    state[index] = {**_without_numbers(state.get(index, {})), **saved.numbers}
-                elif saved.numbers.get(PRUNED) or saved.numbers.get(STEPS):
-                    apart.setdefault(str(place), {}).update(saved.numbers)
-                if saved.masks is not None:  # as they are: tensors under a weight are cast to its dtype
-                    masks, steps = saved.masks
-                    apart.setdefault(str(place), {}).update({_MASKS: masks.clone(), _MASK_STEPS: steps})
-            groups.append({key: value for key, value in packed.items() if key != GROUP})
-            if apart:
-                groups[-1][GROUP] = apart
-        if isinstance(optimizer, SGD) and any(_NUMBERS.intersection(kept) for kept in state.values()):
-            state = empty | state
-        return {**state_dict, "state": state, "param_groups": groups}
-
     def read_loaded(optimizer: Optimizer) -> None:
         load(optimizer, read(optimizer))
 
     found(optimizer, read(optimizer))
-    optimizer.register_state_dict_post_hook(write)
+    optimizer.register_state_dict_post_hook(partial(write, saved_of=saved_of))
     optimizer.register_load_state_dict_post_hook(read_loaded)
+
+
+def write(
+    optimizer: Optimizer, state_dict: dict[str, Any], saved_of: Callable[[Tensor], SavedState | None]
+) -> dict[str, Any]:
+    """A ``state_dict`` of the optimizer, or what it pickles, with what is kept of its weights.
+
+    Args:
+        saved_of: what is to be saved of a weight.
+    """
+    state, groups = dict(state_dict["state"]), []
+    empty: dict[Any, dict[str, Any]] = {}
+    for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        apart: dict[str, Any] = {}
+        for place, (weight, index) in enumerate(zip(group["params"], packed["params"], strict=True)):
+            saved = saved_of(weight)
+            if saved is None:
+                empty[index] = {}
+                continue
+            if state.get(index) or isinstance(optimizer, SGD):
+                state[index] = {**_without_numbers(state.get(index, {})), **saved.numbers}
+            elif saved.numbers.get(PRUNED) or saved.numbers.get(STEPS):
+                apart.setdefault(str(place), {}).update(saved.numbers)
+            if saved.masks is not None:  # as they are: tensors under a weight are cast to its dtype
+                masks, steps = saved.masks
+                apart.setdefault(str(place), {}).update({_MASKS: masks.clone(), _MASK_STEPS: steps})
+        groups.append({key: value for key, value in packed.items() if key != GROUP})
+        if apart:
+            groups[-1][GROUP] = apart
+    if isinstance(optimizer, SGD) and any(_NUMBERS.intersection(kept) for kept in state.values()):
+        state = empty | state
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def read(optimizer: Optimizer) -> list[Loaded]:

@@ -41,6 +41,7 @@ class OptimizerWatch:
         self.count = 0  # outermost steps
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._on_optimizer: list[Callable[[Optimizer], None]] = []
+        self._on_state: list[Callable[[Optimizer], None]] = []
         self._before: dict[Stage, Before] = {}
         self._after: dict[Stage, list[After]] = {stage: [] for stage in Stage}
         self._ticks = 0  # steps, inner ones of others too
@@ -54,7 +55,7 @@ class OptimizerWatch:
         self._inner = local()
         register_optimizer_step_pre_hook(torch.compiler.disable(self._before_step))
         register_optimizer_step_post_hook(torch.compiler.disable(self._after_step))
-        call_with_new_optimizers(self.meet)
+        call_with_new_optimizers(self._given)
 
     def last_of(self, weight: Tensor) -> int | None:
         """When an optimizer that owns the weight stepped last, in steps of any optimizer, inner ones too.
@@ -85,6 +86,16 @@ class OptimizerWatch:
         self._on_optimizer.append(call)
         for optimizer in list(self.optimizers):
             call(optimizer)
+
+    def on_state(self, call: Callable[[Optimizer], None]) -> None:
+        """Call with each known optimizer that is given another state, by ``load_state_dict`` or past it."""
+        self._on_state.append(call)
+
+    def _given(self, optimizer: Optimizer) -> None:
+        if optimizer in self.optimizers:
+            for call in self._on_state:
+                call(optimizer)
+        self.meet(optimizer)
 
     def meet(self, optimizer: Optimizer) -> None:
         """An optimizer is there."""

@@ -1,7 +1,9 @@
 """The records of all weights, and what makes them change: steps of optimizers, and checkpoints."""
 
 import warnings
+from copy import copy
 from threading import RLock
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor
@@ -10,10 +12,11 @@ from torch.optim import Optimizer
 from sparse_compile.torch_internals.autocast import plain_arithmetic
 from sparse_compile.torch_internals.distributed import first_local, local_tensor
 from sparse_compile.torch_internals.fsdp2 import call_when_freed, sharded_parameter
+from sparse_compile.torch_internals.optimizers import change_pickled_optimizers
 from sparse_compile.torch_internals.weak_tensors import TensorDict, weak
 from sparse_compile.weights.edit_detection import is_edited
 from sparse_compile.weights.masked_decay import MaskedDecay
-from sparse_compile.weights.optimizer_state import Loaded, SavedState, connect, read, writes_its_own
+from sparse_compile.weights.optimizer_state import Loaded, SavedState, connect, read, write, writes_its_own
 from sparse_compile.weights.optimizer_watch import Stage, held_by, watch
 from sparse_compile.weights.projection import write_projected
 from sparse_compile.weights.record import BetaSource, Scale, WeightRecord
@@ -192,11 +195,35 @@ _warned: WeakSet[Optimizer] = WeakSet()
 _skipped: WeakKeyDictionary[Optimizer, SkippedSteps] = WeakKeyDictionary()
 
 
+# Optimizers in their ``load_state_dict``.
+_loading: WeakSet[Optimizer] = WeakSet()
+
+
+def _given(optimizer: Optimizer) -> None:
+    """Some have a ``load_state_dict`` of their own, without hooks; of others the hook says what was loaded."""
+    if optimizer not in _loading:
+        read_now(optimizer)
+
+
+def _pickled(optimizer: Optimizer, kept: dict[str, Any]) -> dict[str, Any]:
+    """What copies and pickles of an optimizer hold: what is kept of its weights, too, which its copy has copies of."""
+    if all(find_record(weight) is None for weight in held_by(optimizer)):
+        return kept
+    written = write(optimizer, kept, _saved_of)
+    state = copy(kept["state"])  # of its class
+    state.update(written["state"])
+    return {**written, "state": state}
+
+
 def _connect(optimizer: Optimizer) -> None:
     connect(optimizer, _saved_of, _load, _found)
+    optimizer.register_load_state_dict_pre_hook(lambda optimizer, _: _loading.add(optimizer))
+    optimizer.register_load_state_dict_post_hook(_loading.discard)
     optimizer.register_load_state_dict_post_hook(_heard.add)
 
 
+change_pickled_optimizers(_pickled)
 watch.on_optimizer(_connect)
+watch.on_state(_given)
 watch.subscribe(Stage.DECAY, before=MaskedDecay(find_record).before_step)
 watch.subscribe(Stage.RECORDS, after=_after_step)
