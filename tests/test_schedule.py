@@ -391,6 +391,27 @@ def test_a_block_that_joins_later_is_in_the_phase_of_its_optimizer(resumed):
 
 
 @pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("resumed", [False, True], ids=["continued", "resumed"])
+def test_a_frozen_block_that_is_trained_later_is_in_the_phase_of_its_optimizer(resumed):
+    """It was called from the beginning, and is in a parameter group of its own."""
+    blocks = nn.ModuleList((FFN(), FFN()))
+    blocks[1].requires_grad_(False)
+    runs = [compiled(block, "s-ste", tail=2, total_steps=6) for block in blocks]
+    optimizer = torch.optim.AdamW(blocks[0].parameters(), lr=1e-2)
+    train(lambda x: runs[1](runs[0](x)), optimizer, range(3))
+    if resumed:
+        _, state = saved(blocks, optimizer)
+        optimizer = torch.optim.AdamW(blocks[0].parameters(), lr=1e-2)
+        optimizer.load_state_dict(state)
+    blocks[1].requires_grad_(True)
+    optimizer.add_param_group({"params": list(blocks[1].parameters())})
+    train(lambda x: runs[1](runs[0](x)), optimizer, range(3, 6))
+    assert sparse_compile.beta(blocks) == {}
+    steps = [entry["sste_steps"] for entry in optimizer.state_dict()["state"].values() if "sste_steps" in entry]
+    assert steps == [6] * 4
+
+
+@pytest.mark.usefixtures("uncompiled")
 def test_steps_before_the_first_call_count():
     """Of an optimizer that another model begins with; a warm-up may be over when the weight is first read."""
     first, second, x = nn.Linear(64, 64), FFN(), torch.randn(16, 64)

@@ -222,6 +222,11 @@ class WeightRecord:
         """A backward ran through a linear: the optimizer's next step trains the weight in this layout."""
         self.trained_with = (layout, beta, trainer)
 
+    def join(self, steps: int) -> None:
+        """An optimizer that has made so many steps without it holds it from now on: it is where its optimizer is."""
+        self.settle()
+        self.steps = max(self.steps, steps)
+
     def step(self, skipped: SkippedSteps | None = None) -> None:
         """Its optimizer has stepped.
 

@@ -112,12 +112,15 @@ def _saved_of(weight: Tensor) -> SavedState | None:
 
 # The outermost steps of each optimizer, in this run and those that it resumes.
 _steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+# The ids of the weights that it has stepped with last, or was loaded with.
+_held: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
 
 
 def _load(optimizer: Optimizer, loaded: list[Loaded]) -> None:
     """An optimizer was loaded: its weights go on from what was saved with it, and where that is nothing, as fresh."""
     with lock:
         steps = _steps[optimizer] = max((saved.steps for _, saved, _ in loaded if saved is not None), default=0)
+        _held[optimizer] = {id(weight) for weight, _, _ in loaded}
         for weight, saved, keeps_state in loaded:
             record = find_record(weight)
             if saved is not None:
@@ -165,13 +168,17 @@ _heard: WeakSet[Optimizer] = WeakSet()
 
 def _after_step(optimizer: Optimizer, weights: list[Tensor]) -> None:
     with lock:
-        saves, steps = False, _steps.get(optimizer, 0) + 1
+        before, held_before = _steps.get(optimizer, 0), _held.get(optimizer)
+        _held[optimizer] = set(map(id, weights))
+        saves, steps = False, before + 1
         skipped = add_step(optimizer, _skipped.get(optimizer))
         if skipped is not None:
             _skipped[optimizer] = skipped
         for weight in weights:
             record = find_record(weight)
             if record is not None:
+                if held_before is not None and id(weight) not in held_before:
+                    record.join(before)
                 record.step(skipped)
                 steps = max(steps, record.steps)
                 held = local_tensor(weight)
