@@ -155,6 +155,17 @@ def test_distributed_checkpoints_of_sgd(batch, momentum, tmp_path) -> None:
     assert sparse_compile.beta(resumed) == sparse_compile.beta(model)
 
 
+def test_saving_a_distributed_checkpoint_is_no_step(batch) -> None:
+    """PyTorch makes one, at a rate of 0, where it finds no state: each time for what keeps none."""
+    model = Model()
+    step, optimizer = compiled(model), torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(2):
+        get_state_dict(model, optimizer)
+        train(step, optimizer, batch)
+        _, state = get_state_dict(model, optimizer)
+    assert {kept["sste_steps"] for kept in state["state"].values() if kept} == {6}
+
+
 def test_a_checkpoint_that_is_loaded_late_brings_its_beta(batch) -> None:
     """Evaluation needs a beta before there is an optimizer: it is not frozen by that, nor by a first call at all."""
     model = Model()

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from functools import cache
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -51,6 +51,20 @@ def nested_optimizer_steps() -> int:
         # Not by identity: dynamo gives a compiled step other code, of the same name.
         steps += frame.f_code.co_name == wrapper.co_name and frame.f_code.co_filename == wrapper.co_filename
     return steps
+
+
+def initialises_state() -> bool:
+    """Whether torch.distributed.checkpoint makes this step, at a rate of 0, so that an optimizer has a state.
+
+    It does so each time that it asks an optimizer that keeps none.
+    """
+    checkpoints = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    if checkpoints is None:
+        return False
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not checkpoints._init_optim_state.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 @cache

@@ -52,6 +52,7 @@ PRIVATE_NAMES = (
     ("torch.compiler._cache", "CacheArtifact"),
     ("torch.compiler._cache", "CacheArtifactFactory.register"),
     ("torch.compiler._cache", "CacheArtifactManager.record_artifact"),
+    ("torch.distributed.checkpoint.state_dict", "_init_optim_state"),
     ("torch.distributed.distributed_c10d", "_get_default_store"),
     ("torch.distributed.fsdp._fully_shard._fsdp_param", "FSDPParam"),
     ("torch.distributed.fsdp._fully_shard._fsdp_param", "FSDPParam.free_unsharded_param"),

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from sparse_compile.weights.operand_set import OperandSet
+from sparse_compile.weights.optimizer_watch import watch
 from sparse_compile.weights.record import Beta, BetaSource, WeightRecord
 
 BETA = "sste_beta"
@@ -136,7 +137,7 @@ def write(
                 continue
             if state.get(index) or isinstance(optimizer, SGD):
                 state[index] = {**_without_numbers(state.get(index, {})), **saved.numbers}
-            elif saved.numbers.get(PRUNED) or saved.numbers.get(STEPS):
+            elif saved.numbers.get(PRUNED) or saved.numbers.get(STEPS) or watch.has_stepped(optimizer):
                 apart.setdefault(str(place), {}).update(saved.numbers)
             if saved.masks is not None:  # as they are: tensors under a weight are cast to its dtype
                 masks, steps = saved.masks

@@ -11,7 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from sparse_compile.torch_internals.optimizers import call_with_new_optimizers, nested_optimizer_steps
+from sparse_compile.torch_internals.optimizers import (
+    call_with_new_optimizers,
+    initialises_state,
+    nested_optimizer_steps,
+)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Before = Callable[[Optimizer, list[Tensor], tuple[Any, ...], dict[str, Any]], Arguments | None]
@@ -109,6 +113,8 @@ class OptimizerWatch:
             self._inner.optimizers, self._inner.told = [], set()
         if not optimizer.state:
             self._began_empty.add(optimizer)
+        if initialises_state():
+            return None
         told: set[int] = getattr(self._inner, "told", set())  # none where the watch began within a step
         weights = [weight for weight in held_by(optimizer) if id(weight) not in told]
         told.update(map(id, weights))
@@ -121,6 +127,8 @@ class OptimizerWatch:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         del args, kwargs
         self.meet(optimizer)
+        if initialises_state():
+            return
         self._ticks += 1
         self._own(optimizer)
         inner: list[Optimizer] = getattr(self._inner, "optimizers", [])
