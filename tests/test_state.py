@@ -81,6 +81,27 @@ def test_updates_without_an_optimizer_are_seen():
     assert not torch.equal(values[1], values[2])
 
 
+def test_a_frozen_weight_is_pruned_again_after_a_step_of_any_optimizer():
+    """A teacher that follows its student through ``.data``, and is not called under ``no_grad``."""
+    weight, other = nn.Parameter(torch.randn(32, 64), requires_grad=False), nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([other], lr=0.1)
+    for _ in range(8):
+        weight.data.mul_(-0.5)
+        other.grad = torch.ones(1)
+        optimizer.step()
+        operands, count = refreshed(weight)
+        expected = reference.prune_weight(weight, torch.tensor([beta_of(weight)]))
+        for actual, wanted in zip(operands, expected, strict=True):
+            assert_same_bits(actual, wanted)
+        pending = operands[0].view_as(operands[0])  # as a backward holds it
+        assert refreshed(weight) == (operands, count), "microbatches"
+    held = pending.clone()
+    weight.data.normal_()
+    optimizer.step()
+    assert not torch.equal(refreshed(weight)[0][1], operands[1])
+    assert_same_bits(pending, held)
+
+
 def test_an_owned_weight_changed_in_place_is_seen():
     weight = nn.Parameter(torch.randn(32, 64))
     optimizer = torch.optim.SGD([weight], lr=0.1)

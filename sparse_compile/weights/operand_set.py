@@ -29,11 +29,12 @@ class OperandSet:
     Attributes:
         shards: the parameter that an optimizer owns, where FSDP2 gathers the weight; None for every other weight.
         freed: whether the operands have no memory, because FSDP2 freed that of the gathered weight.
+        made_at: how many steps optimizers had made, of whatever weights, when the operands were made.
     """
 
     __slots__ = (
-        "__weakref__", "dropped", "freed", "mask_steps", "masks", "operands", "readers", "refreshes", "reuses",
-        "sample", "shards", "steps", "used", "version",
+        "__weakref__", "dropped", "freed", "made_at", "mask_steps", "masks", "operands", "readers", "refreshes",
+        "reuses", "sample", "shards", "steps", "used", "version",
     )  # fmt: skip
 
     def __init__(self, shards: WeakTensor | None) -> None:
@@ -44,6 +45,7 @@ class OperandSet:
         self.masks: Tensor | None = None  # transposable ones, and the optimizer steps since they were found
         self.mask_steps = 0
         self.steps = 0  # of the weight, when the operands were made
+        self.made_at = 0
         self.version: WeightVersion | None = None
         self.sample: Tensor | None = None  # of the weight that the operands were made from
         self.refreshes = 0  # how often the operands were made

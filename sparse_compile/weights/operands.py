@@ -137,8 +137,10 @@ def _find_stale(
             if kept.freed or version != kept.version or _capturing(weight):
                 stale.append(index)
             continue
-        # A weight that cannot be trained needs no owner.
-        watched = version[0] is not None or not weight.requires_grad
+        # A weight that cannot be trained needs no owner.  In training it is pruned once per step, as others are, of
+        # whatever optimizer: a teacher may follow its student through ``.data``, and a look would wait for the device.
+        still = not weight.requires_grad and (not training or kept.made_at == watch.count)
+        watched = version[0] is not None or still
         if version != kept.version or kept.sample is None or not watched or record.refit_due or _capturing(weight):
             stale.append(index)
             continue
@@ -178,7 +180,7 @@ def _refresh(
     if in_place and not same:
         # A backward that comes after the optimizer step must fail as it does for a dense weight.
         torch.autograd.graph.increment_version(kept.operands)
-    kept.version, kept.steps = version, record.steps
+    kept.version, kept.steps, kept.made_at = version, record.steps, watch.count
     kept.refreshes += 1
 
 
