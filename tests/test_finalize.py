@@ -1,6 +1,7 @@
 """finalize: weights become their own projections; what holds exactly, what to rounding, and what is refused."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,23 @@ def test_weights_that_changed_without_the_backend_are_refused(trained, examples)
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
     sparse_compile.set_beta(model, dict.fromkeys(PRUNED, 1.0))
     assert sparse_compile.finalize(model) == PRUNED, "as the error says"
+
+
+def test_weights_that_are_put_back_without_their_scales_warn(trained, examples) -> None:
+    """An export in the middle of training."""
+    model, call, _ = trained
+    before, scales = weights_of(model), sparse_compile.beta(model)
+    with torch.no_grad():
+        expected = call(*examples)
+        sparse_compile.finalize(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(*examples)
+        model.load_state_dict(before, strict=False)
+        with pytest.warns(UserWarning, match="'up' was finalized, then changed"):
+            assert not torch.equal(call(*examples), expected)
+        sparse_compile.set_beta(model, scales)
+        assert torch.equal(call(*examples), expected), "as the warning says"
 
 
 def test_training_goes_on(trained, examples) -> None:

@@ -26,7 +26,7 @@ from sparse_compile.weights.edit_detection import find_edited, is_edited, take_s
 from sparse_compile.weights.operand_set import OperandLayout, OperandSet, WeightVersion
 from sparse_compile.weights.optimizer_watch import watch
 from sparse_compile.weights.pattern_24 import is_24
-from sparse_compile.weights.record import Beta, BetaSource, Glimpse, Scale, WeightRecord
+from sparse_compile.weights.record import Beta, BetaSource, Glimpse, Phase, Scale, WeightRecord
 from sparse_compile.weights.registry import lock, record_of, take_blind
 from sparse_compile.weights.slot import WeightSlot
 
@@ -172,6 +172,10 @@ def _refresh(
     matrix = _matrix(weight, slot.transposed)
     beta = None
     if slot.projection.has_beta:
+        if record.phase is Phase.FINALIZED and (
+            not training or kept.version is None or version[1:] != kept.version[1:]
+        ):
+            _warn_if_replaced(weight, matrix, slot)
         beta = record.beta_on(_beta(weight, matrix, slot, record, training), weight.device)
     search = _needs_masks(weight, slot, record, kept)
     same = freed and not stepped  # as for the gathered weight itself, being freed and made again is no change
@@ -244,6 +248,17 @@ def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: WeightRecord
         record.refit_due = False
         _refit(record, record.beta, _fits(matrix, slot), slot)
     return record.beta
+
+
+def _warn_if_replaced(weight: Tensor, matrix: Tensor, slot: WeightSlot) -> None:
+    if not _capturing(weight) and not is_24(matrix, -1):
+        warnings.warn(
+            f"the weight of {slot.name!r} was finalized, then changed by something else than training with the "
+            "backend, and is no longer 2:4. It is pruned with a scale beta of 1 now. If it is what it was before "
+            "finalize, load the state_dict of its optimizer of then, too, or give sparse_compile.set_beta the scales "
+            "that sparse_compile.beta returned then",
+            stacklevel=2,
+        )
 
 
 def _refit(record: WeightRecord, beta: Beta, fits: Sequence[Fit], slot: WeightSlot) -> None:
