@@ -70,6 +70,49 @@ def test_betas_are_those_of_the_first_weights(batch) -> None:
     assert sparse_compile.beta(model) == sparse_compile.beta(compiled) == expected
 
 
+def by_hand(model: nn.Module) -> None:
+    for weight in model.parameters():
+        weight.data.sub_(weight.grad, alpha=0.1)
+        weight.grad = None
+
+
+def test_weights_that_are_updated_by_hand_keep_their_scales(batch) -> None:
+    """Also those of an optimizer over copies; frozen, they compute as they were trained."""
+    model = Model()
+    run = torch.compile(model, backend="sste", options=OPTIONS)
+    run(*batch).backward()
+    first = sparse_compile.beta(model)
+    by_hand(model)
+    for _ in range(4):
+        run(*batch).backward()
+        assert sparse_compile.beta(model) == first
+        by_hand(model)
+    trained = run(*batch)
+    model.requires_grad_(False)
+    torch.testing.assert_close(run(*batch), trained)
+
+
+def test_weights_that_are_loaded_after_a_trial_get_scales_of_their_own(batch) -> None:
+    """Though no optimizer is there yet that would tell the trial from training."""
+    model, other = Model(), Model()
+    run = torch.compile(model, backend="sste", options=OPTIONS)
+    run(*batch).backward()
+    model.load_state_dict(other.state_dict())
+    run(*batch)
+    torch.compile(other, backend="sste", options=OPTIONS)(*batch)
+    assert sparse_compile.beta(model) == sparse_compile.beta(other)
+
+
+@pytest.mark.parametrize("schedule", [{"sste.warmup": 2}, {"sste.tail": 2, "sste.total_steps": 9}], ids=str)
+def test_a_schedule_that_no_optimizer_can_keep_warns(batch, schedule) -> None:
+    model = Model()
+    run = torch.compile(model, backend="sste", options=OPTIONS | schedule)
+    run(*batch).backward()
+    by_hand(model)
+    with pytest.warns(UserWarning, match="no optimizer that is known holds its weight"):
+        run(*batch)
+
+
 def test_betas_can_be_given_before_the_first_step_and_later(batch) -> None:
     model = torch.compile(Model(), backend="sste", options=OPTIONS)
     given = {"module.blocks.0.up.weight": 1.25, "blocks.0.down.weight": 1.5}

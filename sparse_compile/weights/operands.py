@@ -24,7 +24,7 @@ from sparse_compile.torch_internals.tensors import is_held, versions_kept
 from sparse_compile.weights.beta_fit import Fit, fit_betas
 from sparse_compile.weights.edit_detection import find_edited, is_edited, take_samples
 from sparse_compile.weights.operand_set import OperandLayout, OperandSet, WeightVersion
-from sparse_compile.weights.optimizer_watch import watch
+from sparse_compile.weights.optimizer_watch import held_by, watch
 from sparse_compile.weights.pattern_24 import is_24
 from sparse_compile.weights.record import Beta, BetaSource, Glimpse, Phase, Scale, WeightRecord
 from sparse_compile.weights.registry import lock, record_of, take_blind
@@ -55,6 +55,8 @@ def current_operands(
     training = torch.is_grad_enabled()
     with lock, plain_arithmetic():
         versions = [_version(weight, kept) for weight, kept in zip(weights, sets, strict=True)]
+        if training:
+            _note_updates_by_hand(weights, slots, records, sets)
         stale = _find_stale(weights, records, sets, versions, training)
         for index in stale:
             _refresh(weights[index], slots[index], records[index], sets[index], versions[index], training)
@@ -155,6 +157,43 @@ def _find_stale(
             sets[doubtful[position]].reuses = 0
             stale.append(doubtful[position])
     return stale
+
+
+def _note_updates_by_hand(
+    weights: Sequence[Tensor], slots: Sequence[WeightSlot], records: Sequence[WeightRecord], sets: Sequence[OperandSet]
+) -> None:
+    """No optimizer will say that weights were trained which none holds: they are others after a gradient has passed.
+
+    So it is with optimizers over copies of the weights, too.
+    """
+    asked = [
+        index
+        for index, (weight, record, kept) in enumerate(zip(weights, records, sets, strict=True))
+        if kept.sample is not None and kept.shards is None and weight.requires_grad
+        # What follows a schedule may be in its warm-up, in which nothing else is asked: in its first calls.
+        if record.trained_with is not None or (record.schedule is not None and not record.steps and kept.refreshes < 5)
+    ]
+    if not asked:
+        return
+    held = {id(weight) for optimizer in list(watch.optimizers) for weight in held_by(optimizer)}
+    for index in asked:
+        weight, before, record = weights[index], sets[index].sample, records[index]
+        if id(weight) in held or before is None or _capturing(weight):
+            continue
+        # Weights that are loaded after a trial have nothing to do with those before.
+        if 0 < (take_samples([weight.detach()])[0] - before).norm() < _LARGEST_UPDATE * before.norm():
+            record.trained_by_hand()
+            if record.schedule is not None:
+                warnings.warn(
+                    f"{slots[index].name!r} is trained, and no optimizer that is known holds its weight. "
+                    "'sste.warmup' and 'sste.tail' count the steps of its optimizer, so its phase never changes: train "
+                    "it with a torch.optim.Optimizer that holds it, or leave the schedule out",
+                    stacklevel=2,
+                )
+
+
+# Of the norm of a weight.
+_LARGEST_UPDATE = 0.5
 
 
 def _refresh(

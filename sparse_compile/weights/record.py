@@ -256,6 +256,12 @@ class WeightRecord:
             kept.used = False
         self._keep_to_schedule()
 
+    def trained_by_hand(self) -> None:
+        """Something that is no optimizer has made a step, which a schedule does not count."""
+        if self.trained_with is not None:
+            trained_with, self.trained_with = self.trained_with, None
+            self._train(*trained_with)
+
     def train_by(self, trainer: Trainer, *, pruned: bool) -> None:
         """A call that records gradients computes with the weight, pruned outside of dense phases or not."""
         before = self.pruned_by, self.trained_dense
