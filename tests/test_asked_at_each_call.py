@@ -108,6 +108,19 @@ def test_a_dense_checkpoint_in_a_frozen_24_model(ffn):
         assert [graph.calls for graph in sparse_compile.report().graphs if graph.rewritten][-1] >= 1
 
 
+def test_a_frozen_24_weight_that_an_adapter_was_merged_into_is_dense_after_invalidate(ffn):
+    """Through ``.data``, in training, where nobody looks."""
+    served, x = ffn().requires_grad_(False), torch.randn(32, 64)
+    for weight in (served.up.weight, served.down.weight):
+        weight.copy_(sparse_compile.kernels.reference.soft_threshold24(weight))
+    run = compiled(served, frozen="sparse", recipe="s-ste-bf16")
+    assert 0 < distance(run(x), served(x)) < 0.1
+    for weight in (served.up.weight, served.down.weight):
+        weight.data += 0.1 * torch.randn_like(weight)
+    sparse_compile.invalidate(served)
+    assert distance(run(x), served(x)) < 1e-6
+
+
 @pytest.mark.by_day(1)
 @pytest.mark.parametrize("again", [{}, {"warmup": 1}, {"tail": 1, "total_steps": 100}], ids=str)
 def test_a_schedule_ends_with_its_compilation(again, ffn):

@@ -172,6 +172,25 @@ def test_a_replaced_parameter(x):
     assert old() is None
 
 
+@pytest.mark.parametrize("recipe", ["s-ste", "t-sr-ste"])
+def test_a_weight_that_grows_and_shrinks_through_data(x, recipe):
+    model = FFN()
+    options = EAGER | {"sste.recipe": recipe}
+    run, optimizer = compiled(model, options), torch.optim.SGD(model.parameters(), lr=0.01)
+    train(run, optimizer, x)
+    up, bias, down = (parameter.data for parameter in (model.up.weight, model.up.bias, model.down.weight))
+    for times in (2, 1):
+        model.up.weight.data, model.up.bias.data = up.repeat(times, 1), bias.repeat(times)
+        model.down.weight.data = down.repeat(1, times) / times
+        optimizer.zero_grad()
+        with torch.no_grad():
+            output = run(x)
+            other = copy.deepcopy(model)
+            sparse_compile.set_beta(other, sparse_compile.beta(model))
+            torch.testing.assert_close(output, compiled(other, options)(x))
+        train(run, optimizer, x)
+
+
 def test_a_model_cast_after_compilation(x):
     model, step, _optimizer = after_two_steps(x)
     betas = sparse_compile.beta(model)

@@ -28,17 +28,19 @@ class OperandSet:
 
     Attributes:
         shards: the parameter that an optimizer owns, where FSDP2 gathers the weight; None for every other weight.
+        shape: of the weight.
         freed: whether the operands have no memory, because FSDP2 freed that of the gathered weight.
         made_at: how many steps optimizers had made, of whatever weights, when the operands were made.
     """
 
     __slots__ = (
         "__weakref__", "dropped", "freed", "made_at", "mask_steps", "masks", "operands", "readers", "refreshes",
-        "reuses", "sample", "shards", "steps", "used", "version",
+        "reuses", "sample", "shape", "shards", "steps", "used", "version",
     )  # fmt: skip
 
     def __init__(self, shards: WeakTensor | None) -> None:
         self.shards = shards
+        self.shape: torch.Size | None = None
         self.operands: Any = ()  # a NamedTuple of the projection; empty until they are made
         self.freed = False
         self.dropped = False  # by the record

@@ -45,7 +45,7 @@ def operand_set(weight: Tensor, slot: WeightSlot) -> OperandSet:
             f"FSDP2 gathers the weight of {slot.name!r} anew for each forward, but transposable masks stay with one; "
             "use recipe 'sr-ste', or exclude the linear with 'sste.targets'"
         )
-    return record.operand_set(layout_of(slot))
+    return record.operand_set(layout_of(slot), weight.shape)
 
 
 def current_operands(

@@ -370,12 +370,22 @@ class WeightRecord:
 
     # Operands.
 
-    def operand_set(self, layout: OperandLayout) -> OperandSet:
-        """Of this layout, made at first use."""
-        if layout not in self.operands:
+    def operand_set(self, layout: OperandLayout, shape: torch.Size) -> OperandSet:
+        """Of this layout, made at first use.
+
+        Args:
+            shape: of the weight, which may grow or shrink through ``.data``.
+        """
+        known = self.operands.get(layout)
+        if known is None or known.shape != shape:
             # A weight lives on one device, and what no graph can read any more is given back.
-            self._keep(lambda other, kept: other.device == layout.device and len(kept.readers) > 0)
+            self._keep(
+                lambda other, kept: other.device == layout.device and kept.shape == shape and len(kept.readers) > 0
+            )
             self.operands[layout] = OperandSet(self.shards)
+            self.operands[layout].shape = shape
+            if self.trained_set is not None and self.trained_set.shape != shape:
+                self.trained_set = None  # and its masks
         return self.operands[layout]
 
     def train_in(self, layout: OperandLayout, kept: OperandSet, decay: float) -> None:
@@ -383,7 +393,8 @@ class WeightRecord:
         self.layout, self.trained_set, self.decay = layout, kept, decay
 
     def mark_stale(self) -> None:
-        """Let the next call make the operands again; beta stays."""
+        """Let the next call make the operands again, and look whether the weight is 2:4; beta stays."""
+        self.glimpse_24 = None
         for kept in self.operands.values():
             if kept.version is not None:
                 kept.version = STALE
