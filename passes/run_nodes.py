@@ -230,7 +230,9 @@ def _backward_flops(node: Node, args: Any, kwargs: Any) -> int:
     leaves = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
     # As in _saved_to; a saved output that is not detached would hold itself for ever.
     hooks = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)
-    with torch.enable_grad(), hooks, torch.autograd.set_multithreading_enabled(False):
+    one_thread = torch.autograd.set_multithreading_enabled(False)
+    # The user may look for NaN, which fake gradients do not tell.
+    with torch.enable_grad(), hooks, one_thread, torch.autograd.set_detect_anomaly(False):
         # Copies, because a leaf must not be written to.
         args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
         outputs = tensors_in(_call(node, args, kwargs))

@@ -150,6 +150,17 @@ def test_hooks_of_the_user_see_nothing(trace):
     assert seen == []
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_search_for_nan_sees_nothing(trace):
+    graph = trace(lambda x: x @ x.T, torch.randn(8, 64, requires_grad=True))
+    torch.autograd.set_detect_anomaly(True)
+    try:
+        flow = Flow(graph)
+    finally:
+        torch.autograd.set_detect_anomaly(False)
+    assert sum(flow.effect(node).backward_flops for node in flow.nodes) == 2 * 2 * 8 * 64 * 8
+
+
 def test_unknown_sizes_have_no_flops_and_no_guards(trace):
     w = nn.Parameter(torch.randn(64, 64))
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
