@@ -99,7 +99,10 @@ def _grouped_scaled_mm_kernel(
     a: Tensor, b: Tensor, scale_inv: Tensor, offsets: Tensor, out_dtype: torch.dtype, use_fast_accum: bool
 ) -> Tensor:
     """PyTorch's, which has a scale for each row of either side, and returns bf16."""
-    ones, of_rows = torch.ones(a.shape[0], device=a.device), scale_inv[:, None].expand(b.shape[:2]).contiguous()
+    ones, of_rows = (
+        torch.ones(a.shape[0], dtype=torch.float32, device=a.device),
+        scale_inv[:, None].expand(b.shape[:2]).contiguous(),
+    )
     product = torch._scaled_grouped_mm(
         a, b.mT, ones, of_rows, offs=offsets.int(), out_dtype=torch.bfloat16, use_fast_accum=use_fast_accum
     )
@@ -213,7 +216,7 @@ def _grouped_wgrad_scaled_mm_kernel(
     counts = torch.diff(offsets, prepend=offsets.new_zeros(1))
     ends = ((counts + PAD - 1) // PAD * PAD).cumsum(0, dtype=torch.int32)  # of each expert's columns
     of_a = scale_inv.repeat_interleave(a.shape[0], output_size=scale_inv.shape[0] * a.shape[0])
-    of_b = torch.ones(scale_inv.shape[0] * b.shape[0], device=b.device)
+    of_b = torch.ones(scale_inv.shape[0] * b.shape[0], dtype=torch.float32, device=b.device)
     product = torch._scaled_grouped_mm(a, b.t(), of_a, of_b, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=False)
     return product.to(out_dtype)
 

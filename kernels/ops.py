@@ -324,7 +324,7 @@ sparse_mm = define(
 @cache
 def unit_scale(device: torch.device, number: int = 1) -> Tensor:
     """fp32 ``[number]`` holding 1."""
-    return torch.ones(number, device=device)
+    return torch.ones(number, dtype=torch.float32, device=device)
 
 
 def unit_beta(weight: Tensor) -> Tensor:

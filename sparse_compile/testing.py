@@ -24,7 +24,7 @@ def tensor_core_product(a: Tensor, b: Tensor, instruction: int) -> Tensor:
     """
     rows = []
     for part in a.split(64):
-        acc = torch.zeros(part.shape[0], b.shape[0], device=a.device)
+        acc = torch.zeros(part.shape[0], b.shape[0], dtype=torch.float32, device=a.device)
         for part_k, b_k in zip(part.split(instruction, dim=1), b.split(instruction, dim=1), strict=True):
             products = part_k[:, None, :] * b_k[None, :, :]
             largest = torch.maximum(products.abs().amax(-1), acc.abs())

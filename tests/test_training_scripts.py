@@ -28,6 +28,7 @@ from ffn_training import (
     gradients,
     refreshes,
     some_tokens,
+    train,
 )
 from sparse_compile import backend
 from sparse_compile.weights.registry import find_record
@@ -155,6 +156,22 @@ def test_lengths_do_not_recompile(ways):
                 y.square().sum().backward()
         assert len(sparse_compile.report().graphs) == (2 if how == "automatic" else 1), how
         assert_equal([y, *gradients(model)], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(x, dtype):
+    """What says no dtype is of it: nothing of ours may."""
+    parameters = []
+    for default in (torch.float32, dtype):
+        torch.manual_seed(0)
+        model = FFN()
+        torch.set_default_dtype(default)
+        try:
+            train(compiled(model), adamw(model), x)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        parameters.append([parameter.detach() for parameter in model.parameters()])
+    assert_equal(*parameters)
 
 
 def test_graph_breaks_change_nothing(x):

@@ -219,6 +219,6 @@ def cast_mvue(
         kept = stochastic_round(
             kept, rounding_uniforms(seed, index, padded(tokens) // 4, columns).transpose(0, 1), dtype
         )
-    payload = torch.zeros(columns, padded(tokens) // 4, 4, device=grad.device).scatter_(-1, positions, kept)
+    payload = kept.new_zeros(columns, padded(tokens) // 4, 4).scatter_(-1, positions, kept)
     values, metadata = compress24(saturating_cast(payload.reshape(columns, padded(tokens)), dtype), positions)
     return row, values, metadata

@@ -63,7 +63,7 @@ _SOFT, _HARD, _SOFT_TRANSPOSABLE, _CAST, _SEARCH, _MASKS = map(gl.constexpr, ran
 _BOTH_WAYS_TILES = {
     _SOFT_TRANSPOSABLE.value: (64, 128, 4, 128), _SEARCH.value: (128, 128, 8, None), _MASKS.value: (128, 128, 8, 128)
 }  # fmt: skip
-_AMAX_FLOOR_BITS = gl.constexpr(int(torch.tensor(AMAX_FLOOR).view(torch.int32)))
+_AMAX_FLOOR_BITS = gl.constexpr(int(torch.tensor(AMAX_FLOOR, dtype=torch.float32).view(torch.int32)))
 _ONE_BITS = gl.constexpr(0x3F800000)
 _INFINITY_BITS = gl.constexpr(0x7F800000)
 _NAN_BITS = gl.constexpr(0x7FC00000)

@@ -165,7 +165,7 @@ def _sampled_dgrad(ctx: Any, grad: Tensor, amax: Tensor, weight: DenseOperand, s
     tokens, out_features = grad.shape
     # Whole tiles, and kernels for few numbers of tokens: they are compiled for each number of columns.
     scaled_t = F.pad((grad.float() * scale[:, None]).t(), (0, padded(tokens) - tokens)).contiguous()
-    ones = torch.ones(out_features, device=grad.device)
+    ones = torch.ones(out_features, dtype=torch.float32, device=grad.device)
     _, values, metadata = ops.cast_mvue(scaled_t, ones, ones, seed, ctx.stream + DGRAD_DRAWS, *_sampling(ctx.recipe))
     out_dtype = unscaled_dtype(ctx.input_dtype)
     product = ops.sparse_mm(values, metadata, weight.payload, weight.scale_inv, None, out_dtype, False, True)

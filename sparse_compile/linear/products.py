@@ -126,7 +126,7 @@ class Experts(Products):
 
     def largest(self, values: Tensor, floor: float) -> tuple[Tensor, Tensor]:
         experts, expert = self.offsets.shape[0], self._experts_of_rows(values)
-        floors = torch.full((experts + 1,), floor, device=values.device)
+        floors = torch.full((experts + 1,), floor, dtype=values.dtype, device=values.device)
         largest = floors.scatter_reduce(0, expert, values, "amax")
         return largest[:experts], largest[expert]
 

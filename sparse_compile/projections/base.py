@@ -165,7 +165,9 @@ class Projection(ABC):
         """
         of_one = self.new_operands(n, k, torch.device("meta"))
         stacked = (torch.empty(experts, *o.shape, dtype=o.dtype, device=device) for o in of_one[:-1])
-        return self.Operands(*stacked, scale_inv=torch.ones(experts, *of_one[-1].shape, device=device))
+        return self.Operands(
+            *stacked, scale_inv=torch.ones(experts, *of_one[-1].shape, dtype=torch.float32, device=device)
+        )
 
     def new_masks_of_experts(self, experts: int, n: int, k: int, device: torch.device) -> Tensor | None:
         """Allocate the masks of experts.

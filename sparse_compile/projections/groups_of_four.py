@@ -65,7 +65,7 @@ class GroupsOfFourFP8(GroupsOfFour):
             values=torch.empty(values_shape(n, k), dtype=E4M3, device=device),
             metadata=torch.empty(metadata_shape(n, k), dtype=torch.int32, device=device),
             weight_t=torch.empty(k, n, dtype=E4M3, device=device),
-            scale_inv=torch.ones(1, device=device),
+            scale_inv=torch.ones(1, dtype=torch.float32, device=device),
         )
 
     def fill(
@@ -88,7 +88,7 @@ class GroupsOfFourOnce(GroupsOfFour):
         return PrunedWeightOnce(
             values=torch.empty(values_shape(n, k), dtype=E4M3, device=device),
             metadata=torch.empty(metadata_shape(n, k), dtype=torch.int32, device=device),
-            scale_inv=torch.ones(1, device=device),
+            scale_inv=torch.ones(1, dtype=torch.float32, device=device),
         )
 
     def fill(

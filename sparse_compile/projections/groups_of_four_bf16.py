@@ -30,7 +30,7 @@ class GroupsOfFourBF16(GroupsOfFour):
             values=torch.empty(values_shape(n, k), dtype=torch.bfloat16, device=device),
             metadata=torch.empty(metadata_shape(n, k, torch.bfloat16), dtype=torch.int32, device=device),
             dense=torch.empty(n, k, dtype=torch.bfloat16, device=device),
-            scale_inv=torch.ones(1, device=device),
+            scale_inv=torch.ones(1, dtype=torch.float32, device=device),
         )
 
     def fill(

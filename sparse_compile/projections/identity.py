@@ -58,7 +58,7 @@ class Identity(Unpruned):
         return CastWeight(
             payload=torch.empty(n, k, dtype=E4M3, device=device),
             payload_t=torch.empty(k, n, dtype=E4M3, device=device),
-            scale_inv=torch.ones(1, device=device),
+            scale_inv=torch.ones(1, dtype=torch.float32, device=device),
         )
 
     def fill(
@@ -78,7 +78,8 @@ class IdentityOnce(Unpruned):
 
     def new_operands(self, n: int, k: int, device: torch.device) -> CastWeightOnce:
         return CastWeightOnce(
-            payload=torch.empty(n, k, dtype=E4M3, device=device), scale_inv=torch.ones(1, device=device)
+            payload=torch.empty(n, k, dtype=E4M3, device=device),
+            scale_inv=torch.ones(1, dtype=torch.float32, device=device),
         )
 
     def fill(
@@ -101,7 +102,8 @@ class IdentityBackward(Unpruned):
 
     def new_operands(self, n: int, k: int, device: torch.device) -> CastWeightTransposed:
         return CastWeightTransposed(
-            payload_t=torch.empty(k, n, dtype=E4M3, device=device), scale_inv=torch.ones(1, device=device)
+            payload_t=torch.empty(k, n, dtype=E4M3, device=device),
+            scale_inv=torch.ones(1, dtype=torch.float32, device=device),
         )
 
     def fill(

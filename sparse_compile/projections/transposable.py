@@ -34,7 +34,7 @@ class Transposable(Projection):
             metadata=torch.empty(metadata_shape(n, k), dtype=torch.int32, device=device),
             values_t=torch.empty(values_shape(k, n), dtype=E4M3, device=device),
             metadata_t=torch.empty(metadata_shape(k, n), dtype=torch.int32, device=device),
-            scale_inv=torch.ones(1, device=device),
+            scale_inv=torch.ones(1, dtype=torch.float32, device=device),
         )
 
     def fprop_operand(self, operands: TransposableWeight) -> SparseOperand:
