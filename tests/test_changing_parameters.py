@@ -172,6 +172,7 @@ def test_a_replaced_parameter(x):
     assert old() is None
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("recipe", ["s-ste", "t-sr-ste"])
 def test_a_weight_that_grows_and_shrinks_through_data(x, recipe):
     model = FFN()

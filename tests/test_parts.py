@@ -245,7 +245,7 @@ def test_an_evaluation_before_training_decides_nothing_for_those_after():
 
 
 def test_blocks_that_share_a_graph_are_looked_up_once(monkeypatch):
-    blocks = nn.ModuleList(Net() for _ in range(20))
+    blocks = nn.ModuleList(Net() for _ in range(5))
     for block in blocks:
         block.compile(backend="sste", options=EAGER)
 

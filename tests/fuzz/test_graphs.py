@@ -22,10 +22,10 @@ SETTINGS = settings(
 @settings(SETTINGS, max_examples=7)
 @given(
     program=programs(sorted(RECIPES), BY_DAY, most=2, small=True), mvue=st.booleans(),
-    scripts=st.lists(scripts(most=2, small=True), min_size=30, max_size=30),
+    scripts=st.lists(scripts(most=2, small=True), min_size=20, max_size=20),
 )  # fmt: skip
 def test_small_ones(program: Program, scripts: list[Script], mvue: bool) -> None:
-    """Thirty scripts over each of seven graphs."""
+    """Twenty scripts over each of seven graphs."""
     check(program, scripts, Kind(), mvue)
 
 
