@@ -147,12 +147,14 @@ class Runtime:
         if kept is not None and alive is not None:
             return kept, *alive
         records = [record_of(weight) for weight in weights]
-        sets = [operand_set(weight, slot) for weight, slot in zip(weights, self._slots, strict=True)]
+        sets = []
+        for slot, weight in zip(self._slots, weights, strict=True):
+            sets.append(operand_set(weight, slot))
+            sets[-1].readers.add(self)  # now: what has none goes when its weight gets operands in another layout
         gathered = any(operands.shards is not None for operands in sets)
         kept = _Kept([ref(record) for record in records], [ref(operands) for operands in sets], gathered)
         self._known.put(weights, kept)
         for slot, weight, operands in zip(self._slots, weights, sets, strict=True):
-            operands.readers.add(self)
             watch(slot, weight, operands, self._health)
             for listener in on_weight:
                 listener(slot, weight, operands)
