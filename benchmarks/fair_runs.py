@@ -137,9 +137,9 @@ def _arms() -> Iterator[tuple[str, Arm]]:
     yield DENSE, Arm(options=None, factors=(1.0, 1.25, 1.5))
     yield "fp8", Arm(options={"sste.recipe": "fp8"})
     for name, targets in (("", "ffn"), (", all", "all")):
-        yield f"fp8-mvue{name}", Arm(options={"sste.recipe": "fp8-mvue", "sste.targets": targets})
-        more = {"sste.recipe": "fp8-mvue", "sste.targets": targets, "sste.head": "fp8"}
-        yield f"fp8-mvue{name}, head fp8", Arm(options=more)
+        mvue = {"sste.recipe": "fp8-mvue", "sste.targets": targets}
+        yield f"fp8-mvue{name}", Arm(options=mvue)
+        yield f"fp8-mvue{name}, head fp8", Arm(options=mvue | {"sste.head": "fp8"})
     for name, head in _HEADS.items():
         yield f"fp8, head {name}", Arm(options={"sste.recipe": "fp8", "sste.head": head})
     # The second factor keeps the norm of normal weights.

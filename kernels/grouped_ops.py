@@ -99,10 +99,8 @@ def _grouped_scaled_mm_kernel(
     a: Tensor, b: Tensor, scale_inv: Tensor, offsets: Tensor, out_dtype: torch.dtype, use_fast_accum: bool
 ) -> Tensor:
     """PyTorch's, which has a scale for each row of either side, and returns bf16."""
-    ones, of_rows = (
-        torch.ones(a.shape[0], dtype=torch.float32, device=a.device),
-        scale_inv[:, None].expand(b.shape[:2]).contiguous(),
-    )
+    ones = torch.ones(a.shape[0], dtype=torch.float32, device=a.device)
+    of_rows = scale_inv[:, None].expand(b.shape[:2]).contiguous()
     product = torch._scaled_grouped_mm(
         a, b.mT, ones, of_rows, offs=offsets.int(), out_dtype=torch.bfloat16, use_fast_accum=use_fast_accum
     )

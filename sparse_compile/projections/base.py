@@ -165,9 +165,7 @@ class Projection(ABC):
         """
         of_one = self.new_operands(n, k, torch.device("meta"))
         stacked = (torch.empty(experts, *o.shape, dtype=o.dtype, device=device) for o in of_one[:-1])
-        return self.Operands(
-            *stacked, scale_inv=torch.ones(experts, *of_one[-1].shape, dtype=torch.float32, device=device)
-        )
+        return self.Operands(*stacked, scale_inv=new_scale_inv(device, experts, *of_one[-1].shape))
 
     def new_masks_of_experts(self, experts: int, n: int, k: int, device: torch.device) -> Tensor | None:
         """Allocate the masks of experts.
@@ -272,6 +270,11 @@ class Projection(ABC):
 
 
 _by_key: dict[str, Projection] = {}
+
+
+def new_scale_inv(device: torch.device, *shape: int) -> Tensor:
+    """1 in fp32, whatever the default dtype is; of one matrix ``[1]``."""
+    return torch.ones(shape or 1, dtype=torch.float32, device=device)
 
 
 def projection_of(key: str) -> Projection:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import ops, reference
 from sparse_compile.kernels.formats import E4M3, metadata_shape, values_shape
-from sparse_compile.projections.base import BetaLimits, DenseOperand, Projection, SparseOperand
+from sparse_compile.projections.base import BetaLimits, DenseOperand, Projection, SparseOperand, new_scale_inv
 
 # beta is 1 for a 2:4 weight, 1.3 for heavy tails, 1.48 for normal weights, 1.75 for uniform ones.  beta * S(W) holds
 # 0.74 of the energy of normal weights, 0.61 of uniform ones, 0.5 of weights of three magnitudes.
@@ -65,7 +65,7 @@ class GroupsOfFourFP8(GroupsOfFour):
             values=torch.empty(values_shape(n, k), dtype=E4M3, device=device),
             metadata=torch.empty(metadata_shape(n, k), dtype=torch.int32, device=device),
             weight_t=torch.empty(k, n, dtype=E4M3, device=device),
-            scale_inv=torch.ones(1, dtype=torch.float32, device=device),
+            scale_inv=new_scale_inv(device),
         )
 
     def fill(
@@ -88,7 +88,7 @@ class GroupsOfFourOnce(GroupsOfFour):
         return PrunedWeightOnce(
             values=torch.empty(values_shape(n, k), dtype=E4M3, device=device),
             metadata=torch.empty(metadata_shape(n, k), dtype=torch.int32, device=device),
-            scale_inv=torch.ones(1, dtype=torch.float32, device=device),
+            scale_inv=new_scale_inv(device),
         )
 
     def fill(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import ops, reference
 from sparse_compile.kernels.formats import metadata_shape, values_shape
+from sparse_compile.projections.base import new_scale_inv
 from sparse_compile.projections.groups_of_four import GroupsOfFour
 
 
@@ -30,7 +31,7 @@ class GroupsOfFourBF16(GroupsOfFour):
             values=torch.empty(values_shape(n, k), dtype=torch.bfloat16, device=device),
             metadata=torch.empty(metadata_shape(n, k, torch.bfloat16), dtype=torch.int32, device=device),
             dense=torch.empty(n, k, dtype=torch.bfloat16, device=device),
-            scale_inv=torch.ones(1, dtype=torch.float32, device=device),
+            scale_inv=new_scale_inv(device),
         )
 
     def fill(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import ops, reference
 from sparse_compile.kernels.formats import E4M3
-from sparse_compile.projections.base import DenseOperand, Projection
+from sparse_compile.projections.base import DenseOperand, Projection, new_scale_inv
 
 
 class CastWeight(NamedTuple):
@@ -58,7 +58,7 @@ class Identity(Unpruned):
         return CastWeight(
             payload=torch.empty(n, k, dtype=E4M3, device=device),
             payload_t=torch.empty(k, n, dtype=E4M3, device=device),
-            scale_inv=torch.ones(1, dtype=torch.float32, device=device),
+            scale_inv=new_scale_inv(device),
         )
 
     def fill(
@@ -79,7 +79,7 @@ class IdentityOnce(Unpruned):
     def new_operands(self, n: int, k: int, device: torch.device) -> CastWeightOnce:
         return CastWeightOnce(
             payload=torch.empty(n, k, dtype=E4M3, device=device),
-            scale_inv=torch.ones(1, dtype=torch.float32, device=device),
+            scale_inv=new_scale_inv(device),
         )
 
     def fill(
@@ -103,7 +103,7 @@ class IdentityBackward(Unpruned):
     def new_operands(self, n: int, k: int, device: torch.device) -> CastWeightTransposed:
         return CastWeightTransposed(
             payload_t=torch.empty(k, n, dtype=E4M3, device=device),
-            scale_inv=torch.ones(1, dtype=torch.float32, device=device),
+            scale_inv=new_scale_inv(device),
         )
 
     def fill(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import ops, reference
 from sparse_compile.kernels.formats import E4M3, metadata_shape, values_shape
-from sparse_compile.projections.base import BetaLimits, Projection, SparseOperand
+from sparse_compile.projections.base import BetaLimits, Projection, SparseOperand, new_scale_inv
 
 
 class TransposableWeight(NamedTuple):
@@ -34,7 +34,7 @@ class Transposable(Projection):
             metadata=torch.empty(metadata_shape(n, k), dtype=torch.int32, device=device),
             values_t=torch.empty(values_shape(k, n), dtype=E4M3, device=device),
             metadata_t=torch.empty(metadata_shape(k, n), dtype=torch.int32, device=device),
-            scale_inv=torch.ones(1, dtype=torch.float32, device=device),
+            scale_inv=new_scale_inv(device),
         )
 
     def fprop_operand(self, operands: TransposableWeight) -> SparseOperand:

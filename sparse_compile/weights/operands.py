@@ -32,6 +32,8 @@ from sparse_compile.weights.slot import WeightSlot
 
 logger = logging.getLogger(__name__)
 
+_LARGEST_UPDATE = 0.5  # of the norm of a weight: what is loaded in its place differs by more
+
 
 def layout_of(slot: WeightSlot) -> OperandLayout:
     return OperandLayout(slot.projection, slot.transposed, slot.device)
@@ -190,10 +192,6 @@ def _note_updates_by_hand(
                     "it with a torch.optim.Optimizer that holds it, or leave the schedule out",
                     stacklevel=2,
                 )
-
-
-# Of the norm of a weight.
-_LARGEST_UPDATE = 0.5
 
 
 def _refresh(
