@@ -31,7 +31,7 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from harness import RESULTS, Report, interleave, provenance, write
-from step_models import BF16, BY_DEFAULT, MODELS, SSTE, training_step
+from step_models import BF16, BY_DEFAULT, MODELS, SSTE, compilable, training_step
 
 import sparse_compile
 from sparse_compile.kernels import ops
@@ -239,6 +239,10 @@ def compile_table(rows: Sequence[dict[str, Any]]) -> str:
     return tabulate(lines, headers=headers, floatfmt=floats, missingval="-", tablefmt="github")
 
 
+def _measurable(kind: str) -> str:
+    return kind if kind.startswith("torchao ") else compilable(kind)
+
+
 def main() -> None:
     parts: dict[str, Callable[[Sequence[str], Sequence[str], int], Report]] = {
         "step": step_part,
@@ -248,7 +252,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*parts, "first"])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=BY_DEFAULT)
-    parser.add_argument("--kinds", nargs="+", help=f"the first is the base of ratios; default: {', '.join(KINDS)}")
+    said = f"the first is the base of ratios; default: {', '.join(KINDS)}"
+    parser.add_argument("--kinds", nargs="+", type=_measurable, help=said)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench_step import categorise
 from harness import timing
-from step_models import BF16, COMPILE, MODELS, StepModel, llama
+from step_models import BF16, MODELS, StepModel, compilable, how_to_compile, llama
 
 import sparse_compile
 
@@ -54,7 +54,7 @@ class Candidate:
     ) -> None:
         torch.manual_seed(0)
         network = model.make().to(device).train()
-        compiling = dict(COMPILE[kind])
+        compiling = how_to_compile(kind)
         if device.type == "cpu":
             options = {**compiling.get("options", {}), "sste.executor": "eager", "sste.when": "always"}
             compiling = {"backend": "aot_eager"} if kind == BF16 else {**compiling, "options": options}
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("model", choices=[TINY, *MODELS])
     parser.add_argument("parallelism", choices=[DDP, FSDP2])
     parser.add_argument("--counts", type=int, nargs="+", help="of processes, whose losses one process tells")
-    parser.add_argument("--kinds", nargs="+", choices=[*COMPILE])
+    parser.add_argument("--kinds", nargs="+", type=compilable)
     parser.add_argument("--rounds", type=int)
     args = parser.parse_args()
     device = torch.device("cpu")

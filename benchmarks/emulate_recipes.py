@@ -202,7 +202,7 @@ def scheduled(model: train_gpt.GPT, trial: Trial, steps: int) -> Callable[[Tenso
             if name.startswith("blocks") and parameter.dim() == 2:
                 parameter *= wider
     if trial.backend is not None:
-        options = {"sste.executor": "eager", "sste.when": "always", **trial.backend}
+        options = {"sste.executor": "eager", "sste.when": "always", "sste.head": "dense", **trial.backend}
         return torch.compile(model, backend="sste", options=options)
     pruned, changes = [], trial.projection.prunes or trial.gain != 1.0
     for name, module in model.named_modules():

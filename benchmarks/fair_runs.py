@@ -101,7 +101,8 @@ class Arm:
     """How a model trains.
 
     Args:
-        options: of the backend, but the factor and the length of the run; None trains in bf16 without it.
+        options: of the backend, but the factor and the length of the run, and the head is dense unless they name it; None
+            trains in bf16 without the backend.
         emulated: how the weights of FFNs are pruned in bf16, without the backend: with it ``options`` is None.
         factors: of beta, or of the FFN's weights in a dense model.
     """
@@ -112,7 +113,7 @@ class Arm:
 
     def options_of(self, factor: float, steps: int) -> dict[str, Any]:
         """All options of a run of so many steps."""
-        options = dict(self.options or {})
+        options = {"sste.head": "dense", **(self.options or {})}
         if factor != 1.0:
             options["sste.beta"] = factor
         if "sste.tail" in options:

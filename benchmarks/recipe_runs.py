@@ -136,7 +136,7 @@ def compiled_dense(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
 def compiled_sste(model: nn.Module, options: Mapping[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
     """Always: what is compared is how the arithmetic learns, whether or not it is faster for this model."""
-    options = {"sste.when": "always", "triton.cudagraphs": True, **options}
+    options = {"sste.when": "always", "sste.head": "dense", "triton.cudagraphs": True, **options}
     return torch.compile(model, backend="sste", options=options)
 
 

@@ -4,6 +4,7 @@ The tables of rotary embeddings that the backend keeps have nothing to do with s
 them: the graphs of the baselines go through that pass, too.
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,51 +39,56 @@ def _inductor(mode: str = "default") -> dict[str, Any]:
     return {"backend": backend}
 
 
-# How a step is compiled, besides "torchao <recipe>", which is as bf16 is.
+# How a step is compiled: these, and "sste" with more words (_OPTIONS).  Those of torchao, "torchao <recipe>" with or
+# without HEAD_IN_FP8, are compiled as bf16 is.
 BF16 = "bf16"
-BF16_TUNED = "bf16 max-autotune"
-BF16_GRAPHS = "bf16 reduce-overhead"
 SSTE = "sste"
-SSTE_UP = "sste, ffn-up"
-SSTE_HEAD = "sste, head in fp8"
 SSTE_BOTH = "sste, transposable"
-SSTE_BOTH_HEAD = "sste, transposable, head in fp8"
-SSTE_BOTH_ALL = "sste, transposable, all linears"
-SSTE_BOTH_ALL_HEAD = "sste, transposable, all linears, head in fp8"
-SSTE_HEAD_BACKWARD = "sste, head's backward in fp8"
-SSTE_SMALL = "sste, small memory"
-SSTE_GRAPHS = "sste reduce-overhead"
-SSTE_FP8 = "sste, dense fp8"
-SSTE_FP8_HEAD = "sste, dense fp8, head in fp8"
-SSTE_MVUE = "sste, fp8 and mvue"
-SSTE_MVUE_HEAD = "sste, fp8 and mvue, head in fp8"
-SSTE_MVUE_ALL_HEAD = "sste, fp8 and mvue, all linears, head in fp8"
-COMPILE: Mapping[str, dict[str, Any]] = {
+COMPILE: dict[str, dict[str, Any]] = {
     BF16: _inductor(),
-    BF16_TUNED: _inductor("max-autotune-no-cudagraphs"),
-    BF16_GRAPHS: _inductor("reduce-overhead"),
+    "bf16 max-autotune": _inductor("max-autotune-no-cudagraphs"),
+    "bf16 reduce-overhead": _inductor("reduce-overhead"),
     SSTE: {"backend": "sste"},
-    SSTE_UP: {"backend": "sste", "options": {"sste.targets": "ffn-up"}},
-    SSTE_HEAD: {"backend": "sste", "options": {"sste.head": "fp8"}},
-    SSTE_BOTH: {"backend": "sste", "options": {"sste.recipe": "s-ste-transposable"}},
-    SSTE_BOTH_HEAD: {"backend": "sste", "options": {"sste.recipe": "s-ste-transposable", "sste.head": "fp8"}},
-    SSTE_BOTH_ALL: {"backend": "sste", "options": {"sste.recipe": "s-ste-transposable", "sste.targets": "all"}},
-    SSTE_BOTH_ALL_HEAD: {
-        "backend": "sste",
-        "options": {"sste.recipe": "s-ste-transposable", "sste.targets": "all", "sste.head": "fp8"},
-    },
-    SSTE_HEAD_BACKWARD: {"backend": "sste", "options": {"sste.head": "fp8-backward"}},
-    SSTE_SMALL: {"backend": "sste", "options": {"sste.memory": "small"}},
-    SSTE_GRAPHS: {"backend": "sste", "mode": "reduce-overhead"},
-    SSTE_FP8: {"backend": "sste", "options": {"sste.recipe": "fp8"}},
-    SSTE_FP8_HEAD: {"backend": "sste", "options": {"sste.recipe": "fp8", "sste.head": "fp8"}},
-    SSTE_MVUE: {"backend": "sste", "options": {"sste.recipe": "fp8-mvue"}},
-    SSTE_MVUE_HEAD: {"backend": "sste", "options": {"sste.recipe": "fp8-mvue", "sste.head": "fp8"}},
-    SSTE_MVUE_ALL_HEAD: {
-        "backend": "sste",
-        "options": {"sste.recipe": "fp8-mvue", "sste.targets": "all", "sste.head": "fp8"},
-    },
+    "sste reduce-overhead": {"backend": "sste", "mode": "reduce-overhead"},
 }
+HEAD_IN_FP8 = ", head in fp8"
+_OPTIONS: Mapping[str, dict[str, str]] = {
+    "transposable": {"sste.recipe": "s-ste-transposable"},
+    "dense fp8": {"sste.recipe": "fp8"},
+    "fp8 and mvue": {"sste.recipe": "fp8-mvue"},
+    "ffn-up": {"sste.targets": "ffn-up"},
+    "all linears": {"sste.targets": "all"},
+    "head dense": {"sste.head": "dense"},
+    "head's backward in fp8": {"sste.head": "fp8-backward"},
+    "small memory": {"sste.memory": "small"},
+}
+
+
+def how_to_compile(kind: str) -> dict[str, Any]:
+    """Arguments of torch.compile.
+
+    Args:
+        kind: as ``"sste, transposable, head dense"``.
+
+    Raises:
+        argparse.ArgumentTypeError: no kind is called so.
+    """
+    if kind in COMPILE:
+        return COMPILE[kind]
+    base, *words = kind.split(", ")
+    if base not in COMPILE or not base.startswith(SSTE) or not set(words) <= _OPTIONS.keys():
+        raise argparse.ArgumentTypeError(
+            f"no step is compiled as {kind!r}; allowed are {', '.join(map(repr, COMPILE))}, and 'sste' with these behind "
+            f"it: {', '.join(map(repr, _OPTIONS))}, such as 'sste, transposable, head dense'"
+        )
+    options: dict[str, str] = {name: value for word in words for name, value in _OPTIONS[word].items()}
+    return {**COMPILE[base], "options": options}
+
+
+def compilable(kind: str) -> str:
+    """The kind, for argparse: if it is none, it is refused before any is measured."""
+    how_to_compile(kind)
+    return kind
 
 
 def _draw_tokens(model: "StepModel", generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -303,6 +309,7 @@ MODELS = {
 
 
 def _is_no_head(module: nn.Module, name: str) -> bool:
+    del module
     return name.rpartition(".")[2] not in ("lm_head", "head")
 
 
@@ -319,9 +326,11 @@ def training_step(model: StepModel, kind: str, device: torch.device) -> Callable
     if kind.startswith("torchao "):
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-        config = Float8LinearConfig.from_recipe_name(kind.removeprefix("torchao "))
-        convert_to_float8_training(network, config=config, module_filter_fn=_is_no_head)
-    compiled = torch.compile(network, **COMPILE.get(kind, COMPILE[BF16]))
+        recipe = kind.removeprefix("torchao ").removesuffix(HEAD_IN_FP8)
+        config = Float8LinearConfig.from_recipe_name(recipe)
+        chosen = None if kind.endswith(HEAD_IN_FP8) else _is_no_head
+        convert_to_float8_training(network, config=config, module_filter_fn=chosen)
+    compiled = torch.compile(network, **how_to_compile(BF16 if kind.startswith("torchao ") else kind))
     return steps_of(model, compiled, model.make_optimizer(network), device)
 
 

@@ -95,10 +95,10 @@ def decide(
                 chosen = replace(chosen, dgrad=Gemm.FP8)
             if recipe.is_bf16 and not targeted:
                 detail = f"recipe {recipe.name!r} has no FP8 for it"
-                advice = f"for 2:4, which costs loss, {_names(site, targets)}"
+                advice = "" if is_head else f"for 2:4, which costs loss, {_names(site, targets)}"
                 rejections.append(site.reject(Reason.NOT_A_TARGET, detail, advice))
                 continue
-            could_be_sparse = recipe.projection.prunes and not targeted
+            could_be_sparse = recipe.projection.prunes and not targeted and not is_head
             advice = f"dense FP8; for 2:4, which costs loss, {_names(site, targets)}" if could_be_sparse else ""
             stays_pruned = pruned and chosen.projection.prunes
             if site.writers and not stays_pruned:
@@ -215,10 +215,10 @@ def _make_plain(value: Any) -> str:
 def _should_not(site: LinearSite, owners: ParameterOwners, head: Recipe | None) -> Rejection | None:
     """What is left dense unless the user names it."""
     if head is None and _is_head(site, owners):
-        why = "its output goes to the loss"
-        if site.role is Role.LAST:
-            why = "its output leaves the graph and it has an embedding's shape"
-        return site.reject(Reason.HEAD, why, "set 'sste.head': 'fp8', and compare losses (docs/limits.md)")
+        return site.reject(Reason.HEAD, "'sste.head' is 'dense'", "leave 'sste.head' out for dense FP8")
+    if site.role is Role.OUTPUT:
+        why = "its output goes to a loss that is no cross-entropy over classes"
+        return site.reject(Reason.OUTPUT, why, "name it in 'sste.targets' to rewrite it anyway")
     if site.role is Role.ADAPTER:
         detail = "of low rank, next to a frozen linear"
         return site.reject(Reason.ADAPTER, detail, "name it in 'sste.targets' to rewrite it anyway")

@@ -16,15 +16,17 @@ class Role(Enum):
     UP = "ffn up"  # only elementwise operations stand between it and the next linear; gates, too
     DOWN = "ffn down"  # only elementwise operations stand between it and the linears before
     ADAPTER = "adapter"  # of low rank, beside a frozen linear to whose output it adds
-    HEAD = "head"  # its output goes to the loss
+    HEAD = "head"  # its output, logits, goes to a cross-entropy
+    OUTPUT = "output"  # its output goes to another loss: it is compared with values, or with what a margin asks
     LAST = "last"  # its output is all that leaves the graph: a head whose loss lies outside, or where a graph is cut
     OTHER = "other"  # attention projections and the rest
 
 
-_LOSSES = frozenset(
-    """cross_entropy nll_loss log_softmax logsumexp binary_cross_entropy binary_cross_entropy_with_logits ctc_loss
-    mse_loss l1_loss smooth_l1_loss huber_loss kl_div linear_cross_entropy gaussian_nll_loss poisson_nll_loss
-    soft_margin_loss multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss""".split()
+_CROSS_ENTROPIES = frozenset("cross_entropy linear_cross_entropy nll_loss log_softmax logsumexp ctc_loss".split())
+_OTHER_LOSSES = frozenset(
+    """binary_cross_entropy binary_cross_entropy_with_logits mse_loss l1_loss smooth_l1_loss huber_loss kl_div
+    gaussian_nll_loss poisson_nll_loss soft_margin_loss multi_margin_loss multilabel_margin_loss
+    multilabel_soft_margin_loss""".split()
 )
 
 
@@ -44,8 +46,8 @@ def assign_roles(
     A pair of linears is an adapter (LoRA and its kin) when it narrows what it reads, and its result is added to that
     of a frozen linear.
 
-    A linear is the head when its output reaches a loss without meeting another activation, and the last when it is no
-    FFN and nothing but its output leaves the graph in the same way.
+    A linear is the head when its output reaches a cross-entropy without meeting another activation, an output when it
+    reaches another loss so, and the last when it is no FFN and nothing but its output leaves the graph in the same way.
 
     Args:
         inputs: each linear's node and its input.
@@ -66,8 +68,11 @@ def assign_roles(
                 roles[producer] = Role.UP
     for node in inputs:
         alone = _alone(flow, node, inputs)
-        if any(target_name(user) in _LOSSES for passed in alone for user in flow.users(passed)):
+        readers = {target_name(user) for passed in alone for user in flow.users(passed)}
+        if readers & _CROSS_ENTROPIES:
             roles[node] = Role.HEAD
+        elif readers & _OTHER_LOSSES:
+            roles[node] = Role.OUTPUT
         elif roles[node] is Role.OTHER and _is_all_that_leaves(flow, alone):
             roles[node] = Role.LAST
     return roles

@@ -28,6 +28,7 @@ class Reason(Enum):
     FROZEN = "weight is frozen"
     ADAPTER = "adapter"
     HEAD = "vocabulary head"
+    OUTPUT = "output of the model"
     SLOWER = "not faster"
     NO_KERNELS = "not emulated"
     NOT_A_TARGET = "not a target"

@@ -115,7 +115,7 @@ class UserOptions:
         choice_or(HEAD, Recipe),
         "precision of the vocabulary head; a head with a tied weight stays dense. "
         '`"fp8-backward"` runs only the backward GEMMs in FP8, so the logits do not change',
-        "dense",
+        "fp8",
     )
     frozen: str = _option(
         choice(["dense", "sparse"]),

@@ -145,6 +145,19 @@ def test_named_linear_that_cannot_be_rewritten_is_an_error(trace, small_gpt, bat
         decisions(graph, "*up")
 
 
+def test_an_output_is_dense_unless_it_is_named(trace):
+    """Values are compared with it: no more rounding than asked for.  Nor is it a vocabulary head."""
+    ffn = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    out = nn.Linear(64, 128)
+    graph = trace(lambda x, y: F.mse_loss(out(x + ffn(x)), y), torch.randn(8, 64), torch.randn(8, 128))
+    for targets in ("ffn", "all"):
+        plans, rejections = decisions(graph, targets, head=FP8)
+        assert plans == {"ffn.0": SSTE, "ffn.2": SSTE}
+        assert rejections == {"out": Reason.OUTPUT}
+    plans, rejections = decisions(graph, "out")
+    assert (plans["out"], rejections) == (SSTE, {})
+
+
 def test_head_whose_loss_lies_outside_the_graph(trace, small_gpt, batch):
     """It leaves the graph, and an embedding has its shape."""
     model = small_gpt(depth=1)

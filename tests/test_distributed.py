@@ -25,8 +25,9 @@ FSDP2 = {
     "resumed": {**SHARDED, "resume": True},
 }
 REPLICATED = {"wrap": "ddp", "compile": "blocks", "width": 256}
-BUCKETS = {**REPLICATED, "compile": "whole"}
-DENSE = {"options": {"sste.recipe": "fp8"}}
+# The head lies outside of blocks.
+BUCKETS = {**REPLICATED, "compile": "whole", "options": {"sste.head": "dense"}}
+DENSE = {"options": {"sste.recipe": "fp8", "sste.head": "dense"}}
 DDP = {
     "blocks": REPLICATED,
     "two microbatches": {**REPLICATED, "microbatches": 2},

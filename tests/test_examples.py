@@ -103,8 +103,7 @@ def test_the_report_of_one_run(tmp_path: Path) -> None:
 # By day of one layer.
 LLAMA = {
     "s-ste": {f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")},
-    "fp8": {f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"},
-    "dense": {"lm_head"},
+    "fp8": {*(f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"), "lm_head"},
 }
 # A program, with graphs that run as they are rewritten, like the fixture ``uncompiled``.
 UNCOMPILED = """
@@ -196,8 +195,10 @@ def test_trainer_lightning(run: Callable[..., str]) -> None:
     assert_falls(said, by=1.0)
     assert decisions() == {
         "s-ste": {f"layers.{layer}.linear{number}" for layer in range(2) for number in (1, 2)},
-        "fp8": {f"layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("in_proj_weight", "out_proj")},
-        "dense": {"head"},
+        "fp8": {
+            "head",
+            *(f"layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("in_proj_weight", "out_proj")),
+        },
     }
     assert "tokens a second (emulated)" in said
 

@@ -40,7 +40,7 @@ def test_weights_that_are_not_frozen_run_as_in_training(loaded, batch, mode) -> 
     with torch.no_grad():
         expected = loaded(ids)
     out, ran = run(loaded, ids, mode)
-    dense_fp8 = {"blocks.0.qkv": "fp8", "blocks.0.proj": "fp8", "head": "dense"}
+    dense_fp8 = {"blocks.0.qkv": "fp8", "blocks.0.proj": "fp8", "head": "fp8"}
     assert ran == dict.fromkeys(PRUNED, "2:4 fp8") | dense_fp8
     assert set(sparse_compile.beta(loaded).values()) == {1.0}
     assert 0 < (out - expected).norm() < 0.05 * expected.norm()

@@ -268,4 +268,4 @@ def test_the_options_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch:
     (tune,) = [line.split()[:5] for line in lines if line.startswith("sste.tune")]
     assert tune == ["sste.tune", "False", "True", "or", "False"]
     main(["options", "--markdown"])
-    assert '| `sste.head` | `"dense"` | `"dense"`, `"fp8"`, `"fp8-backward"` or a Recipe | ' in capsys.readouterr().out
+    assert '| `sste.head` | `"fp8"` | `"dense"`, `"fp8"`, `"fp8-backward"` or a Recipe | ' in capsys.readouterr().out

@@ -29,7 +29,7 @@ def test_defaults():
     assert (options.recipe, options.targets, options.executor) == (SSTE, "ffn", Executor.INDUCTOR)
     assert options.tune is False
     assert options.inductor == {"triton.multi_kernel": 1}
-    assert (options.head, options.measure) == (None, True)
+    assert (options.head, options.measure) == (replace(FP8, grad_format=GradFormat.E5M2), True)
 
 
 def test_ours_and_inductors_are_told_apart():

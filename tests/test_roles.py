@@ -123,7 +123,13 @@ def test_not_the_last_if_its_output_was_added_to(trace):
     assert [site.role for site in sites] == [Role.OTHER]
 
 
-LOSSES = {
+CROSS_ENTROPIES = {
+    "cross_entropy": lambda x: F.cross_entropy(x, torch.arange(8)),
+    "nll_loss": lambda x: F.nll_loss(x.log_softmax(-1), torch.arange(8)),
+    "logsumexp": lambda x: (x.logsumexp(-1) - x[:, 0]).mean(),
+}
+OTHER_LOSSES = {
+    "mse_loss": lambda x: F.mse_loss(x, torch.ones(8, 64)),
     "binary_cross_entropy": lambda x: F.binary_cross_entropy(x.sigmoid(), torch.zeros(8, 64)),
     "poisson_nll_loss": lambda x: F.poisson_nll_loss(x, torch.ones(8, 64)),
     "soft_margin_loss": lambda x: F.soft_margin_loss(x, torch.ones(8, 64)),
@@ -133,11 +139,18 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
-def test_what_a_loss_reads_is_a_head(trace, loss):
+@pytest.mark.parametrize("loss", CROSS_ENTROPIES.values(), ids=CROSS_ENTROPIES.keys())
+def test_what_a_cross_entropy_reads_is_a_head(trace, loss):
     layer = nn.Linear(64, 64)
     sites, _ = found(trace(lambda x: loss(layer(x)), torch.randn(8, 64)))
     assert [site.role for site in sites] == [Role.HEAD]
+
+
+@pytest.mark.parametrize("loss", OTHER_LOSSES.values(), ids=OTHER_LOSSES.keys())
+def test_what_another_loss_reads_is_an_output(trace, loss):
+    layer = nn.Linear(64, 64)
+    sites, _ = found(trace(lambda x: loss(layer(x)), torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.OUTPUT]
 
 
 def test_ffn_on_its_own_is_ffn(trace):
