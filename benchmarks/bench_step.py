@@ -4,8 +4,8 @@
     python benchmarks/bench_step.py profile     where the GPU's time goes, by kind of kernel
     python benchmarks/bench_step.py compile     time to the first step, with empty caches and in a second process
 
-``--models`` and ``--kinds`` choose what is measured.  The candidates of a model take turns in one process, except that
-each compilation has a process and caches of its own.
+``--models`` and ``--kinds`` choose what is measured.  The candidates of a model take turns in one process, in which
+several parts may follow each other, except that each compilation has a process and caches of its own.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from sparse_compile.kernels import ops
 
 DEVICE = torch.device("cuda")
 KINDS = (BF16, "torchao tensorwise", "torchao rowwise", SSTE)
+Candidates = tuple[dict[str, Callable[[], Any]], dict[str, dict[str, Any]]]  # the step of each kind, and what is known
 STEPS = 3  # in a row, so that a step begins as it does in training: behind another of its own
 
 # Category of a kernel: the first whose pattern is found in its name.
@@ -57,7 +58,7 @@ def categorise(name: str) -> str:
     return next((category for category, pattern in CATEGORIES if re.search(pattern, name)), OTHER)
 
 
-def candidates(name: str, kinds: Sequence[str]) -> tuple[dict[str, Callable[[], Any]], dict[str, dict[str, Any]]]:
+def candidates(name: str, kinds: Sequence[str]) -> Candidates:
     """Compiled and warm steps of a model, and each one's first loss, peak memory and host time of a step."""
     torch.compiler.reset()
     gc.collect()
@@ -106,21 +107,18 @@ def several(step: Callable[[], Any]) -> None:
         step()
 
 
-def step_part(names: Sequence[str], kinds: Sequence[str], rounds: int) -> Report:
+def step_part(name: str, made: Candidates, rounds: int) -> Report:
     """Medians over rounds in which all candidates of a model take turns."""
+    steps, facts = made
     rows = []
-    for name in names:
-        steps, facts = candidates(name, kinds)
-        runs = {kind: partial(several, step) for kind, step in steps.items()}
-        timings = interleave(runs, rounds, warmup=1, calls=STEPS)
-        for kind, timing in timings.items():
-            base = timings[kinds[0]].median
-            row = {"model": name, "kind": kind, "ms": asdict(timing), "speedup": base / timing.median, **facts[kind]}
-            gain = row["predicted_gain_ms"]
-            row["predicted_over_measured"] = (base - gain) / timing.median if gain is not None else None
-            rows.append(row)
-            print(f"{name}, {kind}: {timing.median:.1f} ms, {row['speedup']:.3f}x", flush=True)
-        del steps, runs
+    runs = {kind: partial(several, step) for kind, step in steps.items()}
+    timings = interleave(runs, rounds, warmup=1, calls=STEPS)
+    base = next(iter(timings.values())).median
+    for kind, timing in timings.items():
+        row = {"model": name, "kind": kind, "ms": asdict(timing), "speedup": base / timing.median, **facts[kind]}
+        gain = row["predicted_gain_ms"]
+        row["predicted_over_measured"] = (base - gain) / timing.median if gain is not None else None
+        rows.append(row)
     return {"rows": rows}, step_table(rows)
 
 
@@ -136,13 +134,10 @@ def step_table(rows: Sequence[dict[str, Any]]) -> str:
     return tabulate(lines, headers=headers, floatfmt=floats, missingval="-", tablefmt="github")
 
 
-def profile_part(names: Sequence[str], kinds: Sequence[str], rounds: int) -> Report:
+def profile_part(name: str, made: Candidates, rounds: int) -> Report:
     """GPU time of a step by category of kernel: the mean over as many steps as there are rounds."""
-    results = {}
-    for name in names:
-        steps, _ = candidates(name, kinds)
-        results[name] = {kind: profile(step, rounds) for kind, step in steps.items()}
-    return {"models": results}, "\n\n".join(profile_table(name, found) for name, found in results.items())
+    found = {kind: profile(step, rounds) for kind, step in made[0].items()}
+    return {"models": {name: found}}, profile_table(name, found)
 
 
 def profile(step: Callable[[], Any], rounds: int) -> list[dict[str, Any]]:
@@ -191,16 +186,14 @@ def overhead(bf16: dict[str, float], sste: dict[str, float]) -> float:
     return (rest(sste) - rest(bf16)) / sum(sste.values())
 
 
-def compile_part(names: Sequence[str], kinds: Sequence[str], rounds: int) -> Report:
+def compile_part(name: str, kinds: Sequence[str]) -> Report:
     """Seconds of the first step: with empty caches, and in a second process that finds them filled."""
-    del rounds
     rows = []
-    for name in names:
-        for kind in kinds:
-            with tempfile.TemporaryDirectory() as folder:
-                cold, warm = (_first_step(name, kind, folder) for _ in range(2))
-            rows.append({"model": name, "kind": kind, "cold_s": cold, "warm_s": warm})
-            print(f"{name}, {kind}: first step {cold:.1f} s, in a second process {warm:.1f} s", flush=True)
+    for kind in kinds:
+        with tempfile.TemporaryDirectory() as folder:
+            cold, warm = (_first_step(name, kind, folder) for _ in range(2))
+        rows.append({"model": name, "kind": kind, "cold_s": cold, "warm_s": warm})
+        print(f"{name}, {kind}: first step {cold:.1f} s, in a second process {warm:.1f} s", flush=True)
     return {"rows": rows}, compile_table(rows)
 
 
@@ -244,13 +237,9 @@ def _measurable(kind: str) -> str:
 
 
 def main() -> None:
-    parts: dict[str, Callable[[Sequence[str], Sequence[str], int], Report]] = {
-        "step": step_part,
-        "profile": profile_part,
-        "compile": compile_part,
-    }
+    measuring: dict[str, Callable[[str, Candidates, int], Report]] = {"step": step_part, "profile": profile_part}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=[*parts, "first"])
+    parser.add_argument("parts", nargs="+", choices=[*measuring, "compile", "first"])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=BY_DEFAULT)
     said = f"the first is the base of ratios; default: {', '.join(KINDS)}"
     parser.add_argument("--kinds", nargs="+", type=_measurable, help=said)
@@ -259,14 +248,17 @@ def main() -> None:
     args = parser.parse_args()
     has_torchao = importlib.util.find_spec("torchao") is not None
     kinds = args.kinds or [kind for kind in KINDS if has_torchao or not kind.startswith("torchao")]
-    if args.part == "first":
+    if args.parts == ["first"]:
         first_part(args.models[0], kinds[0])
         return
     print(", ".join(f"{key} {value}" for key, value in provenance().items()), flush=True)
-    for name in args.models:  # a section each, which the next run of that model replaces
-        results, table = parts[args.part]([name], kinds, args.rounds)
-        print(table, flush=True)
-        write("bench_step", f"{args.part} {name}", results, table, args.out)
+    for name in args.models:  # a section for each of its parts, which the next run of that model replaces
+        steps = candidates(name, kinds) if measuring.keys() & set(args.parts) else ({}, {})
+        for part in args.parts:
+            results, table = measuring[part](name, steps, args.rounds) if part in measuring else compile_part(name, kinds)
+            print(table, flush=True)
+            write("bench_step", f"{part} {name}", results, table, args.out)
+        del steps
 
 
 if __name__ == "__main__":
