@@ -214,8 +214,7 @@ def hugging_face_losses(trainer: Any, **arguments: Any) -> list[float]:
 
 LLAMA = {
     "s-ste": {f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")},
-    "fp8": {f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"},
-    "dense": {"lm_head"},
+    "fp8": {*(f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"), "lm_head"},
 }
 GPT2 = {
     "s-ste": {f"transformer.h.0.mlp.{name}" for name in ("c_fc", "c_proj")},

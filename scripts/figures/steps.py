@@ -39,6 +39,7 @@ ASKED_FOR = ("vit-large", "mixtral")
 # And its candidates.
 BF16, TORCHAO, SSTE = "bf16", "torchao tensorwise", "sste"
 TORCHAO_HEAD = f"{TORCHAO}, head in fp8"
+SSTE_DENSE_HEAD = "sste, head dense"
 # What the words of a kind are called, which bench_step composes of them.
 WORDS = {
     "transposable": '`"s-ste-transposable"`',
@@ -195,9 +196,10 @@ def overhead(device: str = "H100") -> str:
     """Share of the sste step of four layers of the Llama-3-8B shape that is no GEMM and not in the bf16 step."""
     rest = {
         kind: sum(ms for category, ms in _kernel_times(kind, device).items() if "GEMM" not in category)
-        for kind in (BF16, SSTE)
+        for kind in (BF16, SSTE_DENSE_HEAD)
     }
-    return f"{100 * (rest[SSTE] - rest[BF16]) / sum(_kernel_times(SSTE, device).values()):.1f} %"
+    whole = sum(_kernel_times(SSTE_DENSE_HEAD, device).values())
+    return f"{100 * (rest[SSTE_DENSE_HEAD] - rest[BF16]) / whole:.1f} %"
 
 
 def experts_table(device: str = "H200") -> str:
@@ -238,6 +240,15 @@ def fsdp2_speed(processes: int, device: str = "H200") -> str:
     rows = section_of("bench_distributed", "up to 2 processes", device)["rows"]
     row = only_row(rows, "bench_distributed", parallelism="FSDP2", kind=SSTE, processes=processes)
     return f"{row['speedup']:.2f}x"
+
+
+def fsdp2_host(device: str = "H200") -> str:
+    """Host time of a step on two GPUs, of this backend and of bf16."""
+    rows = section_of("bench_distributed", "up to 2 processes", device)["rows"]
+    sste, bf16 = (
+        only_row(rows, "bench_distributed", parallelism="FSDP2", kind=kind, processes=2)["host_ms"] for kind in (SSTE, BF16)
+    )
+    return f"{sste:.0f} ms (bf16 {bf16:.0f} ms)"
 
 
 def distributed_table(device: str = "H100", processes: int = 2) -> str:
