@@ -57,7 +57,7 @@ from sparse_compile.kernels.reference import decompress24
 from sparse_compile.kernels.sparse_gemm import tuning
 from sparse_compile.kernels.sparse_gemm.configs import Config, choose, configs, contraction_stages
 from sparse_compile.kernels.sparse_gemm.problem import Problem as GemmProblem
-from sparse_compile.linear.fp8 import cast, token_scale
+from sparse_compile.linear.fp8 import cast, token_amax, token_scale
 
 DEVICE = torch.device("cuda")
 # Dense TFLOP/s of an H200 SXM: NVIDIA's data sheet, half of what it states with sparsity.
@@ -272,9 +272,9 @@ def accuracy_rows(tokens: int, mean: float, device: torch.device) -> list[dict[s
     """
     grad, x = (torch.randn(tokens, ACCURACY_SIDE, device=device).add_(mean).to(BF16) for _ in range(2))
     exact = grad.double().t() @ x.double()
-    scale, scale_inv = token_scale(x.abs().amax(dim=1))
+    scale, scale_inv = token_scale(token_amax(x))
     x_t = ops.transpose_tokens(cast(x, scale))
-    bound = (grad.abs().amax(dim=1).float() * scale_inv).amax(dim=0, keepdim=True)
+    bound = (token_amax(grad) * scale_inv).amax(dim=0, keepdim=True)
     seed = torch.zeros(1, dtype=torch.int64, device=device)
     rows = []
     kinds = (("2:4", E4M3_MAX / MVUE_GAIN, False), ("dense", E4M3_MAX, False), ("dense, fast", E4M3_MAX, True))

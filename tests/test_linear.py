@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sparse_compile.kernels import ops, reference
 from sparse_compile.kernels.formats import E4M3, FAST_ACCUM_MAX
 from sparse_compile.kernels.reference.transposable import dense_mask, transposable_masks
-from sparse_compile.linear.fp8 import cast, token_scale
+from sparse_compile.linear.fp8 import cast, token_amax, token_scale
 from sparse_compile.linear.function import LinearSpec, linear
 from sparse_compile.projections.groups_of_four import SOFT, TOP2
 from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16, TOP2_BF16
@@ -120,6 +120,39 @@ def head_like(shared):
     return logits.softmax(dim=1) - F.one_hot(targets, vocabulary), weight
 
 
+def rows_of_all_sizes(dtype, device):
+    """From zeros and subnormals up to the largest values that there are, and rows that hold infinity or NaN."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(512, 48, generator=generator) * torch.logspace(-44, 37, 512)[:, None]
+    rows[0] = 0.0
+    rows[-1, 0], rows[-2, 1], rows[-3, 2], rows[-4] = torch.inf, -torch.inf, torch.nan, torch.finfo(dtype).max
+    return rows.to(dtype).to(device)
+
+
+@pytest.mark.parametrize("format", GradFormat)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("device", "compiled"), [("cpu", False), pytest.param("cuda", True, marks=pytest.mark.gpu)], ids=["eager", "compiled"]
+)
+def test_a_scale_of_its_own_amax_leaves_nothing_to_clamp(device, compiled, dtype, format):
+    """Not even where amax was taken of values that were rounded up afterwards."""
+    x = rows_of_all_sizes(dtype, device)
+    limit = torch.finfo(format.dtype).max
+
+    def payload(x):
+        amax = token_amax(x)
+        return amax, *(cast(x, token_scale(amax * part, limit)[0], format.dtype) for part in (1.0, 1 - 2**-8))
+
+    amax, own, rounded_up = (torch.compile(payload) if compiled else payload)(x)
+    assert torch.equal(amax.cpu().nan_to_num(-1.0), x.abs().amax(dim=1).float().cpu().nan_to_num(-1.0))
+    for actual, part in ((own, 1.0), (rounded_up, 1 - 2**-8)):
+        scale, _ = token_scale(amax * part, limit)
+        expected = reference.saturating_cast(x.float() * scale[:, None], format.dtype)
+        assert torch.equal(actual.float().nan_to_num(-1.0), expected.float().nan_to_num(-1.0))
+    # Where a value is infinite or NaN, and there alone.
+    assert torch.equal(own.float().isnan(), ~x.isfinite() | x.isnan().any(dim=1, keepdim=True))
+
+
 def bent(actual, exact):
     """The error that all tokens share, over their mean gradient."""
     return (actual.double() - exact).mean(dim=0).norm() / exact.mean(dim=0).norm()
@@ -129,7 +162,7 @@ def bent(actual, exact):
 def test_few_bits_bend_the_gradient_of_a_softmax_where_rows_of_the_weight_share_a_direction(shared):
     """Why the dgrad of a head is accurate: their parts in that direction cancel, but for those that are cut."""
     grad, weight = head_like(shared)
-    payload = cast(grad, token_scale(grad.abs().amax(dim=1))[0]).float()
+    payload = cast(grad, token_scale(token_amax(grad))[0]).float()
     exact = payload.double() @ weight.double()
     few_bits = tensor_core_product(payload, weight.t().contiguous(), DENSE_INSTRUCTION)
     assert bent(few_bits, exact) > 0.1 if shared else bent(few_bits, exact) < 0.02
@@ -138,7 +171,7 @@ def test_few_bits_bend_the_gradient_of_a_softmax_where_rows_of_the_weight_share_
 @pytest.mark.gpu
 def test_the_gradient_of_a_softmax_is_not_bent_on_a_gpu():
     grad, weight = (tensor.cuda() for tensor in head_like(shared=True))
-    scale, scale_inv = token_scale(grad.abs().amax(dim=1))
+    scale, scale_inv = token_scale(token_amax(grad))
     exact = cast(grad, scale).double() * scale_inv[:, None] @ weight.double()
     for recipe, is_bent in ((FP8, True), (FP8.for_head(), False)):
         x = torch.randn(len(grad), weight.shape[1], device="cuda", requires_grad=True)

@@ -23,7 +23,6 @@ from sparse_compile.kernels.formats import (
     padded,
     unscaled_dtype,
 )
-from sparse_compile.kernels.reference import saturating_cast
 from sparse_compile.linear.products import Products
 from sparse_compile.projections.base import DenseOperand, SparseOperand
 from sparse_compile.recipe import Estimator, Gemm, Recipe, Rounding
@@ -42,7 +41,7 @@ def forward(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """fprop of ``x [T, K]``, and what ``backward`` reads; ``weight`` as it is stored."""
-    scale, scale_inv = token_scale(x.abs().amax(dim=1))
+    scale, scale_inv = token_scale(token_amax(x))
     x_fp8 = cast(x, scale)
     if recipe.fprop is Gemm.DENSE:
         matrix = weight if transposed else weight.mT
@@ -62,7 +61,7 @@ def backward(
     recipe = ctx.recipe
     grad = grad_output.contiguous()
     grad_input = grad_weight = None
-    amax = grad.abs().amax(dim=1)
+    amax = token_amax(grad)
     dtype = recipe.grad_format.dtype
     row_scale, row_scale_inv = token_scale(amax, torch.finfo(dtype).max)
     if recipe.wgrad is Gemm.DENSE:
@@ -92,15 +91,28 @@ def backward(
     return grad_input, grad_weight
 
 
+def token_amax(x: Tensor) -> Tensor:
+    """max |x| of each token, fp32 ``[T]``, of ``x [T, C]``; NaN where there is one.
+
+    As integers magnitudes compare as they do as floats, and NaN is above all: one instruction an element, where a
+    maximum of floats that passes NaN on takes three.
+    """
+    return x.float().abs().view(torch.int32).amax(dim=1).view(torch.float32)
+
+
 def token_scale(amax: Tensor, limit: float = E4M3_MAX) -> tuple[Tensor, Tensor]:
-    """``(scale, scale_inv)``, fp32 ``[T]``, that map ``amax [T]`` to ``limit``, the largest FP8 value or less."""
-    amax = amax.float().clamp_min(AMAX_FLOOR)
+    """``(scale, scale_inv)``, fp32 ``[T]``, that map ``amax [T]``, fp32, to ``limit``, the largest FP8 value or less."""
+    amax = amax.clamp_min(AMAX_FLOOR)
     return limit / amax, amax / limit
 
 
 def cast(x: Tensor, scale: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
-    """``x [T, C] * scale [T]`` in FP8, saturating, contiguous; NaN stays NaN."""
-    return saturating_cast(x.float() * scale[:, None], dtype).contiguous()
+    """``x [T, C] * scale [T]`` in FP8, contiguous; NaN stays NaN, and infinity, whose scale is 0, becomes it.
+
+    No clamp: these casts wait for instructions, not for memory.  A scale of the token's own amax leaves at most the
+    largest FP8 value and, where amax was taken before x was rounded to bf16, 1/256 more of it: this rounds down to it.
+    """
+    return (x.float() * scale[:, None]).to(dtype).contiguous()
 
 
 def _multiply(
@@ -137,7 +149,7 @@ def _cast_grad(
     largest = torch.finfo(dtype).max
     # max |grad * x_scale_inv| over the tokens of a matrix, without reading grad again.  Of zeros it is a floor by which
     # scales become no larger in e5m2: those of large inputs are finite still.
-    bound, of_token = products.largest(amax.float() * x_scale_inv, AMAX_FLOOR * largest / E4M3_MAX)
+    bound, of_token = products.largest(amax * x_scale_inv, AMAX_FLOOR * largest / E4M3_MAX)
     limit = largest / MVUE_GAIN if ctx.recipe.wgrad is Gemm.SPARSE24 else largest
     token_scales = x_scale_inv * (limit / of_token)
     scale_inv = bound / limit
