@@ -255,7 +255,9 @@ def main() -> None:
     for name in args.models:  # a section for each of its parts, which the next run of that model replaces
         steps = candidates(name, kinds) if measuring.keys() & set(args.parts) else ({}, {})
         for part in args.parts:
-            results, table = measuring[part](name, steps, args.rounds) if part in measuring else compile_part(name, kinds)
+            results, table = (
+                measuring[part](name, steps, args.rounds) if part in measuring else compile_part(name, kinds)
+            )
             print(table, flush=True)
             write("bench_step", f"{part} {name}", results, table, args.out)
         del steps

@@ -101,7 +101,7 @@ class Arm:
     """How a model trains.
 
     Args:
-        options: of the backend, but the factor and the length of the run, and the head is dense unless they name it; None
+        options: of the backend, but the factor and the length of the run; the head is dense unless they name it.  None
             trains in bf16 without the backend.
         emulated: how the weights of FFNs are pruned in bf16, without the backend: with it ``options`` is None.
         factors: of beta, or of the FFN's weights in a dense model.

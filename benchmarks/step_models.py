@@ -78,8 +78,8 @@ def how_to_compile(kind: str) -> dict[str, Any]:
     base, *words = kind.split(", ")
     if base not in COMPILE or not base.startswith(SSTE) or not set(words) <= _OPTIONS.keys():
         raise argparse.ArgumentTypeError(
-            f"no step is compiled as {kind!r}; allowed are {', '.join(map(repr, COMPILE))}, and 'sste' with these behind "
-            f"it: {', '.join(map(repr, _OPTIONS))}, such as 'sste, transposable, head dense'"
+            f"no step is compiled as {kind!r}; allowed are {', '.join(map(repr, COMPILE))}, and 'sste' followed by "
+            f"some of {', '.join(map(repr, _OPTIONS))}, such as 'sste, transposable, head dense'"
         )
     options: dict[str, str] = {name: value for word in words for name, value in _OPTIONS[word].items()}
     return {**COMPILE[base], "options": options}

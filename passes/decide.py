@@ -216,16 +216,15 @@ def _should_not(site: LinearSite, owners: ParameterOwners, head: Recipe | None) 
     """What is left dense unless the user names it."""
     if head is None and _is_head(site, owners):
         return site.reject(Reason.HEAD, "'sste.head' is 'dense'", "leave 'sste.head' out for dense FP8")
+    advice = "name it in 'sste.targets' to rewrite it anyway"
     if site.role is Role.OUTPUT:
-        why = "its output goes to a loss that is no cross-entropy over classes"
-        return site.reject(Reason.OUTPUT, why, "name it in 'sste.targets' to rewrite it anyway")
+        return site.reject(Reason.OUTPUT, "its output goes to a loss that is no cross-entropy over classes", advice)
+    if site.role is Role.ROUTER and not _is_head(site, owners):
+        return site.reject(Reason.ROUTER, "the largest elements of its output are chosen", advice)
     if site.role is Role.ADAPTER:
-        detail = "of low rank, next to a frozen linear"
-        return site.reject(Reason.ADAPTER, detail, "name it in 'sste.targets' to rewrite it anyway")
+        return site.reject(Reason.ADAPTER, "of low rank, next to a frozen linear", advice)
     if min(site.in_features, site.out_features) < MIN_FEATURES:
-        return site.reject(
-            Reason.TOO_SMALL, f"fewer than {MIN_FEATURES} features", "name it in 'sste.targets' to rewrite it anyway"
-        )
+        return site.reject(Reason.TOO_SMALL, f"fewer than {MIN_FEATURES} features", advice)
     return None
 
 
@@ -234,6 +233,7 @@ def _is_head(site: LinearSite, owners: ParameterOwners) -> bool:
     if site.experts is not None:
         return False
     shape = site.out_features, site.in_features
+    # Where tokens are drawn from logits, these are what chooses.
     return site.role is Role.HEAD or (
-        site.role is Role.LAST and owners.has_embedding(real_parameter(site.weight), *shape)
+        site.role in (Role.LAST, Role.ROUTER) and owners.has_embedding(real_parameter(site.weight), *shape)
     )

@@ -18,16 +18,19 @@ class Role(Enum):
     ADAPTER = "adapter"  # of low rank, beside a frozen linear to whose output it adds
     HEAD = "head"  # its output, logits, goes to a cross-entropy
     OUTPUT = "output"  # its output goes to another loss: it is compared with values, or with what a margin asks
+    ROUTER = "router"  # its output is only compared with itself: the largest elements choose an expert
     LAST = "last"  # its output is all that leaves the graph: a head whose loss lies outside, or where a graph is cut
     OTHER = "other"  # attention projections and the rest
 
 
-_CROSS_ENTROPIES = frozenset("cross_entropy linear_cross_entropy nll_loss log_softmax logsumexp ctc_loss".split())
+_CROSS_ENTROPIES = frozenset("cross_entropy linear_cross_entropy nll_loss ctc_loss".split())
+_PARTS_OF_ONE = frozenset("log_softmax logsumexp".split())  # and of what balances routers
 _OTHER_LOSSES = frozenset(
     """binary_cross_entropy binary_cross_entropy_with_logits mse_loss l1_loss smooth_l1_loss huber_loss kl_div
     gaussian_nll_loss poisson_nll_loss soft_margin_loss multi_margin_loss multilabel_margin_loss
     multilabel_soft_margin_loss""".split()
 )
+_CHOICES = frozenset("topk argmax sort argsort max".split())
 
 
 def assign_roles(
@@ -47,7 +50,8 @@ def assign_roles(
     of a frozen linear.
 
     A linear is the head when its output reaches a cross-entropy without meeting another activation, an output when it
-    reaches another loss so, and the last when it is no FFN and nothing but its output leaves the graph in the same way.
+    reaches another loss so.  Of those that are neither and no FFN it is a router when its largest elements are looked
+    for, with or without a softmax in between, and the last when nothing but its output leaves the graph in this way.
 
     Args:
         inputs: each linear's node and its input.
@@ -68,11 +72,16 @@ def assign_roles(
                 roles[producer] = Role.UP
     for node in inputs:
         alone = _alone(flow, node, inputs)
-        readers = {target_name(user) for passed in alone for user in flow.users(passed)}
-        if readers & _CROSS_ENTROPIES:
+        readers = _readers(flow, alone, inputs)
+        names = {target_name(reader) for reader in readers}
+        if names & _CROSS_ENTROPIES:
             roles[node] = Role.HEAD
-        elif readers & _OTHER_LOSSES:
+        elif names & _OTHER_LOSSES:
             roles[node] = Role.OUTPUT
+        elif roles[node] is Role.OTHER and any(map(_looks_for_the_largest, readers)):
+            roles[node] = Role.ROUTER
+        elif names & _PARTS_OF_ONE:
+            roles[node] = Role.HEAD
         elif roles[node] is Role.OTHER and _is_all_that_leaves(flow, alone):
             roles[node] = Role.LAST
     return roles
@@ -178,6 +187,20 @@ def _follow(flow: Flow, start: Node, passes: Callable[[Node], bool], found: set[
             found.add(node)
             pending.extend(flow.users(node))
     return found
+
+
+def _readers(flow: Flow, alone: set[Node], linears: Mapping[Node, Node]) -> set[Node]:
+    """What reads the linear's output, with or without a softmax in between."""
+    readers = {user for passed in alone for user in flow.users(passed)}
+    for shares in [reader for reader in readers if target_name(reader) in ("softmax", "log_softmax")]:
+        readers.update(user for passed in _alone(flow, shares, linears) for user in flow.users(passed))
+    return readers
+
+
+def _looks_for_the_largest(node: Node) -> bool:
+    """Along a dimension: there are their places, too.  The largest of all elements of a tensor is one tensor."""
+    name = target_name(node)
+    return name in _CHOICES and not (name == "max" and isinstance(example_value(node), Tensor))
 
 
 def _is_all_that_leaves(flow: Flow, alone: set[Node]) -> bool:

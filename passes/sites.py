@@ -29,6 +29,7 @@ class Reason(Enum):
     ADAPTER = "adapter"
     HEAD = "vocabulary head"
     OUTPUT = "output of the model"
+    ROUTER = "router"
     SLOWER = "not faster"
     NO_KERNELS = "not emulated"
     NOT_A_TARGET = "not a target"

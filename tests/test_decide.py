@@ -158,6 +158,17 @@ def test_an_output_is_dense_unless_it_is_named(trace):
     assert (plans["out"], rejections) == (SSTE, {})
 
 
+def test_a_router_is_dense_unless_it_is_named(trace, small_gpt, batch):
+    router = nn.Linear(64, 128)
+    graph = trace(lambda x: router(x).softmax(-1).topk(2), torch.randn(8, 64))
+    assert decisions(graph, "all", head=FP8) == ({}, {"router": Reason.ROUTER})
+    assert decisions(graph, "router") == ({"router": SSTE}, {})
+    # What draws tokens from logits has an embedding's shape.
+    model = small_gpt(depth=1)
+    plans, _ = decisions(trace(lambda ids: model(ids)[:, -1].topk(5), batch[0]), head=FP8)
+    assert plans["model.head"] == FP8.for_head()
+
+
 def test_head_whose_loss_lies_outside_the_graph(trace, small_gpt, batch):
     """It leaves the graph, and an embedding has its shape."""
     model = small_gpt(depth=1)

@@ -132,7 +132,9 @@ def rows_of_all_sizes(dtype, device):
 @pytest.mark.parametrize("format", GradFormat)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("device", "compiled"), [("cpu", False), pytest.param("cuda", True, marks=pytest.mark.gpu)], ids=["eager", "compiled"]
+    ("device", "compiled"),
+    [("cpu", False), pytest.param("cuda", True, marks=pytest.mark.gpu)],
+    ids=["eager", "compiled"],
 )
 def test_a_scale_of_its_own_amax_leaves_nothing_to_clamp(device, compiled, dtype, format):
     """Not even where amax was taken of values that were rounded up afterwards."""

@@ -43,7 +43,7 @@ def test_experts_are_ffns(trace, activation):
         return torch.zeros_like(x).index_add(0, order, out)
 
     sites, _ = found(trace(function, torch.randn(8, 64).bfloat16()))
-    assert roles(sites) == {"router": Role.OTHER, "module.up": Role.UP, "module.down": Role.DOWN}
+    assert roles(sites) == {"router": Role.ROUTER, "module.up": Role.UP, "module.down": Role.DOWN}
 
 
 def roles(sites):
@@ -151,6 +151,52 @@ def test_what_another_loss_reads_is_an_output(trace, loss):
     layer = nn.Linear(64, 64)
     sites, _ = found(trace(lambda x: loss(layer(x)), torch.randn(8, 64)))
     assert [site.role for site in sites] == [Role.OUTPUT]
+
+
+ROUTERS = {
+    "topk": lambda x: x.topk(2).indices,
+    "softmax, topk": lambda x: x.softmax(-1, dtype=torch.float32).topk(2).values,
+    "noise, log_softmax, argmax": lambda x: (x + torch.randn(8, 128)).log_softmax(-1).argmax(-1),
+    "sigmoid, a bias, groups": lambda x: (x.sigmoid() + torch.ones(128)).view(8, 4, 32).topk(2).values.sum(-1),
+    "max along a dimension": lambda x: x.max(dim=-1),
+    "sort": lambda x: x.sort(descending=True).indices[:, :2],
+}
+
+
+@pytest.mark.parametrize("choose", ROUTERS.values(), ids=ROUTERS.keys())
+def test_what_chooses_by_its_largest_elements_is_a_router(trace, choose):
+    layer = nn.Linear(64, 128)
+    sites, _ = found(trace(lambda x: choose(layer(x)), torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.ROUTER]
+
+
+def test_the_largest_of_all_elements_chooses_nothing(trace):
+    layer = nn.Linear(64, 128)
+    sites, _ = found(trace(lambda x: (layer(x) / layer(x).max()).softmax(-1) @ torch.ones(128, 64), torch.randn(8, 64)))
+    assert {site.role for site in sites} == {Role.OTHER}
+
+
+def test_a_router_whose_logits_a_loss_balances_is_no_head(trace):
+    """Its z-loss is a logsumexp."""
+    layer = nn.Linear(64, 128)
+
+    def function(x):
+        logits = layer(x)
+        return logits.topk(2).values.sum() + logits.logsumexp(-1).square().mean()
+
+    sites, _ = found(trace(function, torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.ROUTER]
+
+
+def test_a_head_whose_accuracy_is_counted_is_no_router(trace):
+    layer = nn.Linear(64, 128)
+
+    def function(x):
+        logits = layer(x)
+        return F.nll_loss(logits.log_softmax(-1), torch.arange(8)), (logits.argmax(-1) == torch.arange(8)).sum()
+
+    sites, _ = found(trace(function, torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.HEAD]
 
 
 def test_ffn_on_its_own_is_ffn(trace):

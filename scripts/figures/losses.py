@@ -159,7 +159,7 @@ def head_cost(vocabulary: int, head: str = "fp8") -> str:
 
 
 def head_pairs() -> str:
-    """The largest gaps, below and above, of one run with the head in FP8 to one of the same seed with the head dense."""
+    """The largest gaps, below and above, of a run with its head in FP8 to that of the same seed with it dense."""
     settings = (f"vocabulary {vocabulary}" for vocabulary in (8192, 50304, 152064))
     runs = [[_by_seed(name, arm, "heads by vocabulary") for arm in ("fp8, head fp8", "fp8")] for name in settings]
     gaps = [loss / dense[seed] - 1 for in_fp8, dense in runs for seed, loss in in_fp8.items() if seed in dense]

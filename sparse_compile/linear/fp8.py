@@ -101,7 +101,7 @@ def token_amax(x: Tensor) -> Tensor:
 
 
 def token_scale(amax: Tensor, limit: float = E4M3_MAX) -> tuple[Tensor, Tensor]:
-    """``(scale, scale_inv)``, fp32 ``[T]``, that map ``amax [T]``, fp32, to ``limit``, the largest FP8 value or less."""
+    """``(scale, scale_inv)``, fp32 ``[T]``, that map fp32 ``amax [T]`` to ``limit``, the largest FP8 value or less."""
     amax = amax.clamp_min(AMAX_FLOOR)
     return limit / amax, amax / limit
 
