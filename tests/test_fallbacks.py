@@ -142,7 +142,7 @@ def test_a_model_whose_shapes_vary():
 @pytest.mark.usefixtures("low_limit")
 @pytest.mark.parametrize(("recipe", "warns"), [("fp8", False), ("s-ste", True)])
 @pytest.mark.parametrize("trains", [True, False])
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(1)
 def test_calls_beyond_the_limit_that_prune_no_more_warn(recipe, warns, trains):
     other = torch.compile(BrokenBlock(), backend="sste", options=OPTIONS | {"sste.recipe": "s-ste"})
     train(other, other)  # which prunes, and is far from its limit

@@ -37,7 +37,8 @@ def alive() -> Counter[str]:
     )
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(300, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("times", [3, 300])
 def test_models_that_are_compiled_and_forgotten(times: int) -> None:
     """As in a search for hyperparameters, or a notebook."""
     x = some_tokens()

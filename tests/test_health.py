@@ -136,6 +136,7 @@ def test_noise_where_dgrad_is_24():
     assert list(noise.take()) == [values_t.data_ptr()]
 
 
+@pytest.mark.nightly
 def test_noise_where_dgrad_is_sampled():
     """Its product is told from wgrad's: the noise is that of the weight's gradient, as with a dense dgrad."""
     noises = []

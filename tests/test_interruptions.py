@@ -165,6 +165,7 @@ def test_the_very_first_step(uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
     assert_same_training(trained_again, uninterrupted, uncounted=0)
 
 
+@pytest.mark.nightly
 def test_the_next_smaller_batch_trains_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of memory in the compilation for one size: what was compiled for others goes on."""
     torch._dynamo.reset()

@@ -69,8 +69,7 @@ def trained(memory: str, recipe: Recipe | str, steps: int = 3) -> tuple[Block, t
     "recipe",
     [
         "s-ste",
-        "s-ste-transposable",
-        *(pytest.param(other, marks=pytest.mark.nightly) for other in ("ste", "fp8", SAMPLED)),
+        *(pytest.param(other, marks=pytest.mark.nightly) for other in ("s-ste-transposable", "ste", "fp8", SAMPLED)),
     ],
     ids=_name,
 )

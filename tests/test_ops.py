@@ -169,6 +169,7 @@ def test_strides_that_no_kernel_reads_are_refused():
         ops.transpose_tokens(fp8(48, 16).t())
 
 
+@pytest.mark.nightly
 def test_import_needs_no_triton():
     code = "import sys; sys.modules['triton'] = None; import sparse_compile.kernels.grouped_ops"
     warm.python("-c", code, check=True)

@@ -296,7 +296,8 @@ def with_biases_of_other_shapes(linear, x):
     return tuple(F.linear(each, linear.weight, bias) for each in inputs for bias in biases)
 
 
-@pytest.mark.parametrize("lead", [(8,), (2, 4)], ids=str)
+@pytest.mark.by_day(1)
+@pytest.mark.parametrize("lead", [(2, 4), (8,)], ids=str)
 def test_a_bias_of_another_shape_is_an_addition(lead):
     compare(with_biases_of_other_shapes, torch.randn(*lead, WIDTH))
     (graph,) = sparse_compile.report().graphs
@@ -428,6 +429,7 @@ def test_without_gradients(kind, bias):
     assert (rewritten - dense).norm() < 0.1 * dense.norm()
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     ("inside", "reentrant"),
     [

@@ -176,7 +176,7 @@ class Model(nn.Module):
 @pytest.mark.parametrize(
     ("dynamic", "checkpointed"),
     [
-        pytest.param(False, True, id="checkpointed"),
+        pytest.param(False, True, id="checkpointed", marks=pytest.mark.nightly),
         pytest.param(True, True, id="dynamic, checkpointed", marks=pytest.mark.nightly),
         pytest.param(True, False, id="dynamic", marks=pytest.mark.nightly),
     ],

@@ -158,6 +158,7 @@ def test_lengths_do_not_recompile(ways):
         assert_equal([y, *gradients(model)], expected)
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_default_dtype_changes_nothing(x, dtype):
     """What says no dtype is of it: nothing of ours may."""

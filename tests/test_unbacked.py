@@ -146,7 +146,7 @@ def test_any_number_of_tokens(ways):
     [
         *({"sste.recipe": name} for name in RECIPES),
         *(pytest.param({"sste.recipe": name}, marks=pytest.mark.nightly) for name in OTHERS),
-        {"sste.recipe": replace(SSTE, dgrad=Gemm.MVUE24)},
+        pytest.param({"sste.recipe": replace(SSTE, dgrad=Gemm.MVUE24)}, marks=pytest.mark.nightly),
     ],
     ids=str,
 )

@@ -19,13 +19,13 @@ SETTINGS = settings(
 )
 
 
-@settings(SETTINGS, max_examples=7)
+@settings(SETTINGS, max_examples=5)
 @given(
     program=programs(sorted(RECIPES), BY_DAY, most=2, small=True), mvue=st.booleans(),
     scripts=st.lists(scripts(most=2, small=True), min_size=20, max_size=20),
 )  # fmt: skip
 def test_small_ones(program: Program, scripts: list[Script], mvue: bool) -> None:
-    """Twenty scripts over each of seven graphs."""
+    """Twenty scripts over each of five graphs."""
     check(program, scripts, Kind(), mvue)
 
 
