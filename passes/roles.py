@@ -23,10 +23,10 @@ class Role(Enum):
     OTHER = "other"  # attention projections and the rest
 
 
-_CROSS_ENTROPIES = frozenset("cross_entropy linear_cross_entropy nll_loss ctc_loss".split())
+_CROSS_ENTROPIES = frozenset("cross_entropy linear_cross_entropy nll_loss kl_div ctc_loss".split())
 _PARTS_OF_ONE = frozenset("log_softmax logsumexp".split())  # and of what balances routers
 _OTHER_LOSSES = frozenset(
-    """binary_cross_entropy binary_cross_entropy_with_logits mse_loss l1_loss smooth_l1_loss huber_loss kl_div
+    """binary_cross_entropy binary_cross_entropy_with_logits mse_loss l1_loss smooth_l1_loss huber_loss
     gaussian_nll_loss poisson_nll_loss soft_margin_loss multi_margin_loss multilabel_margin_loss
     multilabel_soft_margin_loss""".split()
 )
