@@ -18,8 +18,8 @@ class Role(Enum):
     ADAPTER = "adapter"  # of low rank, beside a frozen linear to whose output it adds
     HEAD = "head"  # its output, logits, goes to a cross-entropy
     OUTPUT = "output"  # its output goes to another loss: it is compared with values, or with what a margin asks
-    ROUTER = "router"  # its output is only compared with itself: the largest elements choose an expert
-    LAST = "last"  # its output is all that leaves the graph: a head whose loss lies outside, or where a graph is cut
+    ROUTER = "router"  # its output chooses an expert by its largest elements, or by chances
+    LAST = "last"  # its output leaves the graph: a head whose loss lies outside, or where a graph is cut
     OTHER = "other"  # attention projections and the rest
 
 
@@ -30,7 +30,7 @@ _OTHER_LOSSES = frozenset(
     gaussian_nll_loss poisson_nll_loss soft_margin_loss multi_margin_loss multilabel_margin_loss
     multilabel_soft_margin_loss""".split()
 )
-_CHOICES = frozenset("topk argmax sort argsort max".split())
+_CHOICES = frozenset("topk argmax sort argsort multinomial gumbel_softmax".split())
 
 
 def assign_roles(
@@ -50,8 +50,9 @@ def assign_roles(
     of a frozen linear.
 
     A linear is the head when its output reaches a cross-entropy without meeting another activation, an output when it
-    reaches another loss so.  Of those that are neither and no FFN it is a router when its largest elements are looked
-    for, with or without a softmax in between, and the last when nothing but its output leaves the graph in this way.
+    reaches another loss so.  Of those that are neither and no FFN it is a router when the largest elements of what
+    elementwise operations and a softmax make of it, with others or alone, are looked for, and the last when its output
+    leaves the graph alone and no other linear depends on it.  What ends an FFN is a router if it is looked at so alone.
 
     Args:
         inputs: each linear's node and its input.
@@ -78,11 +79,11 @@ def assign_roles(
             roles[node] = Role.HEAD
         elif names & _OTHER_LOSSES:
             roles[node] = Role.OUTPUT
-        elif roles[node] is Role.OTHER and any(map(_looks_for_the_largest, readers)):
+        elif _is_router(flow, node, roles[node], alone, inputs):
             roles[node] = Role.ROUTER
         elif names & _PARTS_OF_ONE:
             roles[node] = Role.HEAD
-        elif roles[node] is Role.OTHER and _is_all_that_leaves(flow, alone):
+        elif roles[node] is Role.OTHER and _leaves(flow, alone) and not _is_read_by_others(flow, node, inputs):
             roles[node] = Role.LAST
     return roles
 
@@ -161,7 +162,7 @@ def _reached(flow: Flow, linear: Node, linears: Mapping[Node, Node]) -> set[Node
 
 
 def _alone(flow: Flow, linear: Node, linears: Mapping[Node, Node]) -> set[Node]:
-    """The linear's output and what elementwise operations make of it without another activation.
+    """The linear's output and what elementwise operations make of it without another activation, but for masks.
 
     Where elements only move they may come to lie beside others: logits of several heads, or of parts of a batch.
     """
@@ -173,7 +174,7 @@ def _alone(flow: Flow, linear: Node, linears: Mapping[Node, Node]) -> set[Node]:
         if flow.moves(node):
             return True
         others = (source for source in flow.sources(node) if source not in alone)
-        return all(flow.origin(source).kind is not Kind.ACTIVATION for source in others)
+        return all(flow.origin(source).kind is not Kind.ACTIVATION or _is_mask(source) for source in others)
 
     return _follow(flow, linear, passes, alone)
 
@@ -189,24 +190,35 @@ def _follow(flow: Flow, start: Node, passes: Callable[[Node], bool], found: set[
     return found
 
 
-def _readers(flow: Flow, alone: set[Node], linears: Mapping[Node, Node]) -> set[Node]:
-    """What reads the linear's output, with or without a softmax in between."""
-    readers = {user for passed in alone for user in flow.users(passed)}
+def _readers(flow: Flow, passed: set[Node], linears: Mapping[Node, Node]) -> set[Node]:
+    """What reads some of these, with or without a softmax in between."""
+    readers = {user for node in passed for user in flow.users(node)}
     for shares in [reader for reader in readers if target_name(reader) in ("softmax", "log_softmax")]:
-        readers.update(user for passed in _alone(flow, shares, linears) for user in flow.users(passed))
+        readers.update(user for node in _alone(flow, shares, linears) for user in flow.users(node))
     return readers
 
 
+def _is_router(flow: Flow, linear: Node, role: Role, alone: set[Node], linears: Mapping[Node, Node]) -> bool:
+    # Noise with a learned scale is another activation.
+    read = {Role.OTHER: _reached(flow, linear, linears) | {linear}, Role.DOWN: alone}.get(role, set())
+    return any(map(_looks_for_the_largest, _readers(flow, read, linears)))
+
+
 def _looks_for_the_largest(node: Node) -> bool:
-    """Along a dimension: there are their places, too.  The largest of all elements of a tensor is one tensor."""
-    name = target_name(node)
-    return name in _CHOICES and not (name == "max" and isinstance(example_value(node), Tensor))
+    """And for their places: the largest element alone, as a scale of a row is made of, chooses nothing."""
+    if target_name(node) != "max":
+        return target_name(node) in _CHOICES
+    return any(target_name(user) == "getitem" and user.args[1] == 1 for user in node.users)
 
 
-def _is_all_that_leaves(flow: Flow, alone: set[Node]) -> bool:
-    """Whether everything floating-point that the graph returns is the linear's output, alone."""
-    returned = {flow.held(node) for node in flow.returned if _is_floating(node)}
-    return bool(returned) and returned <= alone
+def _is_read_by_others(flow: Flow, linear: Node, linears: Mapping[Node, Node]) -> bool:
+    """As keys and values are, which may leave as a cache."""
+    return any(flow.depends(other, {linear}) for other in linears if other is not linear)
+
+
+def _leaves(flow: Flow, alone: set[Node]) -> bool:
+    """Whether the graph returns the linear's output alone, beside others or not."""
+    return any(flow.held(node) in alone for node in flow.returned if _is_floating(node))
 
 
 def _is_floating(node: Node) -> bool:

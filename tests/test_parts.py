@@ -146,6 +146,51 @@ def test_a_resumed_run_goes_on_pruned_in_whatever_graph_comes_first():
         assert find_record(resumed.up.weight).pruned
 
 
+class TopK(nn.Module):
+    """Of an autoencoder: training keeps the largest elements of all, an evaluation what exceeds a threshold."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x, labels=None):
+        hidden = F.relu(self.up(x))
+        if labels is None:
+            return self.down(hidden * (hidden > 0.3))
+        largest = hidden.flatten().topk(32 * len(x))
+        kept = torch.zeros_like(hidden).flatten().scatter(0, largest.indices, largest.values).view_as(hidden)
+        out = self.down(kept)
+        return out, F.mse_loss(out, x)
+
+
+@pytest.mark.by_day(2)
+@pytest.mark.parametrize(("momentum", "pruned_too"), [(0.9, True), (0.0, True), (0.9, False)])
+def test_a_resumed_evaluation_computes_densely_what_was_trained_so(momentum, pruned_too):
+    """An optimizer that keeps nothing of its weights tells it by what else it has trained pruned."""
+
+    def make():
+        model = nn.ModuleDict({"dense": TopK(), **({"pruned": Net()} if pruned_too else {})})
+        runs = [compiled(part) for part in model.values()]
+        return model, runs, torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+
+    model, runs, optimizer = make()
+    for _ in range(3):
+        sum(loss(run(TOKENS, **labels)) for run, labels in zip(runs, ({"labels": LABELS}, {}), strict=False)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        expected = [run(TOKENS) for run in runs]
+    checkpoint = model.state_dict(), optimizer.state_dict()
+    for _ in range(2):  # what was resumed and only evaluated is saved as it was
+        again, resumed, other = make()
+        again.load_state_dict(checkpoint[0])
+        other.load_state_dict(checkpoint[1])
+        with torch.no_grad():
+            assert all(distance(run(TOKENS), each) < 1e-6 for run, each in zip(resumed, expected, strict=True))
+        checkpoint = again.state_dict(), other.state_dict()
+
+
 def test_a_part_of_a_pruned_weight_is_refused_in_an_evaluation():
     model = nn.MultiheadAttention(64, 4, batch_first=True)
     run = compiled(lambda query, x: model(query, x, x, need_weights=False)[0], EAGER | {"sste.targets": "all"})

@@ -73,11 +73,42 @@ def test_a_block_on_its_own_has_no_head(trace, small_gpt):
     assert set(roles(sites).values()) == {Role.UP, Role.DOWN, Role.OTHER}
 
 
-def test_not_the_last_if_more_leaves_the_graph(trace, small_gpt):
-    """Half a block returns the hidden activation and the residual stream."""
-    block = small_gpt().blocks[0]
-    sites, _ = found(trace(lambda x: (block.up(block.ffn_norm(x)), x * 2), torch.randn(2, 8, 64)))
-    assert [site.role for site in sites] == [Role.OTHER]
+def test_the_last_may_leave_beside_others(trace, small_gpt):
+    """Logits beside hidden states, or those of a second head."""
+    layer, second = nn.Linear(64, 128), nn.Linear(64, 128)
+    sites, _ = found(trace(lambda x: (layer(x), x * 2), torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.LAST]
+    sites, _ = found(trace(lambda x: {"next": layer(x), "after": second(x)}, torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.LAST, Role.LAST]
+
+
+def test_what_leaves_as_a_cache_is_not_the_last(trace):
+    """Others read it: their attention."""
+    keys, out = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def attend(x):
+        k = keys(x)
+        return out(F.scaled_dot_product_attention(x, k, k)), k
+
+    sites, _ = found(trace(attend, torch.randn(2, 8, 64)))
+    assert [site.role for site in sites] == [Role.OTHER, Role.LAST]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [torch.rand(8, 128) > 0.5, torch.rand(8, 1) > 0.5, torch.rand(8, 1), torch.tensor(1.5)],
+    ids=["mask of tokens", "mask of padding", "temperature of each", "temperature"],
+)
+def test_what_masks_logits_or_scales_them_is_no_other_activation(trace, given):
+    layer = nn.Linear(64, 128)
+
+    def function(x, given):
+        logits = layer(x)
+        logits = logits.masked_fill(given, -1e4) if given.dtype is torch.bool else logits / given
+        return F.cross_entropy(logits, torch.arange(8))
+
+    sites, _ = found(trace(function, torch.randn(8, 64), given))
+    assert [site.role for site in sites] == [Role.HEAD]
 
 
 def test_head_whose_output_is_changed_alone(trace, small_gpt, batch):
@@ -154,12 +185,16 @@ def test_what_another_loss_reads_is_an_output(trace, loss):
     assert [site.role for site in sites] == [Role.OUTPUT]
 
 
+NOISE = nn.Linear(64, 128)
 ROUTERS = {
     "topk": lambda x: x.topk(2).indices,
     "softmax, topk": lambda x: x.softmax(-1, dtype=torch.float32).topk(2).values,
     "noise, log_softmax, argmax": lambda x: (x + torch.randn(8, 128)).log_softmax(-1).argmax(-1),
     "sigmoid, a bias, groups": lambda x: (x.sigmoid() + torch.ones(128)).view(8, 4, 32).topk(2).values.sum(-1),
     "max along a dimension": lambda x: x.max(dim=-1),
+    "noise with a learned scale": lambda x: (x + torch.randn(8, 128) * F.softplus(NOISE(x[:, :64]))).topk(2).indices,
+    "gumbel_softmax": lambda x: F.gumbel_softmax(x, hard=True),
+    "multinomial": lambda x: x.softmax(-1).multinomial(2),
     "sort": lambda x: x.sort(descending=True).indices[:, :2],
 }
 
@@ -168,13 +203,26 @@ ROUTERS = {
 def test_what_chooses_by_its_largest_elements_is_a_router(trace, choose):
     layer = nn.Linear(64, 128)
     sites, _ = found(trace(lambda x: choose(layer(x)), torch.randn(8, 64)))
-    assert [site.role for site in sites] == [Role.ROUTER]
+    assert {site.role for site in sites} == {Role.ROUTER}
 
 
-def test_the_largest_of_all_elements_chooses_nothing(trace):
+def test_a_router_may_be_the_end_of_an_ffn(trace):
+    up, down = nn.Linear(64, 128), nn.Linear(128, 96)
+    sites, _ = found(trace(lambda x: down(torch.tanh(up(x))).softmax(-1).topk(2), torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.UP, Role.ROUTER]
+
+
+@pytest.mark.parametrize("largest", [lambda y: y.abs().max(), lambda y: y.abs().max(dim=-1, keepdim=True).values])
+def test_the_largest_element_as_a_scale_chooses_nothing(trace, largest):
+    """As models do that quantize their activations."""
     layer = nn.Linear(64, 128)
-    sites, _ = found(trace(lambda x: (layer(x) / layer(x).max()).softmax(-1) @ torch.ones(128, 64), torch.randn(8, 64)))
-    assert {site.role for site in sites} == {Role.OTHER}
+
+    def function(x):
+        y = layer(x)
+        return (y / largest(y)).cumsum(-1)
+
+    sites, _ = found(trace(function, torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.OTHER]
 
 
 def test_a_router_whose_logits_a_loss_balances_is_no_head(trace):

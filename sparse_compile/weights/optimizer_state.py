@@ -44,6 +44,11 @@ class SavedState:
         return int(_one(self.numbers.get(STEPS, 0)))
 
     @property
+    def pruned(self) -> bool:
+        """Whether the weight was trained pruned, and is not dense since."""
+        return bool(self.numbers.get(PRUNED, BETA in self.numbers))
+
+    @property
     def lacks_beta(self) -> bool:
         """Whether the weight was trained pruned without a scale, or the scale was lost."""
         return bool(self.numbers.get(PRUNED)) and BETA not in self.numbers
@@ -52,13 +57,14 @@ class SavedState:
     def of(
         cls, record: WeightRecord, stepped: Callable[[], bool], edited: Callable[[OperandSet], bool]
     ) -> "SavedState | None":
-        """Of a weight that is or will be pruned; None of others.
+        """Of a weight that is or will be pruned; None of others, by which they are told from it when they are loaded.
 
         Args:
             stepped: whether the weight's optimizer has stepped since its operands were made.
             edited: whether something else has changed the weight since then, of which its masks know nothing.
         """
-        if record.target is None and record.schedule is None and not record.pruned and not record.loaded:
+        is_target = record.target is not None or record.schedule is not None or record.loaded
+        if not record.pruned and (record.trained_dense or not is_target):
             return None
         numbers: dict[str, Number] = {STEPS: record.steps, PRUNED: int(record.pruned)}
         if record.current_beta is not None:
@@ -77,14 +83,13 @@ class SavedState:
     def to(self, record: WeightRecord) -> None:
         """Let a record go on from here."""
         kept = self.numbers
-        pruned = bool(kept.get(PRUNED, BETA in kept))
         beta = None
-        if pruned and BETA in kept:
+        if self.pruned and BETA in kept:
             value = kept[BETA]
             scale = tuple(value) if isinstance(value, list) else value
             beta = Beta(scale, BetaSource.PRIOR if PRIOR_STEPS in kept else BetaSource.CHECKPOINT)
         prior_steps = int(_one(kept.get(PRIOR_STEPS, 0)))
-        record.load(steps=self.steps, pruned=pruned, beta=beta, prior_steps=prior_steps, masks=self.masks)
+        record.load(steps=self.steps, pruned=self.pruned, beta=beta, prior_steps=prior_steps, masks=self.masks)
         record.loaded = True
 
 

@@ -99,7 +99,7 @@ class WeightRecord:
         unbaked: whether its schedule has ended and it was trained pruned: a step must write beta * S(W) into it.
         unverified: whether its scale comes from a checkpoint, and the weight has not been looked at since.
         pruned_by: the options that last trained it pruned; of a checkpoint nothing says it.
-        trained_dense: whether calls recorded gradients, and none with it pruned.
+        trained_dense: whether calls recorded gradients, and none with it pruned, in this run or those that it resumes.
         loaded: whether it goes on from what a checkpoint held of it: that is saved again, though no call uses it.
     """
 
@@ -269,6 +269,12 @@ class WeightRecord:
             self.pruned_by = trainer
         self.trained_dense = self.pruned_by is None
         if before != (self.pruned_by, self.trained_dense):
+            WeightRecord.changes += 1
+
+    def was_trained_dense(self) -> None:
+        """Runs that this one resumes have trained it so."""
+        if self.phase is Phase.FRESH and self.pruned_by is None and not self.trained_dense:
+            self.trained_dense = True
             WeightRecord.changes += 1
 
     def _may_change(self) -> bool:

@@ -1,6 +1,7 @@
 """The records of all weights, and what makes them change: steps of optimizers, and checkpoints."""
 
 import warnings
+from collections.abc import Sequence
 from copy import copy
 from threading import RLock
 from typing import Any
@@ -88,9 +89,11 @@ def read_unread() -> None:
 
 
 def read_now(optimizer: Optimizer) -> None:
-    loaded = [one for one in read(optimizer) if one.saved is not None]
+    held = read(optimizer)
+    loaded = [one for one in held if one.saved is not None]
     if loaded:
         _load(optimizer, loaded)
+        _note_dense(held)
 
 
 _read_at = [-1]  # steps so far
@@ -128,16 +131,29 @@ def _load(optimizer: Optimizer, loaded: list[Loaded]) -> None:
             elif record is not None and (record.beta is None or record.beta.source is not BetaSource.TOLD):
                 record.load(steps=steps, pruned=False, beta=None, prior_steps=0, masks=None)
             _mark_blind(weight, keeps_state and (saved is None or saved.lacks_beta))
+        _note_dense(loaded)
+
+
+def _note_dense(held: Sequence[Loaded]) -> None:
+    """Of an optimizer's weights those were trained dense of which it keeps its own state alone.
+
+    One that keeps none, as SGD, tells it where it has trained others pruned.
+    """
+    others = any(saved is not None and saved.pruned for _, saved, _ in held)
+    for weight, saved, keeps_state in held:
+        if saved is None and weight.ndim > 1 and (keeps_state or others):
+            _make_record(weight).was_trained_dense()
 
 
 def _found(optimizer: Optimizer, held: list[Loaded]) -> None:
     """What an optimizer holds that was not seen to be loaded."""
     loaded = [one for one in held if one.saved is not None]
-    if loaded:
-        _load(optimizer, loaded)
     for weight, saved, keeps_state in held:
         if saved is None and find_record(weight) is None:
             _mark_blind(weight, keeps_state)
+    if loaded:
+        _load(optimizer, loaded)
+        _note_dense(held)
 
 
 def _mark_blind(weight: Tensor, blind: bool) -> None:
