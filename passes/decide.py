@@ -75,11 +75,12 @@ def decide(
     """
     plans: list[Plan] = []
     rejections: list[Rejection] = []
+    dense_head = head is None and not recipe.is_bf16  # which has no FP8 for it anyway
     for site in sites:
         named = targets not in TARGETS and any(fnmatchcase(name, targets) for name in (site.name, site.path))
         pruned = (parameter := real_parameter(site.weight)) is not None and is_pruned(parameter)
         wanted = named or (pruned and goes_on and recipe.projection.prunes)
-        refusal = _cannot(site, owners, pruned, is_24) or (None if wanted else _should_not(site, owners, head))
+        refusal = _cannot(site, owners, pruned, is_24) or (None if wanted else _should_not(site, owners, dense_head))
         if refusal is None:
             is_head = _is_head(site, owners)
             everywhere = targets == "all" and not is_head
@@ -126,10 +127,17 @@ def alike(plans: list[Plan], rejections: list[Rejection]) -> tuple[list[Plan], l
     """One arithmetic for each weight, whatever parts the linears play that read it: a block that is called twice.
 
     Where one of them stays dense all do, where one is no target none is pruned, and the least scale is that of all.
+    Where one is a head all are as precise as it.
     """
     dense = {rejection.site.weight: rejection for rejection in rejections if rejection.site is not None}
     least: dict[Node, Plan] = {}
-    for plan in sorted(plans, key=lambda plan: (plan.recipe.projection.prunes, plan.recipe.beta_factor)):
+
+    def order(plan: Plan) -> tuple[bool, float, bool, bool]:
+        recipe = plan.recipe
+        rounded = recipe.fprop is not Gemm.DENSE, recipe.dgrad is not Gemm.FP8_ACCURATE
+        return recipe.projection.prunes, recipe.beta_factor, rounded[0], rounded[1]
+
+    for plan in sorted(plans, key=order):
         least.setdefault(plan.site.weight, plan)
     agreed: list[Plan] = []
     for plan in plans:
@@ -212,11 +220,11 @@ def _make_plain(value: Any) -> str:
     return f"keep the linear free of {type(value).__name__}, for instance by leaving it out of tensor parallelism"
 
 
-def _should_not(site: LinearSite, owners: ParameterOwners, head: Recipe | None) -> Rejection | None:
+def _should_not(site: LinearSite, owners: ParameterOwners, dense_head: bool) -> Rejection | None:
     """What is left dense unless the user names it."""
-    if head is None and _is_head(site, owners):
-        return site.reject(Reason.HEAD, "'sste.head' is 'dense'", "leave 'sste.head' out for dense FP8")
     advice = "name it in 'sste.targets' to rewrite it anyway"
+    if site.experts is not None and site.role is Role.HEAD:
+        return site.reject(Reason.HEAD, "several heads in one parameter", advice)
     if site.role is Role.OUTPUT:
         return site.reject(Reason.OUTPUT, "its output goes to a loss that is no cross-entropy over classes", advice)
     if site.role is Role.ROUTER and not _is_head(site, owners):
@@ -225,6 +233,8 @@ def _should_not(site: LinearSite, owners: ParameterOwners, head: Recipe | None) 
         return site.reject(Reason.ADAPTER, "of low rank, next to a frozen linear", advice)
     if min(site.in_features, site.out_features) < MIN_FEATURES:
         return site.reject(Reason.TOO_SMALL, f"fewer than {MIN_FEATURES} features", advice)
+    if dense_head and _is_head(site, owners):
+        return site.reject(Reason.HEAD, "'sste.head' is 'dense'", "leave 'sste.head' out for dense FP8")
     return None
 
 

@@ -30,7 +30,7 @@ _OTHER_LOSSES = frozenset(
     gaussian_nll_loss poisson_nll_loss soft_margin_loss multi_margin_loss multilabel_margin_loss
     multilabel_soft_margin_loss""".split()
 )
-_CHOICES = frozenset("topk argmax sort argsort multinomial gumbel_softmax".split())
+_CHOICES = frozenset("topk argmax argmin sort msort argsort kthvalue multinomial gumbel_softmax".split())
 
 
 def assign_roles(
@@ -168,13 +168,17 @@ def _alone(flow: Flow, linear: Node, linears: Mapping[Node, Node]) -> set[Node]:
     """
     alone: set[Node] = {linear}
 
+    def is_mask(node: Node) -> bool:
+        # A factor that is made of the output itself is none, as its norm.
+        return _is_mask(node) and not flow.depends(node, {linear})
+
     def passes(node: Node) -> bool:
         if node in linears or not flow.passes(node):
             return False
         if flow.moves(node):
             return True
         others = (source for source in flow.sources(node) if source not in alone)
-        return all(flow.origin(source).kind is not Kind.ACTIVATION or _is_mask(source) for source in others)
+        return all(flow.origin(source).kind is not Kind.ACTIVATION or is_mask(source) for source in others)
 
     return _follow(flow, linear, passes, alone)
 

@@ -19,7 +19,14 @@ from sparse_compile.torch_internals.fake import FakeTensor
 from sparse_compile.torch_internals.tensors import whole
 from sparse_compile.torch_internals.weak_tensors import OfTensors
 from sparse_compile.weights.operand_set import OperandLayout, OperandSet
-from sparse_compile.weights.operands import are_sparse, current_operands, layout_of, operand_set, restore_operands
+from sparse_compile.weights.operands import (
+    are_sparse,
+    current_operands,
+    layout_of,
+    operand_set,
+    restore_operands,
+    version_of,
+)
 from sparse_compile.weights.record import Phase, Trainer, WeightRecord
 from sparse_compile.weights.registry import find_record, lock, record_of
 from sparse_compile.weights.schedule import Schedule
@@ -240,11 +247,12 @@ class Chooser:
         if not self._questions and not self._dense_reads:
             return self._first
         weights = [args[question.position] for question in self._questions]
-        now = (torch.is_grad_enabled(), self._sparse(weights))
+        versions = () if torch.is_grad_enabled() else tuple(map(version_of, weights))
+        now = (torch.is_grad_enabled(), self._sparse(weights), versions)
         chosen = self._chosen.get(weights)
         if chosen is not None and chosen[:2] == (WeightRecord.changes, now):
             return chosen[2]
-        training, sparse = now
+        training, sparse, _ = now
         if self._pattern is not None and training:
             self._pattern.check(args)
         if not training:
@@ -254,6 +262,8 @@ class Chooser:
                 self._standing(question, weight, question.position in sparse, training)
                 for question, weight in zip(self._questions, weights, strict=True)
             )
+        if not training:
+            standings = self._of_a_finalized_model(weights, standings)
         runtime = self._choose(standings, args)
         if training:
             with lock:
@@ -278,6 +288,25 @@ class Chooser:
         if question.target is not None:
             follow(record, question.target, self._schedule, trainer)
         return standing_of(record, sparse=sparse, trainer=trainer)
+
+    def _of_a_finalized_model(self, weights: Sequence[Tensor], standings: tuple[Standing, ...]) -> tuple[Standing, ...]:
+        """In an evaluation: where nothing has trained weights here and some are 2:4, the others were trained dense."""
+        fresh = [
+            (index, question.target)
+            for index, (question, standing) in enumerate(zip(self._questions, standings, strict=True))
+            if standing is Standing.FRESH and question.target is not None
+        ]
+        if len(fresh) < 2:
+            return standings
+        chosen = [weights[index] for index, _ in fresh]
+        dims = [
+            weight.ndim - (2 if target.transposed else 1) for weight, (_, target) in zip(chosen, fresh, strict=True)
+        ]
+        found = are_sparse(chosen, [record_of(weight) for weight in chosen], dims)
+        dense = {index for (index, _), is_24 in zip(fresh, found, strict=True) if not is_24}
+        if len(dense) == len(fresh):
+            return standings
+        return tuple(Standing.TRAINED_DENSE if index in dense else each for index, each in enumerate(standings))
 
     def _refuse_dense_reads(self, args: tuple[Any, ...]) -> None:
         for read in self._dense_reads:

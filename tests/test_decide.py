@@ -12,7 +12,7 @@ from sparse_compile.passes.find import find
 from sparse_compile.passes.flow import Flow
 from sparse_compile.passes.parameter_owners import ParameterOwners
 from sparse_compile.passes.sites import Reason
-from sparse_compile.recipe import FP8, FP8_BACKWARD, SSTE, SSTE_TRANSPOSABLE, Gemm
+from sparse_compile.recipe import FP8, FP8_BACKWARD, HEAD, SSTE, SSTE_BF16, SSTE_TRANSPOSABLE, Gemm
 
 
 def found(graph):
@@ -169,6 +169,42 @@ def test_a_router_is_dense_unless_it_is_named(trace, small_gpt, batch):
     model = small_gpt(depth=1)
     plans, _ = decisions(trace(lambda ids: model(ids)[:, -1].topk(5), batch[0]), head=FP8)
     assert plans["model.head"] == FP8.for_head()
+
+
+def test_what_reads_a_head_as_well_is_as_precise(trace):
+    """A weight has one arithmetic, whichever linear comes first."""
+    head, table = nn.Linear(64, 96, bias=False), torch.randn(96, 64)
+
+    def function(x):
+        again = x + head(x).softmax(-1) @ table
+        return F.cross_entropy(head(again), torch.arange(8))
+
+    sites, _ = found(trace(function, torch.randn(8, 64)))
+    for option in (HEAD["fp8-backward"], HEAD["fp8"]):
+        plans, _ = decide(sites, SSTE, "ffn", ParameterOwners(), head=option)
+        assert [plan.recipe for plan in plans] == [option.for_head()] * 2
+
+
+def test_several_heads_in_one_parameter_stay_dense(trace):
+    heads = nn.Parameter(torch.randn(4, 64, 96))
+
+    def function(x):
+        return F.cross_entropy(torch.bmm(x.expand(4, -1, -1), heads).flatten(0, 1), torch.arange(32))
+
+    for targets in ("ffn", "all"):
+        plans, rejections = decisions(trace(function, torch.randn(8, 64)), targets, head=FP8)
+        assert (plans, [*rejections.values()]) == ({}, [Reason.HEAD])
+
+
+def test_advice_for_a_dense_head_is_true(trace):
+    """Not where it would stay dense without the option."""
+    head = nn.Linear(64, 32)
+    graph = trace(lambda x: F.cross_entropy(head(x), torch.arange(8)), torch.randn(8, 64))
+    assert decisions(graph)[1] == {"head": Reason.TOO_SMALL}
+    wide = nn.Linear(64, 96)
+    graph = trace(lambda x: F.cross_entropy(wide(x), torch.arange(8)), torch.randn(8, 64))
+    assert decisions(graph)[1] == {"wide": Reason.HEAD}
+    assert decisions(graph, recipe=SSTE_BF16)[1] == {"wide": Reason.NOT_A_TARGET}
 
 
 def test_head_whose_loss_lies_outside_the_graph(trace, small_gpt, batch):

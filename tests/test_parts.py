@@ -191,6 +191,35 @@ def test_a_resumed_evaluation_computes_densely_what_was_trained_so(momentum, pru
         checkpoint = again.state_dict(), other.state_dict()
 
 
+@pytest.mark.parametrize("evaluated_before", [False, True])
+def test_what_training_left_dense_of_a_finalized_model_is_evaluated_so(evaluated_before):
+    """In another process nothing says it but that others are 2:4; the weights may be loaded behind an evaluation."""
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = Net(), Net()
+
+        def forward(self, x, labels=None):
+            x = x + self.body(x)
+            return self.head(x, labels)[1] if labels is not None else self.head(x)
+
+    model = Classifier()
+    run, optimizer = compiled(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        run(TOKENS, LABELS).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sparse_compile.finalize(model)
+    loaded = Classifier()
+    evaluate = compiled(loaded)
+    with torch.no_grad():
+        if evaluated_before:
+            evaluate(TOKENS)
+        loaded.load_state_dict(model.state_dict())
+        assert distance(evaluate(TOKENS), loaded(TOKENS)) < 0.1
+
+
 def test_a_part_of_a_pruned_weight_is_refused_in_an_evaluation():
     model = nn.MultiheadAttention(64, 4, batch_first=True)
     run = compiled(lambda query, x: model(query, x, x, need_weights=False)[0], EAGER | {"sste.targets": "all"})

@@ -237,6 +237,18 @@ def test_a_router_whose_logits_a_loss_balances_is_no_head(trace):
     assert [site.role for site in sites] == [Role.ROUTER]
 
 
+def test_a_factor_made_of_the_output_itself_is_no_mask(trace):
+    """Normalised by hand or not: what ends an FFN is no output of the model."""
+    up, down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def function(x):
+        z = down(F.gelu(up(x)))
+        return F.mse_loss(z / z.norm(dim=-1, keepdim=True), x)
+
+    sites, _ = found(trace(function, torch.randn(8, 64)))
+    assert [site.role for site in sites] == [Role.UP, Role.DOWN]
+
+
 def test_a_head_whose_accuracy_is_counted_is_no_router(trace):
     layer = nn.Linear(64, 128)
 

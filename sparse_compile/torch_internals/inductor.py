@@ -87,11 +87,12 @@ def _sources_hash() -> str:
 
 
 def _eager_decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's, but those that make a view where the result is none: generated code has no views."""
+    """Inductor's, but those whose result only generated code can be: a view that is none, places in uint16."""
     from torch._inductor.decomposition import select_decomp_table
 
-    unsafe_view = torch.ops.aten._unsafe_view.default
-    return {op: decomposed for op, decomposed in select_decomp_table().items() if op is not unsafe_view}
+    aten = torch.ops.aten
+    left = {aten._unsafe_view.default, aten.eye.default, aten.eye.m}
+    return {op: decomposed for op, decomposed in select_decomp_table().items() if op not in left}
 
 
 def _run_eagerly(graph_module: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:

@@ -103,7 +103,7 @@ def are_sparse(weights: Sequence[Tensor], records: Sequence[WeightRecord], dims:
         same = [
             index
             for index, (weight, record) in enumerate(zip(weights, records, strict=True))
-            if record.glimpse_24 is not None and record.glimpse_24.version == (_counter(weight), weight.data_ptr())
+            if record.glimpse_24 is not None and record.glimpse_24.version == (version_of(weight), weight.data_ptr())
         ]
         changed = set(range(len(weights))) - set(same)
         # One comparison for all, which waits for the device: not in training.
@@ -118,10 +118,10 @@ def are_sparse(weights: Sequence[Tensor], records: Sequence[WeightRecord], dims:
 
 def _version(weight: Tensor, kept: OperandSet) -> WeightVersion:
     owned = weight if kept.shards is None else kept.shards.ref()
-    return None if owned is None else watch.last_of(owned), _counter(weight), weight.data_ptr()
+    return None if owned is None else watch.last_of(owned), version_of(weight), weight.data_ptr()
 
 
-def _counter(weight: Tensor) -> int:
+def version_of(weight: Tensor) -> int:
     # Tensors made under inference_mode have no version.
     return -1 if weight.is_inference() else weight._version
 
@@ -358,11 +358,11 @@ def _fits(matrix: Tensor, slot: WeightSlot) -> list[Fit]:
 
 
 def _glimpse(weight: Tensor) -> Glimpse:
-    return Glimpse((_counter(weight), weight.data_ptr()), take_samples([weight.detach()])[0])
+    return Glimpse((version_of(weight), weight.data_ptr()), take_samples([weight.detach()])[0])
 
 
 def _is_still(weight: Tensor, glimpse: Glimpse) -> bool:
-    return glimpse.version == (_counter(weight), weight.data_ptr()) and not find_edited([weight], [glimpse.sample])
+    return glimpse.version == (version_of(weight), weight.data_ptr()) and not find_edited([weight], [glimpse.sample])
 
 
 def _capturing(weight: Tensor) -> bool:
