@@ -278,7 +278,7 @@ def test_hugging_face_trainer_resumes(
 
 @pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.by_day(1)
+@pytest.mark.by_day(0)  # Hugging Face's Trainer, which runs by day, is built on it
 @pytest.mark.parametrize("way", ["--auto", "dynamo_backend", "Module.compile"])
 def test_accelerate(chosen: Any, tmp_path: Path, device: str, way: str) -> None:
     """Mixed precision, for which Accelerate replaces ``model.forward``, accumulation and clipping; and resuming."""

@@ -164,8 +164,8 @@ class TopK(nn.Module):
         return out, F.mse_loss(out, x)
 
 
-@pytest.mark.by_day(2)
-@pytest.mark.parametrize(("momentum", "pruned_too"), [(0.9, True), (0.0, True), (0.9, False)])
+@pytest.mark.by_day(1)
+@pytest.mark.parametrize(("momentum", "pruned_too"), [(0.9, True), (0.9, False), (0.0, True)])
 def test_a_resumed_evaluation_computes_densely_what_was_trained_so(momentum, pruned_too):
     """An optimizer that keeps nothing of its weights tells it by what else it has trained pruned."""
 
@@ -191,6 +191,7 @@ def test_a_resumed_evaluation_computes_densely_what_was_trained_so(momentum, pru
         checkpoint = again.state_dict(), other.state_dict()
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("evaluated_before", [False, True])
 def test_what_training_left_dense_of_a_finalized_model_is_evaluated_so(evaluated_before):
     """In another process nothing says it but that others are 2:4; the weights may be loaded behind an evaluation."""
