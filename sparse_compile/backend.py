@@ -182,7 +182,7 @@ def _apply_schedule(
     if standing is Standing.DENSE:
         why = f"{options.schedule or 'dense now'}, by its schedule"
     elif standing is Standing.TRAINED_DENSE:
-        why = "trained dense, by another graph of these options"
+        why = "trained dense, in another graph of these options or before it was loaded"
     else:
         return plans, rejections
     plans, dense_now = apply_schedule(plans, why, lambda _: False)
