@@ -141,18 +141,18 @@ def test_a_scale_of_its_own_amax_leaves_nothing_to_clamp(device, compiled, dtype
     x = rows_of_all_sizes(dtype, device)
     limit = torch.finfo(format.dtype).max
 
-    def payload(x):
+    def payloads(x):
         amax = token_amax(x)
-        return amax, *(cast(x, token_scale(amax * part, limit)[0], format.dtype) for part in (1.0, 1 - 2**-8))
+        scales = [token_scale(amax * part, limit)[0] for part in (1.0, 1 - 2**-8)]
+        return amax, [(scale, cast(x, scale, format.dtype)) for scale in scales]
 
-    amax, own, rounded_up = (torch.compile(payload) if compiled else payload)(x)
+    amax, made = (torch.compile(payloads) if compiled else payloads)(x)
     assert torch.equal(amax.cpu().nan_to_num(-1.0), x.abs().amax(dim=1).float().cpu().nan_to_num(-1.0))
-    for actual, part in ((own, 1.0), (rounded_up, 1 - 2**-8)):
-        scale, _ = token_scale(amax * part, limit)
+    for scale, actual in made:
         expected = reference.saturating_cast(x.float() * scale[:, None], format.dtype)
         assert torch.equal(actual.float().nan_to_num(-1.0), expected.float().nan_to_num(-1.0))
-    # Where a value is infinite or NaN, and there alone.
-    assert torch.equal(own.float().isnan(), ~x.isfinite() | x.isnan().any(dim=1, keepdim=True))
+        # Where a value is infinite or NaN, and there alone.
+        assert torch.equal(actual.float().isnan(), ~x.isfinite() | x.isnan().any(dim=1, keepdim=True))
 
 
 def bent(actual, exact):
