@@ -30,6 +30,7 @@ from harness import Candidate, Report, Timing, brief, measure, run_parts, set_co
 from sparse_compile.kernels import ops
 from sparse_compile.kernels.formats import E4M3, E4M3_MAX, E5M2, MVUE_GAIN
 from sparse_compile.kernels.reference import saturating_cast
+from sparse_compile.linear.fp8 import token_amax
 from sparse_compile.projections.groups_of_four import SOFT, SOFT_ONCE, prune_weight_
 from sparse_compile.projections.groups_of_four_bf16 import SOFT_BF16, prune_weight_bf16_
 from sparse_compile.projections.identity import IDENTITY, IDENTITY_ONCE, cast_weight_
@@ -153,7 +154,7 @@ def _add_masked_decay(grad: Tensor, weight: Tensor, factor: Tensor) -> Tensors:
 def _activation(tokens: int, columns: int, device: torch.device) -> Tensors:
     """bf16 ``[tokens, columns]``, a scale for each token, and a scale that no sample of MVUE exceeds."""
     x = _normal(tokens, columns, device)
-    amax = x.abs().amax(dim=1).float()
+    amax = token_amax(x)
     return x, E4M3_MAX / amax, (E4M3_MAX / MVUE_GAIN / amax.amax()).expand(tokens).contiguous()
 
 

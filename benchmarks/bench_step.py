@@ -246,6 +246,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
+    if "first" in args.parts and len(args.parts) > 1:
+        parser.error("'first' is what the processes of 'compile' run: ask for it alone")
     has_torchao = importlib.util.find_spec("torchao") is not None
     kinds = args.kinds or [kind for kind in KINDS if has_torchao or not kind.startswith("torchao")]
     if args.parts == ["first"]:

@@ -80,9 +80,11 @@ def decide(
         named = targets not in TARGETS and any(fnmatchcase(name, targets) for name in (site.name, site.path))
         pruned = (parameter := real_parameter(site.weight)) is not None and is_pruned(parameter)
         wanted = named or (pruned and goes_on and recipe.projection.prunes)
-        refusal = _cannot(site, owners, pruned, is_24) or (None if wanted else _should_not(site, owners, dense_head))
+        is_head = _is_head(site, owners)
+        refusal = _cannot(site, owners, pruned, is_24)
+        if refusal is None and not wanted:
+            refusal = _should_not(site, is_head, dense_head)
         if refusal is None:
-            is_head = _is_head(site, owners)
             everywhere = targets == "all" and not is_head
             targeted = wanted or everywhere or site.role in TARGETS.get(targets, ())
             chosen = recipe if targeted else (is_head and head) or recipe.unpruned()
@@ -220,20 +222,20 @@ def _make_plain(value: Any) -> str:
     return f"keep the linear free of {type(value).__name__}, for instance by leaving it out of tensor parallelism"
 
 
-def _should_not(site: LinearSite, owners: ParameterOwners, dense_head: bool) -> Rejection | None:
+def _should_not(site: LinearSite, is_head: bool, dense_head: bool) -> Rejection | None:
     """What is left dense unless the user names it."""
     advice = "name it in 'sste.targets' to rewrite it anyway"
     if site.experts is not None and site.role is Role.HEAD:
         return site.reject(Reason.HEAD, "several heads in one parameter", advice)
     if site.role is Role.OUTPUT:
         return site.reject(Reason.OUTPUT, "its output goes to a loss that is no cross-entropy over classes", advice)
-    if site.role is Role.ROUTER and not _is_head(site, owners):
+    if site.role is Role.ROUTER and not is_head:
         return site.reject(Reason.ROUTER, "the largest elements of its output are chosen", advice)
     if site.role is Role.ADAPTER:
         return site.reject(Reason.ADAPTER, "of low rank, next to a frozen linear", advice)
     if min(site.in_features, site.out_features) < MIN_FEATURES:
         return site.reject(Reason.TOO_SMALL, f"fewer than {MIN_FEATURES} features", advice)
-    if dense_head and _is_head(site, owners):
+    if is_head and dense_head:
         return site.reject(Reason.HEAD, "'sste.head' is 'dense'", "leave 'sste.head' out for dense FP8")
     return None
 

@@ -299,9 +299,7 @@ class Chooser:
         if len(fresh) < 2:
             return standings
         chosen = [weights[index] for index, _ in fresh]
-        dims = [
-            weight.ndim - (2 if target.transposed else 1) for weight, (_, target) in zip(chosen, fresh, strict=True)
-        ]
+        dims = [-2 if target.transposed else -1 for _, target in fresh]
         found = are_sparse(chosen, [record_of(weight) for weight in chosen], dims)
         dense = {index for (index, _), is_24 in zip(fresh, found, strict=True) if not is_24}
         if len(dense) == len(fresh):

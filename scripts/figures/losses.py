@@ -150,20 +150,24 @@ def over_dense_of(setting: str, arm: str, part: str = "finals") -> str:
 
 def head_cost(vocabulary: int, head: str = "fp8") -> str:
     """Loss of "fp8" with the head in FP8, over the head dense: the mean of the seeds, and their number."""
-    setting, part = f"vocabulary {vocabulary}", "heads by vocabulary"
-    in_fp8, dense = (_by_seed(setting, arm, part) for arm in (f"fp8, head {head}", "fp8"))
-    gaps = [loss / dense[seed] - 1 for seed, loss in in_fp8.items() if seed in dense]
-    if not gaps:
-        raise FigureError(f"{part} has no runs of {head!r} with a vocabulary of {vocabulary}")
+    gaps = _head_gaps(vocabulary, head)
     return f"{as_percent(mean(gaps))} ({len(gaps)})"
 
 
 def head_pairs() -> str:
     """The largest gaps, below and above, of a run with its head in FP8 to that of the same seed with it dense."""
-    settings = (f"vocabulary {vocabulary}" for vocabulary in (8192, 50304, 152064))
-    runs = [[_by_seed(name, arm, "heads by vocabulary") for arm in ("fp8, head fp8", "fp8")] for name in settings]
-    gaps = [loss / dense[seed] - 1 for in_fp8, dense in runs for seed, loss in in_fp8.items() if seed in dense]
+    gaps = [gap for vocabulary in (8192, 50304, 152064) for gap in _head_gaps(vocabulary, "fp8")]
     return f"{as_percent(min(gaps))} to {as_percent(max(gaps))}"
+
+
+def _head_gaps(vocabulary: int, head: str) -> list[float]:
+    """Of each seed that has both."""
+    setting, part = f"vocabulary {vocabulary}", "heads by vocabulary"
+    in_fp8, dense = (_by_seed(setting, arm, part) for arm in (f"fp8, head {head}", "fp8"))
+    gaps = [loss / dense[seed] - 1 for seed, loss in in_fp8.items() if seed in dense]
+    if not gaps:
+        raise FigureError(f"{part} has no runs of {head!r} with a vocabulary of {vocabulary}")
+    return gaps
 
 
 def seeds_apart(setting: str) -> str:

@@ -89,11 +89,7 @@ def read_unread() -> None:
 
 
 def read_now(optimizer: Optimizer) -> None:
-    held = read(optimizer)
-    loaded = [one for one in held if one.saved is not None]
-    if loaded:
-        _load(optimizer, loaded)
-        _note_dense(held)
+    _take_over(optimizer, read(optimizer))
 
 
 _read_at = [-1]  # steps so far
@@ -131,7 +127,20 @@ def _load(optimizer: Optimizer, loaded: list[Loaded]) -> None:
             elif record is not None and (record.beta is None or record.beta.source is not BetaSource.TOLD):
                 record.load(steps=steps, pruned=False, beta=None, prior_steps=0, masks=None)
             _mark_blind(weight, keeps_state and (saved is None or saved.lacks_beta))
-        _note_dense(loaded)
+
+
+def _loaded(optimizer: Optimizer, held: list[Loaded]) -> None:
+    """Through its hooks: all that it holds was loaded."""
+    _load(optimizer, held)
+    _note_dense(held)
+
+
+def _take_over(optimizer: Optimizer, held: list[Loaded]) -> None:
+    """What an optimizer holds of ours, if it does, that no hook has seen to be loaded."""
+    loaded = [one for one in held if one.saved is not None]
+    if loaded:
+        _load(optimizer, loaded)
+        _note_dense(held)
 
 
 def _note_dense(held: Sequence[Loaded]) -> None:
@@ -147,13 +156,10 @@ def _note_dense(held: Sequence[Loaded]) -> None:
 
 def _found(optimizer: Optimizer, held: list[Loaded]) -> None:
     """What an optimizer holds that was not seen to be loaded."""
-    loaded = [one for one in held if one.saved is not None]
     for weight, saved, keeps_state in held:
         if saved is None and find_record(weight) is None:
             _mark_blind(weight, keeps_state)
-    if loaded:
-        _load(optimizer, loaded)
-        _note_dense(held)
+    _take_over(optimizer, held)
 
 
 def _mark_blind(weight: Tensor, blind: bool) -> None:
@@ -239,7 +245,7 @@ def _pickled(optimizer: Optimizer, kept: dict[str, Any]) -> dict[str, Any]:
 
 
 def _connect(optimizer: Optimizer) -> None:
-    connect(optimizer, _saved_of, _load, _found)
+    connect(optimizer, _saved_of, _loaded, _found)
     optimizer.register_load_state_dict_pre_hook(lambda optimizer, _: _loading.add(optimizer))
     optimizer.register_load_state_dict_post_hook(_loading.discard)
     optimizer.register_load_state_dict_post_hook(_heard.add)
