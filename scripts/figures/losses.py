@@ -1,7 +1,7 @@
 """Losses and right answers: bench_quality and emulate_recipes."""
 
 from collections.abc import Callable, Mapping
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from figures.results import FigureError, as_percent, as_table, listed, only_row, section_of
@@ -149,9 +149,10 @@ def over_dense_of(setting: str, arm: str, part: str = "finals") -> str:
 
 
 def head_cost(vocabulary: int, head: str = "fp8") -> str:
-    """Loss of "fp8" with the head in FP8, over the head dense: the mean of the seeds, and their number."""
+    """Loss with the head in FP8 over that with the head dense: the mean of the seeds, its error, and their number."""
     gaps = _head_gaps(vocabulary, head)
-    return f"{as_percent(mean(gaps))} ({len(gaps)})"
+    error = f" ± {100 * stdev(gaps) / len(gaps) ** 0.5:.2f}" if len(gaps) > 1 else ""
+    return f"{as_percent(mean(gaps), 2).removesuffix(' %')}{error} % ({len(gaps)})"
 
 
 def head_pairs() -> str:
