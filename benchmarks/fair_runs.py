@@ -46,7 +46,7 @@ class Setting:
         batch: windows of a step.
         rates: learning rates around the best one of dense training.
         windows_of: tokens that every run draws its windows from, however few it reads: else a short run would see each
-            of them more than once.
+            of them more than once.  None: of all the text that is there.
     """
 
     make_model: Callable[[train_gpt.GPTConfig], nn.Module]
@@ -54,7 +54,7 @@ class Setting:
     shape: train_gpt.GPTConfig
     batch: int
     rates: tuple[float, ...]
-    windows_of: int = 50_000_000
+    windows_of: int | None = 50_000_000
 
     @property
     def tokens_a_step(self) -> int:
@@ -62,7 +62,7 @@ class Setting:
 
     def text(self, at_least: int) -> tuple[Tensor, Tensor]:
         """Training and held-out tokens of a run that reads so many."""
-        return tokens(self.shape.vocabulary, max(at_least, self.windows_of))
+        return tokens(self.shape.vocabulary, None if self.windows_of is None else max(at_least, self.windows_of))
 
 
 _SMALL = replace(train_gpt.PRESETS["gpt2-small"][0], vocabulary=recipe_runs.VOCABULARY)
@@ -91,7 +91,7 @@ SETTINGS: Mapping[str, Setting] = {
     "llama-1b": Setting(
         make_model=Llama, make_optimizer=train_gpt.optimizer_of,
         shape=train_gpt.GPTConfig(layers=16, heads=32, width=2048, context=2048, vocabulary=32000, tied=False),
-        batch=8, rates=(1.5e-4, 3e-4, 6e-4, 1.2e-3),
+        batch=8, rates=(1.5e-4, 3e-4, 6e-4, 1.2e-3), windows_of=None,
     ),
 }  # fmt: skip
 

@@ -20,15 +20,16 @@ _BATCH = 256  # files that are encoded together
 _PIECE = 100_000  # bytes of another text that one thread encodes
 
 
-def tokens(vocabulary: int, at_least: int) -> tuple[Tensor, Tensor]:
+def tokens(vocabulary: int, at_least: int | None) -> tuple[Tensor, Tensor]:
     """Training and held-out tokens, int32, of files in an order that is shuffled once and for all.
 
-    Files are taken until there are tokens enough.  The tokens are kept in the folder of temporary files.
+    Files are taken until there are tokens enough, and all where ``at_least`` is None.  The tokens are kept in the
+    folder of temporary files.
 
     Raises:
         SystemExit: the installation holds less text.
     """
-    kept = _kept(vocabulary, f"{at_least}.pt")
+    kept = _kept(vocabulary, f"{at_least or 'all'}.pt")
     if not kept.exists():
         torch.save(_encoded(vocabulary, at_least), kept)
     train, validation = torch.load(kept)
@@ -63,7 +64,7 @@ def _encoding(vocabulary: int, make_texts: Callable[[], list[str]]) -> "Tokenize
     return Tokenizer.from_file(str(kept))
 
 
-def _encoded(vocabulary: int, at_least: int) -> tuple[Tensor, Tensor]:
+def _encoded(vocabulary: int, at_least: int | None) -> tuple[Tensor, Tensor]:
     found = texts()
     encoding = _encoding(vocabulary, lambda: found)
     parts: dict[bool, list[np.ndarray]] = {True: [], False: []}
@@ -73,10 +74,12 @@ def _encoded(vocabulary: int, at_least: int) -> tuple[Tensor, Tensor]:
             held_out = (start + offset) % _HELD_OUT == 0
             parts[held_out].append(np.array(encoded.ids, dtype=np.int32))
             count += 0 if held_out else len(encoded.ids)
-        if count >= at_least:
-            train, validation = (torch.from_numpy(np.concatenate(parts[held_out])) for held_out in (False, True))
-            return train, validation
-    raise SystemExit(f"the Python sources installed here have {count:,} tokens; asked for were {at_least:,}")
+        if at_least is not None and count >= at_least:
+            break
+    if at_least is not None and count < at_least:
+        raise SystemExit(f"the Python sources installed here have {count:,} tokens; asked for were {at_least:,}")
+    train, validation = (torch.from_numpy(np.concatenate(parts[held_out])) for held_out in (False, True))
+    return train, validation
 
 
 def texts() -> list[str]:
