@@ -40,8 +40,10 @@ def memory_kernels() -> None:
     seed = torch.ones(1, dtype=torch.int64, device=DEVICE)
     for dtype in FP8_DTYPES:
         ops.cast_transpose(gradient, scales, scales, dtype)
+        ops.cast_transpose_with_sums(gradient, scales, scales, dtype)
         for approximate, stochastic in product((False, True), repeat=2):
             ops.cast_mvue(gradient, scales, scales, seed, 0, approximate, stochastic, dtype)
+            ops.cast_mvue_with_sums(gradient, scales, scales, seed, 0, approximate, stochastic, dtype)
     ops.transpose_tokens(gradient.to(E4M3))
 
 

@@ -42,6 +42,11 @@ def padded(size: int) -> int:
     return (size + PAD - 1) // PAD * PAD
 
 
+def sums_shape(tokens: int, columns: int) -> tuple[int, int]:
+    """Of sums over the tokens of each padded block of them, in each column."""
+    return padded(tokens) // PAD, columns
+
+
 def grouped_columns(tokens: int, experts: int) -> int:
     """Columns of an operand that contracts over the tokens of experts, each padded: enough for any routing of them."""
     return (tokens + (PAD - 1) * experts) // PAD * PAD

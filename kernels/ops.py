@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels import reference
-from sparse_compile.kernels.formats import metadata_shape, padded, values_shape
+from sparse_compile.kernels.formats import metadata_shape, padded, sums_shape, values_shape
 from sparse_compile.torch_internals.autocast import no_autocast
 
 P = ParamSpec("P")
@@ -209,15 +209,37 @@ def _cast_transpose_fake(
     return empty(x, (tokens, columns), dtype), empty(x, (columns, padded(tokens)), dtype)
 
 
+def _launched_cast_transpose(
+    x: Tensor, row_scale: Tensor, token_scale: Tensor, dtype: torch.dtype, *results: Tensor
+) -> tuple[object, ...]:
+    return (x, row_scale, token_scale, *results)
+
+
+def with_sums(fake: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """The fake of an op that also returns ``reference.block_sums`` of its first argument."""
+
+    def fake_with_sums(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        return *fake(x, *arguments), empty(x, sums_shape(*x.shape), torch.float32)
+
+    return fake_with_sums
+
+
 cast_transpose = define(
     "cast_transpose(Tensor x, Tensor row_scale, Tensor token_scale, ScalarType dtype) -> (Tensor, Tensor)",
     reference.cast_transpose,
-    launcher(
-        "activation.cast_transpose.launch_cast_transpose",
-        _cast_transpose_fake,
-        lambda x, row_scale, token_scale, dtype, *results: (x, row_scale, token_scale, *results),
-    ),
+    launcher("activation.cast_transpose.launch_cast_transpose", _cast_transpose_fake, _launched_cast_transpose),
     _cast_transpose_fake,
+)
+
+
+cast_transpose_with_sums = define(
+    "cast_transpose_with_sums(Tensor x, Tensor row_scale, Tensor token_scale, ScalarType dtype) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference.cast_transpose_with_sums,
+    launcher(
+        "activation.cast_transpose.launch_cast_transpose", with_sums(_cast_transpose_fake), _launched_cast_transpose
+    ),
+    with_sums(_cast_transpose_fake),
 )
 
 
@@ -263,18 +285,28 @@ def _cast_mvue_fake(
     )
 
 
+def _launched_cast_mvue(
+    grad: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, index: int, approximate: bool, stochastic: bool,
+    dtype: torch.dtype, *results: Tensor,
+) -> tuple[object, ...]:  # fmt: skip
+    return (grad, row_scale, token_scale, seed, index, approximate, stochastic, *results)
+
+
 cast_mvue = define(
     "cast_mvue(Tensor grad, Tensor row_scale, Tensor token_scale, Tensor seed, int index, bool approximate, "
     "bool stochastic, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     reference.cast_mvue,
-    launcher(
-        "activation.cast_mvue.launch_cast_mvue",
-        _cast_mvue_fake,
-        lambda grad, row_scale, token_scale, seed, index, approximate, stochastic, dtype, *results: (
-            (grad, row_scale, token_scale, seed, index, approximate, stochastic, *results)
-        ),
-    ),
+    launcher("activation.cast_mvue.launch_cast_mvue", _cast_mvue_fake, _launched_cast_mvue),
     _cast_mvue_fake,
+)
+
+
+cast_mvue_with_sums = define(
+    "cast_mvue_with_sums(Tensor grad, Tensor row_scale, Tensor token_scale, Tensor seed, int index, bool approximate, "
+    "bool stochastic, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.cast_mvue_with_sums,
+    launcher("activation.cast_mvue.launch_cast_mvue", with_sums(_cast_mvue_fake), _launched_cast_mvue),
+    with_sums(_cast_mvue_fake),
 )
 
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.formats import E4M3, E5M2, padded
+from sparse_compile.kernels import reference
+from sparse_compile.kernels.formats import E4M3, E5M2, PAD, padded
 
 # Columns that one instruction contracts.
 DENSE_INSTRUCTION = 32
@@ -98,3 +99,18 @@ def hard_groups(tokens: int, columns: int, share: float, device: str) -> Tensor:
     chosen = torch.rand(groups.shape[0], 1, columns, device=device) < share
     kind = torch.randint(len(special), (groups.shape[0], columns), device=device)
     return torch.where(chosen, special[kind].permute(0, 2, 1), groups).reshape(-1, columns)[:tokens].contiguous()
+
+
+def assert_block_sums(sums: Tensor, x: Tensor, what: str = "sums") -> None:
+    """``sums`` are ``reference.block_sums`` of ``x``, but for what fp32 may round away in another order.
+
+    Raises:
+        AssertionError: they are not.
+    """
+    expected = reference.block_sums(x)
+    assert sums.shape == expected.shape, f"{what}: {tuple(sums.shape)}, not {tuple(expected.shape)}"
+    bound = reference.block_sums(x.abs()) * (PAD * 2.0**-24)
+    right = (sums - expected).abs() <= bound
+    # Infinities and NaN have no distance.
+    right |= (sums == expected) | (sums.isnan() & expected.isnan())
+    assert bool(right.all()), f"{what}: {int((~right).sum())} of {right.numel()} are wrong, such as {sums[~right][:3]}"

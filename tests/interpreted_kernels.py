@@ -29,6 +29,7 @@ from sparse_compile.kernels.formats import (
     grouped_columns,
     metadata_shape,
     padded,
+    sums_shape,
     values_shape,
 )
 from sparse_compile.kernels.weight import (
@@ -40,7 +41,7 @@ from sparse_compile.kernels.weight import (
 from sparse_compile.projections.groups_of_four import SOFT, TOP2
 from sparse_compile.projections.identity import IDENTITY
 from sparse_compile.projections.transposable import SOFT_TRANSPOSABLE, TRANSPOSABLE
-from sparse_compile.testing import assert_same_bits, hard_groups
+from sparse_compile.testing import assert_block_sums, assert_same_bits, hard_groups
 from tests.fuzz import kernels as fuzz_kernels
 from tests.fuzz.kernels import KERNELS
 from tests.gluon_interpreter import interpret_kernels, patch_language_once, round_in_torch
@@ -249,7 +250,10 @@ def check_quantize() -> None:
             for fp8 in (E5M2, E4M3):
                 row = poisoned_payload(tokens, columns, dtype=fp8)
                 column = poisoned_payload(columns, padded(tokens), dtype=fp8)
-                cast_transpose.launch_cast_transpose(x, row_scale, token_scale, row, column)
+                sums = poisoned(*sums_shape(tokens, columns)) if fp8 is E4M3 else None
+                cast_transpose.launch_cast_transpose(x, row_scale, token_scale, row, column, sums)
+                if sums is not None:
+                    assert_block_sums(sums, x, f"sums, {tuple(x.shape)}")
                 expected_row, expected_column = reference.cast_transpose(x, row_scale, token_scale, fp8)
                 assert_same_bits(row, expected_row, f"row, {tuple(x.shape)}, {fp8}")
                 assert_same_bits(column, expected_column, f"column, {tuple(x.shape)}, {fp8}")
@@ -308,7 +312,10 @@ def check_mvue() -> None:
             metadata = poisoned(*metadata_shape(columns, tokens), dtype=torch.int32)
             # A sampled dgrad's are large.
             arguments = (grad, row_scale, token_scale, seed, index << 28, approximate, stochastic)
-            cast_mvue.launch_cast_mvue(*arguments, row, values, metadata)
+            sums = poisoned(*sums_shape(tokens, columns)) if fp8 is E4M3 else None
+            cast_mvue.launch_cast_mvue(*arguments, row, values, metadata, sums)
+            if sums is not None:
+                assert_block_sums(sums, grad, f"sums, {tuple(grad.shape)}, approximate {approximate}")
             expected = reference.cast_mvue(*arguments, fp8)
             for name, actual, wanted in zip(
                 ("row", "values", "metadata"), (row, values, metadata), expected, strict=True

@@ -477,6 +477,12 @@ def assert_casts_are_shared(graphs):
     assert len(casts) == 4
     # Five linears: fprop and wgrad of three in 2:4, all others dense; grad_output is read once for both uses.
     assert calls[torch.ops.sparse_compile.sparse_mm.default] == 6
-    assert calls[torch.ops.sparse_compile.cast_mvue.default] == 3
-    assert calls[torch.ops.sparse_compile.cast_transpose.default] == 2
+    assert calls[torch.ops.sparse_compile.cast_mvue_with_sums.default] == 3
+    assert calls[torch.ops.sparse_compile.cast_transpose_with_sums.default] == 2
+    # And for the gradient of the bias.
+    with_sums = {torch.ops.sparse_compile.cast_mvue_with_sums, torch.ops.sparse_compile.cast_transpose_with_sums}
+    for graph in graphs:
+        for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.sum.dim_IntList):
+            casts = [user for user in node.args[0].users if getattr(user.target, "overloadpacket", None) in with_sums]
+            assert not casts, f"{node.format_node()} reads what {casts} read"
     assert calls[torch.ops.sparse_compile.scaled_mm.default] == 3 + 2 * 3

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.activation import cast_mvue
-from sparse_compile.kernels.formats import E4M3, E5M2, FP8_DTYPES, MVUE_GAIN, metadata_shape, values_shape
-from sparse_compile.testing import assert_same_bits, hard_groups
+from sparse_compile.kernels.formats import E4M3, E5M2, FP8_DTYPES, MVUE_GAIN, metadata_shape, sums_shape, values_shape
+from sparse_compile.testing import assert_block_sums, assert_same_bits, hard_groups
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ESTIMATORS = pytest.mark.parametrize("approximate", [False, True], ids=["exact", "approximate"])
@@ -379,8 +379,10 @@ def test_kernel_matches_the_reference(tokens, columns, dtype, fp8, stochastic, a
     for seed, index in ((0, 0), (-(2**63) + 12345, 1), (2**40 + 7, 2**31 - 1)):
         arguments = (grad, row_scale, token_scale, torch.tensor([seed], device="cuda"), index, approximate, stochastic)
         results, again = buffers(tokens, columns, "cuda", fp8), buffers(tokens, columns, "cuda", fp8)
+        sums = torch.full(sums_shape(tokens, columns), float("nan"), device="cuda")
         cast_mvue.launch_cast_mvue(*arguments, *results)
-        cast_mvue.launch_cast_mvue(*arguments, *again)
+        cast_mvue.launch_cast_mvue(*arguments, *again, sums)
+        assert_block_sums(sums, grad)
         for actual, expected, repeated in zip(results, reference.cast_mvue(*arguments, fp8), again, strict=True):
             assert_same_bits(actual, expected)
             assert torch.equal(actual.view(torch.uint8), repeated.view(torch.uint8))
@@ -470,11 +472,12 @@ def test_nothing_is_launched_for_an_empty_input(size) -> None:
         (7, torch.empty(5, 16, dtype=E5M2), r"values is .* needed is torch.float8_e5m2 \(16, 64\)"),
         (8, torch.empty(16, 8, dtype=E4M3), r"values is .* needed is torch.float8_e4m3fn \(16, 64\)"),
         (9, torch.empty(1, 1, 32, 2, dtype=torch.int32), r"metadata is .* needed is torch.int32 \(1, 8, 32, 2\)"),
+        (10, torch.empty(16), r"sums is .* needed is torch.float32 \(1, 16\)"),
     ],
 )
 def test_launcher_refuses_wrong_arguments(position, wrong, message) -> None:
     scale, seed = torch.ones(5), torch.zeros(1, dtype=torch.int64)
-    arguments = [torch.empty(5, 16), scale, scale, seed, 0, False, False, *buffers(5, 16, "cpu")]
+    arguments = [torch.empty(5, 16), scale, scale, seed, 0, False, False, *buffers(5, 16, "cpu"), torch.empty(1, 16)]
     arguments[position] = wrong
     with pytest.raises(ValueError, match=message):
         cast_mvue.launch_cast_mvue(*arguments)

@@ -54,8 +54,10 @@ def cases():
         yield "transpose_tokens", (fp8(count, 48),)
         scales = torch.rand(count) + 0.5
         for dtype in FP8_DTYPES:
-            yield "cast_transpose", (torch.randn(count, 48), scales, scales, dtype)
-            yield "cast_mvue", (torch.randn(count, 48), scales, scales, SEED, 3, False, dtype == E5M2, dtype)
+            for ending in ("", "_with_sums"):
+                x = torch.randn(count, 48)
+                yield f"cast_transpose{ending}", (x, scales, scales, dtype)
+                yield f"cast_mvue{ending}", (x, scales, scales, SEED, 3, False, dtype == E5M2, dtype)
     for transpose in (False, True):
         yield "sparse_mm", (values, metadata, fp8(20, 80), scale_inv, tokens, torch.bfloat16, transpose, True)
         yield "sparse_mm", (values, metadata, fp8(20, 80), scale_inv, None, torch.float32, transpose, False)

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from sparse_compile.kernels import reference
 from sparse_compile.kernels.activation import cast_transpose
-from sparse_compile.kernels.formats import E4M3, E4M3_MAX, E5M2, FP8_DTYPES, padded
-from sparse_compile.testing import assert_same_bits
+from sparse_compile.kernels.formats import E4M3, E4M3_MAX, E5M2, FP8_DTYPES, padded, sums_shape
+from sparse_compile.testing import assert_block_sums, assert_same_bits
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TOKENS = [1, 15, 100, 4097]
@@ -60,7 +60,9 @@ def test_cast_transpose_matches_the_reference(fp8, tokens, columns, dtype) -> No
     assert_same_bits(row, expected_row)
     assert_same_bits(column, expected_column)
 
-    cast_transpose.launch_cast_transpose(x, row_scale, token_scale, again_row, again_column)
+    sums = torch.full(sums_shape(tokens, columns), float("nan"), device="cuda")
+    cast_transpose.launch_cast_transpose(x, row_scale, token_scale, again_row, again_column, sums)
+    assert_block_sums(sums, x)
     assert torch.equal(row.view(torch.uint8), again_row.view(torch.uint8))
     assert torch.equal(column.view(torch.uint8), again_column.view(torch.uint8))
 
@@ -120,11 +122,12 @@ def test_nothing_is_launched_for_an_empty_input(size) -> None:
         (3, torch.empty(5, 16), "row is torch.float32"),
         (3, torch.empty(5, 16, dtype=E5M2), r"column is .* needed is torch.float8_e5m2 \(16, 128\)"),
         (4, torch.empty(16, 5, dtype=E4M3), r"column is .* needed is torch.float8_e4m3fn \(16, 128\)"),
+        (5, torch.empty(2, 16), r"sums is .* needed is torch.float32 \(1, 16\)"),
     ],
 )
 def test_cast_transpose_refuses_wrong_tensors(position, wrong, message) -> None:
     row, column = torch.empty(5, 16, dtype=E4M3), torch.empty(16, 128, dtype=E4M3)
-    arguments = [torch.empty(5, 16), torch.empty(5), torch.empty(5), row, column]
+    arguments = [torch.empty(5, 16), torch.empty(5), torch.empty(5), row, column, torch.empty(1, 16)]
     arguments[position] = wrong
     with pytest.raises(ValueError, match=message):
         cast_transpose.launch_cast_transpose(*arguments)

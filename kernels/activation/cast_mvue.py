@@ -3,6 +3,8 @@
     row[t, n] = fp8(grad[t, n] * row_scale[t])
     operand[n, t] = fp8(MVUE24(grad[t, n] * token_scale[t])), pruned 2:4 along the tokens
 
+    sums[i, n] = sum of grad[t, n] over the 128 tokens of block i, which the gradient of a bias adds up; if wanted
+
 ``grad [T, N]``, ``row [T, N]``; the operand ``[N, T]`` is stored as ``values [N, padded(T) / 2]`` and ``metadata`` (see
 ``formats``).  FP8 is e4m3 or e5m2, as the buffers are.  Both estimators of ``MVUE24``, and the rounding of what they
 keep, are in fp32, every operation in the order of their eager definition.
@@ -33,6 +35,7 @@ from sparse_compile.kernels.formats import (
     expert_stream,
     grouped_columns,
     metadata_shape,
+    sums_shape,
     values_shape,
 )
 from sparse_compile.kernels.launch_plan import NOTHING, LaunchPlan, UncachedPlan, plan_kernel, planned
@@ -218,13 +221,14 @@ def _load(ptrs, inside, EVEN: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["index"])
 def _cast_mvue_kernel(
-    grad_ptr, row_scale_ptr, token_scale_ptr, seed_ptr, index, row_ptr, values_ptr, metadata_ptr, table_ptr,
+    grad_ptr, row_scale_ptr, token_scale_ptr, seed_ptr, index, row_ptr, values_ptr, metadata_ptr, sums_ptr, table_ptr,
     tokens, values_stride, metadata_stride, columns: gl.constexpr,
     APPROXIMATE: gl.constexpr, STOCHASTIC: gl.constexpr, EVEN: gl.constexpr,
     PARTS: gl.constexpr, BLOCK_N: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """One tile of 32 * PARTS tokens by BLOCK_N columns of the padded operand; EVEN: none of them is padding.
 
+    ``sums_ptr``: None where no sums are wanted.
     ``table_ptr``: of blocks of 32 * PARTS tokens with one expert each, see ``expert_blocks``; None for one matrix.
     ``columns`` is a constant, so that the rows of a tile have constant distances: offsets within the instructions.
     """
@@ -252,6 +256,7 @@ def _cast_mvue_kernel(
         rounding_words = _draw_words(seed_ptr, index, offs_part, pid_n * BLOCK_N, word, 1)
 
     pairs = ()
+    sums = gl.full([PARTS, BLOCK_N], 0, gl.float32, layout)
     for start in gl.static_range(0, 32, AHEAD):
         grads = ()
         row_scales = ()
@@ -265,6 +270,8 @@ def _cast_mvue_kernel(
             a = ()
             for t in gl.static_range(4 * q, 4 * q + 4):
                 grad = grads[t - start].to(gl.float32)
+                if sums_ptr is not None:
+                    sums += grad
                 # No clamp: the conversion to FP8 saturates in hardware and keeps NaN.
                 row = (grad * row_scales[t - start]).to(FORMAT)
                 if EVEN:
@@ -282,6 +289,8 @@ def _cast_mvue_kernel(
             pairs += (_pack(first, second, FORMAT),)
             word |= nibble << 4 * q
 
+    if sums_ptr is not None:
+        gl.store(sums_ptr + pid_t.to(gl.int64) * columns + offs_n, gl.sum(sums, 0), mask=mask_n)
     even = gl.join(gl.join(pairs[0], pairs[4]), gl.join(pairs[2], pairs[6]))
     odd = gl.join(gl.join(pairs[1], pairs[5]), gl.join(pairs[3], pairs[7]))
     values = gl.reshape(gl.permute(gl.join(even, odd), [1, 0, 2, 3, 4]), [BLOCK_N, PARTS * 8])
@@ -305,7 +314,7 @@ def _cast_mvue_kernel(
 @planned
 def launch_cast_mvue(
     grad: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, index: int, approximate: bool, stochastic: bool,
-    row: Tensor, values: Tensor, metadata: Tensor,
+    row: Tensor, values: Tensor, metadata: Tensor, sums: Tensor | None = None,
 ) -> LaunchPlan:  # fmt: skip
     """Cast and prune ``grad`` into the buffers, all of which are written in full.
 
@@ -319,22 +328,28 @@ def launch_cast_mvue(
         row: e4m3 or e5m2 ``[T, N]``.
         values: of the same dtype, ``[N, padded(T) / 2]``.
         metadata: int32 ``[padded(T) / 128, padded(N) / 16, 32, 2]``.
+        sums: fp32 ``[padded(T) / 128, N]``, or None.
 
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device, or index is out of range.
     """
     tokens, columns = grad.shape if grad.dim() == 2 else (0, 0)
     _check(grad, row_scale, token_scale, seed, index, row, values, metadata, tokens)
+    if sums is not None:
+        check_buffer("sums", sums, sums_shape(tokens, columns), torch.float32, grad.device)
     if grad.numel() == 0:
         return NOTHING
     even = tokens % _BLOCK_T == 0 and columns % _BLOCK_N == 0
-    tensors = (grad, row_scale, token_scale, seed, index, row, values.view(torch.int16), metadata, None)
+    tensors = (grad, row_scale, token_scale, seed, index, row, values.view(torch.int16), metadata, sums, None)
     cast = _plan(tensors, tokens, approximate, stochastic, even)
 
-    def run(grad: int, row_scale: int, token_scale: int, seed: int, index: int, *results: int) -> None:
+    def run(
+        grad: int, row_scale: int, token_scale: int, seed: int, index: int, row: int, values: int, metadata: int,
+        sums: int | None = None,
+    ) -> None:  # fmt: skip
         # Unlike all else, it differs between calls of one plan.
         _check_index(index)
-        cast(grad, row_scale, token_scale, seed, index, *results, None)
+        cast(grad, row_scale, token_scale, seed, index, row, values, metadata, sums, None)
 
     return run
 
@@ -357,14 +372,14 @@ def launch_grouped_cast_mvue(
     if grad.numel() == 0:
         return UncachedPlan(lambda: (values.view(torch.uint8).zero_(), metadata.fill_(PAD_WORD)))
     new_table, table, find_blocks = plan_expert_blocks(offsets, tokens, _BLOCK_T)
-    tensors = (grad, row_scale, token_scale, seed, index, row, values.view(torch.int16), metadata, table)
+    tensors = (grad, row_scale, token_scale, seed, index, row, values.view(torch.int16), metadata, None, table)
     cast = _plan(tensors, total, approximate, stochastic, even=False)
 
     def run(grad: int, row_scale: int, token_scale: int, seed: int, index: int, offsets: int, *results: int) -> None:
         _check_index(index)
         table = new_table()
         find_blocks(offsets, table.data_ptr())
-        cast(grad, row_scale, token_scale, seed, index, *results, table.data_ptr())
+        cast(grad, row_scale, token_scale, seed, index, *results, None, table.data_ptr())
 
     return run
 
@@ -373,7 +388,7 @@ def _plan(
     tensors: tuple[Tensor | int | None, ...], total: int, approximate: bool, stochastic: bool, even: bool
 ) -> LaunchPlan:
     """Over ``total`` tokens, padding between experts included."""
-    grad, *_, values, metadata, _ = tensors
+    grad, *_, values, metadata, _, _ = tensors
     assert isinstance(grad, Tensor)
     assert isinstance(values, Tensor)
     assert isinstance(metadata, Tensor)

@@ -3,6 +3,8 @@
     cast_transpose:    row[t, c] = fp8(x[t, c] * row_scale[t]),  column[c, t] = fp8(x[t, c] * token_scale[t])
     transpose_tokens:  out[c, t] = x[t, c]
 
+and of ``cast_transpose``, if they are wanted, ``sums[i, c]``: of x[t, c] over the 128 tokens of block i.
+
 ``x [T, C]``, ``row [T, C]``, ``column`` and ``out [C, padded(T)]``, zero beyond T.  FP8 is e4m3 or e5m2, as the
 buffers are.  Arithmetic is fp32.  Of tokens that lie sorted by expert, token-major copies are ``[C, grouped_columns]``,
 each expert's padded on its own (``reference.grouped``).
@@ -18,7 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from sparse_compile.kernels.expert_blocks import plan_expert_blocks
-from sparse_compile.kernels.formats import E4M3, PAD, check_buffer, check_fp8, grouped_columns, padded
+from sparse_compile.kernels.formats import E4M3, PAD, check_buffer, check_fp8, grouped_columns, padded, sums_shape
 from sparse_compile.kernels.launch_plan import NOTHING, LaunchPlan, UncachedPlan, plan_kernel, planned
 from sparse_compile.kernels.tiles import (
     cast_words,
@@ -33,6 +35,7 @@ from sparse_compile.kernels.tiles import (
 # Tokens, columns and warps of a tile.
 _CAST_TILE = (128, 128, 4)
 _TRANSPOSE_TILE = (128, 256, 4)
+_REGISTERS = 168  # of a thread at most where it sums as well, so that three programs fit a multiprocessor still
 # Rows of C bytes must start on 16-byte boundaries.
 _COLUMNS_MULTIPLE = 16
 
@@ -51,10 +54,10 @@ def _rows(table_ptr, block, tokens, BLOCK_T: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["tokens"])
 def _cast_transpose_kernel(
-    x_ptr, row_scale_ptr, token_scale_ptr, row_ptr, column_ptr, table_ptr, tokens, columns, tokens_padded,
+    x_ptr, row_scale_ptr, token_scale_ptr, row_ptr, column_ptr, sums_ptr, table_ptr, tokens, columns, tokens_padded,
     EVEN: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_C: gl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_T tokens by BLOCK_C columns; ``table_ptr``: see ``expert_blocks``, or None."""
+    """One tile of BLOCK_T tokens by BLOCK_C columns; ``table_ptr``: see ``expert_blocks``, or None, as ``sums_ptr``."""
     FORMAT: gl.constexpr = row_ptr.dtype.element_ty
     # 16 neighbouring tokens a thread, so that it transposes to 16 bytes of a row.
     layout: gl.constexpr = row_layout([BLOCK_T, BLOCK_C], 16, 8, gl.num_warps())
@@ -67,6 +70,10 @@ def _cast_transpose_kernel(
     row_scale = gl.load(row_scale_ptr + offs_t, mask=offs_t < end, other=0.0)[:, None]
     token_scale = gl.load(token_scale_ptr + offs_t, mask=offs_t < end, other=0.0)[:, None]
 
+    if sums_ptr is not None:
+        offs_c = column + gl.arange(0, BLOCK_C, gl.SliceLayout(0, layout))
+        sums_ptrs = sums_ptr + (token // BLOCK_T).to(gl.int64) * columns + offs_c
+        gl.store(sums_ptrs, gl.sum(x, 0), mask=offs_c < columns)
     x0, x1, x2, x3 = split_columns(x * row_scale)
     words = cast_words(x0, x1, x2, x3, FORMAT)  # [BLOCK_T, BLOCK_C / 4]
     words_layout: gl.constexpr = row_layout([BLOCK_T, BLOCK_C // 4], 16, 2, gl.num_warps())
@@ -103,7 +110,9 @@ def _transpose_tokens_kernel(
 
 
 @planned
-def launch_cast_transpose(x: Tensor, row_scale: Tensor, token_scale: Tensor, row: Tensor, column: Tensor) -> LaunchPlan:
+def launch_cast_transpose(
+    x: Tensor, row_scale: Tensor, token_scale: Tensor, row: Tensor, column: Tensor, sums: Tensor | None = None
+) -> LaunchPlan:
     """Cast ``x`` into both buffers, which are written in full.
 
     Args:
@@ -111,14 +120,23 @@ def launch_cast_transpose(x: Tensor, row_scale: Tensor, token_scale: Tensor, row
         row_scale, token_scale: fp32 ``[T]``.
         row: e4m3 or e5m2 ``[T, C]``.
         column: of the same dtype, ``[C, padded(T)]``.
+        sums: fp32 ``[padded(T) / 128, C]``, or None.
 
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
     """
     _check_cast(x, row_scale, token_scale, row, column, padded(x.shape[0]))
+    if sums is not None:
+        check_buffer("sums", sums, sums_shape(*x.shape), torch.float32, x.device)
     if x.numel() == 0:
         return NOTHING
-    return _plan(_cast_transpose_kernel, (x, row_scale, token_scale, row, column), _CAST_TILE)
+    tensors, registers = (x, row_scale, token_scale, row, column, sums), None if sums is None else _REGISTERS
+    cast = _plan(_cast_transpose_kernel, tensors, _CAST_TILE, registers)
+
+    def run(x: int, row_scale: int, token_scale: int, row: int, column: int, sums: int | None = None) -> None:
+        cast(x, row_scale, token_scale, row, column, sums)
+
+    return run
 
 
 @planned
@@ -136,9 +154,11 @@ def launch_grouped_cast_transpose(
     _check_cast(x, row_scale, token_scale, row, column, total)
     if x.numel() == 0:
         return UncachedPlan(lambda: column.view(torch.uint8).zero_())
-    tensors = (x, row_scale, token_scale, row, column)
+    tensors = (x, row_scale, token_scale, row, column, None)
     cast = _plan_grouped(_cast_transpose_kernel, tensors, offsets, total, _CAST_TILE)
-    return lambda x, row_scale, token_scale, offsets, row, column: cast(offsets, x, row_scale, token_scale, row, column)
+    return lambda x, row_scale, token_scale, offsets, row, column: cast(
+        offsets, x, row_scale, token_scale, row, column, None
+    )
 
 
 @planned
@@ -177,23 +197,28 @@ def launch_grouped_transpose_tokens(x: Tensor, offsets: Tensor, out: Tensor) -> 
     return lambda x, offsets, out: transpose(offsets, x, out)
 
 
-def _plan(kernel: Any, tensors: Sequence[Tensor], tile: tuple[int, int, int]) -> LaunchPlan:
+def _plan(
+    kernel: Any, tensors: Sequence[Tensor | None], tile: tuple[int, int, int], registers: int | None = None
+) -> LaunchPlan:
     """Over tiles of the padded tokens of the first tensor; EVEN where all of them lie inside of it."""
+    assert tensors[0] is not None
     tokens, columns = tensors[0].shape
     block_t, block_c, warps = tile
+    assert block_t == PAD  # sums are of the padded tokens' blocks
     token_tiles, column_tiles = triton.cdiv(padded(tokens), block_t), triton.cdiv(columns, block_c)
     even = (token_tiles * block_t, column_tiles * block_c) == (tokens, columns)
     plan = plan_kernel(
         kernel, (token_tiles * column_tiles,), (*tensors, None), (tokens, columns, padded(tokens)),
-        EVEN=even, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=warps,
+        EVEN=even, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     return plan if isinstance(plan, UncachedPlan) else lambda *addresses: plan(*addresses, None)
 
 
 def _plan_grouped(
-    kernel: Any, tensors: Sequence[Tensor], offsets: Tensor, total: int, tile: tuple[int, int, int]
+    kernel: Any, tensors: Sequence[Tensor | None], offsets: Tensor, total: int, tile: tuple[int, int, int]
 ) -> LaunchPlan:
     """Over all blocks of experts' tokens; called with the address of the offsets, then those of the tensors."""
+    assert tensors[0] is not None
     tokens, columns = tensors[0].shape
     block_t, block_c, warps = tile
     assert block_t == PAD  # a block of tokens is one of the padded columns
@@ -203,7 +228,7 @@ def _plan_grouped(
         EVEN=False, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=warps,
     )  # fmt: skip
 
-    def run(offsets: int, *addresses: int) -> None:
+    def run(offsets: int, *addresses: int | None) -> None:
         table = new_table()
         find_blocks(offsets, table.data_ptr())
         plan(*addresses, table.data_ptr())

@@ -20,8 +20,11 @@ from sparse_compile.kernels.reference.grouped import (
     tokens_of_experts,
 )
 from sparse_compile.kernels.reference.mvue import (
+    block_sums,
     cast_mvue,
+    cast_mvue_with_sums,
     cast_transpose,
+    cast_transpose_with_sums,
     group_uniforms,
     mvue24,
     philox4x32,
@@ -51,12 +54,12 @@ from sparse_compile.kernels.reference.transposable import (
 )
 
 __all__ = [
-    "add_masked_decay", "cast_mvue", "cast_transpose", "cast_weight", "compress24", "decompress24", "dense_mask",
-    "group_uniforms", "grouped_cast_mvue", "grouped_cast_transpose", "grouped_mm", "grouped_scaled_mm",
-    "grouped_sparse_mm", "grouped_transpose_tokens", "grouped_wgrad_mm", "grouped_wgrad_scaled_mm",
-    "grouped_wgrad_sparse_mm", "hard_threshold24", "mvue24", "philox4x32", "prune_soft_transposable",
-    "prune_transposable", "prune_weight", "prune_weight_bf16", "rounding_uniforms", "saturating_cast", "scaled_mm",
-    "soft_mask24", "soft_mask24_both", "soft_threshold24", "soft_threshold24_both", "sparse_mm", "sste_beta",
-    "stochastic_round", "tensorwise_scale", "tokens_of_experts", "top2_mask", "transposable_masks", "transpose_pruned",
-    "transpose_tokens",
+    "add_masked_decay", "block_sums", "cast_mvue", "cast_mvue_with_sums", "cast_transpose", "cast_transpose_with_sums",
+    "cast_weight", "compress24", "decompress24", "dense_mask", "group_uniforms", "grouped_cast_mvue",
+    "grouped_cast_transpose", "grouped_mm", "grouped_scaled_mm", "grouped_sparse_mm", "grouped_transpose_tokens",
+    "grouped_wgrad_mm", "grouped_wgrad_scaled_mm", "grouped_wgrad_sparse_mm", "hard_threshold24", "mvue24",
+    "philox4x32", "prune_soft_transposable", "prune_transposable", "prune_weight", "prune_weight_bf16",
+    "rounding_uniforms", "saturating_cast", "scaled_mm", "soft_mask24", "soft_mask24_both", "soft_threshold24",
+    "soft_threshold24_both", "sparse_mm", "sste_beta", "stochastic_round", "tensorwise_scale", "tokens_of_experts",
+    "top2_mask", "transposable_masks", "transpose_pruned", "transpose_tokens",
 ]  # fmt: skip

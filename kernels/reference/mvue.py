@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_compile.kernels.formats import E4M3, padded
+from sparse_compile.kernels.formats import E4M3, PAD, padded
 from sparse_compile.kernels.reference.compression import compress24, saturating_cast
 
 # Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
@@ -177,6 +177,20 @@ def cast_transpose(
     return row, transpose_tokens(column)
 
 
+def cast_transpose_with_sums(
+    x: Tensor, row_scale: Tensor, token_scale: Tensor, dtype: torch.dtype = E4M3
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``cast_transpose`` and, in the same reading, ``block_sums``."""
+    return *cast_transpose(x, row_scale, token_scale, dtype), block_sums(x)
+
+
+def block_sums(x: Tensor) -> Tensor:
+    """Sums of ``x [T, C]`` over each 128 tokens, fp32 ``[padded(T) / 128, C]``: the gradient of a bias is their sum."""
+    tokens, columns = x.shape
+    blocks = F.pad(x.float(), (0, 0, 0, padded(tokens) - tokens))
+    return blocks.reshape(padded(tokens) // PAD, PAD, columns).sum(dim=1)
+
+
 def transpose_tokens(x: Tensor) -> Tensor:
     """``x [T, C]`` (FP8) token-major: ``[C, padded(T)]``, zero beyond T."""
     tokens = x.shape[0]
@@ -222,3 +236,18 @@ def cast_mvue(
     payload = kept.new_zeros(columns, padded(tokens) // 4, 4).scatter_(-1, positions, kept)
     values, metadata = compress24(saturating_cast(payload.reshape(columns, padded(tokens)), dtype), positions)
     return row, values, metadata
+
+
+def cast_mvue_with_sums(
+    grad: Tensor,
+    row_scale: Tensor,
+    token_scale: Tensor,
+    seed: Tensor,
+    index: int,
+    approximate: bool,
+    stochastic: bool = False,
+    dtype: torch.dtype = E4M3,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``cast_mvue`` and, in the same reading, ``block_sums``."""
+    results = cast_mvue(grad, row_scale, token_scale, seed, index, approximate, stochastic, dtype)
+    return *results, block_sums(grad)

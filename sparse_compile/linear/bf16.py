@@ -34,8 +34,8 @@ def forward(
 
 def backward(
     ctx: Any, products: Products, grad_output: Tensor, seed: Tensor | None, saved: Sequence[Tensor]
-) -> tuple[Tensor | None, Tensor | None]:
-    """grad_input ``[T, K]`` and grad_weight, where they are needed."""
+) -> tuple[Tensor | None, Tensor | None, None]:
+    """grad_input ``[T, K]`` and grad_weight, where they are needed, and no sums."""
     del seed  # nothing is sampled
     tokens, *kept = saved
     dense, scale_inv = ctx.recipe.projection.dgrad_operand(*kept)
@@ -48,4 +48,4 @@ def backward(
         operands = (tokens, grad_bf16) if ctx.transposed else (grad_bf16, tokens)
         product = products.dense_wgrad(*operands)
         grad_weight = product.to(ctx.weight_dtype)
-    return grad_input, grad_weight
+    return grad_input, grad_weight, None

@@ -55,19 +55,29 @@ def forward(
 
 def backward(
     ctx: Any, products: Products, grad_output: Tensor, seed: Tensor | None, saved: Sequence[Tensor]
-) -> tuple[Tensor | None, Tensor | None]:
-    """grad_input ``[T, K]`` and grad_weight, where they are needed."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """grad_input ``[T, K]`` and grad_weight, where they are needed, and partial sums for the gradient of a bias.
+
+    They are taken of grad_output where it is cast, fp32 ``[padded(T) / 128, N]``; None where it is not, and without a
+    bias.  A sum in the graph would read it once more, or Inductor would take it in one pass with amax: then what
+    produces grad_output, such as the backward of an activation, is not in that pass, and more is read than is saved.
+    """
     x, x_scale_inv, *weight = saved
     recipe = ctx.recipe
     grad = grad_output.contiguous()
-    grad_input = grad_weight = None
+    grad_input = grad_weight = sums = None
     amax = token_amax(grad)
     dtype = recipe.grad_format.dtype
     row_scale, row_scale_inv = token_scale(amax, torch.finfo(dtype).max)
     if recipe.wgrad is Gemm.DENSE:
         grad_fp8 = cast(grad, row_scale, dtype)
     else:
-        grad_fp8, operand, wgrad_scale_inv = _cast_grad(ctx, products, grad, amax, row_scale, x_scale_inv, seed)
+        with_sums = ctx.needs_input_grad[1] and ctx.needs_input_grad[2]
+        grad_fp8, operand, wgrad_scale_inv = _cast_grad(
+            ctx, products, grad, amax, row_scale, x_scale_inv, seed, with_sums
+        )
+        if with_sums:
+            *operand, sums = operand
     if ctx.needs_input_grad[0]:
         if recipe.dgrad is Gemm.DENSE:
             product = products.dense(grad, (weight[0].mT if ctx.transposed else weight[0]).to(grad.dtype))
@@ -88,7 +98,7 @@ def backward(
             grad_weight = product.to(ctx.weight_dtype)
         else:
             grad_weight = _wgrad(ctx, products, operand, x, wgrad_scale_inv)
-    return grad_input, grad_weight
+    return grad_input, grad_weight, sums
 
 
 def token_amax(x: Tensor) -> Tensor:
@@ -139,8 +149,9 @@ def _cast_grad(
     row_scale: Tensor,
     x_scale_inv: Tensor,
     seed: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """grad_output for its two uses: FP8 ``[T, N]`` for dgrad; the operand of wgrad and its ``scale_inv``.
+    with_sums: bool,
+) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+    """grad_output for its two uses: FP8 ``[T, N]`` for dgrad; the operand of wgrad, with sums, and its ``scale_inv``.
 
     The scale of each token of the saved input is folded into wgrad's operand, so that the same fp8 input serves fprop
     and wgrad exactly: grad_weight = (grad_output * x_scale_inv).T @ x_fp8.
@@ -155,10 +166,12 @@ def _cast_grad(
     scale_inv = bound / limit
     if ctx.recipe.wgrad is Gemm.SPARSE24:
         assert seed is not None  # rewrite hands one to every recipe with an estimator
-        grad_fp8, *operand = products.cast_mvue(grad, row_scale, token_scales, seed, ctx.stream, _sampling(ctx.recipe))
+        grad_fp8, *operand = products.cast_mvue(
+            grad, row_scale, token_scales, seed, ctx.stream, _sampling(ctx.recipe), with_sums
+        )
     else:
-        grad_fp8, *operand = products.cast_transpose(grad, row_scale, token_scales, dtype)
-    return grad_fp8, tuple(operand), scale_inv
+        grad_fp8, *operand = products.cast_transpose(grad, row_scale, token_scales, dtype, with_sums)
+    return grad_fp8, operand, scale_inv
 
 
 def _sampling(recipe: Recipe) -> tuple[bool, bool, torch.dtype]:
@@ -184,7 +197,7 @@ def _sampled_dgrad(ctx: Any, grad: Tensor, amax: Tensor, weight: DenseOperand, s
     return product[:tokens].float() * scale_inv[:, None]
 
 
-def _wgrad(ctx: Any, products: Products, operand: tuple[Tensor, ...], x_fp8: Tensor, scale_inv: Tensor) -> Tensor:
+def _wgrad(ctx: Any, products: Products, operand: Sequence[Tensor], x_fp8: Tensor, scale_inv: Tensor) -> Tensor:
     """grad_weight = grad_output.T @ input, in the layout and dtype of the weight."""
     x_t = products.transpose_tokens(x_fp8)
     if ctx.recipe.wgrad is Gemm.SPARSE24:

@@ -112,10 +112,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         backward = bf16.backward if ctx.recipe.is_bf16 else fp8.backward
         seed, offsets, *saved = ctx.saved_tensors
-        grad_input, grad_weight = backward(ctx, _products(offsets), grad_output, seed, saved)
+        grad_input, grad_weight, sums = backward(ctx, _products(offsets), grad_output, seed, saved)
         grad_bias = None
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            grad_bias = grad_output.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+        if ctx.needs_input_grad[2]:
+            addends = grad_output if sums is None else sums
+            grad_bias = addends.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_input, grad_weight, grad_bias, *[None] * (len(ctx.needs_input_grad) - 3)
 
 

@@ -46,17 +46,23 @@ class Products:
         return ops.scaled_mm(a, b, scale_inv, out_dtype, False)
 
     def cast_transpose(
-        self, x: Tensor, row_scale: Tensor, token_scale: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """See ``reference.cast_transpose``."""
-        return ops.cast_transpose(x, row_scale, token_scale, dtype)
+        self, x: Tensor, row_scale: Tensor, token_scale: Tensor, dtype: torch.dtype, with_sums: bool
+    ) -> tuple[Tensor, ...]:
+        """See ``reference.cast_transpose``, and its form with sums."""
+        cast = ops.cast_transpose_with_sums if with_sums else ops.cast_transpose
+        return cast(x, row_scale, token_scale, dtype)
 
     def cast_mvue(
         self, x: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, index: int,
-        sampling: tuple[bool, bool, torch.dtype],
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """See ``reference.cast_mvue``; ``sampling``: whether approximate, whether rounded at random, the dtype."""
-        return ops.cast_mvue(x, row_scale, token_scale, seed, index, *sampling)
+        sampling: tuple[bool, bool, torch.dtype], with_sums: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """See ``reference.cast_mvue``, and its form with sums.
+
+        Args:
+            sampling: whether approximate, whether rounded at random, the dtype.
+        """
+        cast = ops.cast_mvue_with_sums if with_sums else ops.cast_mvue
+        return cast(x, row_scale, token_scale, seed, index, *sampling)
 
     def transpose_tokens(self, x: Tensor) -> Tensor:
         """See ``reference.transpose_tokens``."""
@@ -111,14 +117,16 @@ class Experts(Products):
         return grouped_ops.grouped_wgrad_scaled_mm(a, b, scale_inv, self.offsets, out_dtype)
 
     def cast_transpose(
-        self, x: Tensor, row_scale: Tensor, token_scale: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, row_scale: Tensor, token_scale: Tensor, dtype: torch.dtype, with_sums: bool
+    ) -> tuple[Tensor, ...]:
+        assert not with_sums  # experts have no biases
         return grouped_ops.grouped_cast_transpose(x, row_scale, token_scale, self.offsets, dtype)
 
     def cast_mvue(
         self, x: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, index: int,
-        sampling: tuple[bool, bool, torch.dtype],
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        sampling: tuple[bool, bool, torch.dtype], with_sums: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        assert not with_sums
         return grouped_ops.grouped_cast_mvue(x, row_scale, token_scale, seed, index, self.offsets, *sampling)
 
     def transpose_tokens(self, x: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 _ROUNDS = 7
 _WARM_UPS = 2  # compile the backward passes, and what is chosen at the first run
-_CASTS = ("cast_transpose", "transpose_tokens")
-_MVUE = ("cast_mvue",)
+_CASTS = ("cast_transpose", "cast_transpose_with_sums", "transpose_tokens")
+_MVUE = ("cast_mvue", "cast_mvue_with_sums")
 
 # Compiles a graph for inputs.
 Compiler = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]

@@ -84,7 +84,7 @@ class GradNoise:
             return result
         draw = None
         with plain_arithmetic():
-            if op == "cast_mvue":
+            if op in ("cast_mvue", "cast_mvue_with_sums"):
                 grad, _, token_scale, seed, index, *_ = arguments
                 if index < DGRAD_DRAWS:
                     self._begin(grad, token_scale, *result[:2])

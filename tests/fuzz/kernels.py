@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels import ops, reference
-from sparse_compile.kernels.formats import E4M3, FP8_DTYPES, metadata_shape, padded, values_shape
-from sparse_compile.testing import assert_same_bits
+from sparse_compile.kernels.formats import E4M3, FP8_DTYPES, metadata_shape, padded, sums_shape, values_shape
+from sparse_compile.testing import assert_block_sums, assert_same_bits
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GUARD = 1024  # bytes at either end
@@ -125,12 +125,13 @@ class Memory:
 
 @dataclass
 class Call:
-    """Of a launching function of ``kernels``, and what must be in its outputs then."""
+    """Of a launching function of ``kernels``, and what must be in its outputs then; in ``sums``, those of the first."""
 
     function: str
     arguments: tuple[Any, ...]
     outputs: Sequence[Tensor | None]  # None of what is left out
     expected: Sequence[Tensor]
+    sums: Tensor | None = None
 
 
 def prune_weight(memory: Memory) -> Call:
@@ -241,8 +242,9 @@ def cast_transpose(memory: Memory) -> Call:
     tokens, columns = x.shape
     outputs = memory.taken((tokens, columns), dtype), memory.taken((columns, padded(tokens)), dtype)
     expected = reference.cast_transpose(x, row_scale, token_scale, dtype)
-    arguments = (x, row_scale, token_scale, *outputs)
-    return Call("activation.cast_transpose.launch_cast_transpose", arguments, outputs, expected)
+    sums = _sums(memory, tokens, columns)
+    arguments = (x, row_scale, token_scale, *outputs, sums)
+    return Call("activation.cast_transpose.launch_cast_transpose", arguments, outputs, expected, sums)
 
 
 def transpose_tokens(memory: Memory) -> Call:
@@ -263,8 +265,14 @@ def cast_mvue(memory: Memory) -> Call:
         memory.taken(metadata_shape(columns, tokens), torch.int32),
     )  # fmt: skip
     expected = reference.cast_mvue(grad, row_scale, token_scale, seed, *sampling, dtype)
-    arguments = (grad, row_scale, token_scale, seed, *sampling, *outputs)
-    return Call("activation.cast_mvue.launch_cast_mvue", arguments, outputs, expected)
+    sums = _sums(memory, tokens, columns)
+    arguments = (grad, row_scale, token_scale, seed, *sampling, *outputs, sums)
+    return Call("activation.cast_mvue.launch_cast_mvue", arguments, outputs, expected, sums)
+
+
+def _sums(memory: Memory, tokens: int, columns: int) -> Tensor | None:
+    wanted = memory.chance.random() < 0.5
+    return memory.taken(sums_shape(tokens, columns), torch.float32) if wanted else None
 
 
 def sparse_gemm(memory: Memory) -> Call:
@@ -307,6 +315,8 @@ def launch(call: Call) -> None:
 def define(call: Call) -> None:
     """What the kernel must do, where there is none."""
     ops.fill(call.outputs, call.expected)
+    if call.sums is not None:
+        call.sums.copy_(reference.block_sums(call.arguments[0]))
 
 
 def check(kernel: str, seed: int, device: str, run: Callable[[Call], None] = launch, largest: int = 4097) -> None:
@@ -332,6 +342,8 @@ def check(kernel: str, seed: int, device: str, run: Callable[[Call], None] = lau
     for number, (actual, expected) in enumerate(zip(call.outputs, call.expected, strict=True)):
         if actual is not None:
             assert_same_bits(actual, expected, f"{what}: output {number}")
+    if call.sums is not None:
+        assert_block_sums(call.sums, call.arguments[0], f"{what}: sums")
 
 
 # Beyond 2**31 elements, where the last tokens and rows are compared.
