@@ -32,6 +32,8 @@ AMAX_FLOOR = 2.0**-100
 # The longest sums of products of fprop and dgrad that are left to the tensor cores' own accumulators, of some 14 bits.
 FAST_ACCUM_MAX = 2**14
 PAD = 128
+# Tokens of one of the partial sums that the gradient of a bias adds up.
+SUMMED = 32
 # Padding groups name positions 0 and 1: the smallest legal nibble.
 PAD_NIBBLE = 0x4
 PAD_WORD = 0x44444444
@@ -43,8 +45,8 @@ def padded(size: int) -> int:
 
 
 def sums_shape(tokens: int, columns: int) -> tuple[int, int]:
-    """Of sums over the tokens of each padded block of them, in each column."""
-    return padded(tokens) // PAD, columns
+    """Of sums in each column over each SUMMED of the padded tokens."""
+    return padded(tokens) // SUMMED, columns
 
 
 def grouped_columns(tokens: int, experts: int) -> int:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels import reference
-from sparse_compile.kernels.formats import E4M3, E5M2, PAD, padded
+from sparse_compile.kernels.formats import E4M3, E5M2, SUMMED, padded
 
 # Columns that one instruction contracts.
 DENSE_INSTRUCTION = 32
@@ -109,7 +109,7 @@ def assert_block_sums(sums: Tensor, x: Tensor, what: str = "sums") -> None:
     """
     expected = reference.block_sums(x)
     assert sums.shape == expected.shape, f"{what}: {tuple(sums.shape)}, not {tuple(expected.shape)}"
-    bound = reference.block_sums(x.abs()) * (PAD * 2.0**-24)
+    bound = reference.block_sums(x.abs()) * (SUMMED * 2.0**-24)
     right = (sums - expected).abs() <= bound
     # Infinities and NaN have no distance.
     right |= (sums == expected) | (sums.isnan() & expected.isnan())

@@ -472,12 +472,12 @@ def test_nothing_is_launched_for_an_empty_input(size) -> None:
         (7, torch.empty(5, 16, dtype=E5M2), r"values is .* needed is torch.float8_e5m2 \(16, 64\)"),
         (8, torch.empty(16, 8, dtype=E4M3), r"values is .* needed is torch.float8_e4m3fn \(16, 64\)"),
         (9, torch.empty(1, 1, 32, 2, dtype=torch.int32), r"metadata is .* needed is torch.int32 \(1, 8, 32, 2\)"),
-        (10, torch.empty(16), r"sums is .* needed is torch.float32 \(1, 16\)"),
+        (10, torch.empty(16), r"sums is .* needed is torch.float32 \(4, 16\)"),
     ],
 )
 def test_launcher_refuses_wrong_arguments(position, wrong, message) -> None:
     scale, seed = torch.ones(5), torch.zeros(1, dtype=torch.int64)
-    arguments = [torch.empty(5, 16), scale, scale, seed, 0, False, False, *buffers(5, 16, "cpu"), torch.empty(1, 16)]
+    arguments = [torch.empty(5, 16), scale, scale, seed, 0, False, False, *buffers(5, 16, "cpu"), torch.empty(4, 16)]
     arguments[position] = wrong
     with pytest.raises(ValueError, match=message):
         cast_mvue.launch_cast_mvue(*arguments)

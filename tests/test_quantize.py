@@ -122,12 +122,12 @@ def test_nothing_is_launched_for_an_empty_input(size) -> None:
         (3, torch.empty(5, 16), "row is torch.float32"),
         (3, torch.empty(5, 16, dtype=E5M2), r"column is .* needed is torch.float8_e5m2 \(16, 128\)"),
         (4, torch.empty(16, 5, dtype=E4M3), r"column is .* needed is torch.float8_e4m3fn \(16, 128\)"),
-        (5, torch.empty(2, 16), r"sums is .* needed is torch.float32 \(1, 16\)"),
+        (5, torch.empty(1, 16), r"sums is .* needed is torch.float32 \(4, 16\)"),
     ],
 )
 def test_cast_transpose_refuses_wrong_tensors(position, wrong, message) -> None:
     row, column = torch.empty(5, 16, dtype=E4M3), torch.empty(16, 128, dtype=E4M3)
-    arguments = [torch.empty(5, 16), torch.empty(5), torch.empty(5), row, column, torch.empty(1, 16)]
+    arguments = [torch.empty(5, 16), torch.empty(5), torch.empty(5), row, column, torch.empty(4, 16)]
     arguments[position] = wrong
     with pytest.raises(ValueError, match=message):
         cast_transpose.launch_cast_transpose(*arguments)

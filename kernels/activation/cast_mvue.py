@@ -3,7 +3,7 @@
     row[t, n] = fp8(grad[t, n] * row_scale[t])
     operand[n, t] = fp8(MVUE24(grad[t, n] * token_scale[t])), pruned 2:4 along the tokens
 
-    sums[i, n] = sum of grad[t, n] over the 128 tokens of block i, which the gradient of a bias adds up; if wanted
+    sums[i, n] = sum of grad[t, n] over the 32 tokens of part i, which the gradient of a bias adds up; if wanted
 
 ``grad [T, N]``, ``row [T, N]``; the operand ``[N, T]`` is stored as ``values [N, padded(T) / 2]`` and ``metadata`` (see
 ``formats``).  FP8 is e4m3 or e5m2, as the buffers are.  Both estimators of ``MVUE24``, and the rounding of what they
@@ -290,7 +290,9 @@ def _cast_mvue_kernel(
             word |= nibble << 4 * q
 
     if sums_ptr is not None:
-        gl.store(sums_ptr + pid_t.to(gl.int64) * columns + offs_n, gl.sum(sums, 0), mask=mask_n)
+        # As the threads hold them: to add up the parts they would meet in shared memory, with more registers than 168.
+        parts_t = gl.num_programs(0) // column_tiles * PARTS
+        store_tile(sums_ptr, sums, pid_t * PARTS, pid_n * BLOCK_N, parts_t, columns, EVEN, layout)
     even = gl.join(gl.join(pairs[0], pairs[4]), gl.join(pairs[2], pairs[6]))
     odd = gl.join(gl.join(pairs[1], pairs[5]), gl.join(pairs[3], pairs[7]))
     values = gl.reshape(gl.permute(gl.join(even, odd), [1, 0, 2, 3, 4]), [BLOCK_N, PARTS * 8])
@@ -328,7 +330,7 @@ def launch_cast_mvue(
         row: e4m3 or e5m2 ``[T, N]``.
         values: of the same dtype, ``[N, padded(T) / 2]``.
         metadata: int32 ``[padded(T) / 128, padded(N) / 16, 32, 2]``.
-        sums: fp32 ``[padded(T) / 128, N]``, or None.
+        sums: fp32 ``[padded(T) / 32, N]``, or None.
 
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device, or index is out of range.

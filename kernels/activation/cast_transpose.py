@@ -3,7 +3,7 @@
     cast_transpose:    row[t, c] = fp8(x[t, c] * row_scale[t]),  column[c, t] = fp8(x[t, c] * token_scale[t])
     transpose_tokens:  out[c, t] = x[t, c]
 
-and of ``cast_transpose``, if they are wanted, ``sums[i, c]``: of x[t, c] over the 128 tokens of block i.
+and of ``cast_transpose``, if they are wanted, ``sums[i, c]``: of x[t, c] over the 32 tokens of block i.
 
 ``x [T, C]``, ``row [T, C]``, ``column`` and ``out [C, padded(T)]``, zero beyond T.  FP8 is e4m3 or e5m2, as the
 buffers are.  Arithmetic is fp32.  Of tokens that lie sorted by expert, token-major copies are ``[C, grouped_columns]``,
@@ -20,7 +20,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from sparse_compile.kernels.expert_blocks import plan_expert_blocks
-from sparse_compile.kernels.formats import E4M3, PAD, check_buffer, check_fp8, grouped_columns, padded, sums_shape
+from sparse_compile.kernels.formats import (
+    E4M3,
+    PAD,
+    SUMMED,
+    check_buffer,
+    check_fp8,
+    grouped_columns,
+    padded,
+    sums_shape,
+)
 from sparse_compile.kernels.launch_plan import NOTHING, LaunchPlan, UncachedPlan, plan_kernel, planned
 from sparse_compile.kernels.tiles import (
     cast_words,
@@ -32,10 +41,10 @@ from sparse_compile.kernels.tiles import (
     transpose_words,
 )
 
+_SUMMED = gl.constexpr(SUMMED)
 # Tokens, columns and warps of a tile.
 _CAST_TILE = (128, 128, 4)
 _TRANSPOSE_TILE = (128, 256, 4)
-_REGISTERS = 168  # of a thread at most where it sums as well, so that three programs fit a multiprocessor still
 # Rows of C bytes must start on 16-byte boundaries.
 _COLUMNS_MULTIPLE = 16
 
@@ -70,15 +79,17 @@ def _cast_transpose_kernel(
     row_scale = gl.load(row_scale_ptr + offs_t, mask=offs_t < end, other=0.0)[:, None]
     token_scale = gl.load(token_scale_ptr + offs_t, mask=offs_t < end, other=0.0)[:, None]
 
-    if sums_ptr is not None:
-        offs_c = column + gl.arange(0, BLOCK_C, gl.SliceLayout(0, layout))
-        sums_ptrs = sums_ptr + (token // BLOCK_T).to(gl.int64) * columns + offs_c
-        gl.store(sums_ptrs, gl.sum(x, 0), mask=offs_c < columns)
     x0, x1, x2, x3 = split_columns(x * row_scale)
     words = cast_words(x0, x1, x2, x3, FORMAT)  # [BLOCK_T, BLOCK_C / 4]
     words_layout: gl.constexpr = row_layout([BLOCK_T, BLOCK_C // 4], 16, 2, gl.num_warps())
     row_word_ptr = row_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     store_tile(row_word_ptr, words, first, column // 4, end, columns // 4, EVEN, words_layout)
+
+    # Here, between the stores, it takes no more registers.
+    if sums_ptr is not None:
+        sums = gl.sum(gl.reshape(x, [BLOCK_T // _SUMMED, _SUMMED, BLOCK_C]), 1)
+        sums_layout: gl.constexpr = row_layout([BLOCK_T // _SUMMED, BLOCK_C], 1, 4, gl.num_warps())
+        store_tile(sums_ptr, sums, token // _SUMMED, column, tokens_padded // _SUMMED, columns, EVEN, sums_layout)
 
     # BLOCK_T divides the padded number of tokens, and tokens beyond T were loaded as zeros.
     x0, x1, x2, x3 = split_rows(x * token_scale)
@@ -120,7 +131,7 @@ def launch_cast_transpose(
         row_scale, token_scale: fp32 ``[T]``.
         row: e4m3 or e5m2 ``[T, C]``.
         column: of the same dtype, ``[C, padded(T)]``.
-        sums: fp32 ``[padded(T) / 128, C]``, or None.
+        sums: fp32 ``[padded(T) / 32, C]``, or None.
 
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
@@ -130,8 +141,7 @@ def launch_cast_transpose(
         check_buffer("sums", sums, sums_shape(*x.shape), torch.float32, x.device)
     if x.numel() == 0:
         return NOTHING
-    tensors, registers = (x, row_scale, token_scale, row, column, sums), None if sums is None else _REGISTERS
-    cast = _plan(_cast_transpose_kernel, tensors, _CAST_TILE, registers)
+    cast = _plan(_cast_transpose_kernel, (x, row_scale, token_scale, row, column, sums), _CAST_TILE)
 
     def run(x: int, row_scale: int, token_scale: int, row: int, column: int, sums: int | None = None) -> None:
         cast(x, row_scale, token_scale, row, column, sums)
@@ -197,19 +207,16 @@ def launch_grouped_transpose_tokens(x: Tensor, offsets: Tensor, out: Tensor) -> 
     return lambda x, offsets, out: transpose(offsets, x, out)
 
 
-def _plan(
-    kernel: Any, tensors: Sequence[Tensor | None], tile: tuple[int, int, int], registers: int | None = None
-) -> LaunchPlan:
+def _plan(kernel: Any, tensors: Sequence[Tensor | None], tile: tuple[int, int, int]) -> LaunchPlan:
     """Over tiles of the padded tokens of the first tensor; EVEN where all of them lie inside of it."""
     assert tensors[0] is not None
     tokens, columns = tensors[0].shape
     block_t, block_c, warps = tile
-    assert block_t == PAD  # sums are of the padded tokens' blocks
     token_tiles, column_tiles = triton.cdiv(padded(tokens), block_t), triton.cdiv(columns, block_c)
     even = (token_tiles * block_t, column_tiles * block_c) == (tokens, columns)
     plan = plan_kernel(
         kernel, (token_tiles * column_tiles,), (*tensors, None), (tokens, columns, padded(tokens)),
-        EVEN=even, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=warps, maxnreg=registers,
+        EVEN=even, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=warps,
     )  # fmt: skip
     return plan if isinstance(plan, UncachedPlan) else lambda *addresses: plan(*addresses, None)
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_compile.kernels.formats import E4M3, PAD, padded
+from sparse_compile.kernels.formats import E4M3, SUMMED, padded
 from sparse_compile.kernels.reference.compression import compress24, saturating_cast
 
 # Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
@@ -185,10 +185,10 @@ def cast_transpose_with_sums(
 
 
 def block_sums(x: Tensor) -> Tensor:
-    """Sums of ``x [T, C]`` over each 128 tokens, fp32 ``[padded(T) / 128, C]``: the gradient of a bias is their sum."""
+    """Sums of ``x [T, C]`` over each 32 tokens, fp32 ``[padded(T) / 32, C]``: the gradient of a bias is their sum."""
     tokens, columns = x.shape
     blocks = F.pad(x.float(), (0, 0, 0, padded(tokens) - tokens))
-    return blocks.reshape(padded(tokens) // PAD, PAD, columns).sum(dim=1)
+    return blocks.reshape(padded(tokens) // SUMMED, SUMMED, columns).sum(dim=1)
 
 
 def transpose_tokens(x: Tensor) -> Tensor:

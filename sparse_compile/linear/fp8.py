@@ -58,7 +58,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """grad_input ``[T, K]`` and grad_weight, where they are needed, and partial sums for the gradient of a bias.
 
-    They are taken of grad_output where it is cast, fp32 ``[padded(T) / 128, N]``; None where it is not, and without a
+    They are taken of grad_output where it is cast, fp32 ``[padded(T) / 32, N]``; None where it is not, and without a
     bias.  A sum in the graph would read it once more, or Inductor would take it in one pass with amax: then what
     produces grad_output, such as the backward of an activation, is not in that pass, and more is read than is saved.
     """
