@@ -134,6 +134,7 @@ def test_a_schedule_ends_with_its_compilation(again, ffn):
     assert torch.equal(model.up.weight, before)
 
 
+@pytest.mark.nightly
 def test_an_evaluation_without_the_schedule_follows_that_of_training(ffn):
     """Compiled on its own, of a model in its dense warm-up."""
     model, x = ffn(), torch.randn(16, 64)

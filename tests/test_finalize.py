@@ -307,6 +307,7 @@ def test_a_weight_that_is_projected_to_zero_becomes_zero(examples) -> None:
     assert not model.down.weight.any()
 
 
+@pytest.mark.nightly
 def test_of_several_compilations_the_latest_training_counts(examples) -> None:
     """One in the dense recipe prunes nothing; as an evaluation, it does not hide that the model was trained pruned."""
     model = Residual()

@@ -135,6 +135,7 @@ def test_every_spelling_is_found(trace):
     assert rejections == []
 
 
+@pytest.mark.by_day(12)
 @pytest.mark.parametrize(("function", "name"), UNSUPPORTED.values(), ids=UNSUPPORTED.keys())
 def test_forms_not_rewritten_are_reported(trace, function, name):
     sites, rejections = found(trace(Weights(function), torch.randn(2, 8, 80)))

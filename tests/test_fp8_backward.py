@@ -56,6 +56,7 @@ def test_outputs_are_the_dense_ones_and_gradients_near_them(ffn, conv1d, stored,
 FP8_FPROP = replace(FP8, name="fprop-alone", dgrad=Gemm.DENSE, wgrad=Gemm.DENSE)
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     ("option", "products"),

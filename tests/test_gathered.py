@@ -152,6 +152,7 @@ def test_a_backward_without_the_weight_says_so(make, batch):
         loss.backward()
 
 
+@pytest.mark.nightly
 def test_health_is_sampled_before_operands_are_freed(make, batch, monkeypatch):
     healths = []
     for sharded in (True, False):
@@ -183,6 +184,7 @@ class Block(nn.Module):
         return self.down(self.up(x).relu())
 
 
+@pytest.mark.nightly
 def test_one_copy_is_freed_and_made_again_as_two_are():
     losses = []
     for sharded in (False, True):

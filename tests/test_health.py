@@ -209,6 +209,7 @@ def test_nothing_to_compare_with(sums, expected):
     assert noise_and_underflow(sums) == expected
 
 
+@pytest.mark.nightly
 def test_where_cuda_graphs_run_gradients_are_left_alone():
     torch.compile(ffn(64).forward, backend="sste", options=EAGER | {"sste.health": 1})(torch.randn(8, 64))
     assert ops._observer is not None
@@ -240,6 +241,7 @@ def noisy(samples):
     return {name.split(".")[-1]: sample.noise is not None for name, sample in samples.items()}
 
 
+@pytest.mark.nightly
 def test_gradients_are_watched_in_the_step_after_a_sample_that_was_asked_for():
     others = [torch.optim.SGD(nn.Linear(4, 4).parameters()) for _ in range(3)]  # stepped, and not waited for
     for optimizer in others:

@@ -49,6 +49,7 @@ def test_dead_and_lazy_proxies_are_passed_over(frozen: None, freeze: bool) -> No
     assert held["model"] is model
 
 
+@pytest.mark.nightly
 def test_a_later_freeze_is_noticed_though_fewer_objects_are_frozen(frozen: None) -> None:
     many: list[list[None]] = [[] for _ in range(100_000)]
     gc.freeze()

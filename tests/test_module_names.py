@@ -98,6 +98,7 @@ def names():
     return {row.module for row in sparse_compile.report().rows}
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_whatever_is_compiled(way, ffn):
     model = Model(ffn)
@@ -137,6 +138,7 @@ def test_patterns_match_the_models_own_names(ffn):
         assert all(name.endswith("up") == is_pruned for name, is_pruned in pruned.items())
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("way", [whole, in_place], ids=lambda way: way.__name__)
 def test_what_holds_the_compiled_model_is_not_part_of_its_names(way, ffn):
     """A LightningModule or a loss around it."""
@@ -161,7 +163,7 @@ TRACES = {
 }
 
 
-@pytest.mark.by_day(1)
+@pytest.mark.nightly
 @pytest.mark.parametrize("trace", TRACES.values(), ids=TRACES.keys())
 def test_a_trace_has_its_own_names_once_the_model_is_gone(trace, ffn):
     """And does not change the names of the model as long as that is there."""

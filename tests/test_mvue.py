@@ -62,7 +62,7 @@ def pair_probabilities(block: tuple[float, ...], approximate: bool) -> dict[tupl
     return {(i, j): max(0.0, min(ends[i + 1], ends[j + 1] - 1, 1.0) - max(ends[i], ends[j] - 1, 0.0)) for i, j in PAIRS}
 
 
-@pytest.mark.by_day(6)
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @ESTIMATORS
 def test_frequencies_bias_and_variance(block, approximate) -> None:

@@ -277,6 +277,7 @@ def test_it_behaves_as_a_dense_one(program, bias, lead):
     compare(program, torch.randn(*lead, WIDTH), bias=bias)
 
 
+@pytest.mark.nightly
 def test_they_behave_as_dense_ones_side_by_side():
     """Every other one; in a night each alone."""
     together = dict([(name, program) for name, program in PROGRAMS.items() if name not in ALONE][::2])

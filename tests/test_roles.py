@@ -415,6 +415,7 @@ def test_without_an_activation_function_it_is_no_ffn(trace, function):
     assert [site.role for site in sites] == [Role.OTHER, Role.OTHER]
 
 
+@pytest.mark.by_day(9)
 @pytest.mark.parametrize("function", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
 def test_an_ffn_is_told_by_what_its_activation_does(trace, function):
     sites, _ = found(trace(Gated(function), torch.randn(8, 64)))

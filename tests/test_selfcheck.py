@@ -172,6 +172,7 @@ def test_the_product_has_tails_and_fills_what_it_should(use, monkeypatch, config
         assert counts == {0, 1}
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("fast", [False, True], ids=["accurate", "fast"])
 def test_sums_are_exact_also_with_14_bits(use, fast) -> None:
     """As FP8 tensor cores add them up."""

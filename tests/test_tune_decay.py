@@ -144,6 +144,7 @@ def assert_counted(tmp_path, done, recipe):
     assert done.stopped
 
 
+@pytest.mark.nightly
 def test_the_dense_run_is_dense_and_decays_nothing(tmp_path):
     """What ``fp8`` trains, to the bit."""
     dense = run(tmp_path, None)

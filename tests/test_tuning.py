@@ -379,6 +379,7 @@ class TestGraph:
         """Of 144 tokens, which are padded; dgrad of the first linear is computed too."""
         return torch.randn(3, 48, 64, requires_grad=True)
 
+    @pytest.mark.by_day(1)
     @pytest.mark.parametrize(("grad_format", "stored", "checkpoint", "autocast"), list(pairs_by_day()))
     def test_the_products_of_the_graph(
         self, asked, multiplied, ffn, conv1d, x, grad_format, stored, checkpoint, autocast

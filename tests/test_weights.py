@@ -270,6 +270,7 @@ def test_names_are_found_through_wrappers(wrap) -> None:
     assert sparse_compile.beta(other) == scales
 
 
+@pytest.mark.by_day(1)
 def test_a_frozen_model_is_told_its_scales_after_it_was_compiled(trained, batch) -> None:
     """An average that is made, compiled and evaluated before training, and told its scales later."""
     model, _, loss = trained
@@ -285,6 +286,7 @@ def test_a_frozen_model_is_told_its_scales_after_it_was_compiled(trained, batch)
         assert run(*batch) == loss() != dense
 
 
+@pytest.mark.nightly
 def test_recipes_that_were_tried_before_leave_no_operands(batch) -> None:
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

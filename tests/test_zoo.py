@@ -20,6 +20,7 @@ def marked(architecture: Architecture) -> object:
     return pytest.param(architecture, id=architecture.name, marks=marks)
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("architecture", [marked(architecture) for architecture in ARCHITECTURES])
 def test_architecture(architecture: Architecture, request: pytest.FixtureRequest) -> None:
     """It trains with the gradients of its projected weights; its FFNs are found, its products are in the report."""
