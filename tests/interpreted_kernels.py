@@ -105,7 +105,7 @@ def check_prune() -> None:
     beta = torch.tensor([1.4839])
     for index, (name, weight) in enumerate(cases.items()):
         n, k = weight.shape
-        for hard in (False, True):
+        for hard in (False, True) if ALL else (index % 3 == 1,):
             expected = reference.prune_weight(weight, beta, hard)
             for hint in hints(float(expected[-1]), index + hard):
                 values, weight_t = poisoned_payload(*values_shape(n, k)), poisoned_payload(k, n)

@@ -259,7 +259,7 @@ def test_a_module_of_pytorchs_that_is_compiled_in_place_is_warned_of() -> None:
     ]
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("how", ["DDP", "FSDP2, compiled", "compiled, FSDP2", "compiled in place, FSDP2"])
 @pytest.mark.usefixtures("nothing_traced", "one_process")
 def test_modules_of_pytorchs_behind_hooks_are_warned_of(how: str) -> None:
@@ -290,6 +290,7 @@ def test_a_compiled_module_that_is_not_called_is_warned_of() -> None:
     assert train(compiled) == []
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("nothing_traced")
 def test_what_another_backend_traces_is_not_warned_of(recwarn) -> None:
     model = torch.compile(containers(), backend="eager")
@@ -297,6 +298,7 @@ def test_what_another_backend_traces_is_not_warned_of(recwarn) -> None:
     assert not any("sparse_compile" in str(warning.message) for warning in recwarn)
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     "compiled",
     [

@@ -120,7 +120,7 @@ def tokens(count: int, length: int = 33) -> Tensor:
 @pytest.mark.parametrize(
     ("dtype", "device"),
     [
-        pytest.param(torch.float16, "cpu", id="fp16-cpu"),
+        pytest.param(torch.float16, "cpu", id="fp16-cpu", marks=pytest.mark.nightly),
         pytest.param(torch.bfloat16, "cpu", id="bf16-cpu", marks=pytest.mark.nightly),
         pytest.param(torch.float16, "cuda", id="fp16-cuda", marks=pytest.mark.gpu),
         pytest.param(torch.bfloat16, "cuda", id="bf16-cuda", marks=pytest.mark.gpu),

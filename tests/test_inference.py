@@ -75,6 +75,7 @@ def test_frozen_weights_that_are_not_24_stay_dense() -> None:
     assert {name for name, precision in ran.items() if precision != "dense"} == {"2"}
 
 
+@pytest.mark.nightly
 def test_a_base_model_that_is_finalized_and_frozen_passes_gradients_on(loaded, batch) -> None:
     """As adapters train: gradients reach what lies before the frozen 2:4 linears."""
     loaded.requires_grad_(False)

@@ -159,6 +159,7 @@ def test_a_step_that_is_made_again(
     assert_same_training(trained({2: (place, error)}, monkeypatch), uninterrupted, uncounted)
 
 
+@pytest.mark.nightly
 def test_the_very_first_step(uninterrupted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """When betas are fitted, and operands are made for the first time."""
     trained_again = trained({0: ("while operands are made", KeyboardInterrupt)}, monkeypatch)

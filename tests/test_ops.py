@@ -125,7 +125,7 @@ def test_every_op_is_checked():
     assert set(NAMES) == ops.defined.keys()
 
 
-@pytest.mark.by_day(20)
+@pytest.mark.by_day(14)
 @pytest.mark.parametrize(("name", "arguments"), CASES, ids=NAMES)
 def test_opcheck(name, arguments):
     check_schema(name, arguments)

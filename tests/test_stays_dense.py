@@ -151,7 +151,7 @@ DENSE = {
 }  # fmt: skip
 
 
-@pytest.mark.by_day(5)
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize(("make", "why"), DENSE.values(), ids=DENSE.keys())
 def test_dense_with_its_reason(x, make, why, one_process):
     """Output and gradients are dense training's."""

@@ -110,6 +110,7 @@ def test_a_checkpoint_says_that_it_was(options):
     assert decisions() == dict.fromkeys("02", options.get("sste.recipe", "s-ste"))
 
 
+@pytest.mark.nightly
 def test_a_checkpoint_of_dense_training_does_not():
     optimizer = train(ffn(), FASTER, steps=2)
     again = ffn()
@@ -119,6 +120,7 @@ def test_a_checkpoint_of_dense_training_does_not():
     assert decisions() == {"0": "dense", "2": "dense"}
 
 
+@pytest.mark.nightly
 def test_no_schedule_writes_into_weights_that_were_never_pruned():
     schedule = {"sste.recipe": "ste", "sste.warmup": 1, "sste.tail": 1, "sste.total_steps": 4}
     model, dense = ffn(), ffn()
