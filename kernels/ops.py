@@ -215,7 +215,7 @@ def _launched_cast_transpose(
     return (x, row_scale, token_scale, *results)
 
 
-def with_sums(fake: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+def _with_sums(fake: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
     """The fake of an op that also returns ``reference.block_sums`` of its first argument."""
 
     def fake_with_sums(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -237,9 +237,9 @@ cast_transpose_with_sums = define(
     "-> (Tensor, Tensor, Tensor)",
     reference.cast_transpose_with_sums,
     launcher(
-        "activation.cast_transpose.launch_cast_transpose", with_sums(_cast_transpose_fake), _launched_cast_transpose
+        "activation.cast_transpose.launch_cast_transpose", _with_sums(_cast_transpose_fake), _launched_cast_transpose
     ),
-    with_sums(_cast_transpose_fake),
+    _with_sums(_cast_transpose_fake),
 )
 
 
@@ -305,8 +305,8 @@ cast_mvue_with_sums = define(
     "cast_mvue_with_sums(Tensor grad, Tensor row_scale, Tensor token_scale, Tensor seed, int index, bool approximate, "
     "bool stochastic, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.cast_mvue_with_sums,
-    launcher("activation.cast_mvue.launch_cast_mvue", with_sums(_cast_mvue_fake), _launched_cast_mvue),
-    with_sums(_cast_mvue_fake),
+    launcher("activation.cast_mvue.launch_cast_mvue", _with_sums(_cast_mvue_fake), _launched_cast_mvue),
+    _with_sums(_cast_mvue_fake),
 )
 
 
