@@ -25,7 +25,6 @@ from sparse_compile.weights.operands import (
     layout_of,
     operand_set,
     restore_operands,
-    version_of,
 )
 from sparse_compile.weights.record import Phase, Trainer, WeightRecord
 from sparse_compile.weights.registry import find_record, lock, record_of
@@ -83,6 +82,7 @@ class Runtime:
         self._seeds = [SeedSource(device) for device in seed_devices]
         self._layouts = [layout_of(slot) for slot in slots]
         self.pruned = frozenset(slot.position for slot in slots if slot.projection.prunes)  # positions of weights
+        self._decays = [(index, slot.decay) for index, slot in enumerate(slots) if slot.decay]
         self._fakes = tuple(fakes)  # of seeds and operands
         self._report = report
         self._baseline = baseline
@@ -104,13 +104,7 @@ class Runtime:
         before_backward = self._before_backward(kept, weights, records, sets) if torch.is_grad_enabled() else None
         if before_backward is None:
             return self._compiled(*args, *inputs)
-        earlier = _backward_nodes(args)
-        outputs = self._compiled(*args, *inputs)
-        # A gradient comes through what the graph returns, and through inputs that it has written to.
-        results = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-        for node in _backward_nodes((*results, *args)) - earlier:
-            node.register_prehook(torch.compiler.disable(before_backward))
-        return outputs
+        return _call_hooked(lambda: self._compiled(*args, *inputs), args, before_backward)
 
     def _before_backward(
         self, kept: _Kept, weights: list[Tensor], records: list[WeightRecord], sets: list[OperandSet]
@@ -128,12 +122,14 @@ class Runtime:
                 if weight.requires_grad and record.awaits_gradient(layout)
             ]
             kept.settled_at = -1 if passing else WeightRecord.changes
-        if not passing and not kept.gathered:
+        if not passing and not kept.gathered and not self._decays:
             return None
 
         def before_backward(_: Any) -> None:
             for record, layout, beta in passing:
                 record.gradient_passed(layout, beta, self._trainer)
+            for index, decay in self._decays:
+                records[index].decay = decay
             if kept.gathered:
                 restore_operands(weights, self._slots, records, sets)
 
@@ -168,6 +164,17 @@ class Runtime:
         return kept, records, sets
 
 
+def _call_hooked(call: Callable[[], Any], args: tuple[Any, ...], before_backward: Callable[[Any], None]) -> Any:
+    """What ``call`` of ``args`` returns; a hook runs before a gradient passes it, and never if none does."""
+    earlier = _backward_nodes(args)
+    outputs = call()
+    # A gradient comes through what a graph returns, and through inputs that it has written to.
+    results = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    for node in _backward_nodes((*results, *args)) - earlier:
+        node.register_prehook(torch.compiler.disable(before_backward))
+    return outputs
+
+
 def _backward_nodes(values: Iterable[Any]) -> set[Node]:
     """What the gradients of values pass in backward; those of all views of a tensor pass that of the tensor."""
     wholes = (whole(value) for value in values if isinstance(value, Tensor))
@@ -190,6 +197,24 @@ class Question:
     position: int  # among the graph's inputs
     target: OperandLayout | None
     in_features_dim: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Choice:
+    """Of a call's weights.
+
+    Attributes:
+        changes: how often records had changed.
+        now: what else it depends on.
+        fresh: the indices of weights that nothing has trained, where it depends on whether they are 2:4.
+        training: weights of which a backward would say how they are trained: their records, and whether pruned.
+    """
+
+    changes: int
+    now: object
+    runtime: Runtime
+    fresh: Sequence[int]
+    training: Sequence[tuple[ref[WeightRecord], bool]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,8 +257,7 @@ class Chooser:
         self._first = first
         self._trainer = trainer
         self._dense_reads = tuple(dense_reads)
-        # What was chosen, at which change of records, and for what else it depends on.
-        self._chosen: OfTensors[tuple[int, object, Runtime]] = OfTensors()
+        self._chosen: OfTensors[_Choice] = OfTensors()
         self._asks_24 = any(question.in_features_dim is not None for question in questions)
 
     def __call__(self, *args: Any) -> Any:
@@ -241,36 +265,42 @@ class Chooser:
             return self._first(*args)
         if self._pattern is not None and torch.is_grad_enabled():
             self._pattern.ran(args)
-        return self._variant(args)(*args)
-
-    def _variant(self, args: tuple[Any, ...]) -> Runtime:
         if not self._questions and not self._dense_reads:
-            return self._first
+            return self._first(*args)
+        choice = self._choice(args)
+        if not choice.training:
+            return choice.runtime(*args)
+        return _call_hooked(lambda: choice.runtime(*args), args, lambda _: self._note_training(choice))
+
+    def _choice(self, args: tuple[Any, ...]) -> _Choice:
         weights = [args[question.position] for question in self._questions]
-        versions = () if torch.is_grad_enabled() else tuple(map(version_of, weights))
-        now = (torch.is_grad_enabled(), self._sparse(weights), versions)
-        chosen = self._chosen.get(weights)
-        if chosen is not None and chosen[:2] == (WeightRecord.changes, now):
-            return chosen[2]
-        training, sparse, _ = now
+        training, sparse = torch.is_grad_enabled(), self._sparse(weights)
+        known = self._chosen.get(weights)
+        if known is not None and known.changes == WeightRecord.changes:
+            dense = self._dense_of_a_finalized_model(weights, known.fresh)
+            if known.now == (training, sparse, dense):
+                return known
         if self._pattern is not None and training:
             self._pattern.check(args)
         if not training:
             self._refuse_dense_reads(args)
         with lock:
-            standings = tuple(
+            standings = [
                 self._standing(question, weight, question.position in sparse, training)
                 for question, weight in zip(self._questions, weights, strict=True)
-            )
-        if not training:
-            standings = self._of_a_finalized_model(weights, standings)
-        runtime = self._choose(standings, args)
-        if training:
-            with lock:
-                self._note_training(weights, standings, runtime)
+            ]
+        fresh = () if training else self._fresh(standings)
+        dense = self._dense_of_a_finalized_model(weights, fresh)
+        for index in dense:
+            standings[index] = Standing.TRAINED_DENSE
+        runtime = self._choose(tuple(standings), args)
+        choice = _Choice(
+            changes=WeightRecord.changes, now=(training, sparse, dense), runtime=runtime, fresh=fresh,
+            training=self._would_train(weights, standings, runtime) if training else (),
+        )  # fmt: skip
         if not runtime.fixed_sizes:
-            self._chosen.put(weights, (WeightRecord.changes, now, runtime))
-        return runtime
+            self._chosen.put(weights, choice)
+        return choice
 
     def _sparse(self, weights: Sequence[Tensor]) -> frozenset[int]:
         """The positions of the frozen weights that are 2:4 themselves, where that is asked."""
@@ -289,22 +319,27 @@ class Chooser:
             follow(record, question.target, self._schedule, trainer)
         return standing_of(record, sparse=sparse, trainer=trainer)
 
-    def _of_a_finalized_model(self, weights: Sequence[Tensor], standings: tuple[Standing, ...]) -> tuple[Standing, ...]:
-        """In an evaluation: where nothing has trained weights here and some are 2:4, the others were trained dense."""
+    def _fresh(self, standings: Sequence[Standing]) -> list[int]:
+        """The indices of the targets that nothing has trained here, where there are several."""
         fresh = [
-            (index, question.target)
+            index
             for index, (question, standing) in enumerate(zip(self._questions, standings, strict=True))
             if standing is Standing.FRESH and question.target is not None
         ]
-        if len(fresh) < 2:
-            return standings
-        chosen = [weights[index] for index, _ in fresh]
-        dims = [-2 if target.transposed else -1 for _, target in fresh]
+        return fresh if len(fresh) > 1 else []
+
+    def _dense_of_a_finalized_model(self, weights: Sequence[Tensor], fresh: Sequence[int]) -> frozenset[int]:
+        """In an evaluation: where nothing has trained weights here and some are 2:4, the others were trained dense.
+
+        Asked at each call: what is loaded behind an evaluation may show in samples alone.
+        """
+        if not fresh:
+            return frozenset()
+        chosen = [weights[index] for index in fresh]
+        targets = [self._questions[index].target for index in fresh]
+        dims = [-2 if target is not None and target.transposed else -1 for target in targets]
         found = are_sparse(chosen, [record_of(weight) for weight in chosen], dims)
-        dense = {index for (index, _), is_24 in zip(fresh, found, strict=True) if not is_24}
-        if len(dense) == len(fresh):
-            return standings
-        return tuple(Standing.TRAINED_DENSE if index in dense else each for index, each in enumerate(standings))
+        return frozenset(index for index, is_24 in zip(fresh, found, strict=True) if not is_24 and any(found))
 
     def _refuse_dense_reads(self, args: tuple[Any, ...]) -> None:
         for read in self._dense_reads:
@@ -317,13 +352,25 @@ class Chooser:
                     "compute with"
                 )
 
-    def _note_training(self, weights: Sequence[Tensor], standings: Sequence[Standing], runtime: Runtime) -> None:
-        """An evaluation in another graph computes with each weight as what trains it does: pruned, or dense."""
+    def _would_train(
+        self, weights: Sequence[Tensor], standings: Sequence[Standing], runtime: Runtime
+    ) -> list[tuple[ref[WeightRecord], bool]]:
+        """The weights of which nobody knows yet that this graph trains them, and whether it does so pruned."""
+        found = []
         for question, weight, standing in zip(self._questions, weights, standings, strict=True):
-            if weight.requires_grad:
-                in_dense_phase = standing is Standing.DENSE and question.target is not None
-                pruned = in_dense_phase or question.position in runtime.pruned
-                record_of(weight).train_by(self._trainer, pruned=pruned)
+            in_dense_phase = standing is Standing.DENSE and question.target is not None
+            pruned, record = in_dense_phase or question.position in runtime.pruned, record_of(weight)
+            if weight.requires_grad and not record.is_trained_by(self._trainer, pruned=pruned):
+                found.append((ref(record), pruned))
+        return found
+
+    def _note_training(self, choice: _Choice) -> None:
+        """An evaluation in another graph computes with each weight as what trains it does: pruned, or dense."""
+        with lock:
+            for known, pruned in choice.training:
+                record = known()
+                if record is not None:
+                    record.train_by(self._trainer, pruned=pruned)
 
 
 def follow(record: WeightRecord, target: OperandLayout, schedule: Schedule | None, trainer: Trainer | None) -> None:
@@ -336,7 +383,7 @@ def follow(record: WeightRecord, target: OperandLayout, schedule: Schedule | Non
         ValueError: two graphs of the same options prune it along different dimensions.
     """
     training = trainer is not None
-    if training and record.pruned_by == trainer and record.target is not None:
+    if training and trainer in (record.pruned_by, record.called_by) and record.target is not None:
         before, projection = record.target, target.projection
         if (
             before.projection is projection
@@ -350,6 +397,8 @@ def follow(record: WeightRecord, target: OperandLayout, schedule: Schedule | Non
             )
     if record.target is None or training:
         record.target = target
+    if training:
+        record.called_by = trainer
     if training or record.schedule is None:
         record.follow(schedule)
 

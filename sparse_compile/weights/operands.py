@@ -59,15 +59,15 @@ def current_operands(
         versions = [_version(weight, kept) for weight, kept in zip(weights, sets, strict=True)]
         if training:
             _note_updates_by_hand(weights, slots, records, sets)
-        stale = _find_stale(weights, records, sets, versions, training)
+        stale = _find_stale(weights, slots, records, sets, versions, training)
         for index in stale:
             _refresh(weights[index], slots[index], records[index], sets[index], versions[index], training)
         sampled = [index for index in stale if sets[index].shards is None]
         _keep_samples([weights[index] for index in sampled], [sets[index] for index in sampled])
         for slot, record, kept in zip(slots, records, sets, strict=True):
             kept.used = True
-            if training and (record.trained_set is not kept or record.decay != slot.decay):
-                record.train_in(layout_of(slot), kept, slot.decay)
+            if training and record.trained_set is not kept:
+                record.train_in(layout_of(slot), kept)
         return [operand for kept in sets for operand in kept.operands]
 
 
@@ -128,6 +128,7 @@ def version_of(weight: Tensor) -> int:
 
 def _find_stale(
     weights: Sequence[Tensor],
+    slots: Sequence[WeightSlot],
     records: Sequence[WeightRecord],
     sets: Sequence[OperandSet],
     versions: Sequence[WeightVersion],
@@ -135,7 +136,12 @@ def _find_stale(
 ) -> list[int]:
     """The indices of the weights whose operands must be made again."""
     stale, doubtful = [], []
-    for index, (weight, record, kept, version) in enumerate(zip(weights, records, sets, versions, strict=True)):
+    for index, (weight, slot, record, kept, version) in enumerate(
+        zip(weights, slots, records, sets, versions, strict=True)
+    ):
+        if record.beta is None and record.provisional is not None and not _is_provisional_of(record, slot):
+            stale.append(index)
+            continue
         if kept.shards is not None:
             # What changes in the shards comes with the next gathering, before which the operands are freed.
             if kept.freed or version != kept.version or _capturing(weight):
@@ -325,7 +331,8 @@ def _scale(values: Sequence[float], slot: WeightSlot) -> Scale:
 def _provisional(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: WeightRecord, training: bool) -> Beta:
     """Of a weight that has none yet: it becomes final when the weight is trained, and until then it is the weight's."""
     known, glimpse = record.provisional, record.provisional_glimpse
-    if known is not None and glimpse is not None and (_capturing(weight) or _is_still(weight, glimpse)):
+    still = known is not None and glimpse is not None and (_capturing(weight) or _is_still(weight, glimpse))
+    if known is not None and still and _is_provisional_of(record, slot):
         return known
     fits = _fits(matrix, slot)
     all_24 = all(fit.is_24 for fit in fits)
@@ -341,8 +348,13 @@ def _provisional(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: Weigh
     values = [1.0 if fit.is_24 else fit.value * slot.beta_factor for fit in fits]
     source = BetaSource.FITTED if all(fit.representative for fit in fits) else BetaSource.PRIOR
     record.provisional = Beta(_scale(values, slot), BetaSource.SPARSE if all_24 else source)
-    record.provisional_glimpse = _glimpse(weight)
+    record.provisional_glimpse, record.provisional_of = _glimpse(weight), (slot.projection, slot.beta_factor)
     return record.provisional
+
+
+def _is_provisional_of(record: WeightRecord, slot: WeightSlot) -> bool:
+    """Whether the provisional scale is by the options of a slot, if these have one."""
+    return not slot.projection.has_beta or record.provisional_of == (slot.projection, slot.beta_factor)
 
 
 def _fits(matrix: Tensor, slot: WeightSlot) -> list[Fit]:

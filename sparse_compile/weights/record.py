@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.errors import SparseCompileError
+from sparse_compile.projections.base import Projection
 from sparse_compile.torch_internals.weak_tensors import WeakTensor
 from sparse_compile.weights.beta_fit import WINDOW
 from sparse_compile.weights.operand_set import STALE, OperandLayout, OperandSet
@@ -90,7 +91,7 @@ class WeightRecord:
     Attributes:
         phase: see ``Phase``.
         beta: final since the weight was trained; None before, and for projections that have none.
-        provisional: the scale with which linears compute until there is a final one.
+        provisional: the scale with which linears compute until there is a final one, by the options of the last call.
         steps: of its optimizer, with this weight, in this run and those that it resumes; until ``settle``, with those
             that a fused optimizer has skipped since.
         prior_steps: how many of these have used the prior.
@@ -98,16 +99,18 @@ class WeightRecord:
         layout: the one of the last call that recorded gradients; None before.
         unbaked: whether its schedule has ended and it was trained pruned: a step must write beta * S(W) into it.
         unverified: whether its scale comes from a checkpoint, and the weight has not been looked at since.
+        decay: masked decay of the gradient that has passed since the last step.
+        called_by: the options of the last call that recorded gradients since the last step.
         pruned_by: the options that last trained it pruned; of a checkpoint nothing says it.
-        trained_dense: whether calls recorded gradients, and none with it pruned, in this run or those that it resumes.
+        trained_dense: whether gradients have passed, and none with it pruned, in this run or those that it resumes.
         loaded: whether it goes on from what a checkpoint held of it: that is saved again, though no call uses it.
     """
 
     __slots__ = (
-        "__weakref__", "_on_devices", "_unsettled", "beta", "decay", "glimpse_24", "is_24", "layout", "loaded",
-        "loaded_masks", "operands", "phase", "prior_steps", "provisional", "provisional_glimpse", "pruned_by",
-        "refit_due", "schedule", "shards", "stepped_to", "steps", "target", "trained_dense", "trained_set",
-        "trained_with", "unbaked", "unverified",
+        "__weakref__", "_on_devices", "_unsettled", "beta", "called_by", "decay", "glimpse_24", "is_24", "layout",
+        "loaded", "loaded_masks", "operands", "phase", "prior_steps", "provisional", "provisional_glimpse",
+        "provisional_of", "pruned_by", "refit_due", "schedule", "shards", "stepped_to", "steps", "target",
+        "trained_dense", "trained_set", "trained_with", "unbaked", "unverified",
     )  # fmt: skip
 
     # Of all records, how often one changed what linears compute with: what was decided by them is decided anew then.
@@ -118,6 +121,7 @@ class WeightRecord:
         self.beta: Beta | None = None
         self.provisional: Beta | None = None
         self.provisional_glimpse: Glimpse | None = None
+        self.provisional_of: tuple[Projection, float] | None = None  # and its factor
         self.schedule: Schedule | None = None
         self.steps = steps
         self.prior_steps = 0
@@ -137,6 +141,7 @@ class WeightRecord:
         self.stepped_to: tuple[int, int] | None = None  # the weight's version and address after its last step
         # How a gradient passed since the last step.
         self.trained_with: tuple[OperandLayout, Beta | None, Trainer | None] | None = None
+        self.called_by: Trainer | None = None
         self.pruned_by: Trainer | None = None
         self.trained_dense = False
         self.is_24 = False
@@ -254,6 +259,7 @@ class WeightRecord:
             self._keep(lambda _, kept: kept.used)
         for kept in self.operands.values():
             kept.used = False
+        self.decay, self.called_by = 0.0, None
         self._keep_to_schedule()
 
     def trained_by_hand(self) -> None:
@@ -262,13 +268,16 @@ class WeightRecord:
             trained_with, self.trained_with = self.trained_with, None
             self._train(*trained_with)
 
+    def is_trained_by(self, trainer: Trainer, *, pruned: bool) -> bool:
+        """Whether ``train_by`` would change nothing."""
+        pruned_by = trainer if pruned else self.pruned_by
+        return (self.pruned_by, self.trained_dense) == (pruned_by, pruned_by is None)
+
     def train_by(self, trainer: Trainer, *, pruned: bool) -> None:
-        """A call that records gradients computes with the weight, pruned outside of dense phases or not."""
-        before = self.pruned_by, self.trained_dense
-        if pruned:
-            self.pruned_by = trainer
-        self.trained_dense = self.pruned_by is None
-        if before != (self.pruned_by, self.trained_dense):
+        """A gradient passes a call that computed with the weight, pruned outside of dense phases or not."""
+        if not self.is_trained_by(trainer, pruned=pruned):
+            self.pruned_by = trainer if pruned else self.pruned_by
+            self.trained_dense = self.pruned_by is None
             WeightRecord.changes += 1
 
     def was_trained_dense(self) -> None:
@@ -394,9 +403,9 @@ class WeightRecord:
                 self.trained_set = None  # and its masks
         return self.operands[layout]
 
-    def train_in(self, layout: OperandLayout, kept: OperandSet, decay: float) -> None:
+    def train_in(self, layout: OperandLayout, kept: OperandSet) -> None:
         """A call that records gradients reads the weight in a layout."""
-        self.layout, self.trained_set, self.decay = layout, kept, decay
+        self.layout, self.trained_set = layout, kept
 
     def mark_stale(self) -> None:
         """Let the next call make the operands again, and look whether the weight is 2:4; beta stays."""
