@@ -117,7 +117,7 @@ class Runtime:
         passing = []
         if kept.settled_at != WeightRecord.changes:
             passing = [
-                (record, layout, record.current_beta)
+                (record, layout, record.beta_for(layout.projection))
                 for record, layout, weight in zip(records, self._layouts, weights, strict=True)
                 if weight.requires_grad and record.awaits_gradient(layout)
             ]

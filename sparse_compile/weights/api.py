@@ -36,7 +36,8 @@ def set_beta(model: Module, betas: Mapping[str, float | Sequence[float]]) -> Non
 
     A parameter keeps its scale, and an optimizer's ``state_dict`` brings it back.  In a copy of a trained model, or in
     one from a checkpoint without its optimizer, it would be computed from the trained weights, and the linears would
-    not compute what they were trained to::
+    not compute what they were trained to.  Matrices that are left out are taken for trained dense, until they are
+    trained otherwise::
 
         sparse_compile.set_beta(average, sparse_compile.beta(model))
 
@@ -74,6 +75,11 @@ def set_beta(model: Module, betas: Mapping[str, float | Sequence[float]]) -> Non
         told.append((found[0][1], tuple(map(float, values)) if len(shape) == 3 else float(values[0])))
     for parameter, value in told:
         record_of(parameter).tell(value)
+    # What has no scale in a model whose other weights have one was trained dense.
+    others = {id(parameter) for parameter, _ in told}
+    for parameter in original(model).parameters() if told else ():
+        if parameter.ndim > 1 and id(parameter) not in others:
+            record_of(parameter).was_trained_dense()
 
 
 def attach(model: Module, optimizer: Optimizer) -> None:

@@ -35,7 +35,7 @@ class OperandSet:
 
     __slots__ = (
         "__weakref__", "dropped", "freed", "made_at", "mask_steps", "masks", "operands", "readers", "refreshes",
-        "reuses", "sample", "shape", "shards", "steps", "used", "version",
+        "reuses", "sample", "shape", "shards", "steps", "trains", "used", "version",
     )  # fmt: skip
 
     def __init__(self, shards: WeakTensor | None) -> None:
@@ -53,6 +53,7 @@ class OperandSet:
         self.refreshes = 0  # how often the operands were made
         self.readers: WeakSet[object] = WeakSet()  # compiled graphs
         self.used = False  # since the weight's last step
+        self.trains = False  # the same, in a call that records gradients
         self.reuses = 0  # how often calls that record gradients used them again, since an edit or an evaluation
 
     def free(self) -> None:

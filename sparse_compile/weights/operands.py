@@ -65,7 +65,7 @@ def current_operands(
         sampled = [index for index in stale if sets[index].shards is None]
         _keep_samples([weights[index] for index in sampled], [sets[index] for index in sampled])
         for slot, record, kept in zip(slots, records, sets, strict=True):
-            kept.used = True
+            kept.used, kept.trains = True, kept.trains or training
             if training and record.trained_set is not kept:
                 record.train_in(layout_of(slot), kept)
         return [operand for kept in sets for operand in kept.operands]
@@ -139,7 +139,7 @@ def _find_stale(
     for index, (weight, slot, record, kept, version) in enumerate(
         zip(weights, slots, records, sets, versions, strict=True)
     ):
-        if record.beta is None and record.provisional is not None and not _is_provisional_of(record, slot):
+        if record.provisional is not None and _needs_provisional(record, slot) and not _is_provisional_of(record, slot):
             stale.append(index)
             continue
         if kept.shards is not None:
@@ -269,7 +269,7 @@ def _keep_samples(weights: Sequence[Tensor], sets: Sequence[OperandSet]) -> None
 
 def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: WeightRecord, training: bool) -> Beta:
     """The scale that linears compute with now: the final one, or what the weight as it is would begin with."""
-    if record.beta is None:
+    if record.beta is None or _needs_provisional(record, slot):
         return _provisional(weight, matrix, slot, record, training)
     if len(record.beta.values) != (slot.experts or 1):
         raise ValueError(
@@ -317,10 +317,10 @@ def _refit(record: WeightRecord, beta: Beta, fits: Sequence[Fit], slot: WeightSl
         else:
             left += 1
     if left == 0:
-        record.adopt(_scale(values, slot), BetaSource.FITTED)
+        record.adopt(_scale(values, slot), BetaSource.FITTED, beta.prior)
     elif tuple(values) != beta.values:
         steps = record.prior_steps
-        record.adopt(_scale(values, slot), BetaSource.PRIOR)
+        record.adopt(_scale(values, slot), BetaSource.PRIOR, beta.prior)
         record.prior_steps, record.refit_due = steps, False
 
 
@@ -347,14 +347,20 @@ def _provisional(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: Weigh
     # What is 2:4 goes on as what it is.
     values = [1.0 if fit.is_24 else fit.value * slot.beta_factor for fit in fits]
     source = BetaSource.FITTED if all(fit.representative for fit in fits) else BetaSource.PRIOR
-    record.provisional = Beta(_scale(values, slot), BetaSource.SPARSE if all_24 else source)
-    record.provisional_glimpse, record.provisional_of = _glimpse(weight), (slot.projection, slot.beta_factor)
+    record.provisional = Beta(_scale(values, slot), BetaSource.SPARSE if all_24 else source, fits[0].prior)
+    record.provisional_glimpse, record.provisional_factor = _glimpse(weight), slot.beta_factor
     return record.provisional
 
 
+def _needs_provisional(record: WeightRecord, slot: WeightSlot) -> bool:
+    """Whether the weight has no final scale for a slot's projection, which needs one."""
+    return slot.projection.has_beta and (record.beta is None or not record.beta.fits(slot.projection))
+
+
 def _is_provisional_of(record: WeightRecord, slot: WeightSlot) -> bool:
-    """Whether the provisional scale is by the options of a slot, if these have one."""
-    return not slot.projection.has_beta or record.provisional_of == (slot.projection, slot.beta_factor)
+    """Whether the provisional scale is by the options of a slot."""
+    known = record.provisional
+    return known is not None and known.fits(slot.projection) and record.provisional_factor == slot.beta_factor
 
 
 def _fits(matrix: Tensor, slot: WeightSlot) -> list[Fit]:

@@ -24,7 +24,8 @@ BETA = "sste_beta"
 STEPS = "sste_steps"  # of the optimizer with this weight
 PRUNED = "sste_pruned"  # 1 if the weight was trained pruned, and is not dense since
 PRIOR_STEPS = "sste_prior_steps"  # with the prior for a scale
-_NUMBERS = frozenset((BETA, STEPS, PRUNED, PRIOR_STEPS))
+PRIOR = "sste_prior"  # of the projection that the scale belongs to
+_NUMBERS = frozenset((BETA, STEPS, PRUNED, PRIOR_STEPS, PRIOR))
 Number = float | list[float]  # a list of experts, one for each
 GROUP = "sste"
 _MASKS = "masks"  # transposable ones, and the optimizer steps since they were found
@@ -70,6 +71,8 @@ class SavedState:
         if record.current_beta is not None:
             value = record.current_beta.value
             numbers[BETA] = list(value) if isinstance(value, tuple) else value
+            if record.current_beta.prior is not None:
+                numbers[PRIOR] = record.current_beta.prior
         if record.beta is not None and record.beta.source is BetaSource.PRIOR:
             numbers[PRIOR_STEPS] = record.prior_steps
         masks = None
@@ -87,7 +90,8 @@ class SavedState:
         if self.pruned and BETA in kept:
             value = kept[BETA]
             scale = tuple(value) if isinstance(value, list) else value
-            beta = Beta(scale, BetaSource.PRIOR if PRIOR_STEPS in kept else BetaSource.CHECKPOINT)
+            prior = float(_one(kept[PRIOR])) if PRIOR in kept else None
+            beta = Beta(scale, BetaSource.PRIOR if PRIOR_STEPS in kept else BetaSource.CHECKPOINT, prior)
         prior_steps = int(_one(kept.get(PRIOR_STEPS, 0)))
         record.load(steps=self.steps, pruned=self.pruned, beta=beta, prior_steps=prior_steps, masks=self.masks)
         record.loaded = True

@@ -62,15 +62,23 @@ class Beta:
 
     Attributes:
         source: of experts the prior, as long as one of them has it.
+        prior: of the projection that it belongs to, by which projections with other scales are told from it; None where
+            nothing says it.
     """
 
     value: Scale
     source: BetaSource
+    prior: float | None = None
 
     @property
     def values(self) -> tuple[float, ...]:
         """One for each matrix."""
         return self.value if isinstance(self.value, tuple) else (self.value,)
+
+    def fits(self, projection: Projection) -> bool:
+        """Whether it is the scale of such a projection, as far as is known."""
+        limits = projection.beta_limits
+        return self.prior is None or limits is None or self.prior == limits.prior
 
 
 # The options that train a weight: the arithmetic of their recipe, and their targets.
@@ -107,10 +115,35 @@ class WeightRecord:
     """
 
     __slots__ = (
-        "__weakref__", "_on_devices", "_unsettled", "beta", "called_by", "decay", "glimpse_24", "is_24", "layout",
-        "loaded", "loaded_masks", "operands", "phase", "prior_steps", "provisional", "provisional_glimpse",
-        "provisional_of", "pruned_by", "refit_due", "schedule", "shards", "stepped_to", "steps", "target",
-        "trained_dense", "trained_set", "trained_with", "unbaked", "unverified",
+        "__weakref__",
+        "_on_devices",
+        "_unsettled",
+        "beta",
+        "called_by",
+        "decay",
+        "glimpse_24",
+        "is_24",
+        "layout",
+        "loaded",
+        "loaded_masks",
+        "operands",
+        "phase",
+        "prior_steps",
+        "provisional",
+        "provisional_factor",
+        "provisional_glimpse",
+        "pruned_by",
+        "refit_due",
+        "schedule",
+        "shards",
+        "stepped_to",
+        "steps",
+        "target",
+        "trained_dense",
+        "trained_set",
+        "trained_with",
+        "unbaked",
+        "unverified",
     )  # fmt: skip
 
     # Of all records, how often one changed what linears compute with: what was decided by them is decided anew then.
@@ -121,7 +154,7 @@ class WeightRecord:
         self.beta: Beta | None = None
         self.provisional: Beta | None = None
         self.provisional_glimpse: Glimpse | None = None
-        self.provisional_of: tuple[Projection, float] | None = None  # and its factor
+        self.provisional_factor = 1.0  # of the options
         self.schedule: Schedule | None = None
         self.steps = steps
         self.prior_steps = 0
@@ -174,7 +207,13 @@ class WeightRecord:
     @property
     def current_beta(self) -> Beta | None:
         """What linears compute with now."""
-        return self.beta or (self.provisional if self.phase is Phase.FRESH else None)
+        return self.beta or (self.provisional if self.phase.prunes else None)
+
+    def beta_for(self, projection: Projection) -> Beta | None:
+        """What linears compute with now in a projection: of another one's scale nothing."""
+        if self.beta is not None and self.beta.fits(projection):
+            return self.beta
+        return self.provisional if self.phase.prunes else None
 
     def beta_on(self, beta: Beta, device: torch.device) -> Tensor:
         """A scale as fp32 ``[1]``, of experts ``[E]``."""
@@ -185,13 +224,13 @@ class WeightRecord:
 
     # Transitions.
 
-    def adopt(self, value: Scale, source: BetaSource) -> None:
+    def adopt(self, value: Scale, source: BetaSource, prior: float | None = None) -> None:
         """The one way for a scale to become that of the weight.
 
         Raises:
             ValueError: it is not a positive, finite number.
         """
-        beta = Beta(value, source)
+        beta = Beta(value, source, prior)
         wrong = [number for number in beta.values if not (math.isfinite(number) and number > 0)]
         if wrong:
             raise ValueError(f"a scale beta is {wrong[0]}; it must be a positive, finite number")
@@ -221,6 +260,8 @@ class WeightRecord:
         """Whether training in this layout would change what the weight is: asked before a backward."""
         if not layout.projection.prunes:
             return self.pruned
+        if self.beta is not None and not self.beta.fits(layout.projection):
+            return True
         return self.phase is not Phase.PRUNED or (self.beta is not None) != layout.projection.has_beta
 
     def gradient_passed(self, layout: OperandLayout, beta: Beta | None, trainer: Trainer | None) -> None:
@@ -257,10 +298,13 @@ class WeightRecord:
         if len(self.operands) > 1:
             # What no call has read since the last step is that of a recipe that is given up.
             self._keep(lambda _, kept: kept.used)
+        ours = any(kept.trains for layout, kept in self.operands.items() if layout.projection.prunes)
         for kept in self.operands.values():
-            kept.used = False
+            kept.used = kept.trains = False
         self.decay, self.called_by = 0.0, None
         self._keep_to_schedule()
+        # What others train is what it is: its schedule writes into it after a step of ours alone.
+        self.unbaked = self.unbaked and ours
 
     def trained_by_hand(self) -> None:
         """Something that is no optimizer has made a step, which a schedule does not count."""
@@ -278,13 +322,22 @@ class WeightRecord:
         if not self.is_trained_by(trainer, pruned=pruned):
             self.pruned_by = trainer if pruned else self.pruned_by
             self.trained_dense = self.pruned_by is None
+            if self.trained_dense:
+                self._forget_evaluations()
             WeightRecord.changes += 1
 
     def was_trained_dense(self) -> None:
         """Runs that this one resumes have trained it so."""
         if self.phase is Phase.FRESH and self.pruned_by is None and not self.trained_dense:
             self.trained_dense = True
+            self._forget_evaluations()
             WeightRecord.changes += 1
+
+    def _forget_evaluations(self) -> None:
+        """Of a weight that is trained dense, those that computed with it pruned, because nothing had trained it."""
+        if self.phase is Phase.FRESH:
+            self.provisional = self.provisional_glimpse = None
+            self._keep(lambda layout, _: not layout.projection.prunes)
 
     def _may_change(self) -> bool:
         """Whether the last step may change the phase or the scale."""
@@ -309,8 +362,8 @@ class WeightRecord:
             if not layout.projection.has_beta:
                 self.beta = None
                 WeightRecord.changes += 1
-            elif self.beta is None and beta is not None:
-                self.adopt(beta.value, beta.source)
+            elif beta is not None and (self.beta is None or not self.beta.fits(layout.projection)):
+                self.adopt(beta.value, beta.source, beta.prior)
         elif self.pruned and self.pruned_by != trainer:
             # Other options train it dense, from the weight as it is.
             self.beta, self.pruned_by, self.trained_dense = None, None, True
@@ -349,7 +402,7 @@ class WeightRecord:
             self._enter(Phase.FRESH)
         else:
             if beta is not None:
-                self.adopt(beta.value, beta.source)
+                self.adopt(beta.value, beta.source, beta.prior)
                 self.prior_steps = prior_steps
                 self.refit_due = beta.source is BetaSource.PRIOR and prior_steps <= WINDOW
             self._enter(Phase.PRUNED)
