@@ -224,3 +224,44 @@ def test_what_is_loaded_through_data_behind_an_evaluation_is_looked_at(swapped):
             else:
                 parameter.data.copy_(value)
         assert distance(evaluate(X), loaded(X)) < 0.1
+
+
+@pytest.mark.by_day(3)
+@pytest.mark.parametrize(
+    ("trained", "evaluated"),
+    [
+        ("s-ste", "s-ste-transposable"), ("s-ste", "ste"), ("s-ste", "fp8"), ("s-ste-transposable", "s-ste"),
+        ("ste", "s-ste"), ("t-sr-ste", "ste"),
+    ],
+)  # fmt: skip
+def test_an_evaluation_by_another_recipe_is_refused(trained, evaluated):
+    model = FFN()
+    train(compiled(model, recipe=trained), torch.optim.SGD(model.parameters(), lr=1e-3), X, steps=1)
+    evaluate = compiled(model, recipe=evaluated)
+    with torch.no_grad(), pytest.raises(ValueError, match=rf"'(up|down)' was trained pruned by .* '{trained}'"):
+        evaluate(X)
+    sparse_compile.finalize(model)
+    if evaluated == "s-ste-transposable":
+        return  # which prunes it once more
+    with torch.no_grad():
+        assert distance(evaluate(X), model(X)) < 0.1
+
+
+def test_a_finalized_weight_is_not_pruned_along_another_dimension_as_well():
+    model = FFN()
+    train(compiled(model), torch.optim.SGD(model.parameters(), lr=1e-3), X, steps=1)
+    sparse_compile.finalize(model)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"was trained pruned by .* 's-ste'"):
+        compiled(model, recipe="s-ste-transposable")(X)
+
+
+@pytest.mark.by_day(2)
+@pytest.mark.parametrize(
+    ("trained", "evaluated"), [("s-ste", "s-ste-bf16"), ("fp8", "s-ste"), ("fp8", "ste"), ("fp8", "s-ste-bf16")]
+)
+def test_an_evaluation_by_another_recipe_computes_what_training_did(trained, evaluated):
+    model = FFN()
+    run = compiled(model, recipe=trained)
+    train(run, torch.optim.SGD(model.parameters(), lr=1e-3), X, steps=1)
+    with torch.no_grad():
+        assert distance(compiled(model, recipe=evaluated)(X), run(X)) < 0.1

@@ -102,6 +102,10 @@ class Projection(ABC):
         """Whether a scale is found for each weight."""
         return self.beta_limits is not None
 
+    def projects_as(self, other: "Projection") -> bool:
+        """Whether it makes the same of a weight, in whatever precision, and with whatever copies."""
+        return type(self).project is type(other).project and self.is_hard == other.is_hard
+
     @property
     def is_bf16(self) -> bool:
         """Whether the products run in bf16 instead of FP8."""

@@ -22,6 +22,11 @@ class OperandLayout(NamedTuple):
     transposed: bool
     device: torch.device
 
+    def projects_as(self, other: "OperandLayout") -> bool:
+        """Whether linears compute the same with both, up to the precision of their copies."""
+        along = self.projection.prunes_both_ways or self.transposed == other.transposed
+        return along and self.projection.projects_as(other.projection)
+
 
 class OperandSet:
     """The operands of one weight in one layout.

@@ -64,11 +64,30 @@ def current_operands(
             _refresh(weights[index], slots[index], records[index], sets[index], versions[index], training)
         sampled = [index for index in stale if sets[index].shards is None]
         _keep_samples([weights[index] for index in sampled], [sets[index] for index in sampled])
-        for slot, record, kept in zip(slots, records, sets, strict=True):
+        for weight, slot, record, kept in zip(weights, slots, records, sets, strict=True):
             kept.used, kept.trains = True, kept.trains or training
-            if training and record.trained_set is not kept:
-                record.train_in(layout_of(slot), kept)
+            if record.trained_set is not kept:
+                if not (training and weight.requires_grad):
+                    _require_what_training_computed(slot, record)
+                if training:
+                    record.train_in(layout_of(slot), kept)
         return [operand for kept in sets for operand in kept.operands]
+
+
+def _require_what_training_computed(slot: WeightSlot, record: WeightRecord) -> None:
+    trained, layout = record.layout, layout_of(slot)
+    if not record.pruned or trained is None or not trained.projection.prunes or layout.projects_as(trained):
+        return
+    # What is 2:4 along a dimension passes any projection along it.
+    along = layout.transposed == trained.transposed and not layout.projection.prunes_both_ways
+    if record.phase is Phase.PRUNED or not (along or not layout.projection.prunes):
+        by = "" if record.pruned_by is None else f" by 'sste.recipe': {record.pruned_by[0]!r}"
+        raise ValueError(
+            f"the weight of {slot.name!r} was trained pruned{by}, and what evaluates it here projects it otherwise, "
+            f"which would compute another function than training did ({slot.projection.key}, not "
+            f"{trained.projection.key}). Compile the evaluation with the options of the training, or evaluate a "
+            "finalized copy of the model: sparse_compile.finalize writes into weights what they compute with"
+        )
 
 
 def restore_operands(
