@@ -103,7 +103,14 @@ class Projection(ABC):
         return self.beta_limits is not None
 
     def projects_as(self, other: "Projection") -> bool:
-        """Whether it makes the same of a weight, in whatever precision, and with whatever copies."""
+        """Say whether another projection makes the same of a weight.
+
+        Args:
+            other: one with whatever precision and copies.
+
+        Returns:
+            Whether the definitions, ``project``, are the same.
+        """
         return type(self).project is type(other).project and self.is_hard == other.is_hard
 
     @property
