@@ -83,7 +83,7 @@ class Runtime:
         self._layouts = [layout_of(slot) for slot in slots]
         self.pruned = frozenset(slot.position for slot in slots if slot.projection.prunes)  # positions of weights
         self._decays = [(index, slot.decay) for index, slot in enumerate(slots) if slot.decay]
-        # Those that no question asks for are dense in all phases.
+        # Of weights that are dense in all phases: nobody else says that a graph trains them so, if it has no questions.
         self._dense = [
             index for index, slot in enumerate(slots) if not (slot.projection.prunes or slot.shadow_projection.prunes)
         ]
@@ -118,16 +118,16 @@ class Runtime:
         FSDP2 may free what it gathered, and the operands with it: backward reads those that forward did.  Its own
         hooks, which gather the weights for backward, are on the outputs of modules, and so run before.
         """
-        passing, dense, trainer = [], [], self._trainer
+        passing, dense = [], []
         if kept.settled_at != WeightRecord.changes:
             passing = [
                 (record, layout, record.beta_for(layout.projection))
                 for record, layout, weight in zip(records, self._layouts, weights, strict=True)
                 if weight.requires_grad and record.awaits_gradient(layout)
             ]
-            if trainer is not None:
-                trained = [records[index] for index in self._dense if weights[index].requires_grad]
-                dense = [record for record in trained if not record.is_trained_by(trainer, pruned=False)]
+            if self._trainer is not None:
+                trained = [(records[index], self._trainer) for index in self._dense if weights[index].requires_grad]
+                dense = [(record, by) for record, by in trained if not record.is_trained_by(by, pruned=False)]
             kept.settled_at = -1 if passing or dense else WeightRecord.changes
         if not (passing or dense or kept.gathered or self._decays):
             return None
@@ -135,8 +135,7 @@ class Runtime:
         def before_backward(_: Any) -> None:
             for record, layout, beta in passing:
                 record.gradient_passed(layout, beta, self._trainer)
-            for record in dense:
-                assert trainer is not None
+            for record, trainer in dense:
                 record.train_by(trainer, pruned=False)
             for index, decay in self._decays:
                 records[index].decay = decay
