@@ -215,14 +215,18 @@ def _launched_cast_transpose(
     return (x, row_scale, token_scale, *results)
 
 
-def _with_sums(fake: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """The fake of an op that also returns ``reference.block_sums`` of its first argument."""
+def _with_sums(
+    cast: Callable[..., tuple[Tensor, ...]], sums: Callable[[Tensor], Tensor] = reference.block_sums
+) -> Callable[..., tuple[Tensor, ...]]:
+    """A cast that also returns sums of its first argument."""
+    return lambda x, *arguments: (*cast(x, *arguments), sums(x))
 
-    def fake_with_sums(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        return *fake(x, *arguments), empty(x, sums_shape(*x.shape), torch.float32)
 
-    return fake_with_sums
+def _sums_fake(x: Tensor) -> Tensor:
+    return empty(x, sums_shape(*x.shape), torch.float32)
 
+
+_cast_transpose_with_sums_fake = _with_sums(_cast_transpose_fake, _sums_fake)
 
 cast_transpose = define(
     "cast_transpose(Tensor x, Tensor row_scale, Tensor token_scale, ScalarType dtype) -> (Tensor, Tensor)",
@@ -235,11 +239,11 @@ cast_transpose = define(
 cast_transpose_with_sums = define(
     "cast_transpose_with_sums(Tensor x, Tensor row_scale, Tensor token_scale, ScalarType dtype) "
     "-> (Tensor, Tensor, Tensor)",
-    reference.cast_transpose_with_sums,
+    _with_sums(reference.cast_transpose),
     launcher(
-        "activation.cast_transpose.launch_cast_transpose", _with_sums(_cast_transpose_fake), _launched_cast_transpose
+        "activation.cast_transpose.launch_cast_transpose", _cast_transpose_with_sums_fake, _launched_cast_transpose
     ),
-    _with_sums(_cast_transpose_fake),
+    _cast_transpose_with_sums_fake,
 )
 
 
@@ -301,12 +305,14 @@ cast_mvue = define(
 )
 
 
+_cast_mvue_with_sums_fake = _with_sums(_cast_mvue_fake, _sums_fake)
+
 cast_mvue_with_sums = define(
     "cast_mvue_with_sums(Tensor grad, Tensor row_scale, Tensor token_scale, Tensor seed, int index, bool approximate, "
     "bool stochastic, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference.cast_mvue_with_sums,
-    launcher("activation.cast_mvue.launch_cast_mvue", _with_sums(_cast_mvue_fake), _launched_cast_mvue),
-    _with_sums(_cast_mvue_fake),
+    _with_sums(reference.cast_mvue),
+    launcher("activation.cast_mvue.launch_cast_mvue", _cast_mvue_with_sums_fake, _launched_cast_mvue),
+    _cast_mvue_with_sums_fake,
 )
 
 

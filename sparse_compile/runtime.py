@@ -348,7 +348,9 @@ class Chooser:
         targets = [self._questions[index].target for index in fresh]
         dims = [-2 if target is not None and target.transposed else -1 for target in targets]
         found = are_sparse(chosen, [record_of(weight) for weight in chosen], dims)
-        return frozenset(index for index, is_24 in zip(fresh, found, strict=True) if not is_24 and any(found))
+        if not any(found):
+            return frozenset()
+        return frozenset(index for index, is_24 in zip(fresh, found, strict=True) if not is_24)
 
     def _refuse_dense_reads(self, args: tuple[Any, ...]) -> None:
         for read in self._dense_reads:

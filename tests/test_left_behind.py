@@ -13,7 +13,10 @@ from sparse_compile.weights.pattern_24 import is_24
 
 clean_slate = shared_graphs.kept
 uncompiled = shared_graphs.uncompiled
-pytestmark = pytest.mark.usefixtures("uncompiled")
+pytestmark = [
+    pytest.mark.usefixtures("uncompiled"),
+    pytest.mark.filterwarnings("ignore:.*no kernels for cpu"),
+]
 
 EAGER = {"sste.executor": "eager", "sste.when": "always"}
 X, LABELS = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), torch.arange(64)
@@ -53,9 +56,9 @@ def train(run, optimizer, *inputs, steps=3):
         optimizer.zero_grad()
 
 
-def trained_classifier(**options):
+def trained_classifier():
     model = Classifier()
-    run = compiled(model, **options)
+    run = compiled(model)
     train(run, torch.optim.AdamW(model.parameters(), lr=1e-3), X, LABELS)
     return model, run
 
@@ -71,11 +74,11 @@ OTHERS = {
     "no kernels": lambda model: compiled(model, recipe="fp8", when="faster"),
     "left as they are": lambda model: compiled(model, recipe="ste-bf16", targets="ffn-up"),
 }
+by_others = pytest.mark.parametrize("others", OTHERS.values(), ids=OTHERS.keys())
 
 
 @pytest.mark.by_day(1)
-@pytest.mark.parametrize("others", OTHERS.values(), ids=OTHERS.keys())
-@pytest.mark.filterwarnings("ignore:.*no kernels for cpu")
+@by_others
 def test_masked_decay_ends_with_the_training_that_asked_for_it(others):
     model = FFN()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -94,8 +97,7 @@ def test_masked_decay_ends_with_the_training_that_asked_for_it(others):
 
 
 @pytest.mark.by_day(1)
-@pytest.mark.parametrize("others", OTHERS.values(), ids=OTHERS.keys())
-@pytest.mark.filterwarnings("ignore:.*no kernels for cpu")
+@by_others
 def test_a_schedule_writes_after_a_step_of_its_own_alone(others):
     model = FFN()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

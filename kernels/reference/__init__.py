@@ -22,9 +22,7 @@ from sparse_compile.kernels.reference.grouped import (
 from sparse_compile.kernels.reference.mvue import (
     block_sums,
     cast_mvue,
-    cast_mvue_with_sums,
     cast_transpose,
-    cast_transpose_with_sums,
     group_uniforms,
     mvue24,
     philox4x32,
@@ -54,7 +52,7 @@ from sparse_compile.kernels.reference.transposable import (
 )
 
 __all__ = [
-    "add_masked_decay", "block_sums", "cast_mvue", "cast_mvue_with_sums", "cast_transpose", "cast_transpose_with_sums",
+    "add_masked_decay", "block_sums", "cast_mvue", "cast_transpose",
     "cast_weight", "compress24", "decompress24", "dense_mask", "group_uniforms", "grouped_cast_mvue",
     "grouped_cast_transpose", "grouped_mm", "grouped_scaled_mm", "grouped_sparse_mm", "grouped_transpose_tokens",
     "grouped_wgrad_mm", "grouped_wgrad_scaled_mm", "grouped_wgrad_sparse_mm", "hard_threshold24", "mvue24",

@@ -177,13 +177,6 @@ def cast_transpose(
     return row, transpose_tokens(column)
 
 
-def cast_transpose_with_sums(
-    x: Tensor, row_scale: Tensor, token_scale: Tensor, dtype: torch.dtype = E4M3
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``cast_transpose`` and, in the same reading, ``block_sums``."""
-    return *cast_transpose(x, row_scale, token_scale, dtype), block_sums(x)
-
-
 def block_sums(x: Tensor) -> Tensor:
     """Sums of ``x [T, C]`` over each 32 tokens, fp32 ``[padded(T) / 32, C]``: the gradient of a bias is their sum."""
     tokens, columns = x.shape
@@ -236,18 +229,3 @@ def cast_mvue(
     payload = kept.new_zeros(columns, padded(tokens) // 4, 4).scatter_(-1, positions, kept)
     values, metadata = compress24(saturating_cast(payload.reshape(columns, padded(tokens)), dtype), positions)
     return row, values, metadata
-
-
-def cast_mvue_with_sums(
-    grad: Tensor,
-    row_scale: Tensor,
-    token_scale: Tensor,
-    seed: Tensor,
-    index: int,
-    approximate: bool,
-    stochastic: bool = False,
-    dtype: torch.dtype = E4M3,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``cast_mvue`` and, in the same reading, ``block_sums``."""
-    results = cast_mvue(grad, row_scale, token_scale, seed, index, approximate, stochastic, dtype)
-    return *results, block_sums(grad)

@@ -48,7 +48,7 @@ class Products:
     def cast_transpose(
         self, x: Tensor, row_scale: Tensor, token_scale: Tensor, dtype: torch.dtype, with_sums: bool
     ) -> tuple[Tensor, ...]:
-        """See ``reference.cast_transpose``, and its form with sums."""
+        """See ``reference.cast_transpose``; ``with_sums``: and ``reference.block_sums``."""
         cast = ops.cast_transpose_with_sums if with_sums else ops.cast_transpose
         return cast(x, row_scale, token_scale, dtype)
 
@@ -56,7 +56,7 @@ class Products:
         self, x: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, index: int,
         sampling: tuple[bool, bool, torch.dtype], with_sums: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """See ``reference.cast_mvue``, and its form with sums.
+        """See ``reference.cast_mvue``, and ``cast_transpose`` of ``with_sums``.
 
         Args:
             sampling: whether approximate, whether rounded at random, the dtype.

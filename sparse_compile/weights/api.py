@@ -76,9 +76,9 @@ def set_beta(model: Module, betas: Mapping[str, float | Sequence[float]]) -> Non
     for parameter, value in told:
         record_of(parameter).tell(value)
     # What has no scale in a model whose other weights have one was trained dense.
-    others = {id(parameter) for parameter, _ in told}
+    known = {id(parameter) for parameter, _ in told}
     for parameter in original(model).parameters() if told else ():
-        if parameter.ndim > 1 and id(parameter) not in others:
+        if parameter.ndim > 1 and id(parameter) not in known:
             record_of(parameter).was_trained_dense()
 
 

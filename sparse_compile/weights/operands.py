@@ -75,8 +75,11 @@ def current_operands(
 
 
 def _require_what_training_computed(slot: WeightSlot, record: WeightRecord) -> None:
-    trained, layout = record.layout, layout_of(slot)
-    if not record.pruned or trained is None or not trained.projection.prunes or layout.projects_as(trained):
+    trained = record.layout
+    if not record.pruned or trained is None or not trained.projection.prunes:
+        return
+    layout = layout_of(slot)
+    if layout.projects_as(trained):
         return
     # What is 2:4 along a dimension passes any projection along it.
     along = layout.transposed == trained.transposed and not layout.projection.prunes_both_ways
@@ -158,7 +161,7 @@ def _find_stale(
     for index, (weight, slot, record, kept, version) in enumerate(
         zip(weights, slots, records, sets, versions, strict=True)
     ):
-        if record.provisional is not None and _needs_provisional(record, slot) and not _is_provisional_of(record, slot):
+        if _made_by_other_options(record, slot):
             stale.append(index)
             continue
         if kept.shards is not None:
@@ -288,7 +291,7 @@ def _keep_samples(weights: Sequence[Tensor], sets: Sequence[OperandSet]) -> None
 
 def _beta(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: WeightRecord, training: bool) -> Beta:
     """The scale that linears compute with now: the final one, or what the weight as it is would begin with."""
-    if record.beta is None or _needs_provisional(record, slot):
+    if record.beta is None or not record.beta.fits(slot.projection):
         return _provisional(weight, matrix, slot, record, training)
     if len(record.beta.values) != (slot.experts or 1):
         raise ValueError(
@@ -371,9 +374,12 @@ def _provisional(weight: Tensor, matrix: Tensor, slot: WeightSlot, record: Weigh
     return record.provisional
 
 
-def _needs_provisional(record: WeightRecord, slot: WeightSlot) -> bool:
-    """Whether the weight has no final scale for a slot's projection, which needs one."""
-    return slot.projection.has_beta and (record.beta is None or not record.beta.fits(slot.projection))
+def _made_by_other_options(record: WeightRecord, slot: WeightSlot) -> bool:
+    """Whether operands may have been made with a provisional scale by other options than a slot's."""
+    if record.provisional is None or not slot.projection.has_beta:
+        return False
+    is_final = record.beta is not None and record.beta.fits(slot.projection)
+    return not is_final and not _is_provisional_of(record, slot)
 
 
 def _is_provisional_of(record: WeightRecord, slot: WeightSlot) -> bool:
